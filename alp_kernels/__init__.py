@@ -1,0 +1,38 @@
+"""Adaptive Layerwise Perturbation (arXiv 2603.19470) as kernels: noise, perturbed layers, fused policy loss.
+
+attach           noise on the inputs of a model's decoder layers, on inside an explicit scope
+fused_alp_loss   hidden states -> policy loss, the logits never all in memory
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .attach import Perturbation, attach
+from .engine import EngineUnavailable
+from .head import LogitNoise, fused_alp_loss, linear_logprob
+from .loss import LossOutput, importance_weight, policy_loss
+from .noise import normal
+from .objective import PRESETS, Objective
+from .perturb import perturb
+from .stats import Stats
+
+try:
+    __version__ = version("alp-kernels")
+except PackageNotFoundError:  # used from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "PRESETS",
+    "EngineUnavailable",
+    "LogitNoise",
+    "LossOutput",
+    "Objective",
+    "Perturbation",
+    "Stats",
+    "attach",
+    "fused_alp_loss",
+    "importance_weight",
+    "linear_logprob",
+    "normal",
+    "perturb",
+    "policy_loss",
+]

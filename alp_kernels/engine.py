@@ -1,0 +1,81 @@
+"""Chooses the engine that serves a device, and says why the others do not.
+
+An engine is a module with the functions of reference.py: "triton" (CUDA, ROCm, XPU; Triton's interpreter on CPU),
+"native" (C++ on CPU), "reference" (plain PyTorch, anywhere). One asked for by name works or raises; the automatic
+choice is logged once per device type. ALP_KERNELS_ENGINE=name stands in for engine=None.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+ENGINES = ("triton", "native", "reference")
+ENVIRONMENT_VARIABLE = "ALP_KERNELS_ENGINE"
+
+logger = logging.getLogger("alp_kernels")
+
+
+class EngineUnavailable(RuntimeError):
+    """An engine asked for by name that cannot serve; the message says why and what would be chosen."""
+
+
+@functools.cache
+def _load(name: str) -> ModuleType | str:
+    """The engine's module, or why it cannot be imported."""
+    module = "reference" if name == "reference" else f"{name}.engine"
+    try:
+        return importlib.import_module(f".{module}", __package__)
+    except (ImportError, OSError) as error:
+        return str(error)
+
+
+def why_not(name: str, device: torch.device | str) -> str | None:
+    """Why engine `name` cannot serve tensors on `device`, or None where it can."""
+    if name not in ENGINES:
+        raise ValueError(f"engine={name!r}; the engines are {', '.join(map(repr, ENGINES))}, or None to choose")
+    module = _load(name)
+    return module if isinstance(module, str) else module.unavailable(torch.device(device))
+
+
+@functools.cache
+def _choose(device_type: str) -> ModuleType:
+    device = torch.device(device_type)
+    # Triton on CPU means its interpreter, a debugging tool: it serves there only when asked for by name
+    names = ENGINES if device_type != "cpu" else ENGINES[1:]
+    reasons = {name: why_not(name, device) for name in names}
+    chosen = next(name for name in names if reasons[name] is None)
+    refused = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why is not None)
+    logger.info("engine %r serves %s tensors%s", chosen, device_type, f" ({refused})" if refused else "")
+    if refused:
+        logger.warning("the plain PyTorch engine serves %s tensors (%s)", device_type, refused) if (
+            chosen == "reference"
+        ) else None
+    module = _load(chosen)
+    assert isinstance(module, ModuleType)
+    return module
+
+
+def pick(name: str | None, device: torch.device) -> ModuleType:
+    """The engine called `name`, or the best one for `device` where name is None.
+
+    Raises:
+        ValueError: no engine has that name.  EngineUnavailable: it cannot serve this device.
+    """
+    name = name or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is None:
+        return _choose(device.type)
+    reason = why_not(name, device)
+    if reason is not None:
+        raise EngineUnavailable(
+            f"engine={name!r} cannot serve {device} tensors: {reason}; "
+            f"engine=None would choose {_choose(device.type).name!r}"
+        )
+    module = _load(name)
+    assert isinstance(module, ModuleType)
+    return module

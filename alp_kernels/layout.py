@@ -1,0 +1,267 @@
+"""Brings padded (B, T) and packed (N,) batches to one flat form, and checks them before any kernel runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .objective import LOG_RATIO_CLAMP, LossRows, Objective
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A flat batch. N rows in order, each sequence's rows together; every tensor (N,) but where said."""
+
+    shape: torch.Size  # of the caller's targets: (B, T) or (N,)
+    mask: Tensor  # bool: the row is in the loss
+    rollout_logp: Tensor
+    denominator: Tensor
+    advantages: Tensor
+    weight: Tensor  # aggregation weight, 0 off the mask
+    sequence: Tensor  # int64, non-decreasing
+    turn: Tensor | None  # int64, non-decreasing, new at each turn and sequence
+    is_weight: Tensor | None
+    ref_logp: Tensor | None
+    num_nonfinite: Tensor  # () int64: rows taken out of the mask because their rollout log-probability was not finite
+
+    def select(self, index: Tensor) -> Batch:
+        """The rows `index` (n,), still in order; `shape` stays the caller's."""
+        chosen = {k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor) and v.dim() == 1}
+        return replace(self, **chosen)
+
+    def loss_rows(self) -> LossRows:
+        return LossRows(self.denominator, self.advantages, self.weight, self.is_weight, self.ref_logp)
+
+
+def _first(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """How many flags are set and where the first one is."""
+    return flags.sum(), flags.to(torch.uint8).argmax()
+
+
+def _sequences(
+    where: str, shape: torch.Size, device: torch.device, cu_seqlens: Tensor | None, sequence_ids: Tensor | None
+) -> Tensor | None:
+    """Each row's sequence, (N,) int64 non-decreasing; None where a packed batch says nothing of sequences."""
+    if len(shape) == 2:
+        if cu_seqlens is not None or sequence_ids is not None:
+            raise ValueError(
+                f"{where}: cu_seqlens and sequence_ids are for packed (N,) inputs; these are {tuple(shape)}"
+            )
+        return torch.arange(shape[0], device=device).repeat_interleave(shape[1])
+    if cu_seqlens is not None and sequence_ids is not None:
+        raise ValueError(f"{where}: cu_seqlens and sequence_ids both came; one of them fits")
+    num_rows = shape[0]
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
+        if len(ends) < 2 or ends[0] != 0 or ends[-1] != num_rows or any(a > b for a, b in zip(ends, ends[1:])):
+            raise ValueError(
+                f"{where}: cu_seqlens is {ends}; it needs to rise from 0 to N = {num_rows}, shape (B + 1,)"
+            )
+        lengths = torch.tensor(ends, device=device).diff()
+        return torch.arange(len(ends) - 1, device=device).repeat_interleave(lengths, output_size=num_rows)
+    if sequence_ids is not None:
+        if sequence_ids.shape != shape or sequence_ids.device != device:
+            raise ValueError(
+                f"{where}: sequence_ids is {tuple(sequence_ids.shape)} on {sequence_ids.device}; it needs {tuple(shape)} on {device}"
+            )
+        starts = torch.ones(num_rows, dtype=torch.bool, device=device)
+        starts[1:] = sequence_ids[1:] != sequence_ids[:-1]
+        if int(starts.sum()) != len(torch.unique(sequence_ids)):
+            raise ValueError(
+                f"{where}: sequence_ids return after another sequence; the rows of a sequence must be together"
+            )
+        return starts.long().cumsum(0) - 1
+    return None
+
+
+def _per_token(
+    where: str, name: str, value: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if value.shape != shape:
+        raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}; it needs {tuple(shape)}")
+    if value.device != device:
+        raise ValueError(f"{where}: {name} is on {value.device}; the other inputs are on {device}")
+    if not (value.is_floating_point() or value.dtype in (torch.bool, torch.int32, torch.int64)):
+        raise TypeError(f"{where}: {name} is {value.dtype}; it needs a float dtype")
+    return value.detach().reshape(-1).to(dtype)
+
+
+def _count(where: str, name: str, value: int | float | Tensor | None, default: Tensor) -> Tensor:
+    if value is None:
+        return default.clamp(min=1)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}; it needs one number")
+        return value.detach().reshape(()).to(default.device)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{where}: {name}={value}; it needs a count > 0, that of the whole optimiser batch")
+    return torch.tensor(value, device=default.device)
+
+
+def flatten(
+    where: str,
+    objective: Objective,
+    *,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    rollout_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    token_weight: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequence_ids: Tensor | None,
+    turn_ends: Tensor | None,
+    num_tokens: int | float | Tensor | None,
+    num_sequences: int | float | Tensor | None,
+    nonfinite: str,
+) -> Batch:
+    """Check every argument of a policy loss and flatten it; one host sync, here, before any kernel."""
+    if len(shape) not in (1, 2) or 0 in shape:
+        raise ValueError(f"{where}: targets have shape {tuple(shape)}; a batch needs (B, T) or (N,), not empty")
+    if nonfinite not in ("raise", "mask"):
+        raise ValueError(f"{where}: nonfinite={nonfinite!r}; it needs 'raise' or 'mask'")
+    q = _per_token(where, "rollout_logp", rollout_logp, shape, dtype, device)
+    mask_values = _per_token(where, "mask", mask, shape, dtype, device)
+    live = mask_values != 0
+    sequence = _sequences(where, shape, device, cu_seqlens, sequence_ids)
+
+    if advantages.shape == shape:
+        per_token = _per_token(where, "advantages", advantages, shape, dtype, device)
+    else:
+        count = int(sequence[-1]) + 1 if sequence is not None else None
+        if len(shape) == 2:
+            count = shape[0]
+        if count is None or advantages.shape != (count,):
+            per_sequence = "with cu_seqlens or sequence_ids (B,)" if count is None else f"(B,) = ({count},)"
+            raise ValueError(
+                f"{where}: advantages has shape {tuple(advantages.shape)}; it needs {tuple(shape)} or {per_sequence}"
+            )
+        assert sequence is not None
+        per_token = _per_token(where, "advantages", advantages, advantages.shape, dtype, device)[sequence]
+
+    needs_sequences = (
+        objective.level != "token"
+        or objective.aggregation != "token-mean"
+        or (objective.weight is not None and objective.weight_level == "sequence")
+    )
+    if sequence is None:
+        if needs_sequences:
+            raise ValueError(
+                f"{where}: this objective needs to know the sequences of a packed batch: give cu_seqlens or sequence_ids"
+            )
+        sequence = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    turn = None
+    if objective.level == "cum-turn":
+        if turn_ends is None:
+            raise ValueError(
+                f"{where}: level 'cum-turn' needs turn_ends {tuple(shape)}, true at each turn's last token"
+            )
+        ends = _per_token(where, "turn_ends", turn_ends, shape, torch.bool, device)
+        starts = torch.ones_like(ends)
+        starts[1:] = ends[:-1] | (sequence[1:] != sequence[:-1])
+        turn = starts.long().cumsum(0)
+    if objective.denominator == "old" and old_logp is None:
+        raise ValueError(f"{where}: denominator 'old' needs old_logp {tuple(shape)}, recomputed before the update")
+    if objective.kl_coef > 0 and ref_logp is None:
+        raise ValueError(f"{where}: kl_coef={objective.kl_coef} needs ref_logp {tuple(shape)}")
+    optional = {"old_logp": old_logp, "ref_logp": ref_logp, "token_weight": token_weight}
+    extra = {k: _per_token(where, k, v, shape, dtype, device) for k, v in optional.items() if v is not None}
+
+    bad_rollout = live & ~q.isfinite()
+    if nonfinite == "mask":
+        live = live & ~bad_rollout
+    else:
+        checks = {
+            "rollout_logp": bad_rollout,
+            "mask": (mask_values != 0) & (mask_values != 1),
+            "advantages": live & ~per_token.isfinite(),
+        }
+        checks |= {k: live & ~v.isfinite() for k, v in extra.items()}
+        found = torch.stack([torch.stack(_first(flags)) for flags in checks.values()]).tolist()
+        for name, (count, first) in zip(checks, found, strict=True):
+            if count:
+                at = (first,) if len(shape) == 1 else divmod(first, shape[1])
+                if name == "mask":
+                    raise ValueError(
+                        f"{where}: mask holds {count} values other than 0 and 1, first at {at}; weights go into token_weight"
+                    )
+                hint = (
+                    "; nonfinite='mask' takes such tokens out of the loss and counts them"
+                    if name == "rollout_logp"
+                    else ""
+                )
+                raise ValueError(f"{where}: {name} is NaN or inf at {count} tokens of the mask, first at {at}{hint}")
+
+    zero = torch.zeros((), dtype=dtype, device=device)
+    q, per_token = torch.where(live, q, zero), torch.where(live, per_token, zero)
+    extra = {k: torch.where(live, v, zero) for k, v in extra.items()}
+    old = extra.get("old_logp")
+    is_weight = extra.get("token_weight")
+    if objective.weight is not None:
+        assert old is not None
+        w = _weights(old, q, live, sequence, objective)
+        is_weight = w if is_weight is None else w * is_weight
+    return Batch(
+        shape=shape,
+        mask=live,
+        rollout_logp=q,
+        denominator=old if objective.denominator == "old" and old is not None else q,
+        advantages=per_token,
+        weight=_aggregation(where, objective, live, sequence, num_tokens, num_sequences, dtype),
+        sequence=sequence,
+        turn=turn,
+        is_weight=is_weight,
+        ref_logp=extra.get("ref_logp"),
+        num_nonfinite=bad_rollout.sum(),
+    )
+
+
+def segment_sum(values: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Sum of values[first..last] for each row (both included); float64 inside, so packing does not move the result."""
+    running = torch.cat([values.new_zeros(1, dtype=torch.float64), values.double().cumsum(0)])
+    return running[last + 1] - running[first]
+
+
+def first_and_last(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of non-decreasing `ids`, the first and last row with the same id."""
+    return torch.searchsorted(ids, ids), torch.searchsorted(ids, ids, right=True) - 1
+
+
+def _weights(old: Tensor, q: Tensor, live: Tensor, sequence: Tensor, objective: Objective) -> Tensor:
+    log_w = torch.where(live, old - q, torch.zeros_like(q))
+    if objective.weight_level == "sequence":
+        log_w = segment_sum(log_w, *first_and_last(sequence)).to(q.dtype)
+    w = log_w.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    if objective.weight == "truncate":
+        return w.clamp(max=objective.weight_cap)
+    return torch.where((w >= 1 / objective.weight_cap) & (w <= objective.weight_cap), w, torch.zeros_like(w))
+
+
+def _aggregation(
+    where: str,
+    objective: Objective,
+    live: Tensor,
+    sequence: Tensor,
+    num_tokens: int | float | Tensor | None,
+    num_sequences: int | float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    m = live.to(dtype)
+    if objective.aggregation == "token-mean":
+        return m / _count(where, "num_tokens", num_tokens, live.sum())
+    first, last = first_and_last(sequence)
+    tokens = segment_sum(m, first, last)
+    at_start = torch.arange(len(sequence), device=sequence.device) == first
+    per_sequence = m / _count(where, "num_sequences", num_sequences, (at_start & (tokens > 0)).sum())
+    if objective.aggregation == "seq-mean-token-mean":
+        return per_sequence / tokens.clamp(min=1).to(dtype)
+    if objective.aggregation == "seq-mean-token-sum-norm":
+        assert objective.norm_length is not None
+        return per_sequence / objective.norm_length
+    return per_sequence

@@ -1,0 +1,172 @@
+"""One frozen description of a policy objective, and its value for single rows.
+
+    ell       level's log-ratio (loss.py)                    rho = exp(clamp(ell, -20, 20)), no gradient outside the clamp
+    surrogate max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)); if A < 0: min(that, -A dual_clip)
+    row loss  is_weight * surrogate + kl_coef * kl - entropy_coef * H
+
+Sources: PPO clip (arXiv 1707.06347), dual clip (1912.09729), asymmetric clip (2503.14476), KL estimators
+(Schulman, "Approximating KL divergence", 2020), one ratio against the rollout policy (ALP, 2603.19470).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_CLAMP = 20.0
+
+Level = Literal["token", "sequence", "cum-token", "cum-turn"]
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+KL = Literal["k1", "k2", "k3", "k3+"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A method as data. `Objective.preset("alp-sequence")` gives a published row; `replace` changes fields.
+
+    Attributes:
+        level: what one ratio covers: a token, its sequence, the prefix up to it, the prefix up to its turn's end.
+        geometric: divide the summed log-ratio by the number of tokens summed (GSPO); not for level "token".
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: cap c > 1 on the ratio where the advantage is negative; None: no cap.
+        denominator: "rollout": the log-probabilities of the engine that sampled; "old": recomputed by the trainer.
+        weight: importance weight w = exp(old - rollout), "truncate": min(w, cap); "mask": w where 1/cap <= w <= cap,
+            else 0; None: no weight. weight_level: one w for each token or (product) each sequence. weight_cap: cap > 1.
+        aggregation: how token losses become one number; counts are the whole optimiser batch's.
+        norm_length: the fixed length of "seq-mean-token-sum-norm" (tokens).
+        kl, kl_coef: estimator and coefficient of the KL to a reference policy; "k3+" has k3's value, k2's gradient.
+        entropy_coef: coefficient of the entropy bonus (nats).
+    """
+
+    level: Level = "token"
+    geometric: bool = False
+    clip_low: float = 0.5
+    clip_high: float = 3.0
+    dual_clip: float | None = 10.0
+    denominator: Literal["rollout", "old"] = "rollout"
+    weight: Literal["truncate", "mask"] | None = None
+    weight_level: Literal["token", "sequence"] = "token"
+    weight_cap: float = 2.0
+    aggregation: Aggregation = "token-mean"
+    norm_length: int | None = None
+    kl: KL | None = None
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        choices = {
+            "level": get_args(Level),
+            "denominator": ("rollout", "old"),
+            "weight": (None, "truncate", "mask"),
+            "weight_level": ("token", "sequence"),
+            "aggregation": get_args(Aggregation),
+            "kl": (None, *get_args(KL)),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"Objective: {field}={getattr(self, field)!r}; it needs one of {allowed}")
+        claims = [
+            ("clip_low", 0 <= self.clip_low <= 1, "a number in [0, 1]"),
+            ("clip_high", self.clip_high >= 0, "a number >= 0"),
+            ("dual_clip", self.dual_clip is None or self.dual_clip > 1, "a number > 1, or None for no dual clip"),
+            ("weight_cap", self.weight_cap > 1, "a number > 1"),
+            ("kl_coef", self.kl_coef >= 0, "a number >= 0"),
+            ("kl", self.kl is not None or self.kl_coef == 0, f"an estimator, since kl_coef={self.kl_coef}"),
+            ("geometric", not (self.geometric and self.level == "token"), "False where level is 'token'"),
+            ("weight", self.weight is None or self.denominator == "old", "denominator='old' beside it"),
+            (
+                "norm_length",
+                (self.aggregation == "seq-mean-token-sum-norm") == (self.norm_length is not None)
+                and (self.norm_length is None or self.norm_length > 0),
+                "a length > 0 exactly where aggregation is 'seq-mean-token-sum-norm'",
+            ),
+        ]
+        for field, holds, fits in claims:
+            if not holds:
+                raise ValueError(f"Objective: {field}={getattr(self, field)!r}; it needs {fits}")
+
+    @staticmethod
+    def preset(name: str, **changes: object) -> Objective:
+        """The published objective called `name` (see PRESETS), with some fields changed."""
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"Objective.preset: {name!r} is not one of {', '.join(PRESETS)}{hint}")
+        return dataclasses.replace(PRESETS[name], **changes)  # type: ignore[arg-type]
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether a token with zero advantage still has a gradient."""
+        return self.kl_coef > 0 or self.entropy_coef != 0
+
+
+_GRPO = Objective(clip_low=0.2, clip_high=0.28, dual_clip=10.0, denominator="old")
+
+PRESETS: dict[str, Objective] = {
+    "grpo": _GRPO,
+    "gspo": Objective("sequence", True, clip_low=3e-4, clip_high=4e-4, dual_clip=None, denominator="old"),
+    "bypass-token": Objective("token"),
+    "bypass-sequence": Objective("sequence"),
+    "tis-token": dataclasses.replace(_GRPO, weight="truncate", weight_level="token", weight_cap=2.0),
+    "tis-sequence": dataclasses.replace(_GRPO, weight="truncate", weight_level="sequence", weight_cap=2.0),
+    "mis": dataclasses.replace(_GRPO, weight="mask", weight_level="sequence", weight_cap=5.0),
+    "alp-token": Objective("token"),
+    "alp-sequence": Objective("sequence"),
+    "alp-cum-token": Objective("cum-token"),
+    "alp-cum-turn": Objective("cum-turn"),
+}
+"""ALP differs from Bypass in the model, not in the loss: its log-probabilities come from the perturbed policy."""
+
+
+class LossRows(NamedTuple):
+    """What a row's loss needs beside its own log-probability; every tensor (n,) float32 (float64 for float64)."""
+
+    denominator: Tensor  # log-probability under the denominator policy
+    advantages: Tensor
+    weight: Tensor  # aggregation weight: the loss is sum_n weight_n * row_loss_n
+    is_weight: Tensor | None = None  # importance weight on the surrogate alone
+    ref_logp: Tensor | None = None  # where kl_coef > 0
+
+
+def surrogate(ell: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
+    """The clipped surrogate loss of each row, differentiable in its log-ratio `ell`."""
+    rho = ell.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    clipped = rho.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    loss = torch.maximum(-advantages * rho, -advantages * clipped)
+    if objective.dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * objective.dual_clip), loss)
+    return loss
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: KL) -> Tensor:
+    """Estimate of KL(current || reference) from each row's sampled token; "k3+" is straight-through."""
+    log_ratio = logp - ref_logp
+    if kl == "k1":
+        return log_ratio
+    if kl == "k2":
+        return log_ratio.square() / 2
+    away = (-log_ratio).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    k3 = torch.expm1(away) - away
+    if kl == "k3":
+        return k3
+    k2 = log_ratio.square() / 2
+    return k3.detach() + (k2 - k2.detach())
+
+
+def row_loss(ell: Tensor, logp: Tensor, entropy: Tensor | None, rows: LossRows, objective: Objective) -> Tensor:
+    """Each row's loss before its aggregation weight: surrogate, KL and entropy terms."""
+    loss = surrogate(ell, rows.advantages, objective)
+    if rows.is_weight is not None:
+        loss = rows.is_weight * loss
+    if objective.kl_coef > 0:
+        assert rows.ref_logp is not None and objective.kl is not None
+        loss = loss + objective.kl_coef * kl_estimate(logp, rows.ref_logp, objective.kl)
+    if objective.entropy_coef != 0:
+        assert entropy is not None
+        loss = loss - objective.entropy_coef * entropy
+    return loss

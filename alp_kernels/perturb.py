@@ -1,0 +1,101 @@
+"""u = h + sigma * eps(seed, step, layer, row, channel): the input of one decoder layer, perturbed.
+
+du arrives; dh = du; dlog_sigma = sigma * sum(du * eps).   Derivation: docs/math.md, section 1
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine import pick
+from .noise import Stream, check_stream
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SCALES = ("absolute", "rms")
+ROUNDINGS = ("nearest", "stochastic")
+
+
+class Perturb(torch.autograd.Function):
+    """Saves sigma, the row identities and (scale="rms") one number a row: nothing of the size of `h`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, log_sigma: Tensor, engine: ModuleType, stream: Stream, scale: str, rounding: str
+    ) -> Tensor:
+        sigma = log_sigma.detach().reshape(()).exp()
+        u, rms = engine.perturb_fwd(h.reshape(-1, h.shape[-1]).contiguous(), sigma, stream, scale, rounding)
+        ctx.save_for_backward(sigma, rms, stream.row_ids)
+        ctx.engine, ctx.stream, ctx.sigma_shape = engine, stream._replace(row_ids=None), log_sigma.shape
+        return u.view(h.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
+        dlog_sigma = None
+        if ctx.needs_input_grad[1]:
+            sigma, rms, row_ids = ctx.saved_tensors
+            stream = ctx.stream._replace(row_ids=row_ids)
+            dsigma = ctx.engine.perturb_bwd(du.reshape(-1, du.shape[-1]).contiguous(), stream, rms)
+            dlog_sigma = (sigma * dsigma).reshape(ctx.sigma_shape).to(sigma.dtype)
+        return du, dlog_sigma, None, None, None, None
+
+
+def perturb(
+    hidden: Tensor,
+    log_sigma: Tensor,
+    *,
+    seed: int,
+    step: int,
+    layer: int,
+    row_ids: Tensor | None = None,
+    row_start: int = 0,
+    scale: str = "absolute",
+    rounding: str = "nearest",
+    engine: str | None = None,
+) -> Tensor:
+    """Add Gaussian noise of size exp(log_sigma) to `hidden` (ALP, arXiv 2603.19470: delta_l ~ N(0, sigma_l^2 I)).
+
+    Args:
+        hidden: (..., D), float32, bfloat16, float16 or float64; any strides. Its leading axes flatten to N rows.
+        log_sigma: () or (1,) float32 (float64 beside float64), the natural logarithm of sigma; differentiable.
+        seed, step, layer: coordinates of the noise (64, 32 and 15 bits). Use one step value per optimiser step.
+        row_ids: (N,) or hidden's leading shape, int64 below 2^48: each row's global identity. With them, packing,
+            padding, batch order and micro-batch split change no bit. Without, rows are row_start, row_start + 1, ...
+        scale: "absolute", or "rms": sigma counts in units of each row's root mean square (a constant for the gradient).
+        rounding: "nearest" or "stochastic" (unbiased) for the store to a 16-bit dtype; the sum itself is float32.
+        engine: "triton", "native", "reference" or None for the automatic choice.
+
+    Returns:
+        u, like `hidden`. Backward makes the noise again: nothing of hidden's size is saved.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, before any kernel runs. EngineUnavailable: see engine.pick.
+    """
+    where = "perturb"
+    if hidden.dtype not in DTYPES:
+        raise TypeError(f"{where}: hidden is {hidden.dtype}; it needs one of {', '.join(map(str, DTYPES))}")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}; it needs (..., D) with D >= 1")
+    sigma_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if log_sigma.dtype not in (torch.float32, sigma_dtype):
+        raise TypeError(
+            f"{where}: log_sigma is {log_sigma.dtype}; it needs {sigma_dtype} (bfloat16 moves sigma by 6 %)"
+        )
+    if log_sigma.numel() != 1:
+        raise ValueError(f"{where}: log_sigma has shape {tuple(log_sigma.shape)}; it needs () or (1,)")
+    if log_sigma.device != hidden.device:
+        raise ValueError(f"{where}: log_sigma is on {log_sigma.device}, hidden on {hidden.device}; they must share one")
+    if scale not in SCALES:
+        raise ValueError(f"{where}: scale={scale!r}; it needs one of {SCALES}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"{where}: rounding={rounding!r}; it needs one of {ROUNDINGS}")
+    num_rows = hidden.numel() // hidden.shape[-1]
+    if row_ids is not None:
+        row_ids = row_ids.reshape(-1)
+    stream = Stream(seed, step, layer, row_start, row_ids)
+    check_stream(where, stream, num_rows, hidden.device)
+    return Perturb.apply(hidden, log_sigma, pick(engine, hidden.device), stream, scale, rounding)

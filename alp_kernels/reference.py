@@ -1,0 +1,208 @@
+"""The specification: every kernel's function in plain PyTorch, on any device, in any float dtype (float64 for gradcheck).
+
+An engine is a module that offers these functions with these arguments. Tests and benchmarks import this file; there is
+no second copy. All matrices are contiguous (rows, columns); the autograd functions in perturb.py and head.py see to it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .noise import Stream
+from .objective import LossRows, Objective, row_loss
+
+name = "reference"
+
+_MASK = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this engine cannot serve tensors on `device`, or None. This one always can."""
+    return None
+
+
+# ------------------------------------------------------------------ noise
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of int64 tensors that hold uint32 words; returns four like them."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap, yet keep all 64 bits: shift and mask read the high word as unsigned
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def random_words(num_rows: int, num_channels: int, stream: Stream, device: torch.device) -> tuple[Tensor, ...]:
+    """The four Philox words of each group of channels: four (num_rows, Q) int64 tensors of uint32, Q = ceil(D / 4)."""
+    quarter = -(-num_channels // 4)
+    rows = stream.rows(num_rows, device)[:, None].expand(num_rows, quarter)
+    c0 = torch.arange(quarter, device=device, dtype=torch.int64).expand(num_rows, quarter)
+    c2 = (rows >> 32 << 16) | stream.layer
+    c3 = torch.full_like(c0, stream.step)
+    return philox((c0, rows & _MASK, c2, c3), stream.key)
+
+
+def normal(num_rows: int, num_channels: int, stream: Stream, device: torch.device) -> Tensor:
+    """eps, (num_rows, num_channels) float32: float64 arithmetic on the float32 uniforms, rounded once at the end."""
+    w0, w1, w2, w3 = random_words(num_rows, num_channels, stream, device)
+    pairs = []
+    for radius_word, angle_word in ((w0, w1), (w2, w3)):
+        u = radius_word.float() * 2.0**-32 + 2.0**-33
+        radius = (-2.0 * u.double().log()).sqrt()
+        angle = angle_word.double() * (2.0 * math.pi * 2.0**-32)
+        pairs += [radius * angle.cos(), radius * angle.sin()]
+    return torch.cat(pairs, dim=1)[:, :num_channels].float()
+
+
+def round_stochastic(x: Tensor, dtype: torch.dtype, stream: Stream) -> Tensor:
+    """Unbiased rounding of finite float32 (N, D) `x` to bfloat16 or float16, its bits from the rounding stream."""
+    num_rows, num_channels = x.shape
+    words = torch.cat(random_words(num_rows, num_channels, stream.for_rounding(), x.device), dim=1)[:, :num_channels]
+    drop = 16 if dtype == torch.bfloat16 else 13
+    bits = x.contiguous().view(torch.int32).long() & _MASK
+    mask = (1 << drop) - 1
+    rounded = (bits + (words & mask)) & ~mask & _MASK
+    rounded = torch.where(rounded >= 1 << 31, rounded - (1 << 32), rounded).int().view(torch.float32)
+    if dtype == torch.float16:  # below 2^-14 its grid is even: steps of 2^-24
+        steps = (x.abs() * 2.0**24 + (words >> 8).float() * 2.0**-24).floor()
+        rounded = torch.where(x.abs() < 2.0**-14, torch.copysign(steps * 2.0**-24, x), rounded)
+    return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
+# ------------------------------------------------------------------ perturbation
+
+
+def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str) -> tuple[Tensor, Tensor | None]:
+    """u = h + sigma * rms * eps, added in float32 (float64 for float64) and rounded once.
+
+    h (N, D); sigma () float32; rms is 1, or each row's root mean square where scale == "rms".
+    Returns u (N, D) in h's dtype and rms (N,) float32, None where scale == "absolute".
+    """
+    work = h.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
+    rms = work.square().mean(dim=1).sqrt() if scale == "rms" else None
+    eps = normal(h.shape[0], h.shape[1], stream, h.device).to(work.dtype)
+    u = work + (sigma * eps if rms is None else sigma * rms[:, None] * eps)
+    if rounding == "stochastic" and h.dtype in (torch.bfloat16, torch.float16):
+        return round_stochastic(u, h.dtype, stream), rms
+    return u.to(h.dtype), rms
+
+
+def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
+    """dsigma = sum(du * rms * eps), () float32 (float64 for float64); the noise is made again. dh is du itself."""
+    work = du.to(torch.float64 if du.dtype == torch.float64 else torch.float32)
+    per_row = (work * normal(du.shape[0], du.shape[1], stream, du.device)).sum(dim=1)
+    return (per_row if rms is None else per_row * rms).sum()
+
+
+# ------------------------------------------------------------------ loss head
+
+
+class Head(NamedTuple):
+    """How logits x (n, V) become the z whose log-softmax is taken: z = (cap(scale x) + sigma eps) / temperature.
+
+    cap(x) = softcap * tanh(x / softcap), or x itself. The model's bias is already in x.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: Tensor | None = None  # (n,) float32, None: 1
+    sigma: Tensor | None = None  # () float32, None: no noise on the logits
+    stream: Stream | None = None  # of that noise; row_ids given for each row of x
+
+    def rows(self, index: Tensor | slice) -> Head:
+        """The same head for a selection of rows."""
+        stream = self.stream and self.stream._replace(row_ids=self.stream.row_ids[index])
+        return self._replace(temperature=None if self.temperature is None else self.temperature[index], stream=stream)
+
+
+class HeadRows(NamedTuple):
+    logp: Tensor  # (n,) log-probability of the target
+    entropy: Tensor  # (n,) of the whole distribution, in nats
+    lse: Tensor  # (n,) log-sum-exp of z
+
+
+def _transform(x: Tensor, head: Head) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """z, tanh (None without a softcap) and eps (None without noise), in float32 or float64."""
+    z = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * head.logit_scale
+    tanh = eps = None
+    if head.softcap is not None:
+        tanh = (z / head.softcap).tanh()
+        z = head.softcap * tanh
+    if head.sigma is not None:
+        eps = normal(x.shape[0], x.shape[1], head.stream, x.device).to(z.dtype)
+        z = z + head.sigma * eps
+    if head.temperature is not None:
+        z = z / head.temperature[:, None]
+    return z, tanh, eps
+
+
+def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
+    """Log-probability of the target, entropy and log-sum-exp of each row of logits x (n, V), x left as it is.
+
+    logp of a near-certain target keeps relative precision: the sum runs over the *other* tokens and enters by log1p.
+    """
+    z, _, _ = _transform(x, head)
+    top = z.amax(dim=1)
+    shifted = z - top[:, None]
+    exp = shifted.exp()
+    target = shifted.gather(1, targets[:, None]).squeeze(1)
+    others = exp.scatter(1, targets[:, None], 0.0).sum(dim=1)
+    total = others + target.exp()
+    logp = torch.where(target == 0, -torch.log1p(others), target - total.log())
+    # e^-inf * -inf would be NaN; such a token has no share in the entropy
+    weighted = torch.where(exp > 0, exp * shifted, 0.0).sum(dim=1)
+    return HeadRows(logp, total.log() - weighted / total, top + total.log())
+
+
+def head_bwd(
+    x: Tensor, targets: Tensor, head: Head, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
+) -> Tensor | None:
+    """Replace logits x (n, V) by their gradient, in place; returns dsigma () where there is noise on them.
+
+    dlogp, dentropy (n,): gradients of the loss with respect to logp and entropy.
+    dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H)
+    """
+    z, tanh, eps = _transform(x, head)
+    log_p = z - rows.lse[:, None]
+    dz = -dlogp[:, None] * log_p.exp()
+    certain = dlogp * -torch.expm1(rows.logp)  # dlogp (1 - p), without cancellation
+    dz.scatter_(1, targets[:, None], certain[:, None])
+    if dentropy is not None:
+        p = log_p.exp()
+        dz -= dentropy[:, None] * torch.where(p > 0, p * (log_p + rows.entropy[:, None]), 0.0)
+    if head.temperature is not None:
+        dz = dz / head.temperature[:, None]
+    dsigma = None if eps is None else (dz * eps).sum(dim=1).sum()
+    if tanh is not None:
+        dz = dz * (1 - tanh * tanh)
+    x.copy_(dz * head.logit_scale)
+    return dsigma
+
+
+FUSES_TOKEN_LOSS = False
+"""Whether head.py should call head_token_loss for token-level chunks, instead of head_fwd, coefficients and head_bwd."""
+
+
+def head_token_loss(
+    x: Tensor, targets: Tensor, head: Head, rows: LossRows, objective: Objective
+) -> tuple[HeadRows, Tensor | None]:
+    """The whole token-level loss of a chunk: logits x (n, V) are replaced by the gradient of sum(weight * row_loss).
+
+    Returns what head_fwd returns, and dsigma () where there is noise on the logits.
+    """
+    out = head_fwd(x, targets, head)
+    with torch.enable_grad():
+        logp, entropy = out.logp.detach().requires_grad_(), out.entropy.detach().requires_grad_()
+        loss = (rows.weight * row_loss(logp - rows.denominator, logp, entropy, rows, objective)).sum()
+        dlogp, dentropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
+    return out, head_bwd(x, targets, head, out, dlogp, dentropy)
