@@ -225,8 +225,7 @@ class Perturbation(nn.Module):
         if self._on and not self._inside:
             self._current = None
         forward = self._begin(hidden.numel() // hidden.shape[-1]) if self._on else None
-        if torch.is_grad_enabled() and (self._on or self._records):
-            self._records[key] = forward
+        self._records[key] = forward  # also without grad: a reentrant checkpoint's first run is
         return forward
 
     def _add(self, position: int, index: int, hidden: Tensor, forward: _Forward) -> Tensor:

@@ -51,11 +51,8 @@ def _choose(device_type: str) -> ModuleType:
     reasons = {name: why_not(name, device) for name in names}
     chosen = next(name for name in names if reasons[name] is None)
     refused = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why is not None)
-    logger.info("engine %r serves %s tensors%s", chosen, device_type, f" ({refused})" if refused else "")
-    if refused:
-        logger.warning("the plain PyTorch engine serves %s tensors (%s)", device_type, refused) if (
-            chosen == "reference"
-        ) else None
+    level = logging.WARNING if chosen == "reference" else logging.INFO
+    logger.log(level, "engine %r serves %s tensors%s", chosen, device_type, f" ({refused})" if refused else "")
     module = _load(chosen)
     assert isinstance(module, ModuleType)
     return module

@@ -54,11 +54,20 @@ class _Plan:
 
 
 class _Grads:
-    """Gradients of hidden, weight, bias and the logit noise, gathered chunk by chunk in float32 and rounded once."""
+    """Gradients of hidden, weight, bias and the logit noise, summed over chunks in float32 and rounded once."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor | None, needs: list[bool]):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sigma: Tensor | None,
+        needs: list[bool],
+        num_chunks: int,
+    ) -> None:
         self.hidden, self.weight = hidden, weight
-        total = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        # a single chunk's product is rounded once whatever the dtype of its sum
+        total = torch.float32 if num_chunks > 1 and weight.dtype != torch.float64 else weight.dtype
         self.dhidden = torch.zeros_like(hidden) if needs[0] else None
         self.dweight = torch.zeros_like(weight, dtype=total) if needs[1] else None
         self.dbias = torch.zeros_like(bias, dtype=total) if bias is not None and needs[2] else None
@@ -69,13 +78,7 @@ class _Grads:
         if self.dhidden is not None:
             self.dhidden[index] = dx @ self.weight
         if self.dweight is not None:
-            rows = self.hidden[index]
-            if dx.is_cuda and dx.dtype != self.dweight.dtype:  # cuBLAS sums 16-bit products into float32 in place
-                torch.addmm(self.dweight, dx.t(), rows, out_dtype=self.dweight.dtype, out=self.dweight)
-            elif dx.dtype == self.dweight.dtype:
-                self.dweight.addmm_(dx.t(), rows)
-            else:
-                self.dweight += dx.t() @ rows
+            _addmm(self.dweight, dx.t(), self.hidden[index])
         if self.dbias is not None:
             self.dbias += dx.sum(dim=0, dtype=self.dbias.dtype)
         if self.dsigma is not None and dsigma is not None:
@@ -85,6 +88,18 @@ class _Grads:
         dweight = None if self.dweight is None else self.dweight.to(self.weight.dtype)
         dbias = None if self.dbias is None else self.dbias.to(self.weight.dtype)
         return self.dhidden, dweight, dbias, self.dsigma
+
+
+def _addmm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b without rounding the product to a 16-bit dtype before a float32 sum."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # no mixed product there: widen, a block of rows at a time
+        for start in range(0, len(a), 16384):
+            rows = slice(start, start + 16384)
+            total[rows].addmm_(a[rows].float(), b.float())
 
 
 def _scaled(grads: tuple[Tensor | None, ...], by: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,7 +141,8 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logp, entropy = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(2))
-        grads = _Grads(hidden, weight, bias, plan.head.sigma, list(ctx.needs_input_grad))
+        num_chunks = sum(-(-group // plan.chunk_rows) for group in groups)
+        grads = _Grads(hidden, weight, bias, plan.head.sigma, list(ctx.needs_input_grad), num_chunks)
 
         def forward_rows(index: Tensor) -> tuple[Tensor, HeadRows]:
             x = plan.logits(hidden, weight, bias, index)
@@ -223,7 +239,8 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, order, *rows = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        grads = _Grads(hidden, weight, bias, plan.head.sigma, list(ctx.needs_input_grad))
+        num_chunks = -(-len(order) // plan.chunk_rows)
+        grads = _Grads(hidden, weight, bias, plan.head.sigma, list(ctx.needs_input_grad), num_chunks)
         with torch.autocast(hidden.device.type, enabled=False):
             for index in plan.parts(order):
                 x = plan.logits(hidden, weight, bias, index)
