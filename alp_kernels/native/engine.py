@@ -1,0 +1,192 @@
+"""The functions of reference.py in C++ for CPU tensors, on as many threads as PyTorch uses.
+
+float32, bfloat16 and float16 run here. float64 exists for gradient checks: such tensors go to reference.py.
+One row is one thread's work and every sum has a fixed order, so no bit depends on threads, rows or instruction set.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from .. import noise, reference
+from ..objective import LossRows, Objective
+from ..reference import Head, HeadRows
+from . import library as c
+from .library import isa as isa
+
+name = "native"
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this engine cannot serve tensors on `device`, or None."""
+    return None if device.type == "cpu" else f"it serves CPU tensors, not {device.type}"
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's data; the C side walks it without strides."""
+    if tensor is None:
+        return None
+    assert tensor.device.type == "cpu" and tensor.is_contiguous(), f"{tensor.device} {tensor.shape} {tensor.stride()}"
+    return tensor.data_ptr()
+
+
+def _vector(tensor: Tensor | None, dtype: torch.dtype, num_rows: int) -> Tensor | None:
+    """A (num_rows,) argument as the C side reads it."""
+    if tensor is None:
+        return None
+    assert tensor.shape == (num_rows,), f"{tuple(tensor.shape)} for {num_rows} rows"
+    return tensor.detach().to(dtype).contiguous()
+
+
+def _scalar(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    assert tensor.numel() == 1
+    return tensor.detach().to(torch.float32)
+
+
+def _stream(stream: noise.Stream | None, row_ids: Tensor | None) -> c.Stream:
+    if stream is None:
+        return c.Stream()
+    return c.Stream(stream.seed, stream.row_start, _at(row_ids), stream.step, stream.layer)
+
+
+def _row_ids(stream: noise.Stream | None, num_rows: int) -> Tensor | None:
+    return _vector(stream and stream.row_ids, torch.int64, num_rows)
+
+
+# ------------------------------------------------------------------ noise
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of int64 tensors that hold uint32 words; returns four like them."""
+    words = torch.stack([word.to(torch.int64) for word in counter])
+    out = torch.empty_like(words)
+    c.library.alp_philox(_at(words), _at(out), words[0].numel(), key[0] | key[1] << 32)
+    return out.unbind()
+
+
+def random_words(num_rows: int, num_channels: int, stream: noise.Stream, device: torch.device) -> tuple[Tensor, ...]:
+    """The four Philox words of each group of channels: four (num_rows, Q) int64 tensors of uint32, Q = ceil(D / 4)."""
+    row_ids = _row_ids(stream, num_rows)
+    out = torch.empty(4, num_rows, -(-num_channels // 4), dtype=torch.int64)
+    c.library.alp_words(
+        byref(_stream(stream, row_ids)), _at(out), num_rows, num_channels, torch.get_num_threads()
+    )
+    return out.unbind()
+
+
+def normals_of(radius_words: Tensor, angle_words: Tensor) -> tuple[Tensor, Tensor]:
+    """The two normals of each pair of words, (n,) int64 holding uint32: for tests of the extremes."""
+    # the low halves of little-endian int64: torch has few operations on uint32
+    radius, angle = (words.view(torch.int32)[::2].contiguous() for words in (radius_words, angle_words))
+    cosine, sine = torch.empty(len(radius)), torch.empty(len(radius))
+    c.library.alp_normals(_at(radius), _at(angle), _at(cosine), _at(sine), len(radius))
+    return cosine, sine
+
+
+def normal(num_rows: int, num_channels: int, stream: noise.Stream, device: torch.device) -> Tensor:
+    """eps, (num_rows, num_channels) float32, within NORMAL_BOUND of the reference's."""
+    row_ids = _row_ids(stream, num_rows)
+    eps = torch.empty(num_rows, num_channels)
+    c.library.alp_normal(byref(_stream(stream, row_ids)), _at(eps), num_rows, num_channels, torch.get_num_threads())
+    return eps
+
+
+# ------------------------------------------------------------------ perturbation
+
+
+def perturb_fwd(
+    h: Tensor, sigma: Tensor, stream: noise.Stream, scale: str, rounding: str
+) -> tuple[Tensor, Tensor | None]:
+    """u = h + sigma * rms * eps (N, D) in h's dtype, and rms (N,) float32 or None: see reference.perturb_fwd."""
+    if h.dtype == torch.float64:
+        return reference.perturb_fwd(h, sigma, stream, scale, rounding)
+    num_rows, num_channels = h.shape
+    sigma, row_ids = _scalar(sigma), _row_ids(stream, num_rows)
+    u = torch.empty_like(h)
+    rms = torch.empty(num_rows) if scale == "rms" else None
+    args = c.PerturbFwd(_at(h), _at(u), _at(sigma), _at(rms), num_channels, rounding == "stochastic")
+    c.library.alp_perturb_fwd(
+        byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[h.dtype], torch.get_num_threads()
+    )
+    return u, rms
+
+
+def perturb_bwd(du: Tensor, stream: noise.Stream, rms: Tensor | None) -> Tensor:
+    """dsigma = sum(du * rms * eps), () float32: float64 sums, rows in order."""
+    if du.dtype == torch.float64:
+        return reference.perturb_bwd(du, stream, rms)
+    num_rows, num_channels = du.shape
+    rms, row_ids = _vector(rms, torch.float32, num_rows), _row_ids(stream, num_rows)
+    args = c.PerturbBwd(_at(du), _at(rms), num_channels)
+    dsigma = c.library.alp_perturb_bwd(
+        byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[du.dtype], torch.get_num_threads()
+    )
+    return torch.tensor(dsigma)
+
+
+# ------------------------------------------------------------------ loss head
+
+
+class _HeadArguments:
+    """A Head and its rows as the C side reads them, holding what the addresses point to."""
+
+    def __init__(self, x: Tensor, targets: Tensor, head: Head) -> None:
+        num_rows, vocabulary = x.shape
+        self.targets = _vector(targets, torch.int64, num_rows)
+        self.temperature = _vector(head.temperature, torch.float32, num_rows)
+        self.sigma = _scalar(head.sigma)
+        self.row_ids = _row_ids(head.stream, num_rows)
+        self.stream = _stream(head.stream, self.row_ids)
+        self.head = c.Head(
+            _at(x),
+            _at(self.targets),
+            _at(self.temperature),
+            _at(self.sigma),
+            vocabulary,
+            head.logit_scale,
+            head.softcap or 0.0,
+        )
+
+
+def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
+    """Log-probability, entropy and log-sum-exp of each row of logits x (n, V), all (n,) float32; x is left as it is."""
+    if x.dtype == torch.float64:
+        return reference.head_fwd(x, targets, head)
+    num_rows = x.shape[0]
+    args = _HeadArguments(x, targets, head)
+    rows = HeadRows(torch.empty(num_rows), torch.empty(num_rows), torch.empty(num_rows))
+    out = c.HeadFwd(_at(rows.logp), _at(rows.entropy), _at(rows.lse))
+    c.library.alp_head_fwd(
+        byref(args.stream), byref(args.head), byref(out), num_rows, DTYPES[x.dtype], torch.get_num_threads()
+    )
+    return rows
+
+
+def head_bwd(
+    x: Tensor, targets: Tensor, head: Head, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
+) -> Tensor | None:
+    """Replace logits x (n, V) by their gradient, in place; returns dsigma () float32 where there is noise on them."""
+    if x.dtype == torch.float64:
+        return reference.head_bwd(x, targets, head, rows, dlogp, dentropy)
+    num_rows = x.shape[0]
+    args = _HeadArguments(x, targets, head)
+    vectors = [_vector(vector, torch.float32, num_rows) for vector in (*rows, dlogp, dentropy)]
+    given = c.HeadBwd(*map(_at, vectors))
+    dsigma = c.library.alp_head_bwd(
+        byref(args.stream), byref(args.head), byref(given), num_rows, DTYPES[x.dtype], torch.get_num_threads()
+    )
+    return None if head.sigma is None else torch.tensor(dsigma)
+
+
+def head_token_loss(
+    x: Tensor, targets: Tensor, head: Head, rows: LossRows, objective: Objective
+) -> tuple[HeadRows, Tensor, Tensor | None]:
+    """The token-level loss of a chunk: logits x (n, V) become the gradient of sum(weight * row_loss)."""
+    return reference.compose_token_loss(head_fwd, head_bwd, x, targets, head, rows, objective)

@@ -1,0 +1,183 @@
+// Log-probability, entropy and log-sum-exp of one row of logits, and the row's gradient in place of its logits.
+// Blocks come in the noise's order (four streams a quarter of the row apart), with noise or without.
+#pragma once
+
+#include <math.h>
+
+#include "segments.h"
+
+namespace {
+
+// z of a block of logits, and what its gradient needs; elements past the row's end are -inf.
+struct HeadBlock {
+    alignas(64) float z[4][BLOCK];
+    alignas(64) float tanh[4][BLOCK];
+    Normals noise;
+};
+
+template <class T>
+inline void load_head(const Head& a, const RowStream& noise, int64_t n, int64_t q0, int count, HeadBlock& out) {
+    const int64_t V = a.V, Q = quarter_of(V);
+    const auto* x = static_cast<const typename T::Storage*>(a.x) + n * V;
+    if (a.sigma) normal_block(noise, q0, count, out.noise);
+    for (int j = 0; j < 4; ++j) {
+        float* z = out.z[j];
+        load<T>(x + j * Q + q0, stream_size(j, q0, count, Q, V), z, count, -INFINITY);
+        if (a.logit_scale != 1.0f) {
+#pragma omp simd
+            for (int i = 0; i < count; ++i) z[i] *= a.logit_scale;
+        }
+        if (a.softcap != 0.0f) {
+#pragma omp simd
+            for (int i = 0; i < count; ++i) {
+                out.tanh[j][i] = tanh_of(z[i] / a.softcap);
+                z[i] = a.softcap * out.tanh[j][i];
+            }
+        }
+        if (a.sigma) {
+            const float sigma = *a.sigma;
+#pragma omp simd
+            for (int i = 0; i < count; ++i) z[i] += sigma * out.noise.eps[j][i];
+        }
+        if (a.temperature) {
+            const float temperature = a.temperature[n];
+#pragma omp simd
+            for (int i = 0; i < count; ++i) z[i] /= temperature;
+        }
+        // a cap makes -inf finite, so the padding is laid again
+        for (int i = stream_size(j, q0, count, Q, V); i < count; ++i) z[i] = -INFINITY;
+    }
+}
+
+// Largest z of a block; NaN is passed over here and comes back through the sums.
+inline float block_max(const HeadBlock& block, int count) {
+    Lanes top = Lanes{} - INFINITY;
+    for (int j = 0; j < 4; ++j) {
+        for (int i = 0; i < count; i += LANES) {
+            const Lanes z = lanes_at(block.z[j] + i);
+            top = z > top ? z : top;
+        }
+    }
+    float max = -INFINITY;
+    for (int l = 0; l < LANES; ++l) max = top[l] > max ? top[l] : max;
+    return max;
+}
+
+// One pass: sums are kept relative to the largest z so far, and rescaled when a larger one comes.
+template <class T>
+void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64_t n) {
+    const int64_t Q = quarter_of(a.V), target = a.targets[n], target_j = target / Q, target_q = target % Q;
+    const RowStream noise(stream, a.sigma ? n : 0);
+    HeadBlock block;
+    alignas(64) float exp[BLOCK], weighted_exp[BLOCK];
+    Sum others, weighted;  // sums of e^(z - top) and e^(z - top) (z - top), the target left out
+    float top = -INFINITY, target_z = NAN;
+    for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
+        const int count = block_size(q0, Q);
+        load_head<T>(a, noise, n, q0, count, block);
+        const float max = block_max(block, count);
+        if (max > top) {
+            if (top > -INFINITY) {
+                const double shift = static_cast<double>(top) - static_cast<double>(max), factor = ::exp(shift);
+                for (int l = 0; l < LANES; ++l) {
+                    weighted.lane[l] = (weighted.lane[l] + others.lane[l] * shift) * factor;
+                    others.lane[l] *= factor;
+                }
+            }
+            top = max;
+        }
+        if (q0 <= target_q && target_q < q0 + count) {
+            target_z = block.z[target_j][target_q - q0];
+            block.z[target_j][target_q - q0] = -INFINITY;
+        }
+        const float base = top == -INFINITY ? 0.0f : top;
+        Lanes exp_sum = {}, weighted_sum = {};
+        for (int j = 0; j < 4; ++j) {
+            const float* z = block.z[j];
+#pragma omp simd
+            for (int i = 0; i < count; ++i) {
+                const float shifted = z[i] - base;
+                const float clamped = shifted < EXP_FLOOR ? EXP_FLOOR : shifted;
+                exp[i] = exp_of(clamped);
+                weighted_exp[i] = exp[i] * clamped;
+            }
+            for (int i = 0; i < count; i += LANES) {
+                exp_sum += lanes_at(exp + i);
+                weighted_sum += lanes_at(weighted_exp + i);
+            }
+        }
+        others.add(exp_sum);
+        weighted.add(weighted_sum);
+    }
+    const double t = static_cast<double>(target_z) - static_cast<double>(top), target_exp = ::exp(t);
+    const double rest = others.total(), total = rest + target_exp, log_total = ::log(total);
+    const double mean = (weighted.total() + (target_exp > 0 ? target_exp * t : 0.0)) / total;
+    out.logp[n] = static_cast<float>(t == 0 ? -::log1p(rest) : t - log_total);
+    out.entropy[n] = static_cast<float>(log_total - mean);
+    out.lse[n] = static_cast<float>(static_cast<double>(top) + log_total);
+}
+
+// dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H); the target's 1 - p comes from expm1, uncancelled.
+template <class T>
+double head_bwd_row(const Stream& stream, const Head& a, const HeadBwd& rows, int64_t n) {
+    const int64_t V = a.V, Q = quarter_of(V), target = a.targets[n], target_j = target / Q, target_q = target % Q;
+    auto* x = static_cast<typename T::Storage*>(a.x) + n * V;
+    const RowStream noise(stream, a.sigma ? n : 0);
+    const float lse = rows.lse[n], dlogp = rows.dlogp[n], entropy = rows.entropy[n];
+    const float dentropy = rows.dentropy ? rows.dentropy[n] : 0.0f;
+    const float certain = dlogp * static_cast<float>(-::expm1(static_cast<double>(rows.logp[n])));
+    HeadBlock block;
+    Sum dsigma;
+    for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
+        const int count = block_size(q0, Q);
+        load_head<T>(a, noise, n, q0, count, block);
+        Lanes noise_sum = {};
+        for (int j = 0; j < 4; ++j) {
+            const int size = stream_size(j, q0, count, Q, V);
+            if (size == 0) continue;
+            float* dz = block.z[j];
+            const int64_t at = j == target_j && q0 <= target_q && target_q < q0 + count ? target_q - q0 : -1;
+            const float target_z = at < 0 ? 0.0f : dz[at];
+            if (rows.dentropy) {
+#pragma omp simd
+                for (int i = 0; i < count; ++i) {
+                    const float log_p = dz[i] - lse;
+                    const float clamped = log_p < EXP_FLOOR ? EXP_FLOOR : log_p;
+                    const float p = exp_of(clamped);
+                    dz[i] = -(dlogp * p) - dentropy * (p * (clamped + entropy));
+                }
+            } else {
+#pragma omp simd
+                for (int i = 0; i < count; ++i) {
+                    const float log_p = dz[i] - lse;
+                    dz[i] = -(dlogp * exp_of(log_p < EXP_FLOOR ? EXP_FLOOR : log_p));
+                }
+            }
+            if (at >= 0) {
+                const float log_p = target_z - lse, clamped = log_p < EXP_FLOOR ? EXP_FLOOR : log_p;
+                dz[at] = certain - (rows.dentropy ? dentropy * (exp_of(clamped) * (clamped + entropy)) : 0.0f);
+            }
+            if (a.temperature) {
+                const float temperature = a.temperature[n];
+#pragma omp simd
+                for (int i = 0; i < count; ++i) dz[i] /= temperature;
+            }
+            if (a.sigma) {
+                for (int i = 0; i < count; i += LANES) noise_sum += lanes_at(dz + i) * lanes_at(block.noise.eps[j] + i);
+            }
+            if (a.softcap != 0.0f) {
+#pragma omp simd
+                for (int i = 0; i < count; ++i) dz[i] *= 1.0f - block.tanh[j][i] * block.tanh[j][i];
+            }
+            if (a.logit_scale != 1.0f) {
+#pragma omp simd
+                for (int i = 0; i < count; ++i) dz[i] *= a.logit_scale;
+            }
+            store<T>(dz, size, x + j * Q + q0);
+        }
+        dsigma.add(noise_sum);
+    }
+    return dsigma.total();
+}
+
+}  // namespace

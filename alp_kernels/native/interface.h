@@ -1,0 +1,82 @@
+// What the three builds of rows.cpp offer to native.cpp, and the structures that engine.py fills through ctypes.
+// Plain C types only: rows.cpp is compiled for machines that may not be this one, so no inline library code may leak
+// from it into the others (the linker would keep one copy, perhaps the AVX-512 one).
+#pragma once
+
+#include <stdint.h>
+
+namespace alp {
+
+// Raised with every change to a structure or a signature below; engine.py refuses a library with another number.
+constexpr int32_t INTERFACE = 1;
+
+constexpr uint32_t ROUNDING_BIT = 0x8000;  // set in the layer for the bits of stochastic rounding
+
+// Coordinates of noise; noise.py explains them. Row n is row_ids[n], or row_start + n without row_ids.
+struct Stream {
+    uint64_t seed;
+    int64_t row_start;
+    const int64_t* row_ids;  // (N,) or null
+    uint32_t step;
+    uint32_t layer;
+};
+
+struct PerturbFwd {  // u = h + sigma * rms * eps
+    const void* h;   // (N, D)
+    void* u;         // (N, D)
+    const float* sigma;
+    float* rms;  // (N,) or null: 1
+    int64_t D;
+    int32_t stochastic;  // store with random bits of the stream whose layer has ROUNDING_BIT set
+};
+
+struct PerturbBwd {  // dsigma = sum(du * rms * eps)
+    const void* du;  // (N, D)
+    const float* rms;  // (N,) or null: 1
+    int64_t D;
+};
+
+struct Head {  // z = (cap(scale x) + sigma eps) / temperature
+    void* x;   // (n, V); head_bwd leaves the gradient here
+    const int64_t* targets;
+    const float* temperature;  // (n,) or null: 1
+    const float* sigma;        // () or null: no noise
+    int64_t V;
+    float logit_scale;
+    float softcap;  // 0: none
+};
+
+struct HeadFwd {  // all (n,)
+    float* logp;
+    float* entropy;
+    float* lse;
+};
+
+struct HeadBwd {  // all (n,)
+    const float* logp;
+    const float* entropy;
+    const float* lse;
+    const float* dlogp;
+    const float* dentropy;  // or null
+};
+
+// One build, its arrays indexed by dtype: 0 float32, 1 bfloat16, 2 float16. Each function 
+// does one row (philox and normals: a list), so threads and dispatch live in native.cpp alone.
+struct Rows {
+    void (*philox)(const int64_t* counter, int64_t* out, int64_t count, uint64_t key);  // both (4, count)
+    void (*normals)(const uint32_t* radius, const uint32_t* angle, float* cosine, float* sine, int64_t count);
+    void (*words)(const Stream&, int64_t n, int64_t D, int64_t* out, int64_t stride);  // word j of group q: out[j stride + q]
+    void (*normal)(const Stream&, int64_t n, float* eps, int64_t D);
+    void (*perturb_fwd[3])(const Stream&, const PerturbFwd&, int64_t n);
+    double (*perturb_bwd[3])(const Stream&, const PerturbBwd&, int64_t n);
+    void (*head_fwd[3])(const Stream&, const Head&, const HeadFwd&, int64_t n);
+    double (*head_bwd[3])(const Stream&, const Head&, const HeadBwd&, int64_t n);  // the row's share of dsigma
+};
+
+extern const Rows rows_portable;
+#ifdef ALP_X86
+extern const Rows rows_avx2;
+extern const Rows rows_avx512;
+#endif
+
+}  // namespace alp

@@ -1,0 +1,66 @@
+// One build of the row functions: CMake compiles this file for each ALP_ISA with that instruction set's flags.
+#include "head_rows.h"
+#include "perturb_rows.h"
+
+namespace {
+
+void philox_list(const int64_t* counter, int64_t* out, int64_t count, uint64_t key) {
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const int64_t size = count - i < WIDTH ? count - i : WIDTH;
+        Wide c[4] = {};
+        for (int j = 0; j < 4; ++j) __builtin_memcpy(&c[j], counter + j * count + i, size * sizeof(int64_t));
+        philox(c, key);
+        for (int j = 0; j < 4; ++j) {
+            c[j] &= 0xFFFFFFFFu;
+            __builtin_memcpy(out + j * count + i, &c[j], size * sizeof(int64_t));
+        }
+    }
+}
+
+void normals_list(const uint32_t* radius, const uint32_t* angle, float* cosine, float* sine, int64_t count) {
+    for (int64_t i = 0; i < count; i += BLOCK) {
+        const int size = count - i < BLOCK ? static_cast<int>(count - i) : BLOCK;
+        box_muller(radius + i, angle + i, cosine + i, sine + i, size);
+    }
+}
+
+void words_row(const Stream& stream, int64_t n, int64_t D, int64_t* out, int64_t stride) {
+    const int64_t Q = quarter_of(D);
+    const RowStream row(stream, n);
+    Words words;
+    for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
+        const int count = block_size(q0, Q);
+        random_block(row, q0, count, words);
+        for (int j = 0; j < 4; ++j) {
+            for (int i = 0; i < count && q0 + i < Q; ++i) out[j * stride + q0 + i] = words.word[j][i];
+        }
+    }
+}
+
+void normal_row(const Stream& stream, int64_t n, float* eps, int64_t D) {
+    const int64_t Q = quarter_of(D);
+    const RowStream row(stream, n);
+    Normals normals;
+    for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
+        const int count = block_size(q0, Q);
+        normal_block(row, q0, count, normals);
+        for (int j = 0; j < 4; ++j) store<Float32>(normals.eps[j], stream_size(j, q0, count, Q, D), eps + j * Q + q0);
+    }
+}
+
+}  // namespace
+
+namespace alp {
+
+extern const Rows ALP_ROWS = {
+    philox_list,
+    normals_list,
+    words_row,
+    normal_row,
+    {perturb_fwd_row<Float32>, perturb_fwd_row<BFloat16>, perturb_fwd_row<Float16>},
+    {perturb_bwd_row<Float32>, perturb_bwd_row<BFloat16>, perturb_bwd_row<Float16>},
+    {head_fwd_row<Float32>, head_fwd_row<BFloat16>, head_fwd_row<Float16>},
+    {head_bwd_row<Float32>, head_bwd_row<BFloat16>, head_bwd_row<Float16>},
+};
+
+}  // namespace alp
