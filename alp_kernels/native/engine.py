@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import noise, reference
-from ..objective import LossRows, Objective
 from ..reference import Head, HeadRows
 from . import library as c
 from .library import isa as isa
 
 name = "native"
+FUSES_TOKEN_LOSS = False
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -184,9 +184,3 @@ def head_bwd(
     )
     return None if head.sigma is None else torch.tensor(dsigma)
 
-
-def head_token_loss(
-    x: Tensor, targets: Tensor, head: Head, rows: LossRows, objective: Objective
-) -> tuple[HeadRows, Tensor, Tensor | None]:
-    """The token-level loss of a chunk: logits x (n, V) become the gradient of sum(weight * row_loss)."""
-    return reference.compose_token_loss(head_fwd, head_bwd, x, targets, head, rows, objective)

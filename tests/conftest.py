@@ -1,0 +1,27 @@
+"""Shared settings: deterministic Hypothesis, few threads, and the engines that this machine can test."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from alp_kernels.engine import ENGINES, why_not
+
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine that serves this machine's device by itself; Triton's interpreter has its own tests."""
+    reason = why_not(request.param, DEVICE)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return str(request.param)
