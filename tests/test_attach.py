@@ -1,0 +1,465 @@
+"""attach: noise where and when it was asked for, the same noise whenever a layer is run again, and nothing left behind."""
+
+import copy
+import functools
+import gc
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from alp_kernels import LogitNoise, attach, normal
+from alp_kernels.noise import FINAL_LAYER, LOGITS_LAYER
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 61
+
+
+def config(kind, **changes):
+    shared = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+    }
+    gpt2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64, "resid_pdrop": 0.0}
+    gpt2 |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    moe = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "num_local_experts": 4}
+    if kind == "GPT2":
+        return transformers.GPT2Config(**gpt2, **changes)
+    extra = moe if kind in ("Qwen3Moe", "Mixtral") else {}
+    return getattr(transformers, f"{kind}Config")(**{**shared, **extra, **changes})
+
+
+def make_model(kind="Qwen2"):
+    torch.manual_seed(0)
+    return getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config(kind))
+
+
+class Toy(nn.Module):
+    """A decoder that checkpoints its layers' __call__, as older transformers do: hooks run inside the recompute."""
+
+    def __init__(self, reentrant=None, depth=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(depth))
+        self.reentrant = reentrant
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for block in self.blocks:
+            if self.reentrant is None:
+                hidden = block(hidden)
+            else:
+                hidden = checkpoint(block, hidden, use_reentrant=self.reentrant)
+        return hidden
+
+
+def ids(batch=2, time=5, seed=0):
+    return torch.randint(1, VOCAB, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def all_gradients(model, handle):
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None] + [handle.log_sigma.grad.clone()]
+
+
+def assert_equal_gradients(actual, expected):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------ where and when
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2", "Phi3", "GPT2", "Qwen3Moe", "Mixtral"])
+def test_any_decoder_is_perturbed_by_structure_and_restored(kind):
+    model, x = make_model(kind), ids()
+    clean = model(x).logits
+    hooks_before = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    names_before = [n for n, _ in model.named_parameters()]
+    state_before = list(model.state_dict())
+    handle = attach(model, sigma=0.05)
+    assert handle.layers == (0, 1, 2)
+    assert torch.equal(model(x).logits, clean), "off unless asked for"
+    assert [n for n, _ in model.named_parameters()] == names_before
+    assert list(model.state_dict()) == state_before
+    with handle.perturbed(step=0):
+        noisy = model(x).logits
+    assert not torch.allclose(noisy, clean)
+    assert torch.equal(model(x).logits, clean)
+    handle.detach()
+    assert [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()] == hooks_before
+    assert torch.equal(model(x).logits, clean)
+
+
+def test_layer_input_is_h_plus_sigma_eps():
+    model, x = make_model(), ids()
+    seen = {}
+    handle = attach(model, sigma=[0.1, 0.2, 0.3], seed=77, layers=[0, 1, -1])
+    for i, layer in enumerate(model.model.layers):  # registered after attach, so it sees what the layer reads
+        layer.register_forward_pre_hook(lambda m, a, k, i=i: seen.__setitem__(i, a[0]), with_kwargs=True)
+    with handle.perturbed(step=4), torch.no_grad():
+        model(x)
+    eps = normal(10, 32, seed=77, step=4, layer=0).view(2, 5, 32)
+    assert torch.allclose(seen[0], model.model.embed_tokens(x) + 0.1 * eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_does_not_matter(training):
+    model, x = make_model().train(training), ids()
+    clean = model(x).logits
+    handle = attach(model, sigma=0.05)
+    assert torch.equal(model(x).logits, clean)
+    with handle.perturbed(step=0):
+        assert not torch.allclose(model(x).logits, clean)
+
+
+def test_subset_final_and_logits_add_noise_there_alone():
+    model, x = make_model(), ids()
+    clean = model(x, output_hidden_states=False)
+    last = model.model(x).last_hidden_state
+    with attach(model, sigma=0.1, layers="final", seed=1) as handle, handle.perturbed(step=2):
+        eps = normal(10, 32, seed=1, step=2, layer=FINAL_LAYER).view(2, 5, 32)
+        assert torch.allclose(model.model(x).last_hidden_state, last + 0.1 * eps, atol=1e-6)
+    with attach(model, sigma=0.1, layers="logits", seed=1) as handle, handle.perturbed(step=2):
+        eps = normal(10, VOCAB, seed=1, step=2, layer=LOGITS_LAYER).view(2, 5, VOCAB)
+        assert torch.allclose(model(x).logits, clean.logits + 0.1 * eps, atol=1e-6)
+        assert isinstance(handle.logit_noise(10), LogitNoise)
+    with attach(model, sigma=0.1, layers=[1]) as handle:
+        assert handle.log_sigma.shape == (1,)
+        with handle.perturbed(step=0):
+            assert not torch.allclose(model(x).logits, clean.logits)
+    assert torch.equal(model(x).logits, clean.logits)
+
+
+def test_a_scope_without_a_perturbed_layer_is_an_error():
+    model, x = make_model(), ids()
+    handle = attach(model)
+    with pytest.raises(RuntimeError, match="no layer of .* was perturbed inside the scope"), handle.perturbed(step=0):
+        copy.deepcopy(model)(x)
+    with pytest.raises(KeyError), handle.perturbed(step=0):  # an error inside is not hidden by ours
+        raise KeyError
+    handle.detach()
+    with pytest.raises(RuntimeError, match="was detached"), handle.perturbed(step=0):
+        pass
+
+
+def test_an_exception_inside_leaves_the_model_clean():
+    model, x = make_model(), ids()
+    clean = model(x).logits
+    with pytest.raises(ValueError, match="boom"), attach(model, sigma=0.1) as handle, handle.perturbed(step=0):
+        model(x)
+        raise ValueError("boom")
+    assert torch.equal(model(x).logits, clean)
+    assert all(not m._forward_pre_hooks for m in model.modules())
+
+
+def test_copies_of_the_model_are_clean():
+    model, x = make_model(), ids()
+    clean = model(x).logits
+    handle = attach(model, sigma=0.1)
+    with handle.perturbed(step=0):
+        twin = copy.deepcopy(model)
+        model(x)
+        assert torch.equal(twin(x).logits, clean)
+
+
+# ------------------------------------------------------------------ which noise
+
+
+def test_rows_are_numbered_on_over_micro_batches_and_start_again_each_step():
+    toy, handle = Toy(), None
+    seen = []
+    handle = attach(toy, sigma=1.0, seed=3, layers=[0])
+    toy.blocks[0].register_forward_pre_hook(lambda m, a: seen.append(a[0].detach()))
+    for step in (0, 1):
+        for part in (0, 1):
+            with handle.perturbed(step=step):
+                toy(ids(2, 5, seed=part))
+    for n, (step, start) in enumerate([(0, 0), (0, 10), (1, 0), (1, 10)]):
+        eps = normal(10, 16, seed=3, step=step, layer=0, row_start=start).view(2, 5, 16)
+        assert torch.allclose(seen[n] - toy.embed(ids(2, 5, seed=n % 2)), eps, atol=1e-5)
+
+
+def test_data_parallel_ranks_never_repeat_a_row():
+    toy, x, outputs = Toy(), ids(), []
+    for rank in (0, 1):
+        with attach(toy, sigma=0.5, data_rank=rank) as handle, handle.perturbed(step=0):
+            outputs.append(toy(x))
+    assert not torch.allclose(*outputs)
+
+
+def test_row_ids_make_noise_independent_of_the_micro_batch_split():
+    model, x = make_model(), ids(4, 6)
+    rows = torch.arange(24).view(4, 6) * 3 + 1
+    handle = attach(model, sigma=0.1)
+
+    def run(parts):
+        model.zero_grad(), handle.zero_grad()
+        for part in parts:
+            with handle.perturbed(step=5, row_ids=rows[part]):
+                model(x[part]).logits.square().sum().backward()
+        return all_gradients(model, handle)
+
+    assert_equal_gradients(run([slice(0, 1), slice(1, 4)]), run([slice(0, 4)]))
+    with pytest.raises(ValueError, match=r"row_ids has shape \(4, 5\); the hidden states have 24 rows"):
+        with handle.perturbed(step=6, row_ids=rows[:, :5]):
+            model(x)
+
+
+def test_state_continues_the_stream():
+    toy, x = Toy(), ids()
+    handle = attach(toy, sigma=0.3, seed=9)
+    with handle.perturbed(step=7):
+        toy(x)
+    state = copy.deepcopy(handle.state_dict())
+    with handle.perturbed(step=7):
+        expected = toy(x)
+    handle.detach()
+    resumed = attach(toy, sigma=0.1, seed=0)
+    resumed.load_state_dict(state)
+    with resumed.perturbed(step=7):
+        assert torch.equal(toy(x), expected)
+
+
+# ------------------------------------------------------------------ checkpointing, several forwards, compile, autocast
+
+
+def two_forwards_one_backward(model, handle, forward, in_scope):
+    model.zero_grad(), handle.zero_grad()
+    with handle.perturbed(step=1):
+        loss = forward(ids(2, 5, 1)).square().mean() + forward(ids(3, 4, 2)).pow(3).mean()
+        if in_scope:
+            loss.backward()
+    if not in_scope:
+        loss.backward()
+    return all_gradients(model, handle)
+
+
+@pytest.mark.parametrize("in_scope", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("scale", ["absolute", "rms"])
+def test_recompute_of_hooked_layers_meets_the_same_noise(reentrant, in_scope, scale):
+    """Checkpoints around the hooks, two forwards before one backward, backward inside or after the scope."""
+    results = []
+    for kind in (None, reentrant):
+        toy = Toy(reentrant=kind)
+        handle = attach(toy, sigma=0.3, scale=scale)
+        results.append(two_forwards_one_backward(toy, handle, toy, in_scope))
+    assert_equal_gradients(results[1], results[0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_transformers_own_checkpointing_changes_no_gradient(reentrant):
+    results = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        handle = attach(model, sigma=0.1)
+        results.append(two_forwards_one_backward(model, handle, lambda x, m=model: m(x).logits, in_scope=True))
+    assert_equal_gradients(results[1], results[0])
+
+
+def test_checkpointing_of_the_call_as_in_older_transformers_changes_no_gradient():
+    results = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        handle = attach(model, sigma=0.1)
+        if checkpointing:
+            model.model.layers = nn.ModuleList(Old(layer) for layer in model.model.layers)
+        results.append(two_forwards_one_backward(model, handle, lambda x, m=model: m(x).logits, in_scope=True))
+    assert_equal_gradients(results[1], results[0])
+
+
+class Old(nn.Module):
+    """Checkpoints another module's __call__, hooks included."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "layer" else getattr(self.layer, name)
+
+    def forward(self, hidden, **kwargs):
+        return checkpoint(functools.partial(self.layer, **kwargs), hidden, use_reentrant=False)
+
+
+def test_a_clean_forward_between_stays_clean_in_its_recompute():
+    results = []
+    for reentrant in (None, False):
+        toy = Toy(reentrant)
+        handle = attach(toy, sigma=0.3)
+        with handle.perturbed(step=0):
+            noisy = toy(ids())
+        loss = noisy.square().mean() + toy(ids(2, 5, 3)).pow(3).mean()
+        loss.backward()
+        results.append(all_gradients(toy, handle))
+    assert_equal_gradients(results[1], results[0])
+
+
+def test_offloaded_checkpoints_work_alone_and_are_refused_where_ambiguous():
+    def run(toy, handle, forwards):
+        toy.zero_grad(), handle.zero_grad()
+        with handle.perturbed(step=len(forwards)), torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+            sum(toy(x).square().mean() for x in forwards).backward()
+        return all_gradients(toy, handle)
+
+    plain, offloaded = Toy(), Toy(reentrant=False)
+    handles = attach(plain, sigma=0.3), attach(offloaded, sigma=0.3)
+    assert_equal_gradients(run(offloaded, handles[1], [ids()]), run(plain, handles[0], [ids()]))
+    moved = Toy(reentrant=False)
+    handle = attach(moved, sigma=0.3)
+    for block in moved.blocks:  # inputs that move between forward and recompute: two forwards cannot be told apart
+        block.register_forward_pre_hook(lambda m, a: None)
+    original = handle._coordinates
+    handle._coordinates = lambda index, hidden: original(index, hidden.clone())
+    with pytest.raises(RuntimeError, match="2 forwards could be meant"):
+        run(moved, handle, [ids(), ids(2, 5, 1)])
+
+
+def test_compiled_layers_are_perturbed():
+    results = []
+    for compiled in (False, True):
+        toy = Toy()
+        handle = attach(toy, sigma=0.1)
+        if compiled:
+            for block in toy.blocks:
+                block.compile(backend="aot_eager")
+        results.append(two_forwards_one_backward(toy, handle, toy, in_scope=True))
+    assert_equal_gradients(results[1], results[0])
+
+
+def test_autocast_changes_neither_sigma_nor_its_gradients_dtype():
+    model = make_model()
+    handle = attach(model, sigma=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16), handle.perturbed(step=0):
+        model(ids()).logits.float().square().mean().backward()
+    assert handle.log_sigma.dtype == handle.log_sigma.grad.dtype == torch.float32
+    assert (handle.log_sigma.grad != 0).all()
+
+
+def test_gradient_of_log_sigma_is_the_finite_difference():
+    model, x = Toy().double(), ids()
+    handle = attach(model, sigma=0.1)
+    handle.log_sigma.data = handle.log_sigma.data.double()
+
+    def loss():
+        handle._next_row = 0
+        with handle.perturbed(step=0):
+            return model(x).square().mean()
+
+    loss().backward()
+    for i in range(3):
+        values = []
+        for shift in (1e-5, -1e-5):
+            handle.log_sigma.data[i] += shift
+            values.append(float(loss().detach()))
+            handle.log_sigma.data[i] -= shift
+        assert handle.log_sigma.grad[i].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+# ------------------------------------------------------------------ sigma, reports, lifetime
+
+
+def test_sigma_has_its_own_group_without_decay_and_stays_in_bounds():
+    model = make_model()
+    handle = attach(model, sigma=0.1, sigma_bounds=(0.05, 0.2))
+    assert handle.param_group(lr=5e-4) == {"params": [handle.log_sigma], "lr": 5e-4, "weight_decay": 0.0}
+    torch.testing.assert_close(handle.sigma, torch.full((3,), 0.1))
+    handle.log_sigma.data.fill_(3.0)
+    with handle.perturbed(step=0):
+        model(ids())
+    torch.testing.assert_close(handle.sigma, torch.full((3,), 0.2))
+    fixed = attach(make_model(), sigma=0.1, learnable=False)
+    assert list(fixed.parameters()) == []
+    assert "log_sigma" in fixed.state_dict()
+
+
+def test_realised_noise_is_reported_and_warned_of_once(caplog):
+    model = make_model().bfloat16()
+    for sigma, scale, survives in ((1e-6, "absolute", False), (0.05, "rms", True)):
+        with attach(model, sigma=sigma, scale=scale) as handle, caplog.at_level(logging.WARNING, "alp_kernels"):
+            caplog.clear()
+            with handle.perturbed(step=0):
+                model(ids(4, 16))
+            first, again = handle.realised(), handle.realised()
+        assert first == again
+        assert all(0.9 < r < 1.1 for r in first["rms_over_nominal"]) is survives
+        assert len(caplog.records) == (0 if survives else 1)
+        if not survives:
+            assert "rounded away" in caplog.text
+            assert max(first["changed_frac"]) < 0.05
+
+
+def test_a_dropped_handle_and_model_are_freed():
+    import weakref
+
+    model = make_model()
+    handle = attach(model)
+    gone = weakref.ref(model), weakref.ref(handle)
+    del model, handle
+    gc.collect()
+    assert all(ref() is None for ref in gone)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigma": 0.0}, "sigma=0.0; it needs numbers > 0"),
+        ({"sigma": [0.1, 0.2]}, "sigma has 2 values; 3 layers"),
+        ({"layers": [3]}, r"layers=\[3\]; it needs indices in \[-3, 3\)"),
+        ({"layers": [0, -3]}, "names a layer twice"),
+        ({"layers": "some"}, "layers='some'"),
+        ({"scale": "relative"}, "scale='relative'"),
+        ({"rounding": "up"}, "rounding='up'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"sigma_bounds": (0.2, 0.1)}, "sigma_bounds="),
+        ({"path": "model.blocks"}, "path='model.blocks' is not in Qwen2ForCausalLM"),
+        ({"path": "model.norm"}, "path='model.norm' is a Qwen2RMSNorm"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        attach(make_model(), **{"sigma": 0.1, **change})
+
+
+def test_attaching_twice_is_refused_until_detached():
+    model = make_model()
+    handle = attach(model)
+    with pytest.raises(ValueError, match="is perturbed already"):
+        attach(model)
+    handle.detach()
+    attach(model).detach()
+
+
+def test_a_model_without_layers_or_with_several_lists_asks_for_a_path():
+    with pytest.raises(ValueError, match="no ModuleList"):
+        attach(nn.Linear(3, 3))
+    two = nn.Module()
+    two.a, two.b = Toy(), Toy()
+    with pytest.raises(ValueError, match=r"several lists of layers \(a.blocks, b.blocks\)"):
+        attach(two)
+    assert attach(two, path="b.blocks").layers == (0, 1, 2)
+
+
+def test_peft_adapters_are_perturbed():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    handle = attach(model, sigma=0.1)
+    with handle.perturbed(step=0):
+        model(ids()).logits.square().mean().backward()
+    assert (handle.log_sigma.grad != 0).all()
