@@ -58,28 +58,36 @@ inline Wide multiply(Wide a, Wide b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFF
 #endif
 constexpr int WIDTH = sizeof(Wide) / sizeof(uint64_t);
 
-inline void philox(Wide c[4], uint64_t key) {
+// Philox's ten round keys, spread over the lanes once a row rather than once a round.
+struct Keys {
+    Wide k0[10], k1[10];
+
+    explicit Keys(uint64_t key) {
+        for (uint32_t round = 0; round < 10; ++round) {
+            k0[round] = Wide{} + (static_cast<uint32_t>(key) + round * 0x9E3779B9u);
+            k1[round] = Wide{} + (static_cast<uint32_t>(key >> 32) + round * 0xBB67AE85u);
+        }
+    }
+};
+
+inline void philox(Wide c[4], const Keys& keys) {
     const Wide m0 = Wide{} + 0xD2511F53u, m1 = Wide{} + 0xCD9E8D57u;
-    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
     for (int round = 0; round < 10; ++round) {
         const Wide p0 = multiply(c[0], m0), p1 = multiply(c[2], m1);
-        c[0] = (p1 >> 32) ^ c[1] ^ (Wide{} + k0);
+        c[0] = (p1 >> 32) ^ c[1] ^ keys.k0[round];
         c[1] = p1;
-        c[2] = (p0 >> 32) ^ c[3] ^ (Wide{} + k1);
+        c[2] = (p0 >> 32) ^ c[3] ^ keys.k1[round];
         c[3] = p0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
     }
 }
 
-// Philox has a row's share of its counter and its key.
+// A row's share of the counter, and its key.
 struct RowStream {
-    uint64_t key;
+    Keys keys;
     uint32_t row, layer_row, step;
 
-    RowStream(const Stream& stream, int64_t n, uint32_t layer_bits = 0) {
+    RowStream(const Stream& stream, int64_t n, uint32_t layer_bits = 0) : keys(stream.seed) {
         const uint64_t id = static_cast<uint64_t>(stream.row_ids ? stream.row_ids[n] : stream.row_start + n);
-        key = stream.seed;
         row = static_cast<uint32_t>(id);
         layer_row = stream.layer | layer_bits | static_cast<uint32_t>(id >> 32 << 16);
         step = stream.step;
@@ -89,9 +97,10 @@ struct RowStream {
 inline void random_block(const RowStream& stream, int64_t q0, int count, Words& out) {
     Wide group = {};
     for (int i = 0; i < WIDTH; ++i) group[i] = static_cast<uint64_t>(q0 + i);
+    const Wide row = Wide{} + stream.row, layer_row = Wide{} + stream.layer_row, step = Wide{} + stream.step;
     for (int i = 0; i < count; i += WIDTH) {
-        Wide c[4] = {group, Wide{} + stream.row, Wide{} + stream.layer_row, Wide{} + stream.step};
-        philox(c, stream.key);
+        Wide c[4] = {group, row, layer_row, step};
+        philox(c, stream.keys);
         for (int j = 0; j < 4; ++j) {
             const Narrow narrow = __builtin_convertvector(c[j], Narrow);
             __builtin_memcpy(out.word[j] + i, &narrow, sizeof narrow);

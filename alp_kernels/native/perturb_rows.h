@@ -32,23 +32,24 @@ void perturb_fwd_row(const Stream& stream, const PerturbFwd& a, int64_t n) {
     const RowStream noise(stream, n), rounding(stream, n, ROUNDING_BIT);
     Normals normals;
     Words words;
-    alignas(64) float buffer[BLOCK];
     for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
         const int count = block_size(q0, Q);
+        prefetch_block<false>(h, q0, count, Q);
+        prefetch_block<true>(u, q0, count, Q);
         normal_block(noise, q0, count, normals);
         const bool stochastic = T::IS_16_BIT && a.stochastic;
         if (stochastic) random_block(rounding, q0, count, words);
         for (int j = 0; j < 4; ++j) {
             const int64_t d = j * Q + q0;
             const int size = stream_size(j, q0, count, Q, D);
-            if (size == 0) continue;
-            load<T>(h + d, size, buffer, count, 0.0f);
-#pragma omp simd
-            for (int i = 0; i < count; ++i) buffer[i] = buffer[i] + amount * normals.eps[j][i];
             if (stochastic) {
-                store_stochastic<T>(buffer, words.word[j], size, u + d);
+#pragma omp simd
+                for (int i = 0; i < size; ++i) {
+                    u[d + i] = T::stochastic(T::load(h[d + i]) + amount * normals.eps[j][i], words.word[j][i]);
+                }
             } else {
-                store<T>(buffer, size, u + d);
+#pragma omp simd
+                for (int i = 0; i < size; ++i) u[d + i] = T::nearest(T::load(h[d + i]) + amount * normals.eps[j][i]);
             }
         }
     }
@@ -64,6 +65,7 @@ double perturb_bwd_row(const Stream& stream, const PerturbBwd& a, int64_t n) {
     Sum sum;
     for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
         const int count = block_size(q0, Q);
+        prefetch_block<false>(du, q0, count, Q);
         normal_block(noise, q0, count, normals);
         Lanes block = {};
         for (int j = 0; j < 4; ++j) {

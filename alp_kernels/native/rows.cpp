@@ -5,11 +5,12 @@
 namespace {
 
 void philox_list(const int64_t* counter, int64_t* out, int64_t count, uint64_t key) {
+    const Keys keys(key);
     for (int64_t i = 0; i < count; i += WIDTH) {
         const int64_t size = count - i < WIDTH ? count - i : WIDTH;
         Wide c[4] = {};
         for (int j = 0; j < 4; ++j) __builtin_memcpy(&c[j], counter + j * count + i, size * sizeof(int64_t));
-        philox(c, key);
+        philox(c, keys);
         for (int j = 0; j < 4; ++j) {
             c[j] &= 0xFFFFFFFFu;
             __builtin_memcpy(out + j * count + i, &c[j], size * sizeof(int64_t));

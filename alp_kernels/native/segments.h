@@ -20,10 +20,13 @@ inline void store(const float* from, int size, typename T::Storage* to) {
     for (int i = 0; i < size; ++i) to[i] = T::nearest(from[i]);
 }
 
-template <class T>
-inline void store_stochastic(const float* from, const uint32_t* word, int size, typename T::Storage* to) {
-#pragma omp simd
-    for (int i = 0; i < size; ++i) to[i] = T::stochastic(from[i], word[i]);
+// Asks for a block's four pieces of a row ahead of its noise, which takes longer than memory: written to where `write`.
+template <bool write, class Storage>
+inline void prefetch_block(const Storage* row, int64_t q0, int count, int64_t quarter) {
+    for (int j = 0; j < 4; ++j) {
+        const Storage* piece = row + j * quarter + q0;
+        for (int i = 0; i < count; i += 64 / sizeof(Storage)) __builtin_prefetch(piece + i, write, 3);
+    }
 }
 
 using Lanes = float __attribute__((vector_size(4 * LANES)));
