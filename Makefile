@@ -1,0 +1,27 @@
+# Two commands: `make train` and `make test`. Both make .venv first where it is missing or stale.
+#   make train ARGS="--method bypass --seed 1"      any flag of `alp train`
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test bench lint clean
+
+train:
+	@$(PYTHON) scripts/environment.py train
+	$(BIN)/alp train $(ARGS)
+
+test:
+	@$(PYTHON) scripts/environment.py test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench:
+	@$(PYTHON) scripts/environment.py bench
+	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+lint:
+	@$(PYTHON) scripts/environment.py dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist alp_kernels/native/_native.so
