@@ -1,0 +1,239 @@
+"""The configuration of a run: one frozen dataclass with a group for each part, checked when it is made.
+
+The command line is these fields (`alp train --rollout.lag 4`); the run folder's config.json holds them resolved.
+A field arrives when a second value has proved useful.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .methods import METHODS
+
+
+class UserError(Exception):
+    """Something the caller can put right; the command line prints it as one line and exits with code 2."""
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """The suggestion that ends an error about an unknown name: "; did you mean 'x'?" or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What the model is asked, and how answers are scored."""
+
+    name: str = "mod_chain"
+    """A reasoning-gym dataset: "mod_chain" is the built-in one. Ignored where `path` is given."""
+    options: tuple[str, ...] = ()
+    """Fields of the dataset's configuration, as key=value (for example: max_word_len=6)."""
+    path: Path | None = None
+    """A JSONL file of prompt/answer, question/answer (GSM8K) or problem/solution (MATH), scored by math-verify."""
+    eval_path: Path | None = None
+    """Such a file for evaluation; without it every tenth line of `path` is held out."""
+    suffix: str = ""
+    """Text after every question, for example an instruction on how to write the answer."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The built-in small decoder, or any Hugging Face causal language model."""
+
+    path: str = "tiny"
+    """ "tiny", a model directory, or a name on the hub."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    hidden_size: int = 64
+    """Of the tiny model, as the next three."""
+    intermediate_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 4
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """Supervised warm-up of the tiny model on faulty demonstrations, until its greedy answers are right."""
+
+    accuracy: float = 0.95
+    """Greedy accuracy that ends it; 0 skips it. A number of steps would not do: the skill appears suddenly."""
+    max_steps: int = 2000
+    """Give up after so many."""
+    error: float = 0.12
+    """Chance of a fault in each step of a demonstration: what is left for RL to sharpen."""
+    batch: int = 128
+    lr: float = 3e-3
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled, and how far the sampling engine is from the trained weights."""
+
+    path: Literal["same", "bf16", "int8"] = "int8"
+    """Inference path: the training path itself, bfloat16, or 8-bit activations by `bits`-bit weights."""
+    bits: int = 5
+    """Bits of a weight on the int8 path (symmetric, one scale per output channel)."""
+    lag: int = 2
+    """Age of the sampling weights, in rollout batches; ramps up from 0."""
+    prompts: int = 32
+    samples: int = 8
+    """Completions per prompt: the group whose mean reward is the baseline."""
+    temperature: float = 1.0
+    max_new_tokens: int | None = None
+    """None: what the longest demonstration needs (tiny model), or 256."""
+    chunk: int = 512
+    """Completions sampled together; bounds the memory of the key-value cache."""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """One optimiser step."""
+
+    method: str = "alp-sequence"
+    """A row of alp/methods.py."""
+    lr: float = 1e-4
+    minibatches: int = 4
+    """Optimiser steps per rollout batch; each adds staleness."""
+    micro_batch: int | None = None
+    """Completions per forward; None: the whole minibatch. Changes memory, not the gradient."""
+    grad_clip: float = 1.0
+    weight_decay: float = 0.0
+    normalise_std: bool = True
+    """Divide centred rewards by the group's standard deviation."""
+    clip_low: float | None = None
+    """None: the method's own, as the next."""
+    clip_high: float | None = None
+    dual_clip: float | None = 3.0
+    sigma: float = 1e-2
+    """Noise at the perturbed layers' inputs; only methods that perturb read these four."""
+    sigma_lr: float = 5e-4
+    layers: str = "all"
+    """ "all", "final", "logits" or layer numbers like "0,3"."""
+    scale: Literal["absolute", "rms"] = "absolute"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run: supervised warm-up of the tiny model, then reinforcement learning."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    steps: int = 120
+    """Rollout batches."""
+    seed: int = 0
+    eval_prompts: int = 256
+    """Problems of the evaluations before and after."""
+    diagnose_every: int = 10
+    """Steps between reports that tell engine mismatch, staleness and perturbation apart; 0: never."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints; the last two are kept."""
+    runs: Path = Path("runs")
+    """Folder that receives the run's folder, and cache/ for warmed-up models."""
+    name: str | None = None
+    """Name of the run's folder; None: from task, method, seed and time."""
+    device: str | None = None
+    """None: cuda where there is one, else cpu."""
+
+    def __post_init__(self) -> None:
+        """Raise a UserError that names the field, what came and what fits."""
+        rollout, update, warmup, model = self.rollout, self.update, self.warmup, self.model
+        if update.method not in METHODS:
+            known = ", ".join(METHODS)
+            raise UserError(f"update.method={update.method!r} is not one of {known}{nearest(update.method, METHODS)}")
+        minibatch_fits = update.minibatches >= 1 and rollout.prompts % update.minibatches == 0
+        claims: list[tuple[str, Any, bool, str]] = [
+            ("steps", self.steps, self.steps >= 0, "0 or more"),
+            ("seed", self.seed, 0 <= self.seed < 1 << 32, "an int in [0, 2^32)"),
+            ("eval_prompts", self.eval_prompts, self.eval_prompts >= 1, "1 or more"),
+            ("diagnose_every", self.diagnose_every, self.diagnose_every >= 0, "0 or more"),
+            ("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "1 or more"),
+            ("rollout.bits", rollout.bits, 2 <= rollout.bits <= 8, "2 to 8"),
+            ("rollout.lag", rollout.lag, rollout.lag >= 0, "0 or more"),
+            ("rollout.prompts", rollout.prompts, rollout.prompts >= 1, "1 or more"),
+            ("rollout.samples", rollout.samples, rollout.samples >= 2, "2 or more: a group's mean is the baseline"),
+            ("rollout.temperature", rollout.temperature, rollout.temperature > 0, "a number > 0"),
+            ("rollout.chunk", rollout.chunk, rollout.chunk >= 1, "1 or more"),
+            (
+                "rollout.max_new_tokens",
+                rollout.max_new_tokens,
+                rollout.max_new_tokens is None or rollout.max_new_tokens >= 1,
+                "1 or more",
+            ),
+            ("update.lr", update.lr, update.lr > 0, "a number > 0"),
+            ("update.minibatches", update.minibatches, minibatch_fits, "a divisor of rollout.prompts"),
+            ("update.micro_batch", update.micro_batch, (update.micro_batch or 1) >= 1, "1 or more"),
+            ("update.grad_clip", update.grad_clip, update.grad_clip > 0, "a number > 0"),
+            ("update.weight_decay", update.weight_decay, update.weight_decay >= 0, "0 or more"),
+            ("update.clip_low", update.clip_low, 0 <= (update.clip_low or 0) <= 1, "a number in [0, 1]"),
+            ("update.clip_high", update.clip_high, (update.clip_high or 0) >= 0, "0 or more"),
+            ("update.dual_clip", update.dual_clip, update.dual_clip is None or update.dual_clip > 1, "a number > 1"),
+            ("update.sigma", update.sigma, update.sigma > 0, "a number > 0 (bypass-* are the methods without noise)"),
+            ("update.sigma_lr", update.sigma_lr, update.sigma_lr >= 0, "0 or more (0: sigma stays as it is)"),
+            ("warmup.accuracy", warmup.accuracy, 0 <= warmup.accuracy <= 1, "a number in [0, 1]"),
+            ("warmup.max_steps", warmup.max_steps, warmup.max_steps >= 1, "1 or more"),
+            ("warmup.error", warmup.error, 0 <= warmup.error < 1, "a number in [0, 1)"),
+            ("warmup.batch", warmup.batch, warmup.batch >= 1, "1 or more"),
+            ("warmup.lr", warmup.lr, warmup.lr > 0, "a number > 0"),
+            ("model.num_layers", model.num_layers, model.num_layers >= 1, "1 or more"),
+            (
+                "model.hidden_size",
+                model.hidden_size,
+                model.num_heads >= 1 and model.hidden_size % (2 * model.num_heads) == 0,
+                "an even multiple of model.num_heads",
+            ),
+        ]
+        for name, value, holds, fits in claims:
+            if not holds:
+                raise UserError(f"{name}={value!r}; it needs {fits}")
+
+    def to_json(self) -> str:
+        """The resolved configuration; `load` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @staticmethod
+    def load(path: Path) -> TrainConfig:
+        """Read what `to_json` wrote; unknown keys and unreadable files are UserErrors."""
+        try:
+            data = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+        config = _from_dict(TrainConfig, data, where=str(path))
+        assert isinstance(config, TrainConfig)
+        return config
+
+
+def _from_dict(kind: type, data: dict[str, Any], where: str) -> Any:
+    """A dataclass from nested dictionaries; every key must be a field."""
+    types_of = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    values = {}
+    for key, value in data.items():
+        if key not in names:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, names)}")
+        values[key] = _convert(types_of[key], value, f"{where}: {key}")
+    return kind(**values)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """JSON has no paths, tuples or dataclasses: make them from what it has."""
+    if dataclasses.is_dataclass(kind):
+        assert isinstance(kind, type)
+        return _from_dict(kind, value, where)
+    if typing.get_origin(kind) is types.UnionType and Path in typing.get_args(kind):
+        return None if value is None else Path(value)
+    if kind is Path:
+        return Path(value)
+    return tuple(value) if typing.get_origin(kind) is tuple else value

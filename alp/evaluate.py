@@ -1,0 +1,80 @@
+"""Accuracy of a model on a task's evaluation problems: sampled at temperature 1 on both numerical paths, and greedy.
+
+Greedy accuracy starts saturated after the warm-up and only serves to see collapse; the sampled one is the outcome.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from .config import RolloutConfig, TrainConfig, UserError
+from .inference import InferenceEngine
+from .models import Policy, load_policy
+from .rollout import sample, uniforms
+from .tasks import Task, make_task
+from .warmup import new_tokens
+
+_EVAL_STREAM = (1 << 32) - 1  # a batch number that training never reaches
+_SAMPLES = 4
+
+
+def evaluate(
+    policy: Policy, task: Task, config: RolloutConfig, *, num_problems: int, max_new_tokens: int, seed: int
+) -> dict[str, float]:
+    """Accuracies in [0, 1]: "train", "rollout" (the inference path, with these weights), "greedy", "pass@4", and more.
+
+    The random numbers are the same at every call: differences between calls are differences between models.
+    """
+    problems = [task.problem("eval", i) for i in range(num_problems)]
+    prompts = [policy.encode_prompt(problem.question) for problem in problems]
+    u = uniforms(num_problems * _SAMPLES, max_new_tokens, seed, _EVAL_STREAM)
+    engine = InferenceEngine(policy.model, dataclasses.replace(config, lag=0))
+    was_training = policy.model.training
+    policy.model.eval()
+    report: dict[str, float] = {}
+    for name, model in (("train", policy.model), ("rollout", engine.model), ("greedy", policy.model)):
+        is_greedy = name == "greedy"
+        completions = sample(
+            Policy(model, policy.tokenizer),
+            prompts,
+            1 if is_greedy else _SAMPLES,
+            max_new_tokens,
+            u=None if is_greedy else u,
+            chunk=config.chunk,
+        )
+        per_problem = 1 if is_greedy else _SAMPLES
+        scores = [problems[i // per_problem].score(text) for i, text in enumerate(completions.texts)]
+        report[name] = sum(score.correct for score in scores) / len(scores)
+        if name == "train":
+            groups = [scores[i : i + _SAMPLES] for i in range(0, len(scores), _SAMPLES)]
+            report[f"pass@{_SAMPLES}"] = sum(any(s.correct for s in group) for group in groups) / len(groups)
+            report["reward"] = sum(score.reward for score in scores) / len(scores)
+            report["unparsed"] = sum(not score.parsed for score in scores) / len(scores)
+            report["truncated"] = float(completions.truncated.float().mean())
+    policy.model.train(was_training)
+    return report
+
+
+def evaluate_named(name: str, config: TrainConfig) -> dict[str, float]:
+    """`evaluate` for a run folder, whose own configuration is then used, or for a Hugging Face model."""
+    run = Path(name)
+    if (run / "config.json").is_file() and (run / "metrics.jsonl").is_file():
+        if config != TrainConfig():
+            raise UserError(f"{run} is a run and is evaluated with its own config.json; drop the other options")
+        config, name = TrainConfig.load(run / "config.json"), str(run / "model")
+        if not Path(name).is_dir():
+            raise UserError(f"{run} has no model yet: it is written at the run's end; alp train --resume {run}")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy = load_policy(dataclasses.replace(config.model, path=name), device)
+    task = make_task(config.task, config.seed)
+    return evaluate(
+        policy,
+        task,
+        config.rollout,
+        num_problems=config.eval_prompts,
+        max_new_tokens=new_tokens(config, policy, task),
+        seed=config.seed,
+    )

@@ -1,0 +1,121 @@
+"""The engine that samples: a copy of the policy on another numerical path, with weights of an earlier time.
+
+    same   the training path's own arithmetic
+    bf16   weights and activations in bfloat16
+    int8   8-bit activations (one scale a token) times b-bit weights (one scale an output channel), both symmetric;
+           the integer products are summed exactly. Embeddings, norms and the output head stay as they are.
+
+Between what such an engine samples from and what is trained lie quantisation and staleness: the mismatch ALP is for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .config import RolloutConfig
+
+ACTIVATION_MAX = 127  # symmetric int8
+_FLOAT32_EXACT = 1 << 24
+_FLOAT64_EXACT = 1 << 53
+
+Weights = dict[str, Tensor]
+"""A model's parameters by name, detached copies."""
+
+
+def snapshot(model: nn.Module) -> Weights:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def quantise(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Symmetric quantisation of each row of (..., K): integers in [-top, top] (as floats) and the scale (..., 1)."""
+    scale = values.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / top
+    return (values / scale).round().clamp(-top, top), scale
+
+
+def integer_matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
+    """a (..., K) @ b (N, K)^T of small integers, exact: |a b| <= bound, in the narrowest float that holds every sum."""
+    sums = bound * a.shape[-1]
+    assert sums < _FLOAT64_EXACT
+    dtype = torch.float32 if sums < _FLOAT32_EXACT else torch.float64
+    return a.to(dtype) @ b.to(dtype).T
+
+
+class QuantisedLinear(nn.Module):
+    """A linear layer whose weight is stored as int8 integers of `bits` bits."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear, bits: int) -> None:
+        super().__init__()
+        self.top = (1 << (bits - 1)) - 1
+        self.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.int8, device=linear.weight.device))
+        self.register_buffer("scale", torch.empty(linear.weight.shape[0], device=linear.weight.device))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+        self.load(linear.weight, linear.bias)
+
+    @torch.no_grad()
+    def load(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Quantise a new weight (N, K) of any float dtype."""
+        integers, scale = quantise(weight.float(), self.top)
+        self.weight.copy_(integers)
+        self.scale.copy_(scale.squeeze(-1))
+        if bias is not None:
+            assert self.bias is not None
+            self.bias.copy_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        integers, x_scale = quantise(x.float(), ACTIVATION_MAX)
+        sums = integer_matmul(integers, self.weight, ACTIVATION_MAX * self.top)
+        y = sums.float() * (x_scale * self.scale)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class InferenceEngine:
+    """Samples with the weights of `lag` rollout batches ago; the first batches have no such past and use the oldest."""
+
+    def __init__(self, model: PreTrainedModel, config: RolloutConfig) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._config = config
+        self.history: deque[Weights] = deque(maxlen=config.lag + 1)
+        if config.path == "bf16":
+            for p in self.model.parameters():  # not .to(): rotary frequencies are buffers and stay in float32
+                p.data = p.data.to(torch.bfloat16)
+        if config.path == "int8":
+            head = self.model.get_output_embeddings()
+            for name, module in list(self.model.named_modules()):
+                if isinstance(module, nn.Linear) and module is not head:
+                    parent, _, child = name.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, QuantisedLinear(module, config.bits))
+        self.push(model)
+
+    def push(self, model: nn.Module) -> None:
+        """Note the weights after a batch's updates, and load those that are `lag` batches old."""
+        self.history.append(snapshot(model))
+        self._load(self.weights)
+
+    def restore(self, history: list[Weights]) -> None:
+        """Continue from a checkpoint's history, oldest first."""
+        device = next(self.model.parameters()).device
+        self.history.clear()
+        self.history.extend({name: value.to(device) for name, value in weights.items()} for weights in history)
+        self._load(self.weights)
+
+    @property
+    def weights(self) -> Weights:
+        """Those in use, before quantisation."""
+        return self.history[0]
+
+    @torch.no_grad()
+    def _load(self, weights: Weights) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, QuantisedLinear):
+                module.load(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(weights[name])

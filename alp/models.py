@@ -1,0 +1,164 @@
+"""The built-in small decoder, or any Hugging Face causal language model; and what the loop needs to know of either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from .config import ModelConfig, UserError
+
+TINY = "tiny"
+_ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
+_SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+_MAX_LENGTH = 2048
+# Hugging Face's 0.02 suits wide models: at 64 channels attention starts flat and the warm-up takes three times as long
+_INIT_STD = 0.08
+# Prompts are short: slow rotations would be wasted
+_ROPE_THETA = 100.0
+
+
+class Policy(NamedTuple):
+    """A model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a completion."""
+        ids = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else (self.eos_ids or [0])[0]
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """Token ids of a question, through the tokenizer's chat template where it has one."""
+        if getattr(self.tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": question}]
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self.tokenizer.encode(question))
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def save(self, folder: Path) -> None:
+        """In Hugging Face form."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+class OutputHead(NamedTuple):
+    """How hidden states become logits: cap(logit_scale * (weight h + bias)); the arguments of the fused loss."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return OutputHead(head.weight, getattr(head, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The part of the model that maps token ids to the hidden states the output head reads."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder = model.base_model if decoder is None else decoder
+    if decoder is model:
+        raise UserError(f"model.path: {type(model).__name__} has no decoder apart from its output head")
+    return decoder
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids (B, T) of left-padded rows: the first token that is not padding is at 0."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def hidden_states(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    """(B, keep, D): the hidden states that predict the last `keep` tokens of `tokens` (B, T), left-padded.
+
+    The last token itself is not read: it predicts nothing that was sampled.
+    """
+    attention_mask = attention_mask[:, :-1]
+    out = decoder_of(model)(
+        input_ids=tokens[:, :-1],
+        attention_mask=attention_mask,
+        position_ids=positions(attention_mask),
+        use_cache=False,
+    )
+    return out.last_hidden_state[:, -keep:]
+
+
+def load_policy(config: ModelConfig, device: torch.device) -> Policy:
+    """The Hugging Face model that `config.path` names: a directory, or a name on the hub (its local cache first)."""
+    dtype = getattr(torch, config.dtype)
+    path = config.path
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise UserError(f"model.path={path!r}: there is no such directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path={path!r} cannot be loaded: {reason}") from None
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return Policy(model.to(device).train(), tokenizer)
+
+
+def make_tiny(config: ModelConfig) -> Policy:
+    """An untrained Qwen2 decoder of a few hundred thousand parameters; its weights follow torch's global seed."""
+    tokenizer = character_tokenizer()
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            max_position_embeddings=_MAX_LENGTH,
+            rope_parameters={"rope_type": "default", "rope_theta": _ROPE_THETA},
+            initializer_range=_INIT_STD,
+            tie_word_embeddings=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    return Policy(model.train(), tokenizer)
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each printable ASCII character and the line break; others become <unk>."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    vocabulary = {token: i for i, token in enumerate([*_SPECIAL.values(), *_ALPHABET])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=_SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special: dict[str, Any] = dict(_SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)

@@ -1,0 +1,108 @@
+"""One self-contained HTML page about one or several runs: a table of first and last values, and the plots embedded."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from .config import TrainConfig, UserError
+from .plots import PLOTS, Series, draw
+from .run import Metrics, read_metrics, write_whole
+
+_ROWS = {
+    "reward": "reward",
+    "accuracy": "accuracy of rollouts",
+    "unparsed": "completions without a readable answer",
+    "k1_kl": "k1 KL, rollout to current policy",
+    "k3_kl": "k3 KL, rollout to current policy",
+    "clean/k3_kl": "k3 KL without noise, before the updates",
+    "mismatch/mean_abs": "engine mismatch, mean |log-ratio|",
+    "staleness/mean_abs": "staleness, mean |log-ratio|",
+    "perturbation/mean_abs": "perturbation shift, mean |log-ratio|",
+    "token_ratio/q99.9": "token ratio, 99.9 %",
+    "token_ratio/max": "token ratio, largest",
+    "clip_low_frac": "clipped low",
+    "clip_high_frac": "clipped high",
+    "dual_clip_frac": "clipped dual",
+    "ess_frac": "effective sample size / tokens",
+    "entropy": "entropy (nats)",
+    "grad_norm": "gradient norm",
+    "rollout_s": "rollout, seconds a step",
+    "update_s": "update, seconds a step",
+}
+_WINDOW = 5  # steps averaged for a first or last value
+_STYLE = (
+    "body{font:15px system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .7rem;text-align:right}"
+    "td,th{border-bottom:1px solid #ddd}"
+    "td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:.4rem}figure svg{max-width:100%}"
+)
+
+
+def write_report(folders: list[Path], out: Path) -> None:
+    """Read the runs and write the page; a folder that is no run, or has no step yet, is a UserError."""
+    if not folders:
+        raise UserError("report: name at least one run folder")
+    runs: Series = {}
+    configs: dict[str, TrainConfig] = {}
+    for folder in folders:
+        name = folder.name if folder.name not in runs else str(folder)
+        configs[name] = TrainConfig.load(folder / "config.json")
+        runs[name] = read_metrics(folder / "metrics.jsonl")
+        if not runs[name]:
+            raise UserError(f"report: {folder} has no step on record yet")
+    parts = [f"<h1>alp: {html.escape(', '.join(runs))}</h1>"]
+    for folder, name in zip(folders, runs, strict=True):
+        parts += [f"<h2>{html.escape(name)}</h2>", _summary(configs[name], folder), _table(runs[name])]
+    parts += ["<h2>Plots</h2>", *(f"<figure>{_svg(plot, runs)}</figure>" for plot in PLOTS)]
+    for name, config in configs.items():
+        parts.append(f"<details><summary>configuration of {html.escape(name)}</summary>")
+        parts.append(f"<pre>{html.escape(config.to_json())}</pre></details>")
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>alp</title><style>{_STYLE}</style>'
+    page = f"{head}{''.join(parts)}</html>"
+    try:
+        write_whole(out, lambda file: file.write(page.encode()))
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written: {error.strerror}") from None
+
+
+def _summary(config: TrainConfig, folder: Path) -> str:
+    task = config.task.path or config.task.name
+    rollout = config.rollout
+    text = f"{config.update.method} on {task}, rollouts on the {rollout.path} path with lag {rollout.lag}."
+    outcome = folder / "outcome.json"
+    if outcome.is_file():
+        data = json.loads(outcome.read_text())
+        before, after = data["before"], data["after"]
+        text += " Accuracy on evaluation problems, before and after: " + ", ".join(
+            f"{key} {before[key]:.3f} → {after[key]:.3f}" for key in ("train", "rollout", "greedy")
+        )
+    return f"<p>{html.escape(text)}</p>"
+
+
+def _table(metrics: list[Metrics]) -> str:
+    """First and last values, each the mean of a few recorded steps."""
+    rows = [f"<tr><th>{len(metrics)} steps</th><th>first {_WINDOW}</th><th>last {_WINDOW}</th></tr>"]
+    for key, label in _ROWS.items():
+        values = [m[key] for m in metrics if key in m]
+        if values:
+            first, last = (sum(part) / len(part) for part in (values[:_WINDOW], values[-_WINDOW:]))
+            rows.append(f"<tr><td>{html.escape(label)}</td><td>{first:.4g}</td><td>{last:.4g}</td></tr>")
+    sigma = [m["sigma"] for m in metrics if "sigma" in m]
+    if sigma:
+        for layer, (first, last) in enumerate(zip(sigma[0], sigma[-1], strict=True)):
+            rows.append(f"<tr><td>sigma {layer}</td><td>{first:.4g}</td><td>{last:.4g}</td></tr>")
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _svg(plot: str, runs: Series) -> str:
+    figure = draw(plot, runs)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

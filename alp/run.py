@@ -1,0 +1,163 @@
+"""A run's folder: config.json, commit.txt, metrics.jsonl, tensorboard/, checkpoints/, plots/, model/.
+
+Whatever must survive a kill is written beside its place, synced and renamed: a file is the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from .config import TrainConfig, UserError
+
+Metrics = dict[str, Any]
+"""One step: numbers, and for sigma and the envelope lists of numbers."""
+
+_KEPT = 2
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in place; on failure (a full disk) `path` stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The steps on record; a last line torn by a kill is left out, one torn elsewhere is a UserError."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from None
+    return steps
+
+
+class Run:
+    """An open run folder. Only rank 0 holds one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metrics = folder / "metrics.jsonl"
+        self._writer: SummaryWriter | None = None
+
+    @staticmethod
+    def create(config: TrainConfig) -> Run:
+        """A new folder under config.runs; a name that is taken is a UserError."""
+        task = config.task.path.stem if config.task.path else config.task.name
+        stem = f"{task}-{config.update.method}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = config.runs / (config.name or stem)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise UserError(f"{folder} exists; continue it with --resume {folder}, or give another --name") from None
+        except OSError as error:
+            raise UserError(f"runs={config.runs}: {error.strerror}") from None
+        (folder / "config.json").write_text(config.to_json())
+        (folder / "commit.txt").write_text(_commit())
+        return Run(folder)
+
+    # -------------------------------------------------------------- metrics
+
+    def record(self, metrics: Metrics) -> None:
+        """Append a step to metrics.jsonl and TensorBoard."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=metrics["step"])
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(name, value, metrics["step"])
+        for layer, sigma in enumerate(metrics.get("sigma", [])):
+            self._writer.add_scalar(f"sigma/{layer}", sigma, metrics["step"])
+
+    @property
+    def metrics(self) -> list[Metrics]:
+        return read_metrics(self._metrics)
+
+    def keep_metrics(self, num_steps: int) -> None:
+        """Forget the steps after a checkpoint: they will be made again."""
+        kept = [json.dumps(m) + "\n" for m in self.metrics if m["step"] <= num_steps]
+        write_whole(self._metrics, lambda file: file.write("".join(kept).encode()))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    # -------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, num_steps: int, state: dict[str, Any]) -> None:
+        """Keep the state after `num_steps` steps, and the one before; on a full disk the old ones stay intact."""
+        path = self.folder / "checkpoints" / f"{num_steps:08d}.pt"
+        try:
+            write_whole(path, lambda file: torch.save(state, file))
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            kept = self.checkpoints()
+            still = f"; {kept[-1]} is intact" if kept else ""
+            again = f"make room, then alp train --resume {self.folder}"
+            raise UserError(f"{path} cannot be written: {error}{still}; {again}") from error
+        for old in self.checkpoints()[:-_KEPT]:
+            old.unlink()
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        return sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))
+
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any]:
+        found = self.checkpoints()
+        if not found:
+            raise UserError(f"{self.folder} has no checkpoint yet; start it again")
+        state = torch.load(found[-1], map_location=device, weights_only=True)
+        assert isinstance(state, dict)
+        return state
+
+    def save_model(self, save: Callable[[Path], None]) -> Path:
+        """Write the trained model in Hugging Face form to model/, whole or not at all."""
+        folder = self.folder / "model"
+        beside = Path(tempfile.mkdtemp(prefix=".model-", dir=self.folder))
+        save(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(beside, folder)
+        return folder
+
+
+def _commit() -> str:
+    """The commit of the code and its uncommitted diff, where the code is in a git checkout."""
+    here = Path(__file__).parent
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout
+
+    try:
+        if git("ls-files", Path(__file__).name) == "":
+            return "not under version control\n"
+        return git("rev-parse", "HEAD") + git("diff", "HEAD", "--", "..")
+    except (OSError, subprocess.CalledProcessError):
+        return "not under version control\n"

@@ -1,0 +1,321 @@
+"""The loop: roll out, score, centre, update, record.
+
+What of textbook PPO/GRPO is left out, and why:
+- a value network and GAE: a group's mean reward is the baseline, and rewards come at the end;
+- the old policy's forward: ALP and Bypass divide by what the sampling engine reported; only GRPO-like rows recompute;
+- several epochs over a batch: minibatches and lag already make the data stale;
+- a KL penalty to a reference model: runs are short, and the reward is verified, not modelled;
+- a learning-rate schedule and early stopping: neither has proved useful yet.
+
+P prompts, G samples each; a step is one rollout batch and `minibatches` optimiser steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alp_kernels import Stats
+
+from .advantage import centre
+from .config import TrainConfig, UserError
+from .diagnostics import diagnose
+from .evaluate import evaluate
+from .inference import InferenceEngine
+from .models import TINY, Policy, load_policy, make_tiny
+from .parallel import World
+from .plots import save_plots
+from .progress import Reporter
+from .rollout import Completions, sample, uniforms
+from .run import Metrics, Run, write_whole
+from .tasks import Problem, Score, Task, make_task
+from .update import Experience, StepResult, Updater, score_clean
+from .warmup import new_tokens, warmed_up
+
+
+class Clock:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[f"{phase}_s"] = self.seconds.get(f"{phase}_s", 0.0) + time.monotonic() - start
+
+
+class Trainer:
+    """Everything a run holds, and one step of it."""
+
+    def __init__(self, config: TrainConfig, world: World, policy: Policy, task: Task) -> None:
+        if config.rollout.prompts % (config.update.minibatches * world.size):
+            raise UserError(
+                f"rollout.prompts={config.rollout.prompts}; it needs a multiple of update.minibatches="
+                f"{config.update.minibatches} times the number of processes, {world.size}"
+            )
+        self.config, self.world, self.policy, self.task = config, world, policy, task
+        self.max_new_tokens = new_tokens(config, policy, task)
+        self.engine = InferenceEngine(policy.model, config.rollout)
+        self.updater = Updater(policy.model, config.update, config.rollout.temperature, config.seed, world)
+        self.before: dict[str, float] = {}
+        self.num_steps = 0
+
+    def step(self) -> Metrics:
+        """One rollout batch and the optimiser steps it feeds; returns what to record."""
+        clock = Clock()
+        with clock("rollout"):
+            completions = self.roll_out()
+        with clock("score"):
+            scores = self.score(completions)
+        with clock("update"):
+            experience = self.centre(completions, scores)
+        with clock("diagnose"):
+            metrics = self.diagnose(experience)
+        with clock("update"):
+            results = self.update(experience)
+        with clock("push"):
+            self.engine.push(self.policy.model)
+        self.num_steps += 1
+        return {"step": self.num_steps} | self.report(completions, scores, results) | metrics | clock.seconds
+
+    # -------------------------------------------------------------- roll out, score, centre, update
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Places in the whole batch of this rank's prompts: a share of each minibatch, one after the other."""
+        return self.world.share(self.config.rollout.prompts, self.config.update.minibatches)
+
+    @property
+    def problems(self) -> list[Problem]:
+        first = self.num_steps * self.config.rollout.prompts
+        return [self.task.problem("train", first + i) for i in self.prompt_ids]
+
+    def roll_out(self) -> Completions:
+        """G samples of each of this rank's prompts, from the inference engine."""
+        rollout = self.config.rollout
+        u = uniforms(rollout.prompts * rollout.samples, self.max_new_tokens, self.config.seed, self.num_steps)
+        return sample(
+            Policy(self.engine.model, self.policy.tokenizer),
+            [self.policy.encode_prompt(problem.question) for problem in self.problems],
+            rollout.samples,
+            self.max_new_tokens,
+            u=u.view(rollout.prompts, rollout.samples, -1)[self.prompt_ids].flatten(0, 1),
+            temperature=rollout.temperature,
+            chunk=rollout.chunk,
+        )
+
+    def score(self, completions: Completions) -> list[Score]:
+        problems, num_samples = self.problems, self.config.rollout.samples
+        return [problems[i // num_samples].score(text) for i, text in enumerate(completions.texts)]
+
+    def centre(self, completions: Completions, scores: list[Score]) -> Experience:
+        """Advantages, and for the methods that need them the log-probabilities before this batch's updates."""
+        config, device = self.config, self.world.device
+        num_samples = config.rollout.samples
+        rewards_PG = torch.tensor([score.reward for score in scores], device=device).view(-1, num_samples)
+        groups = torch.tensor(self.prompt_ids, device=device)[:, None] * num_samples
+        experience = Experience(
+            completions,
+            advantages=centre(rewards_PG, config.update.normalise_std).flatten(),
+            sample_ids=(groups + torch.arange(num_samples, device=device)).flatten(),
+            old_logp=None,
+        )
+        if self.updater.method.needs_old_logp:
+            old_logp = score_clean(self.policy.model, experience, config.rollout.temperature, config.update.micro_batch)
+            experience = dataclasses.replace(experience, old_logp=old_logp)
+        return experience
+
+    def update(self, experience: Experience) -> list[StepResult]:
+        """The batch's optimiser steps, one for each minibatch."""
+        num_minibatches = self.config.update.minibatches
+        minibatches = experience.split(len(experience.advantages) // num_minibatches)
+        first = self.num_steps * num_minibatches
+        return [self.updater.step(first + i, minibatch) for i, minibatch in enumerate(minibatches)]
+
+    # -------------------------------------------------------------- what a step reports
+
+    def diagnose(self, experience: Experience) -> Metrics:
+        """Every so many steps: engine mismatch, staleness and perturbation shift, apart."""
+        every = self.config.diagnose_every
+        if every == 0 or self.num_steps % every:
+            return {}
+        return diagnose(
+            self.updater, self.engine.weights, experience, self.num_steps, self.config.update.micro_batch, self.world
+        )
+
+    def report(self, completions: Completions, scores: list[Score], results: list[StepResult]) -> Metrics:
+        """The step's figures over all ranks; method.md's list, rewards, noise and counts."""
+        sums = self.world.sum(
+            [
+                float(len(scores)),
+                sum(score.reward for score in scores),
+                float(sum(score.correct for score in scores)),
+                float(sum(not score.parsed for score in scores)),
+                float(completions.truncated.sum()),
+                float(sum(result.loss for result in results)),
+            ]
+        )
+        count, reward, correct, unparsed, truncated, loss = sums
+        stats = Stats.cat([result.stats for result in results]).gather()
+        metrics: Metrics = {
+            "reward": reward / count,
+            "accuracy": correct / count,
+            "unparsed": unparsed,
+            "truncated": truncated,
+            "loss": loss / len(results),
+            "grad_norm": float(torch.stack([result.grad_norm for result in results]).mean()),
+            "grad_norm_max": float(torch.stack([result.grad_norm for result in results]).max()),
+        } | stats.summary()
+        handle = self.updater.handle
+        if handle is not None:
+            metrics |= {"sigma": handle.sigma.tolist(), "realised_noise": handle.realised()["rms_over_nominal"]}
+        every = self.config.diagnose_every
+        if every and (self.num_steps - 1) % every == 0:
+            metrics["envelope"] = stats.envelope()
+        return metrics
+
+    # -------------------------------------------------------------- outcome and state
+
+    def evaluate(self) -> dict[str, float]:
+        return evaluate(
+            self.policy,
+            self.task,
+            self.config.rollout,
+            num_problems=self.config.eval_prompts,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.config.seed,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs to continue bit for bit; data and sampling follow from the number of steps."""
+        handle = self.updater.handle
+        return {
+            "num_steps": self.num_steps,
+            "before": self.before,
+            "model": self.policy.model.state_dict(),
+            "optimiser": self.updater.optimiser.state_dict(),
+            "noise": None if handle is None else handle.state_dict(),
+            "sampling_weights": list(self.engine.history),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.world.device.type == "cuda" else [],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.num_steps, self.before = state["num_steps"], state["before"]
+        self.policy.model.load_state_dict(state["model"])
+        self.updater.optimiser.load_state_dict(state["optimiser"])
+        if self.updater.handle is not None:
+            self.updater.handle.load_state_dict(state["noise"])
+        self.engine.restore(state["sampling_weights"])
+        torch.set_rng_state(state["random"].cpu())
+        if state["random_cuda"]:
+            torch.cuda.set_rng_state_all([value.cpu() for value in state["random_cuda"]])
+
+
+def make_policy(config: TrainConfig, task: Task, world: World, is_resumed: bool) -> Policy:
+    """The model to train: loaded, or the tiny one, which rank 0 warms up first; a resumed run's weights come later."""
+    if config.model.path != TINY:
+        return load_policy(config.model, world.device)
+    if is_resumed:
+        policy = make_tiny(config.model)
+    else:
+        if not world.is_main:
+            world.barrier()  # rank 0 fills the cache
+        with Reporter("warm-up", None, quiet=not world.is_main) as report:
+            policy, line = warmed_up(
+                config,
+                task,
+                lambda step, loss, accuracy: report(step, f"loss {loss:.2f}  greedy accuracy {accuracy:.2f}"),
+            )
+        if world.is_main:
+            print(line, flush=True)
+            world.barrier()
+    policy.model.to(device=world.device, dtype=getattr(torch, config.model.dtype))
+    return policy
+
+
+def train(config: TrainConfig, resume: Path | None = None) -> Path:
+    """Run, or continue, a training run; returns its folder."""
+    start = time.monotonic()
+    if resume is not None:
+        config = TrainConfig.load(resume / "config.json")
+    world = World(config.device)
+    try:
+        return _train(config, resume, world, start)
+    finally:
+        world.close()
+
+
+def _train(config: TrainConfig, resume: Path | None, world: World, start: float) -> Path:
+    task = make_task(config.task, config.seed)
+    run = Run(resume) if resume is not None else None
+    checkpoint = run.load_checkpoint(world.device) if run is not None else None
+    trainer = Trainer(config, world, make_policy(config, task, world, checkpoint is not None), task)
+    if run is None and world.is_main:
+        run = Run.create(config)
+    if checkpoint is not None:
+        trainer.load_state(checkpoint)
+    elif world.is_main:
+        trainer.before = trainer.evaluate()
+    if run is not None and world.is_main:
+        run.keep_metrics(trainer.num_steps)
+        print(f"run folder: {run.folder}", flush=True)
+    world.barrier()
+
+    with Reporter("train", config.steps, start=trainer.num_steps, quiet=not world.is_main) as progress:
+        while trainer.num_steps < config.steps:
+            metrics = trainer.step()
+            if run is not None and world.is_main:
+                run.record(metrics)
+                is_due = trainer.num_steps % config.checkpoint_every == 0 or trainer.num_steps == config.steps
+                if is_due:
+                    run.save_checkpoint(trainer.num_steps, trainer.state())
+            progress(trainer.num_steps, _numbers(metrics))
+    world.barrier()
+    folder = world.broadcast(str(run.folder) if run is not None and world.is_main else None)
+    if run is not None and world.is_main:
+        after = trainer.evaluate()
+        run.save_model(trainer.policy.save)
+        save_plots(run.folder.name, run.metrics, run.folder / "plots")
+        write_whole(
+            run.folder / "outcome.json",
+            lambda file: file.write(json.dumps({"before": trainer.before, "after": after}, indent=2).encode()),
+        )
+        run.close()
+        print(_outcome(config, trainer.before, after, run, time.monotonic() - start), flush=True)
+    world.barrier()
+    return Path(folder)
+
+
+def _numbers(metrics: Metrics) -> str:
+    """The figures beside the progress bar."""
+    text = f"reward {metrics['reward']:.3f}"
+    if "k3_kl" in metrics:
+        text += f"  k3 KL {metrics['k3_kl']:.4f}  ratio q99.9 {metrics['token_ratio/q99.9']:.2f}"
+    if "sigma" in metrics:
+        text += f"  sigma {min(metrics['sigma']):.4f}-{max(metrics['sigma']):.4f}"
+    return text
+
+
+def _outcome(config: TrainConfig, before: dict[str, float], after: dict[str, float], run: Run, seconds: float) -> str:
+    """The last line: what was learned, and where to look."""
+    steps = run.metrics
+    line = (
+        f"learned in {seconds:.0f} s: sampled accuracy {before['train']:.3f} -> {after['train']:.3f} (training path), "
+        f"{before['rollout']:.3f} -> {after['rollout']:.3f} ({config.rollout.path} path)"
+    )
+    if steps and "k3_kl" in steps[-1]:
+        line += f"; k3 KL between them {sum(m['k3_kl'] for m in steps) / len(steps):.4f}"
+    if steps and steps[-1].get("realised_noise"):
+        realised = steps[-1]["realised_noise"]
+        line += f"; realised noise {sum(realised) / len(realised):.3f} of nominal"
+    return f"{line}; see {run.folder} (alp report {run.folder})"

@@ -1,0 +1,182 @@
+"""One optimiser step: perturbed forward, fused loss, backward, sum over ranks, clip, AdamW.
+
+B sequences of this rank's minibatch, T response tokens, W + T tokens with the prompt, D channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alp_kernels import LossOutput, Perturbation, Stats, attach, fused_alp_loss, linear_logprob
+
+from .config import UpdateConfig, UserError
+from .methods import METHODS, Method
+from .models import hidden_states, output_head, positions
+from .parallel import World
+from .rollout import Completions
+
+_POSITION_BITS = 20  # of a row's identity; the sample's number stands above
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Scored completions of this rank, and what the loss needs beside them."""
+
+    completions: Completions
+    advantages: Tensor  # (B,) float32
+    sample_ids: Tensor  # (B,) int64: number in the whole rollout batch, on all ranks; names the rows' noise
+    old_logp: Tensor | None  # (B, T), clean, before this batch's updates; for methods that recompute it
+
+    def rows(self, index: slice) -> Experience:
+        old = None if self.old_logp is None else self.old_logp[index]
+        return Experience(self.completions.rows(index), self.advantages[index], self.sample_ids[index], old)
+
+    def split(self, size: int | None) -> Iterator[Experience]:
+        num_rows = len(self.advantages)
+        size = size or num_rows
+        yield from (self.rows(slice(start, start + size)) for start in range(0, num_rows, size))
+
+
+class StepResult(NamedTuple):
+    stats: Stats  # this rank's
+    loss: Tensor  # () this rank's share; the ranks' sum is the loss
+    grad_norm: Tensor  # () of the whole batch's gradient, before clipping
+
+
+def row_ids(experience: Experience) -> Tensor:
+    """(B, W + T - 1): identities of the rows the forward reads, whatever the padding, order, rank or micro-batch."""
+    where = positions(experience.completions.attention_mask[:, :-1])
+    return (experience.sample_ids[:, None] << _POSITION_BITS) | where
+
+
+@torch.no_grad()
+def score_clean(model: PreTrainedModel, experience: Experience, temperature: float, micro_batch: int | None) -> Tensor:
+    """(B, T) log-probabilities of the completions' tokens under the unperturbed model, on the training path."""
+    return torch.cat([_forward_logp(model, part, temperature) for part in experience.split(micro_batch)])
+
+
+def _forward_logp(model: PreTrainedModel, part: Experience, temperature: float) -> Tensor:
+    completions, head = part.completions, output_head(model)
+    keep = completions.mask.shape[1]
+    hidden = hidden_states(model, completions.tokens, completions.attention_mask, keep)
+    logp, _ = linear_logprob(
+        hidden,
+        head.weight,
+        completions.targets,
+        mask=completions.mask,
+        bias=head.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+    )
+    return logp
+
+
+class Updater:
+    """The trained model's perturbation and optimiser."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: UpdateConfig, temperature: float, seed: int, world: World
+    ) -> None:
+        self.model, self.config, self.temperature, self.world = model, config, temperature, world
+        method = METHODS[config.method]
+        self.method: Method = method.with_clips(config.clip_low, config.clip_high, config.dual_clip)
+        groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
+        self.handle: Perturbation | None = None
+        if method.perturbed:
+            try:
+                self.handle = attach(
+                    model,
+                    config.sigma,
+                    layers=_layers(config.layers),
+                    learnable=config.sigma_lr > 0,
+                    seed=seed,
+                    scale=config.scale,
+                )
+            except (ValueError, TypeError) as error:
+                raise UserError(f"update.layers={config.layers!r}: {error}") from None
+            if config.sigma_lr > 0:
+                groups.append(self.handle.param_group(config.sigma_lr))
+        self.optimiser = torch.optim.AdamW(groups, lr=config.lr)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimiser.param_groups for p in group["params"]]
+
+    @contextlib.contextmanager
+    def perturbed(self, step: int, experience: Experience) -> Iterator[None]:
+        """Noise on, for methods that perturb."""
+        if self.handle is None:
+            yield
+            return
+        with self.handle.perturbed(step=step, row_ids=row_ids(experience)):
+            yield
+
+    def step(self, step: int, minibatch: Experience) -> StepResult:
+        """One optimiser step on a minibatch; `step` counts them over the whole run and names the noise."""
+        completions = minibatch.completions
+        num_tokens, num_sequences = self.world.sum([float(completions.mask.sum()), float(len(minibatch.advantages))])
+        self.optimiser.zero_grad(set_to_none=True)
+        parts = []
+        for part in minibatch.split(self.config.micro_batch):
+            with self.perturbed(step, part):
+                out = self.loss(part, num_tokens, num_sequences)
+                out.loss.backward()
+            parts.append(out)
+        self.world.sum_gradients(self.parameters)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        if not grad_norm.isfinite():
+            raise UserError(f"optimiser step {step}: the gradient's norm is {float(grad_norm)}; lower update.lr")
+        self.optimiser.step()
+        stats = Stats.cat([out.stats for out in parts])
+        return StepResult(stats, torch.stack([out.loss.detach() for out in parts]).sum(), grad_norm)
+
+    def loss(self, part: Experience, num_tokens: float, num_sequences: float) -> LossOutput:
+        """The method's loss of a micro-batch, as its share of the whole batch's."""
+        completions, head = part.completions, output_head(self.model)
+        keep = completions.mask.shape[1]
+        hidden = hidden_states(self.model, completions.tokens, completions.attention_mask, keep)
+        logit_noise = None
+        if self.config.layers == "logits" and self.handle is not None:
+            ids = row_ids(part)[:, -keep:].reshape(-1)
+            logit_noise = self.handle.logit_noise(len(ids), ids)
+        return fused_alp_loss(
+            hidden,
+            head.weight,
+            completions.targets,
+            completions.logp,
+            part.advantages,
+            completions.mask,
+            objective=self.method.objective,
+            bias=head.bias,
+            temperature=self.temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            logit_noise=logit_noise,
+            old_logp=part.old_logp,
+            turn_ends=last_token(completions.mask) if self.method.objective.level == "cum-turn" else None,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+        )
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """(B, T) bool: the last token of each response. One response is one turn here."""
+    return mask & (mask.long().cumsum(dim=1) == mask.long().sum(dim=1, keepdim=True))
+
+
+def _layers(text: str) -> str | list[int]:
+    """update.layers: a name, or numbers separated by commas."""
+    if text in ("all", "final", "logits"):
+        return text
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f'update.layers={text!r}; it needs "all", "final", "logits" or numbers like "0,3"') from None

@@ -1,0 +1,171 @@
+"""Supervised warm-up of the tiny model on faulty demonstrations, until its greedy answers are right; cached.
+
+Muon on the hidden matrices, AdamW on the rest: 200 steps where AdamW alone needs 500 or more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import Qwen2ForCausalLM
+
+from . import chain, models, tasks
+from .config import TrainConfig, UserError
+from .models import TINY, Policy, hidden_states, make_tiny
+from .rollout import sample
+from .tasks import Task
+
+logger = logging.getLogger("alp")
+
+_EVAL_EVERY = 25
+_EVAL_PROBLEMS = 128
+_LR_WARMUP = 20  # steps
+_MUON_LR_RATIO = 10 / 3  # Muon's learning rate over AdamW's
+_SLACK = 2  # tokens a completion may have beyond the longest demonstration seen
+_LENGTH_PROBE = 512  # demonstrations looked at for that
+_DEFAULT_NEW_TOKENS = 256
+
+Report = Callable[[int, float, float], None]
+"""Called with step, loss and greedy accuracy."""
+
+
+def new_tokens(config: TrainConfig, policy: Policy, task: Task) -> int:
+    """The length limit of a completion: as configured, else what demonstrations need (tiny model), else 256."""
+    if config.rollout.max_new_tokens is not None:
+        return config.rollout.max_new_tokens
+    return completion_length(policy, task) if config.model.path == TINY else _DEFAULT_NEW_TOKENS
+
+
+def completion_length(policy: Policy, task: Task) -> int:
+    """Tokens that the longest of many demonstrations needs, the end token included, and a little slack."""
+    lengths = [len(policy.tokenizer.encode(task.demonstration(i, 0.0)[1])) for i in range(_LENGTH_PROBE)]
+    return max(lengths) + 1 + (0 if min(lengths) == max(lengths) else _SLACK)
+
+
+def warmed_up(config: TrainConfig, task: Task, report: Report) -> tuple[Policy, str]:
+    """The tiny model after its warm-up, from the cache where it is there; and a line on what happened."""
+    folder = config.runs / "cache" / f"tiny-{task.name}-{_key(config, task)}"
+    if folder.is_dir():
+        model = Qwen2ForCausalLM.from_pretrained(folder)
+        return Policy(model.train(), models.character_tokenizer()), f"warm-up: taken from {folder}"
+    start = time.monotonic()
+    torch.manual_seed(config.seed)
+    policy = make_tiny(config.model)
+    if config.warmup.accuracy == 0:
+        return policy, "warm-up: skipped (warmup.accuracy=0)"
+    steps, accuracy = _train(policy, config, task, report)
+    _publish(policy, folder)
+    return policy, (
+        f"warm-up: greedy accuracy {accuracy:.2f} after {steps} steps, {time.monotonic() - start:.0f} s; "
+        f"kept in {folder}"
+    )
+
+
+def _key(config: TrainConfig, task: Task) -> str:
+    """A digest of everything that determines the warmed-up weights."""
+    sources = [Path(str(module.__file__)).read_text() for module in (chain, models, tasks)]
+    parts = [
+        task.identity(),
+        dataclasses.asdict(config.warmup),
+        dataclasses.asdict(config.model),
+        config.seed,
+        torch.__version__,
+        transformers.__version__,
+        torch.get_num_threads(),
+        sources,
+        Path(__file__).read_text(),
+    ]
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _publish(policy: Policy, folder: Path) -> None:
+    """Write beside, then rename: a cache entry is whole or absent, also where two runs make it at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        policy.save(beside)
+        os.rename(beside, folder)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        if not folder.is_dir():  # another run was first: its model is the same
+            raise
+
+
+def _train(policy: Policy, config: TrainConfig, task: Task, report: Report) -> tuple[int, float]:
+    warmup, model = config.warmup, policy.model
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    chosen = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimisers = [
+        torch.optim.Muon(
+            matrices,
+            lr=warmup.lr * _MUON_LR_RATIO,
+            weight_decay=0.0,
+            momentum=0.9,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(others, lr=warmup.lr, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+    ramps = [torch.optim.lr_scheduler.LinearLR(o, 1 / _LR_WARMUP, total_iters=_LR_WARMUP) for o in optimisers]
+    max_new_tokens = completion_length(policy, task)
+    accuracy = 0.0
+    for step in range(1, warmup.max_steps + 1):
+        demonstrations = [
+            task.demonstration(i, warmup.error) for i in range((step - 1) * warmup.batch, step * warmup.batch)
+        ]
+        loss = _loss(policy, demonstrations)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser, ramp in zip(optimisers, ramps, strict=True):
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            ramp.step()
+        if step % _EVAL_EVERY == 0:
+            accuracy = _greedy_accuracy(policy, task, max_new_tokens)
+            report(step, loss.item(), accuracy)
+            if accuracy >= warmup.accuracy:
+                return step, accuracy
+    raise UserError(
+        f"warm-up: greedy accuracy is {accuracy:.2f} after {warmup.max_steps} steps, below warmup.accuracy="
+        f"{warmup.accuracy}; RL would stay flat. Raise warmup.max_steps, ease task.options, or give a model.path"
+    )
+
+
+def _loss(policy: Policy, demonstrations: list[tuple[str, str]]) -> Tensor:
+    """Cross-entropy of the answers and their end token; prompts and padding carry none."""
+    eos = policy.eos_ids[0]
+    prompts = [policy.encode_prompt(question) for question, _ in demonstrations]
+    answers = [[*policy.tokenizer.encode(answer), eos] for _, answer in demonstrations]
+    width, length = max(map(len, prompts)), max(map(len, answers))
+    tokens, attending, labels = [], [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        before, after = width - len(prompt), length - len(answer)
+        tokens.append([policy.pad_id] * before + prompt + answer + [policy.pad_id] * after)
+        attending.append([0] * before + [1] * (len(prompt) + len(answer)) + [0] * after)
+        labels.append(answer + [-100] * after)
+    device = policy.model.device
+    token_ids, attention_mask, targets = (torch.tensor(x, device=device) for x in (tokens, attending, labels))
+    logits = policy.model.get_output_embeddings()(hidden_states(policy.model, token_ids, attention_mask, length))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _greedy_accuracy(policy: Policy, task: Task, max_new_tokens: int) -> float:
+    """Of problems that no split but this one has: the warm-up's demonstrations never reach these indices."""
+    problems = [task.problem("warmup", (1 << 23) + i) for i in range(_EVAL_PROBLEMS)]
+    prompts = [policy.encode_prompt(problem.question) for problem in problems]
+    completions = sample(policy, prompts, 1, max_new_tokens, u=None)
+    scores = [problem.score(text) for problem, text in zip(problems, completions.texts, strict=True)]
+    return sum(score.correct for score in scores) / len(scores)
