@@ -6,13 +6,14 @@ fused_alp_loss   hidden states -> policy loss, the logits never all in memory
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .attach import Perturbation, attach
+from .attach import attach
 from .engine import EngineUnavailable
 from .head import LogitNoise, fused_alp_loss, linear_logprob
 from .loss import LossOutput, importance_weight, policy_loss
 from .noise import normal
 from .objective import PRESETS, Objective
 from .perturb import perturb
+from .perturbation import Perturbation
 from .stats import Stats
 
 try:

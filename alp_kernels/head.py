@@ -1,28 +1,23 @@
-"""Hidden states -> log-probabilities -> policy loss, with the logits never all in memory (docs/math.md, section 4).
+"""Hidden states -> log-probabilities -> policy loss, with the logits never all in memory: the public functions.
 
-x = h W' + bias for a chunk of rows;   dh = dx W;   dW += dx' h.   One N x V x D product each: three in all, because a row's
-dx needs only its own logits and coefficients known in the chunk. Token level: any rows make a chunk. Sequence, turn and
-cumulative levels: a chunk holds whole sequences; one that does not fit is passed twice (a fourth product).
-Rows outside the mask cost no product; rows without a gradient (zero advantage, clipped) no backward product.
+Here arguments are checked and brought to one form; fused.py computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .engine import pick
-from .layout import Batch, flatten
+from .fused import FusedLoss, LinearLogprob, Plan, plan_order
+from .layout import flatten
 from .loss import LossOutput, level_log_ratio
 from .noise import LOGITS_LAYER, Stream, check_stream
-from .objective import Objective, row_loss
+from .objective import Objective
 from .perturb import DTYPES
-from .reference import Head, HeadRows
+from .reference import Head
 from .stats import Stats
 
 
@@ -34,221 +29,6 @@ class LogitNoise(NamedTuple):
     step: int
     row_ids: Tensor | None = None  # like targets, int64; without them row_start, row_start + 1, ...
     row_start: int = 0
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One call's constants; none of them is differentiated."""
-
-    engine: ModuleType
-    head: Head  # temperature and row ids for all N rows
-    targets: Tensor  # (N,)
-    chunk_rows: int
-    with_grad: bool
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden[index], weight, bias)
-
-    def parts(self, index: Tensor) -> Iterator[Tensor]:
-        return iter(index.split(self.chunk_rows)) if len(index) else iter(())
-
-
-class _Grads:
-    """Gradients of hidden, weight, bias and the logit noise, summed over chunks in float32 and rounded once."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        sigma: Tensor | None,
-        needs: list[bool],
-        num_chunks: int,
-    ) -> None:
-        self.hidden, self.weight = hidden, weight
-        # a single chunk's product is rounded once whatever the dtype of its sum
-        total = torch.float32 if num_chunks > 1 and weight.dtype != torch.float64 else weight.dtype
-        self.dhidden = torch.zeros_like(hidden) if needs[0] else None
-        self.dweight = torch.zeros_like(weight, dtype=total) if needs[1] else None
-        self.dbias = torch.zeros_like(bias, dtype=total) if bias is not None and needs[2] else None
-        self.dsigma = torch.zeros_like(sigma) if sigma is not None else None
-
-    def add(self, index: Tensor, dx: Tensor, dsigma: Tensor | None) -> None:
-        """Take up the logits' gradient dx (n, V) of rows `index` (n,)."""
-        if self.dhidden is not None:
-            self.dhidden[index] = dx @ self.weight
-        if self.dweight is not None:
-            _addmm(self.dweight, dx.t(), self.hidden[index])
-        if self.dbias is not None:
-            self.dbias += dx.sum(dim=0, dtype=self.dbias.dtype)
-        if self.dsigma is not None and dsigma is not None:
-            self.dsigma += dsigma
-
-    def rounded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        dweight = None if self.dweight is None else self.dweight.to(self.weight.dtype)
-        dbias = None if self.dbias is None else self.dbias.to(self.weight.dtype)
-        return self.dhidden, dweight, dbias, self.dsigma
-
-
-def _addmm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b without rounding the product to a 16-bit dtype before a float32 sum."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # no mixed product there: widen, a block of rows at a time
-        for start in range(0, len(a), 16384):
-            rows = slice(start, start + 16384)
-            total[rows].addmm_(a[rows].float(), b.float())
-
-
-def _scaled(grads: tuple[Tensor | None, ...], by: Tensor) -> tuple[Tensor | None, ...]:
-    """Fresh tensors: what forward saved is never edited, so a second backward returns the same."""
-    return tuple(None if g is None else g * by.to(g.dtype) for g in grads)
-
-
-def _backward_rows(
-    plan: _Plan, x: Tensor, index: Tensor, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None, grads: _Grads
-) -> None:
-    """From logits x of rows `index` and their coefficients to the gradients; on the CPU rows without one are dropped."""
-    if x.device.type == "cpu":  # on a device the count would cost a sync
-        keep = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
-        if not keep.all():
-            x, index, dlogp = x[keep], index[keep], dlogp[keep]
-            out, dentropy = HeadRows(*(v[keep] for v in out)), None if dentropy is None else dentropy[keep]
-    if len(index) == 0:
-        return
-    dsigma = plan.engine.head_bwd(x, plan.targets[index], plan.head.rows(index), out, dlogp, dentropy)
-    grads.add(index, x, dsigma)
-
-
-class _FusedLoss(torch.autograd.Function):
-    """Returns (sum of weighted row losses, logp (N,), entropy (N,)); forms the gradients in forward and saves them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        log_sigma: Tensor | None,
-        plan: _Plan,
-        batch: Batch,
-        objective: Objective,
-        order: Tensor,
-        groups: list[int],
-        num_plain: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp, entropy = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(2))
-        num_chunks = sum(-(-group // plan.chunk_rows) for group in groups)
-        grads = _Grads(hidden, weight, bias, plan.head.sigma, list(ctx.needs_input_grad), num_chunks)
-
-        def forward_rows(index: Tensor) -> tuple[Tensor, HeadRows]:
-            x = plan.logits(hidden, weight, bias, index)
-            out = plan.engine.head_fwd(x, plan.targets[index], plan.head.rows(index))
-            logp[index], entropy[index] = out.logp, out.entropy
-            return x, out
-
-        with torch.autocast(hidden.device.type, enabled=False):
-            graded, plain = order[: len(order) - num_plain], order[len(order) - num_plain :]
-            if not plan.with_grad:
-                graded, plain, groups = order[:0], order, []
-            for index in plan.parts(plain):
-                forward_rows(index)
-            for group in graded.split(groups) if groups else ():
-                parts = list(plan.parts(group))
-                if objective.level == "token" and plan.engine.FUSES_TOKEN_LOSS:
-                    for index in parts:
-                        x = plan.logits(hidden, weight, bias, index)
-                        rows = batch.select(index).loss_rows()
-                        out, dsigma = plan.engine.head_token_loss(
-                            x, plan.targets[index], plan.head.rows(index), rows, objective
-                        )
-                        logp[index], entropy[index] = out.logp, out.entropy
-                        grads.add(index, x, dsigma)
-                    continue
-                passed = [forward_rows(index) for index in parts[:-1]]
-                outs, kept = [out for _, out in passed], None
-                del passed  # only the last part's logits stay for its backward
-                kept, out = forward_rows(parts[-1])
-                outs.append(out)
-                dlogp, dentropy = coefficients(logp[group], entropy[group], batch.select(group), objective)
-                sizes = [len(index) for index in parts]
-                dentropies = [None] * len(parts) if dentropy is None else list(dentropy.split(sizes))
-                for i in reversed(range(len(parts))):
-                    x = kept if kept is not None else plan.logits(hidden, weight, bias, parts[i])
-                    kept = None
-                    _backward_rows(plan, x, parts[i], outs[i], dlogp.split(sizes)[i], dentropies[i], grads)
-                    del x
-            index = order.sort().values  # sequences in order again
-            live, p, h = batch.select(index), logp[index], entropy[index]
-            ell = level_log_ratio(p, live, objective)
-            loss = (live.weight * row_loss(ell, p, h, live.loss_rows(), objective)).sum()
-        ctx.save_for_backward(*grads.rounded(), plan.head.sigma)
-        ctx.log_sigma_shape = None if log_sigma is None else log_sigma.shape
-        ctx.mark_non_differentiable(logp, entropy)
-        return loss, logp, entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _dlogp: Tensor, _dentropy: Tensor) -> tuple[Tensor | None, ...]:
-        *grads, sigma = ctx.saved_tensors
-        dhidden, dweight, dbias, dsigma = _scaled(tuple(grads), dloss)
-        dlog_sigma = None if dsigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)
-        return dhidden, dweight, dbias, dlog_sigma, *[None] * 6
-
-
-def coefficients(logp: Tensor, entropy: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the weighted loss with respect to logp and (where it has a coefficient) entropy, each (n,)."""
-    with torch.enable_grad():
-        p = logp.detach().requires_grad_()
-        h = entropy.detach().requires_grad_() if objective.entropy_coef != 0 else None
-        ell = level_log_ratio(p, batch, objective)
-        loss = (batch.weight * row_loss(ell, p, h, batch.loss_rows(), objective)).sum()
-        dlogp, *dentropy = torch.autograd.grad(loss, (p,) if h is None else (p, h))
-    return dlogp, dentropy[0] if dentropy else None
-
-
-class _LinearLogprob(torch.autograd.Function):
-    """Returns (logp (N,), entropy (N,)); saves only its inputs and makes the logits again in backward (four products)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        log_sigma: Tensor | None,
-        plan: _Plan,
-        order: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp, entropy, lse = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(3))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for index in plan.parts(order):
-                x = plan.logits(hidden, weight, bias, index)
-                out = plan.engine.head_fwd(x, plan.targets[index], plan.head.rows(index))
-                logp[index], entropy[index], lse[index] = out
-        ctx.save_for_backward(hidden, weight, bias, order, logp, entropy, lse)
-        ctx.plan, ctx.log_sigma_shape = plan, None if log_sigma is None else log_sigma.shape
-        return logp, entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, order, *rows = ctx.saved_tensors
-        plan: _Plan = ctx.plan
-        num_chunks = -(-len(order) // plan.chunk_rows)
-        grads = _Grads(hidden, weight, bias, plan.head.sigma, list(ctx.needs_input_grad), num_chunks)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for index in plan.parts(order):
-                x = plan.logits(hidden, weight, bias, index)
-                out = HeadRows(*(v[index] for v in rows))
-                _backward_rows(plan, x, index, out, dlogp[index], dentropy[index], grads)
-        dhidden, dweight, dbias, dsigma = grads.rounded()
-        dlog_sigma = None if dsigma is None else (dsigma * plan.head.sigma).reshape(ctx.log_sigma_shape)
-        return dhidden, dweight, dbias, dlog_sigma, None, None
 
 
 def _chunk_rows(chunk_bytes: int | None, hidden: Tensor, vocab: int) -> int:
@@ -270,7 +50,7 @@ def _check_head(
     logit_noise: LogitNoise | None,
     chunk_bytes: int | None,
     engine: str | None,
-) -> tuple[Tensor, Tensor, Tensor | None, _Plan]:
+) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
     """Check the arguments both public functions share. Returns hidden (N, D), weight, bias in one dtype, and the plan."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -311,16 +91,17 @@ def _check_head(
         outside &= mask != 0
     count, first = torch.stack([outside.sum(), outside.reshape(-1).to(torch.uint8).argmax()]).tolist()
     if count:
-        value = int(targets.reshape(-1)[first])
+        wrong = int(targets.reshape(-1)[first])
         at = (first,) if targets.dim() == 1 else divmod(first, targets.shape[1])
         raise ValueError(
-            f"{where}: targets has {count} values outside the vocabulary [0, {vocab}), first {value} at {at}"
+            f"{where}: targets has {count} values outside the vocabulary [0, {vocab}), first {wrong} at {at}"
         )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{where}: softcap={softcap}; it needs a number > 0, or None")
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"{where}: chunk_bytes={chunk_bytes}; it needs a number of bytes > 0, or None")
     real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    tau: Tensor | None
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1 and temperature.shape != targets.shape:
             raise ValueError(
@@ -332,9 +113,9 @@ def _check_head(
     else:
         if not temperature > 0:
             raise ValueError(f"{where}: temperature={temperature}; it needs a number > 0")
-        tau = (
-            None if temperature == 1 else torch.full((targets.numel(),), temperature, dtype=real, device=hidden.device)
-        )
+        tau = None
+        if temperature != 1:
+            tau = torch.full((targets.numel(),), temperature, dtype=real, device=hidden.device)
     head = Head(float(logit_scale), None if softcap is None else float(softcap), tau)
     if logit_noise is not None:
         log_sigma, seed, step, row_ids, row_start = logit_noise
@@ -349,35 +130,8 @@ def _check_head(
         head = head._replace(sigma=log_sigma.detach().reshape(()).exp(), stream=stream)
     flat_targets = targets.reshape(-1).long().clamp(0, vocab - 1)
     rows = _chunk_rows(chunk_bytes, hidden, vocab)
-    plan = _Plan(pick(engine, hidden.device), head, flat_targets, rows, torch.is_grad_enabled())
+    plan = Plan(pick(engine, hidden.device), head, flat_targets, rows, torch.is_grad_enabled())
     return hidden.reshape(-1, channels), weight, bias, plan
-
-
-def _order(batch: Batch, objective: Objective, chunk_rows: int) -> tuple[Tensor, list[int], int]:
-    """Which rows are computed, and how they group.
-
-    Returns the masked-in rows (n,), those that may have a gradient first; the sizes of their groups, of whole sequences
-    unless the level is token; and how many rows at the end need only their log-probability.
-    """
-    graded = batch.mask & ((batch.advantages != 0) | objective.has_penalty)
-    if objective.level != "token":  # a sequence with one graded row goes whole
-        per_sequence = torch.zeros_like(graded)
-        per_sequence.index_put_((batch.sequence,), graded, accumulate=True)
-        graded = batch.mask & per_sequence[batch.sequence]
-    order = torch.argsort(2 * (~batch.mask).long() + (~graded).long(), stable=True)
-    host = torch.stack([graded.sum(), batch.mask.sum()]).tolist()
-    num_graded, num_live = int(host[0]), int(host[1])
-    order = order[:num_live]
-    if objective.level == "token":
-        return order, [num_graded] if num_graded else [], num_live - num_graded
-    lengths = torch.unique_consecutive(batch.sequence[order[:num_graded]], return_counts=True)[1].tolist()
-    groups: list[int] = []
-    for length in lengths:
-        if groups and groups[-1] + length <= chunk_rows:
-            groups[-1] += length
-        else:
-            groups.append(length)
-    return order, groups, num_live - num_graded
 
 
 def fused_alp_loss(
@@ -428,7 +182,7 @@ def fused_alp_loss(
         ValueError, TypeError: naming the argument, what came and what fits, before any kernel runs.
     """
     where = "fused_alp_loss"
-    flat, weight, bias, plan = _check_head(
+    flat, head_weight, head_bias, plan = _check_head(
         where, hidden, weight, bias, targets, mask, temperature, softcap, logit_scale, logit_noise, chunk_bytes, engine
     )
     batch = flatten(
@@ -450,10 +204,10 @@ def fused_alp_loss(
         num_sequences=num_sequences,
         nonfinite=nonfinite,
     )
-    order, groups, num_plain = _order(batch, objective, plan.chunk_rows)
+    order, groups, num_plain = plan_order(batch, objective, plan.chunk_rows)
     log_sigma = None if logit_noise is None else logit_noise.log_sigma
-    loss, logp, entropy = _FusedLoss.apply(
-        flat, weight, bias, log_sigma, plan, batch, objective, order, groups, num_plain
+    loss, logp, entropy = FusedLoss.apply(
+        flat, head_weight, head_bias, log_sigma, plan, batch, objective, order, groups, num_plain
     )
     index = batch.mask.nonzero().squeeze(1)
     live, p = batch.select(index), logp[index]
@@ -480,7 +234,7 @@ def linear_logprob(
     Arguments as in `fused_alp_loss`. Rows off `mask` return 0 and cost nothing. Without a gradient (torch.no_grad) this is
     one product; with one, backward makes the logits again, chunk by chunk.
     """
-    flat, weight, bias, plan = _check_head(
+    flat, head_weight, head_bias, plan = _check_head(
         "linear_logprob",
         hidden,
         weight,
@@ -496,5 +250,5 @@ def linear_logprob(
     )
     order = torch.arange(len(flat), device=flat.device) if mask is None else mask.reshape(-1).nonzero().squeeze(1)
     log_sigma = None if logit_noise is None else logit_noise.log_sigma
-    logp, entropy = _LinearLogprob.apply(flat, weight, bias, log_sigma, plan, order)
+    logp, entropy = LinearLogprob.apply(flat, head_weight, head_bias, log_sigma, plan, order)
     return logp.view(targets.shape), entropy.view(targets.shape)

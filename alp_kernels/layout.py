@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ class Batch:
 
     def select(self, index: Tensor) -> Batch:
         """The rows `index` (n,), still in order; `shape` stays the caller's."""
-        chosen = {k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor) and v.dim() == 1}
+        chosen: dict[str, Any] = {k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor) and v.dim() == 1}
         return replace(self, **chosen)
 
     def loss_rows(self) -> LossRows:
@@ -56,7 +58,7 @@ def _sequences(
     num_rows = shape[0]
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
-        if len(ends) < 2 or ends[0] != 0 or ends[-1] != num_rows or any(a > b for a, b in zip(ends, ends[1:])):
+        if len(ends) < 2 or ends[0] != 0 or ends[-1] != num_rows or any(a > b for a, b in itertools.pairwise(ends)):
             raise ValueError(
                 f"{where}: cu_seqlens is {ends}; it needs to rise from 0 to N = {num_rows}, shape (B + 1,)"
             )
@@ -65,7 +67,8 @@ def _sequences(
     if sequence_ids is not None:
         if sequence_ids.shape != shape or sequence_ids.device != device:
             raise ValueError(
-                f"{where}: sequence_ids is {tuple(sequence_ids.shape)} on {sequence_ids.device}; it needs {tuple(shape)} on {device}"
+                f"{where}: sequence_ids is {tuple(sequence_ids.shape)} on {sequence_ids.device}; "
+                f"it needs {tuple(shape)} on {device}"
             )
         starts = torch.ones(num_rows, dtype=torch.bool, device=device)
         starts[1:] = sequence_ids[1:] != sequence_ids[:-1]
@@ -78,7 +81,7 @@ def _sequences(
 
 
 def _per_token(
-    where: str, name: str, value: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    where: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     if value.shape != shape:
         raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}; it needs {tuple(shape)}")

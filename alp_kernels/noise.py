@@ -80,7 +80,7 @@ def check_stream(where: str, stream: Stream, num_rows: int, device: torch.device
             f"{where}: row_ids is {ids.dtype} {tuple(ids.shape)} on {ids.device}; "
             f"{num_rows} rows on {device} need torch.int64 ({num_rows},) on {device}"
         )
-    if ids.device.type == "cpu" and num_rows and not (0 <= int(ids.min()) and int(ids.max()) <= MAX_ROW):
+    if ids.device.type == "cpu" and num_rows and not (int(ids.min()) >= 0 and int(ids.max()) <= MAX_ROW):
         raise ValueError(f"{where}: row_ids spans [{int(ids.min())}, {int(ids.max())}]; it must lie in [0, {MAX_ROW}]")
 
 

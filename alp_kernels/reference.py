@@ -121,8 +121,13 @@ class Head(NamedTuple):
 
     def rows(self, index: Tensor | slice) -> Head:
         """The same head for a selection of rows."""
-        stream = self.stream and self.stream._replace(row_ids=self.stream.row_ids[index])
-        return self._replace(temperature=None if self.temperature is None else self.temperature[index], stream=stream)
+        chosen = self
+        if self.temperature is not None:
+            chosen = chosen._replace(temperature=self.temperature[index])
+        if self.stream is not None:
+            assert self.stream.row_ids is not None
+            chosen = chosen._replace(stream=self.stream._replace(row_ids=self.stream.row_ids[index]))
+        return chosen
 
 
 class HeadRows(NamedTuple):
@@ -139,6 +144,7 @@ def _transform(x: Tensor, head: Head) -> tuple[Tensor, Tensor | None, Tensor | N
         tanh = (z / head.softcap).tanh()
         z = head.softcap * tanh
     if head.sigma is not None:
+        assert head.stream is not None
         eps = normal(x.shape[0], x.shape[1], head.stream, x.device).to(z.dtype)
         z = z + head.sigma * eps
     if head.temperature is not None:

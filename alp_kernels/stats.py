@@ -7,6 +7,7 @@ stay on the device (a few numbers a token), micro-batches and ranks are concaten
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,8 @@ class Stats:
         if len({part.entropy is None for part in parts}) > 1:
             raise ValueError("Stats.cat: some parts have entropy and some have not")
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Stats)}
-        return Stats(**{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()})
+        merged: dict[str, Any] = {n: None if values[0] is None else torch.cat(values) for n, values in columns.items()}
+        return Stats(**merged)
 
     def gather(self, group: dist.ProcessGroup | None = None) -> Stats:
         """The statistics of all ranks together, on the CPU; a collective call. Without torch.distributed: itself."""
@@ -80,7 +82,10 @@ class Stats:
         return Stats.cat([part for part in parts if part is not None])
 
     def cpu(self) -> Stats:
-        return Stats(**{f.name: None if (v := getattr(self, f.name)) is None else v.cpu() for f in fields(self)})
+        moved: dict[str, Any] = {
+            f.name: None if (v := getattr(self, f.name)) is None else v.cpu() for f in fields(self)
+        }
+        return Stats(**moved)
 
     def summary(self) -> dict[str, float]:
         """Reduce once, with one transfer from the device. Ratios are exp of log-ratios clamped at +-20, as in the loss.

@@ -42,7 +42,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
         return DecoderLayers(path, parent, list(layers))
 
     names = {id(module): name for name, module in model.named_modules()}
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = getattr(model, "get_decoder", lambda: model)()
     if id(decoder) not in names:
         decoder = model
     prefix = names[id(decoder)]

@@ -35,7 +35,10 @@ def run(*command: object, check: bool = True) -> bool:
 
 def has_gpu() -> bool:
     """Whether a driver shows an NVIDIA, AMD or Intel GPU for computing."""
-    if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0:
+    if (
+        shutil.which("nvidia-smi")
+        and subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
+    ):
         return True
     return Path("/dev/kfd").exists()
 
@@ -66,7 +69,9 @@ def fingerprint(extra: str) -> str:
 
 def main() -> None:
     if sys.version_info < (3, 11):
-        sys.exit(f"environment: this is Python {platform.python_version()}; 3.11 or newer is needed (make PYTHON=python3.12)")
+        sys.exit(
+            f"environment: this is Python {platform.python_version()}; 3.11 or newer is needed (make PYTHON=python3.12)"
+        )
     extra = sys.argv[1]
     stamp = VENV / f"installed-{extra}"
     wanted = fingerprint(extra)

@@ -34,7 +34,9 @@ def make_batch(seed: int, batch: int = 4, time: int = 9, dtype: torch.dtype = to
     }
 
 
-def by_hand(b: dict[str, Tensor], o: Objective, num_tokens: float, num_sequences: float) -> tuple[float, Tensor, Tensor]:
+def by_hand(
+    b: dict[str, Tensor], o: Objective, num_tokens: float, num_sequences: float
+) -> tuple[float, Tensor, Tensor]:
     """Loss, dloss/dlogp and dloss/dentropy from the definitions alone, one token after another."""
     batch, time = b["logp"].shape
     loss, dlogp, dentropy = 0.0, torch.zeros_like(b["logp"]), torch.zeros_like(b["logp"])
@@ -72,7 +74,9 @@ def by_hand(b: dict[str, Tensor], o: Objective, num_tokens: float, num_sequences
             if o.kl_coef:
                 x = p[t] - float(b["ref_logp"][i, t])
                 k3 = math.exp(-x) + x - 1
-                kl, dkl = {"k1": (x, 1.0), "k2": (x * x / 2, x), "k3": (k3, 1 - math.exp(-x)), "k3+": (k3, x)}[str(o.kl)]
+                kl, dkl = {"k1": (x, 1.0), "k2": (x * x / 2, x), "k3": (k3, 1 - math.exp(-x)), "k3+": (k3, x)}[
+                    str(o.kl)
+                ]
                 value, slope = value + o.kl_coef * kl, slope + o.kl_coef * dkl
             share = {
                 "token-mean": 1 / num_tokens,

@@ -82,7 +82,9 @@ def assert_equal_gradients(actual, expected):
 # ------------------------------------------------------------------ where and when
 
 
-@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2", "Phi3", "GPT2", "Qwen3Moe", "Mixtral"])
+@pytest.mark.parametrize(
+    "kind", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma2", "Phi3", "GPT2", "Qwen3Moe", "Mixtral"]
+)
 def test_any_decoder_is_perturbed_by_structure_and_restored(kind):
     model, x = make_model(kind), ids()
     clean = model(x).logits
@@ -146,7 +148,7 @@ def test_subset_final_and_logits_add_noise_there_alone():
 def test_a_scope_without_a_perturbed_layer_is_an_error():
     model, x = make_model(), ids()
     handle = attach(model)
-    with pytest.raises(RuntimeError, match="no layer of .* was perturbed inside the scope"), handle.perturbed(step=0):
+    with pytest.raises(RuntimeError, match=r"no layer of .* was perturbed inside the scope"), handle.perturbed(step=0):
         copy.deepcopy(model)(x)
     with pytest.raises(KeyError), handle.perturbed(step=0):  # an error inside is not hidden by ours
         raise KeyError

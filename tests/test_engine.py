@@ -30,7 +30,9 @@ def test_the_reference_serves_everywhere():
 def test_triton_on_cpu_tensors_is_refused_with_the_reason(monkeypatch):
     if why_not("triton", "cpu") is None:
         pytest.skip("this process runs Triton's interpreter")
-    with pytest.raises(EngineUnavailable, match=r"engine='triton' cannot serve cpu tensors: .*; engine=None would choose"):
+    with pytest.raises(
+        EngineUnavailable, match=r"engine='triton' cannot serve cpu tensors: .*; engine=None would choose"
+    ):
         perturb(**ARGUMENTS, engine="triton")
 
 

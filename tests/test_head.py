@@ -48,7 +48,9 @@ def noise(log_sigma, targets):
     return LogitNoise(log_sigma, seed=5, step=9, row_ids=ids)
 
 
-def plain_loss(hidden, weight, targets, rest, objective, extras, bias=None, log_sigma=None, real=torch.float64, **counts):
+def plain_loss(
+    hidden, weight, targets, rest, objective, extras, bias=None, log_sigma=None, real=torch.float64, **counts
+):
     """The same loss with all logits in memory, in `real` arithmetic after the linear layer."""
     x = torch.nn.functional.linear(hidden, weight, bias).to(real) * extras.get("logit_scale", 1.0)
     if "softcap" in extras:
@@ -106,7 +108,15 @@ def test_reference_passes_gradcheck_in_float64():
 
     def loss(h, w, b, s):
         return fused_alp_loss(
-            h, w, targets, **rest, objective=objective, bias=b, logit_noise=noise(s, targets), softcap=5.0, engine="reference"
+            h,
+            w,
+            targets,
+            **rest,
+            objective=objective,
+            bias=b,
+            logit_noise=noise(s, targets),
+            softcap=5.0,
+            engine="reference",
         ).loss
 
     assert torch.autograd.gradcheck(loss, inputs)
@@ -141,7 +151,9 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, vocab, level):
     rest.update({k: v.double() for k, v in narrow.items() if v.is_floating_point()})
     double = (hidden.double(), weight.double())
     assert_within_budget(fused(hidden, weight), plain(hidden, weight), exact(*double), dtype, "loss")
-    grads = zip(gradients(fused, (hidden, weight)), gradients(plain, (hidden, weight)), gradients(exact, double), strict=True)
+    grads = zip(
+        gradients(fused, (hidden, weight)), gradients(plain, (hidden, weight)), gradients(exact, double), strict=True
+    )
     for what, (actual, ordinary, truth) in zip(("dhidden", "dweight"), grads, strict=True):
         if vocab == 1:
             assert torch.equal(actual, torch.zeros_like(actual))
@@ -164,9 +176,7 @@ def test_chunks_packing_and_batch_splits_leave_the_gradient_alone(seed, level, r
     small = grads(hidden, targets, rest, chunk_bytes=rows * 37 * 8)
     torch.testing.assert_close(small[0], dh, rtol=1e-9, atol=1e-13)
     torch.testing.assert_close(small[1], dw, rtol=1e-9, atol=1e-13)
-    halves = [
-        grads(hidden[s], targets[s], {k: v[s] for k, v in rest.items()}) for s in (slice(cut), slice(cut, None))
-    ]
+    halves = [grads(hidden[s], targets[s], {k: v[s] for k, v in rest.items()}) for s in (slice(cut), slice(cut, None))]
     torch.testing.assert_close(torch.cat([half[0] for half in halves]), dh, rtol=1e-9, atol=1e-13)
     torch.testing.assert_close(halves[0][1] + halves[1][1], dw, rtol=1e-9, atol=1e-13)
     packed, keep = pack({**rest, "logp": rest["rollout_logp"]})
@@ -180,7 +190,9 @@ def test_outputs_are_shaped_detached_and_zero_off_the_mask(engine):
     hidden, weight, targets, rest = make_head(2, 4, 9, dtype=torch.float32)
     rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
     targets = torch.where(rest["mask"].bool(), targets, -100)  # off the mask targets are free
-    out = fused_alp_loss(hidden.requires_grad_(), weight, targets, **rest, objective=Objective("sequence"), engine=engine)
+    out = fused_alp_loss(
+        hidden.requires_grad_(), weight, targets, **rest, objective=Objective("sequence"), engine=engine
+    )
     assert out._fields == ("loss", "logp", "entropy", "stats")
     assert out.loss.requires_grad
     for per_token in (out.logp, out.entropy):
@@ -226,7 +238,7 @@ def test_confident_tokens_keep_relative_precision(engine):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_logprob_is_differentiable_in_both_outputs(engine, dtype):
-    hidden, weight, targets, rest = make_head(4, 3, 7, vocab=501, dtype=dtype)
+    hidden, weight, targets, _ = make_head(4, 3, 7, vocab=501, dtype=dtype)
     g = torch.Generator().manual_seed(0)
     gp, gh = (torch.randn(3, 7, generator=g).to(DEVICE) for _ in range(2))
 
@@ -289,8 +301,16 @@ def test_autocast_casts_both_operands():
 BAD = [
     ({"hidden": torch.zeros(4, 9, 16, dtype=torch.int32)}, TypeError, "hidden is torch.int32"),
     ({"hidden": torch.zeros(16)}, ValueError, r"hidden has shape \(16,\)"),
-    ({"weight": torch.zeros(37, 15, dtype=torch.float64)}, ValueError, r"weight has shape \(37, 15\); .* needs \(V, 16\)"),
-    ({"weight": torch.zeros(37, 16, dtype=torch.bfloat16)}, TypeError, "weight is torch.bfloat16, hidden torch.float64"),
+    (
+        {"weight": torch.zeros(37, 15, dtype=torch.float64)},
+        ValueError,
+        r"weight has shape \(37, 15\); .* needs \(V, 16\)",
+    ),
+    (
+        {"weight": torch.zeros(37, 16, dtype=torch.bfloat16)},
+        TypeError,
+        "weight is torch.bfloat16, hidden torch.float64",
+    ),
     ({"bias": torch.zeros(36, dtype=torch.float64)}, ValueError, r"bias is torch.float64 \(36,\)"),
     ({"targets": torch.zeros(4, 8, dtype=torch.int64)}, ValueError, r"targets has shape \(4, 8\); .* needs \(4, 9\)"),
     ({"targets": torch.zeros(4, 9)}, TypeError, "targets is torch.float32"),

@@ -78,7 +78,9 @@ def test_splitting_a_batch_changes_neither_gradient_nor_statistics(seed, cut, le
     b = make_batch(seed, batch=6)
     counts = {"num_tokens": 21, "num_sequences": 4}
     whole, *grads = differentiated(b, objective, **counts)
-    parts = [differentiated({k: v[s] for k, v in b.items()}, objective, **counts) for s in (slice(cut), slice(cut, None))]
+    parts = [
+        differentiated({k: v[s] for k, v in b.items()}, objective, **counts) for s in (slice(cut), slice(cut, None))
+    ]
     for i, grad in enumerate(grads, start=1):
         torch.testing.assert_close(torch.cat([part[i] for part in parts]), grad, rtol=1e-11, atol=1e-14)
     assert float(sum(part[0].loss for part in parts)) == pytest.approx(float(whole.loss), rel=1e-11, abs=1e-14)
@@ -121,7 +123,7 @@ def test_envelope_bins_hold_all_tokens_in_order_of_rollout_logp():
     envelope = out.stats.envelope(10)
     assert sum(envelope["count"]) == b["mask"].sum()
     assert envelope["rollout_logp"] == sorted(envelope["rollout_logp"])
-    assert all(low <= mid <= high for low, mid, high in zip(envelope["p2"], envelope["p50"], envelope["p98"]))
+    assert all(low <= mid <= high for low, mid, high in zip(*(envelope[k] for k in ("p2", "p50", "p98")), strict=True))
 
 
 @pytest.mark.parametrize("name", ["tis-token", "tis-sequence", "mis"])
@@ -137,7 +139,9 @@ def test_a_batch_of_masked_tokens_has_zero_loss_and_gradient():
     b = make_batch(0)
     b["mask"] = torch.zeros_like(b["mask"])
     for level in get_args(Level):
-        out, dlogp, _ = differentiated(b, Objective(level, geometric=level != "token", aggregation="seq-mean-token-mean"))
+        out, dlogp, _ = differentiated(
+            b, Objective(level, geometric=level != "token", aggregation="seq-mean-token-mean")
+        )
         assert float(out.loss) == 0
         assert torch.equal(dlogp, torch.zeros_like(dlogp))
         assert out.stats.summary()["num_tokens"] == 0

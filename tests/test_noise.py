@@ -48,7 +48,14 @@ def test_noise_is_standard_normal():
 def test_neighbouring_streams_are_uncorrelated():
     n, base = 64 * 1024, {"seed": 3, "step": 5, "layer": 2, "row_start": 0}
     first = normal(64, 1024, **base, engine="reference").double().flatten()
-    changes = [{"seed": 4}, {"seed": 3 + (1 << 32)}, {"step": 6}, {"layer": 3}, {"row_start": 64}, {"row_start": 1 << 32}]
+    changes = [
+        {"seed": 4},
+        {"seed": 3 + (1 << 32)},
+        {"step": 6},
+        {"layer": 3},
+        {"row_start": 64},
+        {"row_start": 1 << 32},
+    ]
     for change in changes:
         other = normal(64, 1024, **{**base, **change}, engine="reference").double().flatten()
         correlation = float((first * other).mean())
@@ -61,7 +68,9 @@ def test_no_two_coordinates_share_a_counter():
     words = set()
     for seed, step, layer, row in coordinates:
         for rounding in (0, ROUNDING_BIT):
-            words.add(tuple(int(w) for w in reference.random_words(1, 1, Stream(seed, step, layer | rounding, row), DEVICE)))
+            words.add(
+                tuple(int(w) for w in reference.random_words(1, 1, Stream(seed, step, layer | rounding, row), DEVICE))
+            )
     assert len(words) == 2 * len(coordinates)
 
 

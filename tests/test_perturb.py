@@ -44,7 +44,9 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, shape, scale):
 
     def by_hand(x, s, real):
         rms = x.detach().to(real).square().mean(-1, keepdim=True).sqrt() if scale == "rms" else 1.0
-        return (x.to(real) + s.to(real).exp() * rms * eps.to(real)).to(torch.float64 if real == torch.float64 else dtype)
+        return (x.to(real) + s.to(real).exp() * rms * eps.to(real)).to(
+            torch.float64 if real == torch.float64 else dtype
+        )
 
     def weighted(function):
         return lambda x, s: (function(x, s) * du.to(function(x, s).dtype)).sum(dtype=torch.float64)
@@ -93,7 +95,10 @@ def test_strides_change_nothing(engine, dtype):
 
 
 @given(
-    batch=st.integers(1, 4), time=st.integers(1, 5), channels=st.sampled_from([1, 6, 33]), order=st.randoms(use_true_random=False)
+    batch=st.integers(1, 4),
+    time=st.integers(1, 5),
+    channels=st.sampled_from([1, 6, 33]),
+    order=st.randoms(use_true_random=False),
 )
 def test_order_split_packing_and_padding_change_no_bit(batch, time, channels, order):
     """Given row_ids a row's noise follows the row wherever it goes."""
@@ -106,7 +111,10 @@ def test_order_split_packing_and_padding_change_no_bit(batch, time, channels, or
     cut = order.randint(0, len(h))
     halves = [perturb(part, log(0.1), **HERE, row_ids=i) for part, i in ((h[:cut], ids[:cut]), (h[cut:], ids[cut:]))]
     assert torch.equal(torch.cat(halves), whole)
-    padded, padded_ids = torch.zeros(batch, time + 2, channels, dtype=h.dtype, device=DEVICE), torch.zeros(batch, time + 2)
+    padded, padded_ids = (
+        torch.zeros(batch, time + 2, channels, dtype=h.dtype, device=DEVICE),
+        torch.zeros(batch, time + 2),
+    )
     padded[:, :time], padded_ids[:, :time] = h.view(batch, time, channels), ids.view(batch, time)
     out = perturb(padded, log(0.1), **HERE, row_ids=padded_ids.long().to(DEVICE))
     assert torch.equal(out[:, :time].reshape(-1, channels), whole)

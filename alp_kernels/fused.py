@@ -1,0 +1,267 @@
+"""The fused head's autograd functions: a chunk's logits are made, used and replaced by their gradient in place.
+
+x = h W' + bias for a chunk of rows;   dh = dx W;   dW += dx' h.   One N x V x D product each: three in all, because a row's
+dx needs only its own logits and coefficients known in the chunk. Token level: any rows make a chunk. Sequence, turn and
+cumulative levels: a chunk holds whole sequences; one that does not fit is passed twice (a fourth product).
+Rows outside the mask cost no product; rows without a gradient (zero advantage, clipped) no backward product.
+Derivation: docs/math.md, section 4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Batch
+from .loss import level_log_ratio
+from .objective import Objective, row_loss
+from .reference import Head, HeadRows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One call's constants; none of them is differentiated."""
+
+    engine: ModuleType
+    head: Head  # temperature and row ids for all N rows
+    targets: Tensor  # (N,)
+    chunk_rows: int
+    with_grad: bool
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden[index], weight, bias)
+
+    def parts(self, index: Tensor) -> Sequence[Tensor]:
+        """Rows `index` in chunks; none where there are no rows."""
+        return index.split(self.chunk_rows) if len(index) else ()
+
+
+class _Grads:
+    """Gradients of hidden, weight, bias and the logit noise, summed over chunks in float32 and rounded once."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sigma: Tensor | None,
+        needs: list[bool],
+        num_chunks: int,
+    ) -> None:
+        self.hidden, self.weight = hidden, weight
+        # a single chunk's product is rounded once whatever the dtype of its sum
+        total = torch.float32 if num_chunks > 1 and weight.dtype != torch.float64 else weight.dtype
+        self.dhidden = torch.zeros_like(hidden) if needs[0] else None
+        self.dweight = torch.zeros_like(weight, dtype=total) if needs[1] else None
+        self.dbias = torch.zeros_like(bias, dtype=total) if bias is not None and needs[2] else None
+        self.dsigma = torch.zeros_like(sigma) if sigma is not None else None
+
+    def add(self, index: Tensor, dx: Tensor, dsigma: Tensor | None) -> None:
+        """Take up the logits' gradient dx (n, V) of rows `index` (n,)."""
+        if self.dhidden is not None:
+            self.dhidden[index] = dx @ self.weight
+        if self.dweight is not None:
+            _addmm(self.dweight, dx.t(), self.hidden[index])
+        if self.dbias is not None:
+            self.dbias += dx.sum(dim=0, dtype=self.dbias.dtype)
+        if self.dsigma is not None and dsigma is not None:
+            self.dsigma += dsigma
+
+    def rounded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        dweight = None if self.dweight is None else self.dweight.to(self.weight.dtype)
+        dbias = None if self.dbias is None else self.dbias.to(self.weight.dtype)
+        return self.dhidden, dweight, dbias, self.dsigma
+
+
+def _addmm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b without rounding the product to a 16-bit dtype before a float32 sum."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # no mixed product there: widen, a block of rows at a time
+        for start in range(0, len(a), 16384):
+            rows = slice(start, start + 16384)
+            total[rows].addmm_(a[rows].float(), b.float())
+
+
+def _scaled(grads: tuple[Tensor | None, ...], by: Tensor) -> tuple[Tensor | None, ...]:
+    """Fresh tensors: what forward saved is never edited, so a second backward returns the same."""
+    return tuple(None if g is None else g * by.to(g.dtype) for g in grads)
+
+
+def _backward_rows(
+    plan: Plan, x: Tensor, index: Tensor, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None, grads: _Grads
+) -> None:
+    """From logits x of rows `index` and their coefficients to the gradients; on the CPU rows without one are dropped."""
+    if x.device.type == "cpu":  # on a device the count would cost a sync
+        keep = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
+        if not keep.all():
+            x, index, dlogp = x[keep], index[keep], dlogp[keep]
+            out, dentropy = HeadRows(*(v[keep] for v in out)), None if dentropy is None else dentropy[keep]
+    if len(index) == 0:
+        return
+    dsigma = plan.engine.head_bwd(x, plan.targets[index], plan.head.rows(index), out, dlogp, dentropy)
+    grads.add(index, x, dsigma)
+
+
+class FusedLoss(torch.autograd.Function):
+    """Returns (sum of weighted row losses, logp (N,), entropy (N,)); forms the gradients in forward and saves them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_sigma: Tensor | None,
+        plan: Plan,
+        batch: Batch,
+        objective: Objective,
+        order: Tensor,
+        groups: list[int],
+        num_plain: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logp, entropy = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(2))
+        num_chunks = sum(-(-group // plan.chunk_rows) for group in groups)
+        grads = _Grads(hidden, weight, bias, plan.head.sigma, list(ctx.needs_input_grad), num_chunks)
+
+        def forward_rows(index: Tensor) -> tuple[Tensor, HeadRows]:
+            x = plan.logits(hidden, weight, bias, index)
+            out = plan.engine.head_fwd(x, plan.targets[index], plan.head.rows(index))
+            logp[index], entropy[index] = out.logp, out.entropy
+            return x, out
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            graded, plain = order[: len(order) - num_plain], order[len(order) - num_plain :]
+            if not plan.with_grad:
+                graded, plain, groups = order[:0], order, []
+            for index in plan.parts(plain):
+                forward_rows(index)
+            for group in graded.split(groups) if groups else ():
+                parts = list(plan.parts(group))
+                if objective.level == "token" and plan.engine.FUSES_TOKEN_LOSS:
+                    for index in parts:
+                        x = plan.logits(hidden, weight, bias, index)
+                        rows = batch.select(index).loss_rows()
+                        out, dsigma = plan.engine.head_token_loss(
+                            x, plan.targets[index], plan.head.rows(index), rows, objective
+                        )
+                        logp[index], entropy[index] = out.logp, out.entropy
+                        grads.add(index, x, dsigma)
+                    continue
+                passed = [forward_rows(index) for index in parts[:-1]]
+                outs, kept = [out for _, out in passed], None
+                del passed  # only the last part's logits stay for its backward
+                kept, out = forward_rows(parts[-1])
+                outs.append(out)
+                dlogp, dentropy = coefficients(logp[group], entropy[group], batch.select(group), objective)
+                sizes = [len(index) for index in parts]
+                dentropies = [None] * len(parts) if dentropy is None else list(dentropy.split(sizes))
+                for i in reversed(range(len(parts))):
+                    x = kept if kept is not None else plan.logits(hidden, weight, bias, parts[i])
+                    kept = None
+                    _backward_rows(plan, x, parts[i], outs[i], dlogp.split(sizes)[i], dentropies[i], grads)
+                    del x
+            index = order.sort().values  # sequences in order again
+            live, p, h = batch.select(index), logp[index], entropy[index]
+            ell = level_log_ratio(p, live, objective)
+            loss = (live.weight * row_loss(ell, p, h, live.loss_rows(), objective)).sum()
+        ctx.save_for_backward(*grads.rounded(), plan.head.sigma)
+        ctx.log_sigma_shape = None if log_sigma is None else log_sigma.shape
+        ctx.mark_non_differentiable(logp, entropy)
+        return loss, logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _dlogp: Tensor, _dentropy: Tensor) -> tuple[Tensor | None, ...]:
+        *grads, sigma = ctx.saved_tensors
+        dhidden, dweight, dbias, dsigma = _scaled(tuple(grads), dloss)
+        dlog_sigma = None if dsigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)
+        return dhidden, dweight, dbias, dlog_sigma, *[None] * 6
+
+
+def coefficients(logp: Tensor, entropy: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the weighted loss with respect to logp and (where it has a coefficient) entropy, each (n,)."""
+    with torch.enable_grad():
+        p = logp.detach().requires_grad_()
+        h = entropy.detach().requires_grad_() if objective.entropy_coef != 0 else None
+        ell = level_log_ratio(p, batch, objective)
+        loss = (batch.weight * row_loss(ell, p, h, batch.loss_rows(), objective)).sum()
+        dlogp, *dentropy = torch.autograd.grad(loss, (p,) if h is None else (p, h))
+    return dlogp, dentropy[0] if dentropy else None
+
+
+class LinearLogprob(torch.autograd.Function):
+    """Returns (logp (N,), entropy (N,)); saves only its inputs and makes the logits again in backward (four products)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_sigma: Tensor | None,
+        plan: Plan,
+        order: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logp, entropy, lse = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(3))
+        with torch.autocast(hidden.device.type, enabled=False):
+            for index in plan.parts(order):
+                x = plan.logits(hidden, weight, bias, index)
+                out = plan.engine.head_fwd(x, plan.targets[index], plan.head.rows(index))
+                logp[index], entropy[index], lse[index] = out
+        ctx.save_for_backward(hidden, weight, bias, order, logp, entropy, lse)
+        ctx.plan, ctx.log_sigma_shape = plan, None if log_sigma is None else log_sigma.shape
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, order, *rows = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        num_chunks = -(-len(order) // plan.chunk_rows)
+        grads = _Grads(hidden, weight, bias, plan.head.sigma, list(ctx.needs_input_grad), num_chunks)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for index in plan.parts(order):
+                x = plan.logits(hidden, weight, bias, index)
+                out = HeadRows(*(v[index] for v in rows))
+                _backward_rows(plan, x, index, out, dlogp[index], dentropy[index], grads)
+        dhidden, dweight, dbias, dsigma = grads.rounded()
+        sigma = plan.head.sigma
+        dlog_sigma = None if dsigma is None or sigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)
+        return dhidden, dweight, dbias, dlog_sigma, None, None
+
+
+def plan_order(batch: Batch, objective: Objective, chunk_rows: int) -> tuple[Tensor, list[int], int]:
+    """Which rows are computed, and how they group.
+
+    Returns the masked-in rows (n,), those that may have a gradient first; the sizes of their groups, of whole sequences
+    unless the level is token; and how many rows at the end need only their log-probability.
+    """
+    graded = batch.mask & ((batch.advantages != 0) | objective.has_penalty)
+    if objective.level != "token":  # a sequence with one graded row goes whole
+        per_sequence = torch.zeros_like(graded)
+        per_sequence.index_put_((batch.sequence,), graded, accumulate=True)
+        graded = batch.mask & per_sequence[batch.sequence]
+    order = torch.argsort(2 * (~batch.mask).long() + (~graded).long(), stable=True)
+    host = torch.stack([graded.sum(), batch.mask.sum()]).tolist()
+    num_graded, num_live = int(host[0]), int(host[1])
+    order = order[:num_live]
+    if objective.level == "token":
+        return order, [num_graded] if num_graded else [], num_live - num_graded
+    lengths = torch.unique_consecutive(batch.sequence[order[:num_graded]], return_counts=True)[1].tolist()
+    groups: list[int] = []
+    for length in lengths:
+        if groups and groups[-1] + length <= chunk_rows:
+            groups[-1] += length
+        else:
+            groups.append(length)
+    return order, groups, num_live - num_graded

@@ -1,0 +1,364 @@
+"""The handle on a perturbed model: forward hooks that add noise to its layers' inputs inside an explicit scope.
+
+Activation checkpointing runs a layer twice. Where the checkpoint is inside the hooks the noise runs once; where it is
+outside, the second run happens in backward and must meet the noise of *its* forward, with others in between. So each
+forward's coordinates are noted under the layer and the address of its input, which a checkpoint keeps alive, and a
+layer that runs in backward looks them up. What cannot be told apart is an error, never other noise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .head import LogitNoise
+from .noise import FINAL_LAYER, LOGITS_LAYER, MAX_STEP
+from .perturb import perturb
+
+logger = logging.getLogger("alp_kernels")
+
+_RANK_SHIFT = 32  # numbered rows: data-parallel rank above, running number below
+_MEASURED_ROWS = 64
+attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Perturbation]] = weakref.WeakKeyDictionary()
+"""The handle on each perturbed model, so that none is perturbed twice."""
+
+
+class _Forward(NamedTuple):
+    """One forward pass through the layers; None in the records marks a clean one."""
+
+    number: int
+    step: int
+    row_start: int
+    row_ids: Tensor | None
+
+
+class _Hook:
+    """A hook that a deep copy of the model does not inherit: copies are clean."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(_nothing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class Perturbation(nn.Module):
+    """The handle `attach` returns: sigma, the scope that switches the noise on, and the way back.
+
+    Its only parameter is `log_sigma` (L,) float32, one value for each perturbed layer; the model's own
+    `named_parameters()` do not hold it, so trainers that push weights to an inference engine never push it.
+    `state_dict()` holds log_sigma, the seed and the noise's position; loading it continues the stream.
+    """
+
+    log_sigma: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[int, nn.Module],
+        parent: nn.Module,
+        log_sigma: Tensor,
+        *,
+        learnable: bool,
+        seed: int,
+        scale: str,
+        rounding: str,
+        sigma_bounds: tuple[float, float] | None,
+        data_rank: int,
+        engine: str | None,
+    ) -> None:
+        super().__init__()
+        if learnable:
+            self.log_sigma = nn.Parameter(log_sigma)
+        else:
+            self.register_buffer("log_sigma", log_sigma)
+        self.layers = tuple(layers)
+        self.seed, self.scale, self.rounding = seed, scale, rounding
+        self.sigma_bounds, self.data_rank, self.engine = sigma_bounds, data_rank, engine
+        self._model = weakref.ref(model)
+        self._step, self._next_row, self._forwards = -1, 0, 0
+        self._scope_row_ids: Tensor | None = None
+        self._on = False
+        self._current: _Forward | None = None  # the forward the decoder is in
+        self._inside = False
+        self._num_perturbed = 0
+        self._records: dict[tuple[int, int], _Forward | None] = {}
+        self._measured: dict[int, Tensor] = {}
+        self._warned = False
+        self._removables = [
+            parent.register_forward_pre_hook(_Hook(self._enter)),
+            parent.register_forward_hook(_Hook(self._leave), always_call=True),
+        ]
+        for position, (index, layer) in enumerate(layers.items()):
+            if index == LOGITS_LAYER:
+                self._removables.append(layer.register_forward_hook(_Hook(self._on_logits)))
+            elif index == FINAL_LAYER:
+                self._removables.append(layer.register_forward_hook(_Hook(self._on_final)))
+            else:
+                hook = _LayerHook(self, position, index)
+                self._removables.append(layer.register_forward_pre_hook(_Hook(hook), with_kwargs=True))
+
+    # -------------------------------------------------------------- the scope
+
+    @contextmanager
+    def perturbed(self, step: int, row_ids: Tensor | None = None) -> Iterator[Perturbation]:
+        """Switch the noise on for the forwards inside (and for their backward, inside or later).
+
+        Args:
+            step: optimiser step; its noise differs from every other step's. Scopes of one step number their rows on.
+            row_ids: int64, one for each row of the hidden states, (B, T) or (B*T,): global row identities below 2^48,
+                e.g. sample * max_length + position. Then packing, padding, order, micro-batches and ranks do not
+                change a row's noise. Without them rows are numbered, after those of the data-parallel rank before.
+
+        Raises:
+            RuntimeError: at the end, if no layer was perturbed: a run that would silently be without noise.
+        """
+        if not isinstance(step, int) or not 0 <= step <= MAX_STEP:
+            raise ValueError(f"perturbed: step={step!r}; it needs an int in [0, {MAX_STEP}]")
+        if self._on:
+            raise RuntimeError("perturbed: this scope is already open; scopes do not nest")
+        if not self._removables:
+            raise RuntimeError("perturbed: this perturbation was detached from its model")
+        if step != self._step:
+            self._step, self._next_row, self._forwards = step, 0, 0
+            self._records.clear()
+        if self.sigma_bounds is not None:
+            with torch.no_grad():
+                self.log_sigma.clamp_(*map(math.log, self.sigma_bounds))
+        self._on, self._scope_row_ids, self._num_perturbed = True, row_ids, 0
+        try:
+            yield self
+        finally:
+            self._on, self._scope_row_ids = False, None
+        if self._num_perturbed == 0:
+            raise RuntimeError(
+                f"perturbed: no layer of {list(self.layers)} was perturbed inside the scope (step {step}); the model's forward "
+                "must run inside it, on the model that was given to attach"
+            )
+
+    def logit_noise(self, num_rows: int, row_ids: Tensor | None = None) -> LogitNoise:
+        """For layers="logits" with a fused head: the noise that `fused_alp_loss(logit_noise=...)` adds. Inside the scope."""
+        if self.layers != (LOGITS_LAYER,):
+            raise RuntimeError('logit_noise: it belongs to attach(layers="logits")')
+        if not self._on:
+            raise RuntimeError("logit_noise: open the scope first: with handle.perturbed(step=...)")
+        start = self._take_rows(num_rows) if row_ids is None else 0
+        self._num_perturbed += 1
+        return LogitNoise(self.log_sigma, self.seed, self._step, row_ids, start)
+
+    def _take_rows(self, num_rows: int) -> int:
+        start, self._next_row = self._next_row, self._next_row + num_rows
+        if self._next_row > 1 << _RANK_SHIFT:
+            raise RuntimeError(f"perturbed: step {self._step} has over 2^{_RANK_SHIFT} rows on one rank; give row_ids")
+        return (self.data_rank << _RANK_SHIFT) + start
+
+    # -------------------------------------------------------------- hooks
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if not _in_backward():
+            self._inside, self._current = True, None
+
+    @torch.compiler.disable
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not _in_backward():
+            self._inside, self._current = False, None
+
+    def _begin(self, num_rows: int) -> _Forward:
+        """The current forward, numbered at its first perturbed layer."""
+        if self._current is None:
+            row_ids = self._scope_row_ids
+            if row_ids is not None and row_ids.numel() != num_rows:
+                raise ValueError(
+                    f"perturbed: row_ids has shape {tuple(row_ids.shape)}; the hidden states have {num_rows} rows"
+                )
+            start = self._take_rows(num_rows) if row_ids is None else 0
+            self._current = _Forward(self._forwards, self._step, start, row_ids)
+            self._forwards += 1
+        return self._current
+
+    def _coordinates(self, index: int, hidden: Tensor) -> _Forward | None:
+        """The forward that this run of layer `index` belongs to; None where it is clean."""
+        key = (index, hidden.data_ptr())
+        if _in_backward():
+            if key in self._records:
+                return self._records[key]
+            forwards = set(self._records.values())
+            if len(forwards) > 1:
+                raise RuntimeError(
+                    f"perturbed: layer {index} is recomputed in backward on an input that no forward of step {self._step} had, "
+                    f"and {len(forwards)} forwards could be meant; run one forward before each backward, or keep "
+                    "checkpointed inputs where they are"
+                )
+            return next(iter(forwards), None)
+        if self._on and not self._inside and self._scope_row_ids is None:
+            raise RuntimeError(
+                f"perturbed: layer {index} ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
+            )
+        if self._on and not self._inside:
+            self._current = None
+        forward = self._begin(hidden.numel() // hidden.shape[-1]) if self._on else None
+        self._records[key] = forward  # also without grad: a reentrant checkpoint's first run is
+        return forward
+
+    def _add(self, position: int, index: int, hidden: Tensor, forward: _Forward) -> Tensor:
+        u = perturb(
+            hidden,
+            self.log_sigma[position].to(hidden.device),
+            seed=self.seed,
+            step=forward.step,
+            layer=index,
+            row_ids=None if forward.row_ids is None else forward.row_ids.to(hidden.device),
+            row_start=forward.row_start,
+            scale=self.scale,
+            rounding=self.rounding,
+            engine=self.engine,
+        )
+        if not _in_backward():
+            self._num_perturbed += 1
+            if forward.number == 0:
+                self._measured[position] = _measure(hidden, u)
+        return u
+
+    @torch.compiler.disable
+    def _on_layer(self, position: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not (self._on or self._records):
+            return None
+        by_position = bool(args) and isinstance(args[0], Tensor)
+        hidden = args[0] if by_position else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"attach: layer {index} was called with {len(args)} positional arguments and keywords {sorted(kwargs)}; its "
+                "hidden states must come first or as hidden_states"
+            )
+        forward = self._coordinates(index, hidden)
+        if forward is None:
+            return None
+        u = self._add(position, index, hidden, forward)
+        return ((u, *args[1:]), kwargs) if by_position else (args, {**kwargs, "hidden_states": u})
+
+    @torch.compiler.disable
+    def _on_final(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._on_output(output, FINAL_LAYER, "last_hidden_state")
+
+    @torch.compiler.disable
+    def _on_logits(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._on_output(output, LOGITS_LAYER, "logits")
+
+    def _on_output(self, output: Any, index: int, field: str) -> Any:
+        if not self._on or _in_backward():
+            return None
+        hidden = output if isinstance(output, Tensor) else getattr(output, field, None)
+        if hidden is None and isinstance(output, tuple):
+            hidden = output[0]
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"attach: the model returned a {type(output).__name__} without {field}; noise cannot be added to it"
+            )
+        num_rows = hidden.numel() // hidden.shape[-1]
+        self._current = None
+        u = self._add(0, index, hidden, self._begin(num_rows))
+        if isinstance(output, Tensor):
+            return u
+        if hasattr(output, field):
+            setattr(output, field, u)
+            return output
+        return (u, *output[1:])
+
+    # -------------------------------------------------------------- what users read and keep
+
+    @property
+    def sigma(self) -> Tensor:
+        """exp(log_sigma), (L,), detached."""
+        return self.log_sigma.detach().exp()
+
+    def param_group(self, lr: float) -> dict[str, Any]:
+        """A parameter group for any torch optimiser: its own learning rate, and no weight decay (decay pulls sigma to 1)."""
+        return {"params": list(self.parameters()), "lr": lr, "weight_decay": 0.0}
+
+    def realised(self) -> dict[str, list[float]]:
+        """How much of the noise survived the dtype, by layer, in the last step's first forward (first 64 rows).
+
+        "rms_over_nominal": rms of u - h over sigma (times the row's rms where scale="rms"); "changed_frac": fraction of
+        elements that changed. Syncs with the device. Warns once where a layer's ratio leaves [0.7, 1.4].
+        """
+        if not self._measured:
+            return {"rms_over_nominal": [], "changed_frac": []}
+        values = torch.stack([self._measured[p].cpu() for p in sorted(self._measured)])
+        sigma = self.sigma.cpu()[sorted(self._measured)]
+        nominal = sigma * (values[:, 2] if self.scale == "rms" else 1.0)
+        ratio = (values[:, 0] / nominal.clamp(min=1e-30)).tolist()
+        off = [self.layers[p] for p, r in zip(sorted(self._measured), ratio, strict=True) if not 0.7 <= r <= 1.4]
+        if off and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the noise that reached layers %s is %.2g to %.2g times the size asked for: sigma is too small for the "
+                'dtype of the hidden states and is rounded away. Use a larger sigma, scale="rms", '
+                'rounding="stochastic", or float32.',
+                off,
+                min(ratio),
+                max(ratio),
+            )
+        return {"rms_over_nominal": ratio, "changed_frac": values[:, 1].tolist()}
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seed": self.seed, "step": self._step, "next_row": self._next_row, "forwards": self._forwards}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seed, self._step = state["seed"], state["step"]
+        self._next_row, self._forwards = state["next_row"], state["forwards"]
+
+    def detach(self) -> None:
+        """Take every hook off the model, which is then exactly as before. Doing it twice does nothing."""
+        for removable in self._removables:
+            removable.remove()
+        self._removables.clear()
+        self._records.clear()
+        model = self._model()
+        if model is not None and attached.get(model) is not None and attached[model]() is self:
+            del attached[model]
+
+    def __enter__(self) -> Perturbation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+
+class _LayerHook:
+    """Knows which layer it sits on."""
+
+    def __init__(self, handle: Perturbation, position: int, index: int) -> None:
+        self.handle, self.position, self.index = handle, position, index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.handle._on_layer(self.position, self.index, args, kwargs)
+
+
+@torch.no_grad()
+def _measure(hidden: Tensor, u: Tensor) -> Tensor:
+    """(3,) float32 on the device: rms of u - h, fraction of elements changed, rms of h; of the first rows."""
+    h, v = (x.detach().reshape(-1, x.shape[-1])[:_MEASURED_ROWS].float() for x in (hidden, u))
+    difference = v - h
+    return torch.stack([difference.square().mean().sqrt(), (difference != 0).float().mean(), h.square().mean().sqrt()])
