@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Batch
+from .layout import Batch, first_and_last, segment_sum
 from .loss import level_log_ratio
 from .objective import Objective, row_loss
 from .reference import Head, HeadRows
@@ -145,30 +145,23 @@ class FusedLoss(torch.autograd.Function):
             for index in plan.parts(plain):
                 forward_rows(index)
             for group in graded.split(groups) if groups else ():
-                parts = list(plan.parts(group))
+                rows = batch.select(group)
                 if objective.level == "token" and plan.engine.FUSES_TOKEN_LOSS:
-                    for index in parts:
-                        x = plan.logits(hidden, weight, bias, index)
-                        rows = batch.select(index).loss_rows()
-                        out, dsigma = plan.engine.head_token_loss(
-                            x, plan.targets[index], plan.head.rows(index), rows, objective
-                        )
-                        logp[index], entropy[index] = out.logp, out.entropy
-                        grads.add(index, x, dsigma)
+                    x, head = plan.logits(hidden, weight, bias, group), plan.head.rows(group)
+                    out, dsigma = plan.engine.head_token_loss(x, plan.targets[group], head, rows.loss_rows(), objective)
+                    logp[group], entropy[group] = out.logp, out.entropy
+                    grads.add(group, x, dsigma)
                     continue
-                passed = [forward_rows(index) for index in parts[:-1]]
-                outs, kept = [out for _, out in passed], None
-                del passed  # only the last part's logits stay for its backward
-                kept, out = forward_rows(parts[-1])
-                outs.append(out)
-                dlogp, dentropy = coefficients(logp[group], entropy[group], batch.select(group), objective)
-                sizes = [len(index) for index in parts]
-                dentropies = [None] * len(parts) if dentropy is None else list(dentropy.split(sizes))
-                for i in reversed(range(len(parts))):
-                    x = kept if kept is not None else plan.logits(hidden, weight, bias, parts[i])
-                    kept = None
-                    _backward_rows(plan, x, parts[i], outs[i], dlogp.split(sizes)[i], dentropies[i], grads)
-                    del x
+                *before, last = plan.parts(group)  # one part, but for a sequence longer than a chunk
+                outs = [forward_rows(index)[1] for index in before]
+                x, out = forward_rows(last)
+                dlogp, dentropy = coefficients(logp[group], entropy[group], rows, objective)
+                dlogps = dlogp.split(plan.chunk_rows)
+                dentropies = [None] * len(dlogps) if dentropy is None else dentropy.split(plan.chunk_rows)
+                _backward_rows(plan, x, last, out, dlogps[-1], dentropies[-1], grads)
+                del x  # before the next chunk's logits
+                for index, out, dp, dh in zip(before, outs, dlogps, dentropies, strict=False):
+                    _backward_rows(plan, plan.logits(hidden, weight, bias, index), index, out, dp, dh, grads)
             index = order.sort().values  # sequences in order again
             live, p, h = batch.select(index), logp[index], entropy[index]
             ell = level_log_ratio(p, live, objective)
@@ -243,20 +236,20 @@ class LinearLogprob(torch.autograd.Function):
 def plan_order(batch: Batch, objective: Objective, chunk_rows: int) -> tuple[Tensor, list[int], int]:
     """Which rows are computed, and how they group.
 
-    Returns the masked-in rows (n,), those that may have a gradient first; the sizes of their groups, of whole sequences
-    unless the level is token; and how many rows at the end need only their log-probability.
+    Returns the masked-in rows (n,), those that may have a gradient first; the sizes of the groups these are computed in:
+    chunks at token level, else whole sequences, as many as fit a chunk; and how many rows at the end need only their
+    log-probability.
     """
     graded = batch.mask & ((batch.advantages != 0) | objective.has_penalty)
     if objective.level != "token":  # a sequence with one graded row goes whole
-        per_sequence = torch.zeros_like(graded)
-        per_sequence.index_put_((batch.sequence,), graded, accumulate=True)
-        graded = batch.mask & per_sequence[batch.sequence]
+        graded = batch.mask & (segment_sum(graded, *first_and_last(batch.sequence)) > 0)
     order = torch.argsort(2 * (~batch.mask).long() + (~graded).long(), stable=True)
     host = torch.stack([graded.sum(), batch.mask.sum()]).tolist()
     num_graded, num_live = int(host[0]), int(host[1])
     order = order[:num_live]
     if objective.level == "token":
-        return order, [num_graded] if num_graded else [], num_live - num_graded
+        full, rest = divmod(num_graded, chunk_rows)
+        return order, [chunk_rows] * full + [rest] * (rest > 0), num_live - num_graded
     lengths = torch.unique_consecutive(batch.sequence[order[:num_graded]], return_counts=True)[1].tolist()
     groups: list[int] = []
     for length in lengths:
