@@ -51,10 +51,10 @@ class ModelConfig:
     path: str = "tiny"
     """ "tiny", a model directory, or a name on the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    hidden_size: int = 64
+    hidden_size: int = 96
     """Of the tiny model, as the next three."""
-    intermediate_size: int = 192
-    num_layers: int = 4
+    intermediate_size: int = 256
+    num_layers: int = 2
     num_heads: int = 4
     gradient_checkpointing: bool = False
 

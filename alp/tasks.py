@@ -1,7 +1,7 @@
 """Problems with checkable answers: reasoning-gym datasets by name, or your own JSONL scored by math-verify.
 
-A problem is a pure function of (seed, split, index): a resumed run and every rank ask for the same one. The splits
-"warmup", "train" and "eval" never share a seed (datasets) or a line (files).
+A problem is a pure function of (seed, split, index): a resumed run and every rank ask for the same one. "train" and
+"eval" never share a seed (datasets) or a line (files); nor do they with "warmup", but for files, which have one text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ Split = Literal["warmup", "train", "eval"]
 _SPLITS: tuple[Split, ...] = ("warmup", "train", "eval")
 _SPLIT_BITS = 30  # reasoning-gym seeds item i with seed + i: a split owns a range of seeds, numpy's 32 bits in all
 _INDEX_BITS = 24
+# These make or list all their items at once, so they keep reasoning-gym's own size and start again at its end
+_OF_OWN_SIZE = {"acre", "composite", "gsm_symbolic", "list_functions", "word_ladder"}
 _HOLDOUT = 10  # without an eval file, one line in so many is kept for evaluation
 
 
@@ -105,7 +107,7 @@ class GymTask:
             spread = seed * 2654435761 % ((1 << _SPLIT_BITS) - (1 << _INDEX_BITS))  # Knuth's multiplicative hash
             self._seeds[split] = (number << _SPLIT_BITS) + spread
         try:
-            sized = {"size": 1 << _INDEX_BITS} if config.name == chain.DATASET_NAME else {}
+            sized = {} if config.name in _OF_OWN_SIZE else {"size": 1 << _INDEX_BITS}
             self._datasets = {
                 split: create_dataset(config.name, **{"seed": self._seeds[split], **sized, **self._options})
                 for split in _SPLITS
@@ -115,9 +117,9 @@ class GymTask:
         self._is_chain = chain.ModChainDataset.is_chain if config.name == chain.DATASET_NAME else None
 
     def entry(self, split: Split, index: int) -> dict[str, Any]:
-        """The dataset's own item. Datasets of finite size start again at their end, with the next seed."""
+        """The dataset's own item; past the end of a small dataset its items come again."""
         dataset = self._datasets[split]
-        return dataset[index % len(dataset)] if len(dataset) < 1 << _INDEX_BITS else dataset[index]
+        return dataset[index % len(dataset)]
 
     def problem(self, split: Split, index: int) -> Problem:
         entry = self.entry(split, index)
