@@ -75,16 +75,13 @@ def random_words(num_rows: int, num_channels: int, stream: noise.Stream, device:
     """The four Philox words of each group of channels: four (num_rows, Q) int64 tensors of uint32, Q = ceil(D / 4)."""
     row_ids = _row_ids(stream, num_rows)
     out = torch.empty(4, num_rows, -(-num_channels // 4), dtype=torch.int64)
-    c.library.alp_words(
-        byref(_stream(stream, row_ids)), _at(out), num_rows, num_channels, torch.get_num_threads()
-    )
+    c.library.alp_words(byref(_stream(stream, row_ids)), _at(out), num_rows, num_channels, torch.get_num_threads())
     return out.unbind()
 
 
 def normals_of(radius_words: Tensor, angle_words: Tensor) -> tuple[Tensor, Tensor]:
     """The two normals of each pair of words, (n,) int64 holding uint32: for tests of the extremes."""
-    # the low halves of little-endian int64: torch has few operations on uint32
-    radius, angle = (words.view(torch.int32)[::2].contiguous() for words in (radius_words, angle_words))
+    radius, angle = radius_words.to(torch.uint32), angle_words.to(torch.uint32)
     cosine, sine = torch.empty(len(radius)), torch.empty(len(radius))
     c.library.alp_normals(_at(radius), _at(angle), _at(cosine), _at(sine), len(radius))
     return cosine, sine
@@ -108,10 +105,10 @@ def perturb_fwd(
     if h.dtype == torch.float64:
         return reference.perturb_fwd(h, sigma, stream, scale, rounding)
     num_rows, num_channels = h.shape
-    sigma, row_ids = _scalar(sigma), _row_ids(stream, num_rows)
+    sigma32, row_ids = _scalar(sigma), _row_ids(stream, num_rows)
     u = torch.empty_like(h)
     rms = torch.empty(num_rows) if scale == "rms" else None
-    args = c.PerturbFwd(_at(h), _at(u), _at(sigma), _at(rms), num_channels, rounding == "stochastic")
+    args = c.PerturbFwd(_at(h), _at(u), _at(sigma32), _at(rms), num_channels, rounding == "stochastic")
     c.library.alp_perturb_fwd(
         byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[h.dtype], torch.get_num_threads()
     )
@@ -183,4 +180,3 @@ def head_bwd(
         byref(args.stream), byref(args.head), byref(given), num_rows, DTYPES[x.dtype], torch.get_num_threads()
     )
     return None if head.sigma is None else torch.tensor(dsigma)
-

@@ -49,17 +49,22 @@ inline void load_head(const Head& a, const RowStream& noise, int64_t n, int64_t 
     }
 }
 
-// Largest z of a block; NaN is passed over here and comes back through the sums.
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+// Largest z of a block; NaN may be passed over here and comes back through the sums. Elementwise first: compilers
+// vectorise no reduction by maximum unless they may ignore NaN.
 inline float block_max(const HeadBlock& block, int count) {
-    Lanes top = Lanes{} - INFINITY;
-    for (int j = 0; j < 4; ++j) {
-        for (int i = 0; i < count; i += LANES) {
-            const Lanes z = lanes_at(block.z[j] + i);
-            top = z > top ? z : top;
-        }
+    alignas(64) float top[BLOCK];
+#pragma omp simd
+    for (int i = 0; i < count; ++i) {
+        top[i] = larger(larger(block.z[0][i], block.z[1][i]), larger(block.z[2][i], block.z[3][i]));
+    }
+    for (int i = LANES; i < count; i += LANES) {
+#pragma omp simd
+        for (int l = 0; l < LANES; ++l) top[l] = larger(top[l], top[i + l]);
     }
     float max = -INFINITY;
-    for (int l = 0; l < LANES; ++l) max = top[l] > max ? top[l] : max;
+    for (int l = 0; l < LANES; ++l) max = larger(top[l], max);
     return max;
 }
 

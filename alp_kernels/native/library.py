@@ -97,7 +97,8 @@ def _load() -> ctypes.CDLL:
     return library
 
 
-def _choose_isa(library: ctypes.CDLL) -> str:
+def choose_isa(library: ctypes.CDLL) -> str:
+    """Use the instruction set that ALP_KERNELS_ISA names, or this CPU's best; returns its name."""
     asked = os.environ.get(ISA_VARIABLE, "")
     if asked and asked not in ISAS:
         raise ImportError(f"{ISA_VARIABLE}={asked!r}; it needs one of {', '.join(ISAS)}, or none to choose")
@@ -109,5 +110,5 @@ def _choose_isa(library: ctypes.CDLL) -> str:
 
 
 library = _load()
-isa = _choose_isa(library)
+isa = choose_isa(library)
 """The instruction set in use: the best this CPU has, or the one ALP_KERNELS_ISA names."""
