@@ -1,0 +1,39 @@
+"""The Triton engine: the functions of reference.py on CUDA, ROCm and XPU devices, and on CPU in Triton's interpreter.
+
+float32, bfloat16 and float16 tensors run in kernels; float64, which no kernel speaks, in the reference.
+"""
+
+import torch
+import triton
+
+from .head import head_bwd, head_fwd, head_token_loss
+from .noise import normal, philox
+from .perturb import perturb_bwd, perturb_fwd
+
+__all__ = [
+    "FUSES_TOKEN_LOSS",
+    "head_bwd",
+    "head_fwd",
+    "head_token_loss",
+    "name",
+    "normal",
+    "perturb_bwd",
+    "perturb_fwd",
+    "philox",
+    "unavailable",
+]
+
+name = "triton"
+
+FUSES_TOKEN_LOSS = True  # one launch instead of head_fwd, the coefficients and head_bwd
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this engine cannot serve tensors on `device`, or None."""
+    if device.type == "cpu":
+        if triton.knobs.runtime.interpret:
+            return None
+        return "Triton has no CPU backend; TRITON_INTERPRET=1, set before Python starts, runs its interpreter"
+    if device.type in ("cuda", "xpu"):
+        return None
+    return f"Triton has no backend for {device.type!r} devices"

@@ -1,0 +1,186 @@
+"""(seed, step, layer, row, channel) -> Philox words -> four normals, for tiles of any shape.   Layout: ../noise.py
+
+    w0..w3 = Philox4x32-10((q, row low, layer | row high << 16, step), seed)
+    eps    = sqrt(-2 ln u(w0)) (cos, sin)(2 pi w1 / 2^32),  sqrt(-2 ln u(w2)) (cos, sin)(2 pi w3 / 2^32)
+
+Everything is portable Triton. Every multiply-add is written as tl.fma or is exact without it, so that no compiler has a
+choice of rounding left: the bits of eps do not depend on the kernel or the tile that makes it.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..noise import Stream
+
+STREAM_ARGS = ("row_start", "seed_lo", "seed_hi", "step", "layer")
+"""Kernel arguments that change from step to step: never specialised, so that no step compiles again."""
+
+MAX_TILE = 1024
+"""Channel groups in one tile: eight for each of 128 threads, one 128-bit load of a 16-bit dtype."""
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def philox_words(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 of uint32 tiles (Salmon et al., SC'11)."""
+    for _ in tl.static_range(10):
+        # one widening product, not umulhi and a second multiply
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 = k0 + tl.full([], 0x9E3779B9, tl.uint32)
+        k1 = k1 + tl.full([], 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def log_accurate(x):
+    """ln x of normal positive float32: relative error below 2e-7, near x = 1 too (there tl.log keeps none)."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # x = m * 2^exponent with m in [sqrt(1/2), sqrt(2))
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    # ln(1 + f) = f - f^2 / 2 + f^3 p(f); minimax, relative error 3e-8
+    p = tl.fma(f, 0.0870036, -0.14267476)
+    p = tl.fma(f, p, 0.14914787)
+    p = tl.fma(f, p, -0.16577587)
+    p = tl.fma(f, p, 0.19963062)
+    p = tl.fma(f, p, -0.25001338)
+    p = tl.fma(f, p, 0.3333391)
+    p = tl.fma(f, p, -0.5)
+    return tl.fma(exponent.to(tl.float32), LN2, tl.fma(f * f, p, f))
+
+
+@triton.jit
+def normal_pair(radius_word, angle_word):
+    """Box-Muller: two normals from two uint32 tiles, within noise.NORMAL_BOUND of the float64 value."""
+    u = tl.fma(radius_word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # w 2^-32 + 2^-33
+    radius = tl.sqrt(-2.0 * log_accurate(u))
+    # the angle as a quadrant and t in [-1/8, 1/8) turns around its middle axis
+    turned = angle_word + tl.full([], 0x20000000, tl.uint32)
+    t = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * 2.3283064365386963e-10
+    t2 = t * t
+    s = tl.fma(t2, -75.40207, 81.59255)
+    s = tl.fma(t2, s, -41.341663)
+    s = tl.fma(t2, s, 6.2831855) * t
+    c = tl.fma(t2, 59.24596, -85.44374)
+    c = tl.fma(t2, c, 64.93932)
+    c = tl.fma(t2, c, -19.739208)
+    c = tl.fma(t2, c, 1.0)
+    is_odd = (turned & 0x40000000) != 0
+    cos_sign = (turned + tl.full([], 0x40000000, tl.uint32)) & 0x80000000
+    sin_sign = turned & 0x80000000
+    cos = (radius * tl.where(is_odd, s, c)).to(tl.uint32, bitcast=True) ^ cos_sign
+    sin = (radius * tl.where(is_odd, c, s)).to(tl.uint32, bitcast=True) ^ sin_sign
+    return cos.to(tl.float32, bitcast=True), sin.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_identity(n, row_ids_ptr, row_start, in_rows):
+    """The global identity of rows n, int64: row_ids[n], or row_start + n where row_ids_ptr is None."""
+    row = n + row_start.to(tl.int64)
+    if row_ids_ptr is not None:
+        row = tl.load(row_ids_ptr + n, mask=in_rows, other=0)
+    return row
+
+
+@triton.jit
+def stream_words(q, row, seed_lo, seed_hi, step, layer):
+    """The four uint32 words of channel group q of rows `row` (int64): word j belongs to channel j*Q + q."""
+    # adding zero gives every word the tile's shape
+    zero = (q + row).to(tl.uint32) * 0
+    c0 = q.to(tl.uint32) + zero
+    c1 = row.to(tl.uint32) + zero
+    c2 = (((row >> 32) << 16).to(tl.uint32) | layer.to(tl.uint32)) + zero
+    c3 = step.to(tl.uint32) + zero
+    return philox_words(c0, c1, c2, c3, seed_lo.to(tl.uint32), seed_hi.to(tl.uint32))
+
+
+@triton.jit
+def four_normals(q, row, seed_lo, seed_hi, step, layer):
+    """eps of channels q, Q + q, 2Q + q, 3Q + q of rows `row`, four float32 tiles."""
+    w0, w1, w2, w3 = stream_words(q, row, seed_lo, seed_hi, step, layer)
+    e0, e1 = normal_pair(w0, w1)
+    e2, e3 = normal_pair(w2, w3)
+    return e0, e1, e2, e3
+
+
+@triton.jit(do_not_specialize=["N", *STREAM_ARGS])
+def _normal_kernel(
+    eps_ptr, row_ids_ptr,  # (N, D) float32, (N,) int64 or None
+    row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
+    N, D, Q,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
+    row = row_identity(n, row_ids_ptr, row_start, n < N)
+    eps = four_normals(q, row, seed_lo, seed_hi, step, layer)
+    for j in tl.static_range(4):
+        d = j * Q + q
+        tl.store(eps_ptr + n * D + d, eps[j], mask=(n < N) & (q < Q) & (d < D))
+
+
+def normal(num_rows: int, num_channels: int, stream: Stream, device: torch.device) -> Tensor:
+    """eps, (num_rows, num_channels) float32."""
+    eps = torch.empty(num_rows, num_channels, dtype=torch.float32, device=device)
+    block_n, block_q = tile(num_channels)
+    quarter = triton.cdiv(num_channels, 4)
+    grid = (triton.cdiv(num_rows, block_n), triton.cdiv(quarter, block_q))
+    if num_rows:
+        with on_device(eps):
+            _normal_kernel[grid](eps, *stream_args(stream), num_rows, num_channels, quarter, block_n, block_q)
+    return eps
+
+
+@triton.jit(do_not_specialize=["k0", "k1", "M"])
+def _philox_kernel(counter_ptr, words_ptr, k0: tl.uint32, k1: tl.uint32, M, BLOCK: tl.constexpr):
+    """counter, words (4, M) int64."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    c0 = tl.load(counter_ptr + m, mask=m < M, other=0).to(tl.uint32)
+    c1 = tl.load(counter_ptr + M + m, mask=m < M, other=0).to(tl.uint32)
+    c2 = tl.load(counter_ptr + 2 * M + m, mask=m < M, other=0).to(tl.uint32)
+    c3 = tl.load(counter_ptr + 3 * M + m, mask=m < M, other=0).to(tl.uint32)
+    words = philox_words(c0, c1, c2, c3, k0.to(tl.uint32), k1.to(tl.uint32))
+    for j in tl.static_range(4):
+        tl.store(words_ptr + j * M + m, words[j].to(tl.int64), mask=m < M)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of int64 tensors that hold uint32 words; returns four like them. For the published vectors."""
+    counters = torch.stack(torch.broadcast_tensors(*counter))
+    words = torch.empty_like(counters)
+    size = counters[0].numel()
+    if size:
+        with on_device(words):
+            _philox_kernel[(triton.cdiv(size, 256),)](counters, words, *key, size, 256)
+    return tuple(words.unbind())
+
+
+def stream_args(stream: Stream) -> tuple[Tensor | int | None, ...]:
+    """A stream as kernel arguments: row_ids_ptr, then STREAM_ARGS."""
+    return stream.row_ids, stream.row_start, *stream.key, stream.step, stream.layer
+
+
+def tile(num_channels: int) -> tuple[int, int]:
+    """(BLOCK_N, BLOCK_Q): MAX_TILE groups of rows this wide with the fewest idle lanes, the longest rows first."""
+    quarter = triton.cdiv(num_channels, 4)
+    sizes = (1024, 512, 256, 128) if quarter > 128 else (triton.next_power_of_2(quarter),)
+    block_q = min(sizes, key=lambda size: triton.cdiv(quarter, size) * size)
+    return MAX_TILE // block_q, block_q
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Kernels start on the current device, which on a machine with several need not be the tensor's."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)

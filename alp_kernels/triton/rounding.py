@@ -1,0 +1,34 @@
+"""float32 tiles to the dtype of a tensor: to nearest, or stochastically with the words of the rounding stream."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+import triton
+import triton.language as tl
+
+IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def round_nearest(x, dtype: tl.constexpr):
+    """Nearest, ties to even: one instruction on a GPU; Triton's interpreter would cut bfloat16 off instead."""
+    if IS_INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(dtype)
+
+
+@triton.jit
+def round_stochastic(x, word, dtype: tl.constexpr):
+    """Unbiased rounding to bfloat16 or float16: random bits are added below the last bit kept, the rest is cut off."""
+    bits = x.to(tl.uint32, bitcast=True)
+    is_finite = (bits & 0x7F800000) != 0x7F800000
+    if dtype == tl.bfloat16:
+        rounded = ((bits + (word & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        rounded = ((bits + (word & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        # below 2^-14 the grid of float16 is even: steps of 2^-24
+        fraction = (word >> 8).to(tl.float32) * 5.9604644775390625e-08
+        steps = tl.floor(tl.abs(x) * 16777216.0 + fraction) * 5.9604644775390625e-08
+        rounded = tl.where(tl.abs(x) < 6.103515625e-05, tl.where(x < 0, -steps, steps), rounded)
+    return tl.where(is_finite, rounded, x).to(dtype)

@@ -1,0 +1,193 @@
+"""Compiles every Triton kernel ahead of time, as its launcher would start it, and measures the machine code.
+
+    python -m tests.aot cuda:90 [case ...]      prints a table; --json prints what test_aot.py reads
+
+The launchers run on CPU tensors while a recorder stands in for the launch: argument types, alignment, block sizes and
+switches are those of a real call. Must run without TRITON_INTERPRET. Cases are chosen so that each kernel is built at
+its plainest, where it should be fastest, and with everything switched on, where registers run out first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from alp_kernels.noise import LOGITS_LAYER, Stream
+from alp_kernels.objective import PRESETS, LossRows, Objective
+from alp_kernels.reference import Head, HeadRows
+from alp_kernels.triton import engine
+
+TARGETS = {
+    "cuda:80": GPUTarget("cuda", 80, 32),
+    "cuda:90": GPUTarget("cuda", 90, 32),
+    "cuda:100": GPUTarget("cuda", 100, 32),
+    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+D, V = 4096, 151936
+IDS = torch.zeros(2, dtype=torch.int64)
+NUMBERED, NAMED = Stream(1 << 63, 1 << 31, 5, 1 << 33), Stream(1, 2, LOGITS_LAYER, 0, IDS)
+PLAIN = Head()
+FULL = Head(1.5, 30.0, torch.ones(2), torch.ones(()), NAMED)
+EVERYTHING = Objective(denominator="old", weight="mask", kl="k3", kl_coef=0.1, entropy_coef=0.1)
+
+
+def _numbers(count: int = 1) -> list[Tensor]:
+    return [torch.zeros(2) for _ in range(count)]
+
+
+def _logits(dtype: torch.dtype) -> Tensor:
+    return torch.zeros(2, V, dtype=dtype)
+
+
+def _perturb_fwd(dtype: torch.dtype, stream: Stream, scale: str, rounding: str) -> None:
+    engine.perturb_fwd(torch.zeros(2, D, dtype=dtype), torch.ones(()), stream, scale, rounding)
+
+
+def _head_bwd(dtype: torch.dtype, head: Head, has_dentropy: bool) -> None:
+    rows = HeadRows(*_numbers(3))
+    engine.head_bwd(_logits(dtype), IDS, head, rows, *_numbers(), _numbers()[0] if has_dentropy else None)
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "philox": lambda: engine.philox((IDS,) * 4, (1, 2)),
+    "normal": lambda: engine.normal(2, D, NUMBERED, torch.device("cpu")),
+    "perturb_fwd bf16": lambda: _perturb_fwd(torch.bfloat16, NUMBERED, "absolute", "nearest"),
+    "perturb_fwd fp32 rms": lambda: _perturb_fwd(torch.float32, NAMED, "rms", "nearest"),
+    "perturb_fwd fp16 rms stochastic": lambda: _perturb_fwd(torch.float16, NAMED, "rms", "stochastic"),
+    "perturb_bwd bf16": lambda: engine.perturb_bwd(torch.zeros(2, D, dtype=torch.bfloat16), NUMBERED, None),
+    "perturb_bwd fp32 rms": lambda: engine.perturb_bwd(torch.zeros(2, D), NAMED, torch.ones(2)),
+    "head_fwd bf16": lambda: engine.head_fwd(_logits(torch.bfloat16), IDS, PLAIN),
+    "head_fwd fp32 full": lambda: engine.head_fwd(_logits(torch.float32), IDS, FULL),
+    "head_bwd bf16": lambda: _head_bwd(torch.bfloat16, PLAIN, False),
+    "head_bwd fp32 full": lambda: _head_bwd(torch.float32, FULL, True),
+    "head_token_loss bf16 alp": lambda: engine.head_token_loss(
+        _logits(torch.bfloat16), IDS, PLAIN, LossRows(*_numbers(3)), PRESETS["alp-token"]
+    ),
+    "head_token_loss fp32 everything": lambda: engine.head_token_loss(
+        _logits(torch.float32), IDS, FULL, LossRows(*_numbers(5)), EVERYTHING
+    ),
+    "head_token_loss fp16 everything": lambda: engine.head_token_loss(
+        _logits(torch.float16), IDS, FULL, LossRows(*_numbers(5)), EVERYTHING
+    ),
+}
+
+
+def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, tuple[Any, ...]]]:
+    """The kernels that `call` would start, with their arguments in order."""
+    recorded: list[tuple[JITFunction, tuple[Any, ...]]] = []
+
+    def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool) -> None:
+        recorded.append((self, args))
+
+    original, JITFunction.run = JITFunction.run, record
+    try:
+        call()
+    finally:
+        JITFunction.run = original
+    return recorded
+
+
+def source(kernel: JITFunction, args: tuple[Any, ...]) -> ASTSource:
+    """What Triton's just-in-time compiler would make of these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for position, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        is_aligned = False
+        if parameter.is_constexpr or value is None:
+            kind, constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            kind, is_aligned = POINTERS[value.dtype], True  # as the allocator gives them
+        elif isinstance(value, float):
+            kind = "fp32"
+        else:
+            kind = parameter.annotation_type or "i32"
+            is_aligned = not parameter.do_not_specialize and value % 16 == 0
+        signature[parameter.name] = kind
+        if is_aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def measure(compiled: Any) -> dict[str, int]:
+    """Registers, memory and instructions of a compiled kernel."""
+    shared = {"shared": compiled.metadata.shared}
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        field = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in _AMD_FIELDS}  # type: ignore[index]
+        body = re.findall(r"^\t([a-z]+_[a-z0-9_]+)", text, re.M)
+        return shared | {
+            "registers": field["vgpr_count"],
+            "spills": field["vgpr_spill_count"] + field["sgpr_spill_count"],
+            "stack": field["private_segment_fixed_size"],
+            "instructions": len(body),
+            "float64": sum("_f64" in name for name in body),
+            "wide_loads": sum(name == "global_load_dwordx4" or name == "buffer_load_dwordx4" for name in body),
+            "wide_stores": sum(name == "global_store_dwordx4" or name == "buffer_store_dwordx4" for name in body),
+        }
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+        sass = subprocess.run([_tool("nvdisasm"), file.name], capture_output=True, text=True, check=True)
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage.stdout)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    body = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass.stdout, re.M)
+    return shared | {
+        "registers": registers,
+        "spills": sum(name.startswith(("STL", "LDL")) for name in body),
+        "stack": stack + local,
+        "instructions": sum(name != "NOP" for name in body),
+        "float64": ptx.count(".f64"),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v(?:4\.b32|8\.b16)", ptx)),
+        "wide_stores": len(re.findall(r"st\.global\S*\.v(?:4\.b32|8\.b16)", ptx)),
+    }
+
+
+_AMD_FIELDS = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+
+
+def build(target: str, cases: list[str]) -> dict[str, dict[str, int]]:
+    """Measurements of each kernel of each case: {"case: kernel": {...}}."""
+    found = {}
+    for case in cases:
+        for kernel, args in launches(CASES[case]):
+            compiled = triton.compile(source(kernel, args), target=TARGETS[target])
+            found[f"{case}: {kernel.__name__}"] = measure(compiled)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    as_json = "--json" in arguments
+    target, *cases = (a for a in arguments if a != "--json")
+    found = build(target, cases or list(CASES))
+    if as_json:
+        print(json.dumps(found))
+        return
+    columns = list(next(iter(found.values())))
+    print(f"| {target} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+    for name, row in found.items():
+        print(f"| {name} | {' | '.join(str(row[column]) for column in columns)} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

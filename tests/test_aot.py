@@ -1,0 +1,70 @@
+"""Every Triton kernel compiles for the GPUs we name, without one, and fits their registers and shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_LIMIT = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "cuda:100": 227 << 10, "hip:gfx942": 64 << 10}
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, dict[str, int]]]:
+    """{target: {"case: kernel": measurements}}, in processes of their own: here kernels may be interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+    def build(target: str) -> dict[str, dict[str, int]]:
+        child = subprocess.run(
+            [sys.executable, "-m", "tests.aot", "--json", target],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert child.returncode == 0, f"{target}: {child.stderr[-4000:]}"
+        return json.loads(child.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(SHARED_LIMIT, pool.map(build, SHARED_LIMIT), strict=True))
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("target", SHARED_LIMIT)]
+
+
+def test_no_kernel_spills_or_uses_local_memory(measured, target):
+    spilled = {name: row for name, row in measured[target].items() if row["spills"] or row["stack"]}
+    assert len(measured[target]) >= 14
+    assert not spilled
+
+
+def test_shared_memory_fits(measured, target):
+    assert max(row["shared"] for row in measured[target].values()) <= SHARED_LIMIT[target]
+
+
+def test_no_kernel_computes_in_double_precision(measured, target):
+    assert not [name for name, row in measured[target].items() if row["float64"]]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "perturb_fwd bf16: _perturb_fwd_kernel",
+        "perturb_fwd fp32 rms: _perturb_fwd_kernel",
+        "head_bwd bf16: _head_bwd_kernel",
+        "head_token_loss bf16 alp: _head_token_loss_kernel",
+    ],
+)
+def test_memory_moves_128_bits_at_a_time(measured, target, case):
+    if target.startswith("hip") and "bf16" in case:
+        pytest.skip("256 threads to a tile of 1024: 64 bits each")
+    assert measured[target][case]["wide_loads"] >= 4  # one for each channel of a group
+    assert measured[target][case]["wide_stores"] >= 4

@@ -1,0 +1,428 @@
+"""What the Triton engine must do; test_triton.py runs this file, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alp_kernels import objective as objectives
+from alp_kernels import reference
+from alp_kernels.noise import LOGITS_LAYER, MAX_ROW, MAX_SEED, MAX_STEP, NORMAL_BOUND, Stream
+from alp_kernels.objective import PRESETS, LossRows, Objective
+from alp_kernels.reference import Head
+from alp_kernels.triton import engine, head, noise, perturb, rounding
+
+from .compare import assert_within_budget
+from .conftest import DEVICE
+from .test_noise import PUBLISHED
+
+STREAM = Stream(seed=7, step=3, layer=2)
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _outputs_begin_as_nan(monkeypatch):
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(math.nan) if out.is_floating_point() else out.fill_(-1)
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed)).to(DEVICE)
+
+
+def set_tile(monkeypatch, block_n: int, block_q: int) -> None:
+    for module in (noise, perturb):
+        monkeypatch.setattr(module, "tile", lambda num_channels: (block_n, block_q))
+
+
+# ------------------------------------------------------------------ noise
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), PUBLISHED)
+def test_philox_matches_published_vectors(counter, key, words):
+    out = engine.philox(tuple(torch.tensor([c], device=DEVICE) for c in counter), key)
+    assert tuple(int(w) for w in out) == words
+
+
+def test_philox_words_equal_the_references():
+    counter = tuple(torch.randint(0, 1 << 32, (1000,), generator=generator(i)).to(DEVICE) for i in range(4))
+    key = (0xDEADBEEF, 0x80000001)
+    for ours, theirs in zip(engine.philox(counter, key), reference.philox(counter, key), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@triton.jit
+def _normal_pair_kernel(words_ptr, out_ptr, M, BLOCK: tl.constexpr):
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    radius_word = tl.load(words_ptr + m, mask=m < M, other=0).to(tl.uint32)
+    angle_word = tl.load(words_ptr + M + m, mask=m < M, other=0).to(tl.uint32)
+    cos, sin = noise.normal_pair(radius_word, angle_word)
+    tl.store(out_ptr + m, cos, mask=m < M)
+    tl.store(out_ptr + M + m, sin, mask=m < M)
+
+
+def test_normals_stay_within_their_bound_at_extreme_words():
+    edges = {0, 1, 2, 3, 0xFFFFFFFF, 0xFFFFFF00}
+    edges |= {(1 << bit) + offset for bit in range(1, 32) for offset in (-1, 0, 1)}  # each rounding of u; each octant
+    edges |= {(eighth << 29) + offset & 0xFFFFFFFF for eighth in range(8) for offset in (-1, 0, 1, 77)}
+    edges |= set(torch.randint(0, 1 << 32, (128,), generator=generator()).tolist())
+    words = torch.tensor(list(itertools.product(sorted(edges), repeat=2)), device=DEVICE).t().contiguous()
+    size = words.shape[1]
+    out = torch.empty(2, size, device=DEVICE)
+    _normal_pair_kernel[(triton.cdiv(size, 1 << 14),)](words, out, size, 1 << 14)
+    u = words[0].float() * 2.0**-32 + 2.0**-33
+    radius, angle = (-2 * u.double().log()).sqrt(), words[1].double() * (2 * math.pi * 2.0**-32)
+    exact = torch.stack((radius * angle.cos(), radius * angle.sin()))
+    assert float((out.double() - exact).abs().max()) <= NORMAL_BOUND
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        STREAM,
+        Stream(MAX_SEED, MAX_STEP, LOGITS_LAYER, (1 << 32) - 2),  # the row's high word changes inside the tile
+        Stream(1 << 31, 1 << 31, 0, MAX_ROW - 2),
+        Stream(5, 6, 7, 0, torch.tensor([MAX_ROW, 0, 1 << 32], device=DEVICE)),
+    ],
+)
+def test_normals_agree_with_the_reference(stream):
+    ours, theirs = (module.normal(3, 203, stream, DEVICE) for module in (engine, reference))
+    assert float((ours - theirs).abs().max()) <= NORMAL_BOUND
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 3, 5, 1023])
+@pytest.mark.parametrize("num_rows", [0, 1, 3])
+def test_odd_sizes_agree_with_the_reference(num_rows, num_channels):
+    ours, theirs = (module.normal(num_rows, num_channels, STREAM, DEVICE) for module in (engine, reference))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=NORMAL_BOUND)
+    h = randn(num_rows, num_channels)
+    ours, theirs = (
+        module.perturb_fwd(h, torch.tensor(0.5, device=DEVICE), STREAM, "absolute", "nearest")[0]
+        for module in (engine, reference)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=NORMAL_BOUND)
+    ours, theirs = (module.perturb_bwd(h, STREAM, None) for module in (engine, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-4)
+
+
+def test_row_ids_and_row_start_name_the_same_rows():
+    start = (1 << 32) - 1
+    ids = torch.arange(start, start + 3, device=DEVICE)
+    numbered = engine.normal(3, 50, STREAM._replace(row_start=start), DEVICE)
+    named = engine.normal(3, 50, STREAM._replace(row_ids=ids), DEVICE)
+    assert torch.equal(numbered, named)
+    assert torch.equal(engine.normal(3, 50, STREAM._replace(row_ids=ids.flip(0)), DEVICE), numbered.flip(0))
+
+
+# ------------------------------------------------------------------ perturb
+
+
+@pytest.mark.parametrize("tile", [(1, 16), (2, 64), (4, 8)])
+def test_tile_size_changes_no_bit(monkeypatch, tile):
+    h, sigma = randn(3, 203).bfloat16(), torch.tensor(0.1, device=DEVICE)
+
+    def results() -> list[Tensor]:
+        u, rms = engine.perturb_fwd(h, sigma, STREAM, "rms", "stochastic")
+        return [engine.normal(3, 203, STREAM, DEVICE), u, rms]
+
+    expected = results()
+    set_tile(monkeypatch, *tile)
+    for one, two in zip(results(), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("rounding_mode", ["nearest", "stochastic"])
+@pytest.mark.parametrize("scale", ["absolute", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_perturb_fwd_agrees_with_the_reference(dtype, scale, rounding_mode):
+    h, sigma = randn(3, 1023).to(dtype), torch.tensor(0.3, device=DEVICE)
+    (ours, our_rms), (theirs, their_rms) = (
+        module.perturb_fwd(h, sigma, STREAM, scale, rounding_mode) for module in (engine, reference)
+    )
+    assert (our_rms is None) == (their_rms is None) == (scale == "absolute")
+    if our_rms is not None:
+        torch.testing.assert_close(our_rms, their_rms, rtol=3e-7, atol=0)
+    assert ours.dtype == dtype
+    if dtype == torch.float32:
+        torch.testing.assert_close(ours, theirs, rtol=2.4e-7, atol=NORMAL_BOUND)
+    else:  # the same random bits round both; one in 2^16 or 2^13 sums lies where 1e-6 turns the rounding over
+        assert int((ours != theirs).sum()) <= 6
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("rounding_mode", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_no_noise_is_the_identity(dtype, rounding_mode):
+    h = (randn(3, 203) * torch.logspace(-8, 4, 203, device=DEVICE)).to(dtype)
+    h[0, 0], h[0, 1] = math.inf, -math.inf
+    u, _ = engine.perturb_fwd(h, torch.tensor(0.0, device=DEVICE), STREAM, "absolute", rounding_mode)
+    assert torch.equal(u, h)
+
+
+@triton.jit
+def _round_kernel(x_ptr, words_ptr, out_ptr, BLOCK: tl.constexpr, IS_STOCHASTIC: tl.constexpr):
+    m = tl.arange(0, BLOCK)
+    if IS_STOCHASTIC:
+        out = rounding.round_stochastic(
+            tl.load(x_ptr + m), tl.load(words_ptr + m).to(tl.uint32), out_ptr.dtype.element_ty
+        )
+    else:
+        out = rounding.round_nearest(tl.load(x_ptr + m), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + m, out)
+
+
+def wide_values(dtype: torch.dtype) -> Tensor:
+    """4096 float32: every magnitude that `dtype` can hold, ties, both infinities, NaN."""
+    x = randn(4096) * torch.logspace(-9, 4.8, 4096, device=DEVICE)
+    ties = 1 + torch.arange(64, device=DEVICE) * torch.finfo(dtype).eps / 2
+    x[:64] = ties
+    x[64:67] = torch.tensor([math.inf, -math.inf, math.nan])
+    return x
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_stochastic_rounding_takes_the_references_bits(dtype):
+    x = wide_values(dtype)
+    out = torch.empty(4096, dtype=dtype, device=DEVICE)
+    words = torch.cat(reference.random_words(1, 4096, STREAM.for_rounding(), DEVICE), dim=1)
+    _round_kernel[(1,)](x, words, out, 4096, True)
+    expected = reference.round_stochastic(x[None], dtype, STREAM)[0]
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_nearest_rounding_is_pytorchs(dtype):
+    x = wide_values(dtype)
+    out = torch.empty(4096, dtype=dtype, device=DEVICE)
+    _round_kernel[(1,)](x, x, out, 4096, False)
+    torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("has_rms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_perturb_bwd_stays_within_the_error_budget(dtype, has_rms):
+    du = randn(5, 1023).to(dtype)
+    rms = randn(5, seed=1).abs() if has_rms else None
+    ours, ordinary = (module.perturb_bwd(du, STREAM, rms) for module in (engine, reference))
+    exact = reference.perturb_bwd(du.double(), STREAM, None if rms is None else rms.double())
+    assert_within_budget(ours, ordinary, exact, torch.float32)
+    assert torch.equal(engine.perturb_bwd(du, STREAM, rms), ours)
+
+
+def test_float64_is_the_references():
+    h, sigma = randn(3, 17).double(), torch.tensor(0.3, device=DEVICE, dtype=torch.float64)
+    ours, theirs = (module.perturb_fwd(h, sigma, STREAM, "rms", "nearest") for module in (engine, reference))
+    assert torch.equal(ours[0], theirs[0])
+    assert ours[0].dtype == torch.float64
+
+
+# ------------------------------------------------------------------ head
+
+
+def double(part):
+    """A Head or LossRows with its float tensors in float64."""
+    return type(part)(*(x.double() if isinstance(x, Tensor) else x for x in part))
+
+
+HEADS = {
+    "plain": {},
+    "softcap": {"softcap": 3.0},
+    "temperature": {"has_temperature": True, "logit_scale": 0.7},
+    "noise": {"has_noise": True},
+    "all": {"softcap": 5.0, "has_temperature": True, "logit_scale": 1.3, "has_noise": True},
+}
+
+
+def make_head(num_rows: int, *, logit_scale=1.0, softcap=None, has_temperature=False, has_noise=False) -> Head:
+    temperature = 0.5 + torch.rand(num_rows, generator=generator(2)).to(DEVICE) if has_temperature else None
+    row_ids = torch.arange(num_rows, device=DEVICE) * 5 + (1 << 33)
+    stream = Stream(11, 12, LOGITS_LAYER, row_ids=row_ids) if has_noise else None
+    sigma = torch.tensor(0.3, device=DEVICE) if has_noise else None
+    return Head(logit_scale, softcap, temperature, sigma, stream)
+
+
+def make_logits(num_rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits with a certain, an unlikely, a first, a last and a top target; and the targets."""
+    x = 3 * randn(num_rows, vocabulary)
+    targets = torch.randint(0, vocabulary, (num_rows,), generator=generator(3)).to(DEVICE)
+    if num_rows >= 5:
+        x[0, targets[0]] += 30
+        x[1, targets[1]] -= 30
+        targets[2], targets[3] = 0, vocabulary - 1
+        targets[4] = x[4].argmax()
+    return x.to(dtype), targets
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_stays_within_the_error_budget(kind, dtype):
+    # 203: one tile, a last quarter that is not full
+    x, targets = make_logits(5, 203, dtype)
+    settings = make_head(5, **HEADS[kind])
+    dlogp, dentropy = randn(5, seed=4), randn(5, seed=5)
+    results = []
+    for module, y, part in ((engine, x, settings), (reference, x, settings), (reference, x.double(), double(settings))):
+        frozen = y.clone()
+        rows = module.head_fwd(y, targets, part)
+        assert torch.equal(y, frozen)
+        grads = [g.to(rows.logp.dtype) for g in (dlogp, dentropy)]
+        dsigma = module.head_bwd(frozen, targets, part, rows, *grads)
+        results.append([*rows, frozen, *([] if dsigma is None else [dsigma])])
+    for position, (ours, ordinary, exact) in enumerate(zip(*results, strict=True)):
+        assert_within_budget(ours, ordinary, exact, dtype if position == 3 else torch.float32, f"output {position}")
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 5, 4099])
+def test_odd_vocabularies_agree_with_the_reference(vocabulary):
+    # 4099: past one tile of 4096
+    x, targets = make_logits(2, vocabulary, torch.float16)
+    rows, ordinary = (module.head_fwd(x, targets, Head()) for module in (engine, reference))
+    for ours, theirs in zip(rows, ordinary, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=2e-6)
+    dlogp, dx = randn(2, seed=4), x.clone()
+    engine.head_bwd(dx, targets, Head(), rows, dlogp, None)
+    reference.head_bwd(x, targets, Head(), ordinary, dlogp, None)
+    torch.testing.assert_close(dx, x, rtol=2e-3, atol=1e-6)
+
+
+def test_head_ignores_tokens_at_minus_infinity():
+    x, targets = make_logits(5, 40, torch.float32)
+    x[:, 7:20] = -math.inf
+    targets[:] = torch.tensor([0, 21, 22, 39, 6])
+    kept = torch.cat((x[:, :7], x[:, 20:]), dim=1)
+    moved = torch.where(targets < 7, targets, targets - 13)
+    exact = reference.head_fwd(kept.double(), moved, Head())
+    ordinary, ours = reference.head_fwd(kept, moved, Head()), engine.head_fwd(x, targets, Head())
+    for a, b, c in zip(ours, ordinary, exact, strict=True):
+        assert_within_budget(a, b, c, torch.float32)
+    engine.head_bwd(x, targets, Head(), ours, randn(5, seed=4), randn(5, seed=5))
+    assert torch.equal(x[:, 7:20], torch.zeros(5, 13, device=DEVICE))
+    assert torch.isfinite(x).all()
+
+
+def test_near_certain_tokens_keep_relative_precision():
+    x, targets = torch.zeros(2, 100, device=DEVICE), torch.tensor([3, 99], device=DEVICE)
+    x[0, 3], x[1, 99] = 30.0, 60.0
+    exact = reference.head_fwd(x.double(), targets, Head())
+    ours = engine.head_fwd(x, targets, Head())
+    torch.testing.assert_close(ours.logp.double(), exact.logp, rtol=1e-5, atol=0)
+    margin = torch.tensor([30.0, 60.0], device=DEVICE, dtype=torch.float64)
+    others = 99 * torch.exp(-margin)
+    torch.testing.assert_close(
+        ours.entropy.double(), others.log1p() + others * margin / (1 + others), rtol=1e-5, atol=0
+    )
+    dx, exact_dx = x.clone(), x.double()
+    engine.head_bwd(dx, targets, Head(), ours, torch.ones(2, device=DEVICE), None)
+    reference.head_bwd(exact_dx, targets, Head(), exact, torch.ones(2, device=DEVICE).double(), None)
+    torch.testing.assert_close(dx.double(), exact_dx, rtol=1e-5, atol=0)
+
+
+def test_a_nan_logit_shows_in_its_row_alone():
+    x, targets = make_logits(3, 50, torch.float32)
+    x[1, 30] = math.nan
+    assert head.head_fwd(x, targets, Head()).logp.isnan().tolist() == [False, True, False]
+
+
+# ------------------------------------------------------------------ token-level loss
+
+
+@triton.jit
+def _dsurrogate_kernel(ell_ptr, advantage_ptr, out_ptr, clip_min, clip_max, dual_clip, BLOCK: tl.constexpr):
+    m = tl.arange(0, BLOCK)
+    slope = head._dsurrogate(tl.load(ell_ptr + m), tl.load(advantage_ptr + m), clip_min, clip_max, dual_clip)
+    tl.store(out_ptr + m, slope)
+
+
+@pytest.mark.parametrize(("clip_low", "clip_high"), [(0.5, 3.0), (0.0, 0.0), (1.0, 1e9)])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_surrogate_derivative_is_autograds(clip_low, clip_high, dual_clip):
+    objective = Objective(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    # 0: on a bound where a clip width is 0; +-20: on the clamp
+    points = torch.tensor(
+        [0.0, 20.0, -20.0, 20.1, -20.1, 1.0, 1.5, -0.5, -1.0, 3.0, *torch.linspace(-5, 5, 22).tolist()]
+    )
+    ell, advantage = (
+        t.flatten().contiguous().to(DEVICE)
+        for t in torch.meshgrid(points, torch.tensor([-2.0, -0.5, 0.0, 1.0]), indexing="ij")
+    )
+    out = torch.empty(128, device=DEVICE)
+    _dsurrogate_kernel[(1,)](ell, advantage, out, 1 - clip_low, 1 + clip_high, dual_clip, 128)
+    leaf = ell.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(objectives.surrogate(leaf, advantage, objective).sum(), leaf)
+    torch.testing.assert_close(out, expected, rtol=3e-6, atol=0)
+
+
+OBJECTIVES = {
+    "alp": PRESETS["alp-token"],
+    "weighted": PRESETS["tis-token"],
+    "no dual clip": Objective(clip_low=0.2, clip_high=0.28, dual_clip=None),
+    **{f"KL {kl}": Objective(dual_clip=2.0, kl=kl, kl_coef=0.3) for kl in ("k1", "k2", "k3", "k3+")},
+    "entropy": Objective(entropy_coef=0.1),
+    "everything": Objective(denominator="old", weight="mask", kl="k3", kl_coef=0.1, entropy_coef=-0.2),
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_token_loss_stays_within_the_error_budget(kind):
+    objective = OBJECTIVES[kind]
+    x, targets = make_logits(8, 37, torch.float32)
+    settings = make_head(8, **HEADS["all" if kind == "everything" else "plain"])
+    logp = reference.head_fwd(x, targets, settings).logp
+    offsets = torch.tensor([0.1, 3.0, -3.0, 0.5, 1.2, -0.1, 25.0, 0.3], device=DEVICE)
+    rows = LossRows(
+        denominator=logp - offsets,
+        advantages=torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, 0.0, -1.0, -0.3], device=DEVICE),
+        weight=torch.rand(8, generator=generator(6)).to(DEVICE),
+        is_weight=None if objective.weight is None else torch.rand(8, generator=generator(7)).to(DEVICE),
+        ref_logp=None if objective.kl is None else logp + randn(8, seed=8),
+    )
+    ours, ordinary, exact = x.clone(), x.clone(), x.double()
+    out, dsigma = engine.head_token_loss(ours, targets, settings, rows, objective)
+    _, ordinary_dsigma = reference.head_token_loss(ordinary, targets, settings, rows, objective)
+    _, exact_dsigma = reference.head_token_loss(exact, targets, double(settings), double(rows), objective)
+    for row in range(8):  # each by itself: a large row hides none
+        assert_within_budget(ours[row], ordinary[row], exact[row], torch.float32, f"row {row}")
+    if kind == "everything":
+        assert_within_budget(dsigma, ordinary_dsigma, exact_dsigma, torch.float32, "dsigma")
+    else:
+        assert dsigma is None
+    for one, two in zip(out, engine.head_fwd(x, targets, settings), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_token_loss_of_half_logits_is_that_of_float32_rounded_once(dtype):
+    x, targets = make_logits(5, 37, dtype)
+    logp = reference.head_fwd(x, targets, Head()).logp
+    rows = LossRows(logp - 0.1, randn(5, seed=4), torch.ones(5, device=DEVICE))
+    wide = x.float()
+    engine.head_token_loss(x, targets, Head(), rows, PRESETS["alp-token"])
+    engine.head_token_loss(wide, targets, Head(), rows, PRESETS["alp-token"])
+    assert torch.equal(x, wide.to(dtype))
+
+
+def test_empty_chunks_launch_nothing():
+    x, targets = torch.empty(0, 9, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    none = torch.empty(0, device=DEVICE)
+    out, dsigma = engine.head_token_loss(x, targets, Head(), LossRows(none, none, none), Objective())
+    assert out.logp.shape == (0,)
+    assert dsigma is None
