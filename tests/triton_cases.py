@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alp_kernels import fused_alp_loss, reference
 from alp_kernels import objective as objectives
-from alp_kernels import reference
+from alp_kernels import perturb as perturb_rows
 from alp_kernels.noise import LOGITS_LAYER, MAX_ROW, MAX_SEED, MAX_STEP, NORMAL_BOUND, Stream
 from alp_kernels.objective import PRESETS, LossRows, Objective
 from alp_kernels.reference import Head
@@ -131,6 +132,8 @@ def test_row_ids_and_row_start_name_the_same_rows():
     named = engine.normal(3, 50, STREAM._replace(row_ids=ids), DEVICE)
     assert torch.equal(numbered, named)
     assert torch.equal(engine.normal(3, 50, STREAM._replace(row_ids=ids.flip(0)), DEVICE), numbered.flip(0))
+    strided = ids.repeat_interleave(2)[::2]
+    assert torch.equal(engine.normal(3, 50, STREAM._replace(row_ids=strided), DEVICE), numbered)
 
 
 # ------------------------------------------------------------------ perturb
@@ -418,6 +421,37 @@ def test_token_loss_of_half_logits_is_that_of_float32_rounded_once(dtype):
     engine.head_token_loss(x, targets, Head(), rows, PRESETS["alp-token"])
     engine.head_token_loss(wide, targets, Head(), rows, PRESETS["alp-token"])
     assert torch.equal(x, wide.to(dtype))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_public_functions_have_the_references_gradients(level):
+    settings = {"objective": Objective(level), "num_tokens": 10, "num_sequences": 2}
+
+    def gradients(name: str) -> list[Tensor]:
+        hidden = randn(2, 5, 16).requires_grad_()
+        weight, log_sigma = (
+            randn(23, 16, seed=1).requires_grad_(),
+            torch.tensor(-2.0, device=DEVICE, requires_grad=True),
+        )
+        targets = torch.arange(10, device=DEVICE).view(2, 5)
+        u = perturb_rows(hidden, log_sigma, seed=1, step=2, layer=3, scale="rms", engine=name)
+        rollout_logp = torch.full((2, 5), -4.0, device=DEVICE)
+        advantages, mask = torch.tensor([1.0, -1.0], device=DEVICE), torch.ones(2, 5, device=DEVICE)
+        out = fused_alp_loss(u, weight, targets, rollout_logp, advantages, mask, **settings, engine=name)
+        return [out.loss.detach(), out.logp, *torch.autograd.grad(out.loss, (hidden, weight, log_sigma))]
+
+    for ours, theirs in zip(gradients("triton"), gradients("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_of_rows_may_be_expanded_scalars():
+    x, targets = make_logits(3, 37, torch.float32)
+    rows = LossRows(torch.full((3,), -3.0, device=DEVICE), torch.ones(3, device=DEVICE), torch.ones(3, device=DEVICE))
+    expanded = LossRows(*(value[:1].expand(3) for value in rows[:3]))
+    y = x.clone()
+    engine.head_token_loss(x, targets, Head(), rows, Objective())
+    engine.head_token_loss(y, targets, Head(), expanded, Objective())
+    assert torch.equal(x, y)
 
 
 def test_empty_chunks_launch_nothing():

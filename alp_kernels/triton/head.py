@@ -223,7 +223,7 @@ def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
     out = _empty_rows(x)
     if len(x):
         with on_device(x):
-            _head_fwd_kernel[(len(x),)](x, targets, head.temperature, *out, *_head_args(x, head))
+            _head_fwd_kernel[(len(x),)](x, *_contiguous(targets, head.temperature), *out, *_head_args(x, head))
     return out
 
 
@@ -266,11 +266,9 @@ def head_bwd(
         return reference.head_bwd(x, targets, head, rows, dlogp, dentropy)
     dsigma = _empty_dsigma(x, head)
     if len(x):
-        dlogp = dlogp.contiguous()
-        dentropy = None if dentropy is None else dentropy.contiguous()
         with on_device(x):
             _head_bwd_kernel[(len(x),)](
-                x, targets, head.temperature, *rows, dlogp, dentropy, dsigma, *_head_args(x, head)
+                x, *_contiguous(targets, head.temperature, *rows, dlogp, dentropy), dsigma, *_head_args(x, head)
             )
     return None if dsigma is None else dsigma.sum()
 
@@ -376,8 +374,9 @@ def head_token_loss(
     if len(x):
         with on_device(x):
             _head_token_loss_kernel[(len(x),)](
-                x, targets, head.temperature, *out, dsigma,
-                rows.denominator, rows.advantages, rows.weight, rows.is_weight, rows.ref_logp if kl_coef > 0 else None,
+                x, *_contiguous(targets, head.temperature), *out, dsigma,
+                *_contiguous(rows.denominator, rows.advantages, rows.weight, rows.is_weight),
+                *_contiguous(rows.ref_logp if kl_coef > 0 else None),
                 float(1 - objective.clip_low), float(1 + objective.clip_high),
                 None if dual_clip is None else float(dual_clip),
                 float(kl_coef) if kl_coef > 0 else None,
@@ -400,6 +399,11 @@ def _head_args(x: Tensor, head: Head) -> tuple[Tensor | float | int | None, ...]
     largest = MAX_TILE if head.sigma is None else MAX_TILE // 4
     block_q = min(largest, triton.next_power_of_2(quarter))
     return head.sigma, *stream, float(head.logit_scale), softcap, vocabulary, quarter, block_q
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The rows' numbers as the kernels read them, one after another: an expanded scalar is not."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def _empty_rows(x: Tensor) -> HeadRows:

@@ -168,7 +168,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 def stream_args(stream: Stream) -> tuple[Tensor | int | None, ...]:
     """A stream as kernel arguments: row_ids_ptr, then STREAM_ARGS."""
-    return stream.row_ids, stream.row_start, *stream.key, stream.step, stream.layer
+    row_ids = None if stream.row_ids is None else stream.row_ids.contiguous()
+    return row_ids, stream.row_start, *stream.key, stream.step, stream.layer
 
 
 def tile(num_channels: int) -> tuple[int, int]:
