@@ -163,11 +163,12 @@ def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
     exp = shifted.exp()
     target = shifted.gather(1, targets[:, None]).squeeze(1)
     others = exp.scatter(1, targets[:, None], 0.0).sum(dim=1)
-    total = others + target.exp()
-    logp = torch.where(target == 0, -torch.log1p(others), target - total.log())
+    # the largest term is 1 and stays out of `rest`, so the logarithm of a near-certain row keeps its digits
+    rest = torch.where(target == 0, others, (others - 1) + target.exp())
+    log_total = torch.log1p(rest)
     # e^-inf * -inf would be NaN; such a token has no share in the entropy
     weighted = torch.where(exp > 0, exp * shifted, 0.0).sum(dim=1)
-    return HeadRows(logp, total.log() - weighted / total, top + total.log())
+    return HeadRows(target - log_total, log_total - weighted / (1 + rest), top + log_total)
 
 
 def head_bwd(
@@ -179,7 +180,7 @@ def head_bwd(
     dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H)
     """
     z, tanh, eps = _transform(x, head)
-    log_p = z - rows.lse[:, None]
+    log_p = (z - rows.lse[:, None]).scatter(1, targets[:, None], rows.logp[:, None])  # with the digits lse lost
     dz = -dlogp[:, None] * log_p.exp()
     certain = dlogp * -torch.expm1(rows.logp)  # dlogp (1 - p), without cancellation
     dz.scatter_(1, targets[:, None], certain[:, None])
