@@ -41,19 +41,15 @@ inline int stream_size(int j, int64_t q0, int count, int64_t quarter, int64_t ch
 // A 32-bit word in each 64-bit lane, its upper half garbage that the multiplication ignores: no shuffles in the rounds.
 #if defined(__AVX512F__)
 using Wide = uint64_t __attribute__((vector_size(64)));
-using Narrow = uint32_t __attribute__((vector_size(32)));
 inline Wide multiply(Wide a, Wide b) { return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 #elif defined(__AVX2__)
 using Wide = uint64_t __attribute__((vector_size(32)));
-using Narrow = uint32_t __attribute__((vector_size(16)));
 inline Wide multiply(Wide a, Wide b) { return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 #elif defined(__SSE2__)
 using Wide = uint64_t __attribute__((vector_size(16)));
-using Narrow = uint32_t __attribute__((vector_size(8)));
 inline Wide multiply(Wide a, Wide b) { return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b); }
 #else
 using Wide = uint64_t __attribute__((vector_size(16)));
-using Narrow = uint32_t __attribute__((vector_size(8)));
 inline Wide multiply(Wide a, Wide b) { return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu); }
 #endif
 constexpr int WIDTH = sizeof(Wide) / sizeof(uint64_t);
@@ -95,17 +91,19 @@ struct RowStream {
 };
 
 inline void random_block(const RowStream& stream, int64_t q0, int count, Words& out) {
-    Wide group = {};
-    for (int i = 0; i < WIDTH; ++i) group[i] = static_cast<uint64_t>(q0 + i);
+    // even groups in one vector, odd ones in another: put together, their words lie in order without a shuffle
+    Wide even = {};
+    for (int i = 0; i < WIDTH; ++i) even[i] = static_cast<uint64_t>(q0 + 2 * i);
     const Wide row = Wide{} + stream.row, layer_row = Wide{} + stream.layer_row, step = Wide{} + stream.step;
-    for (int i = 0; i < count; i += WIDTH) {
-        Wide c[4] = {group, row, layer_row, step};
-        philox(c, stream.keys);
+    for (int i = 0; i < count; i += 2 * WIDTH) {
+        Wide a[4] = {even, row, layer_row, step}, b[4] = {even + 1, row, layer_row, step};
+        philox(a, stream.keys);
+        philox(b, stream.keys);
         for (int j = 0; j < 4; ++j) {
-            const Narrow narrow = __builtin_convertvector(c[j], Narrow);
-            __builtin_memcpy(out.word[j] + i, &narrow, sizeof narrow);
+            const Wide both = (a[j] & 0xFFFFFFFFu) | (b[j] << 32);  // little-endian
+            __builtin_memcpy(out.word[j] + i, &both, sizeof both);
         }
-        group += WIDTH;
+        even += 2 * WIDTH;
     }
 }
 
