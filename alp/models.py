@@ -120,14 +120,24 @@ def load_policy(config: ModelConfig, device: torch.device) -> Policy:
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise UserError(f"model.path={path!r}: there is no such directory")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        try:  # what is here first: without a network the hub's retries take a minute
+            tokenizer, model = _from_pretrained(path, dtype, local_files_only=True)
+        except OSError:
+            tokenizer, model = _from_pretrained(path, dtype, local_files_only=Path(path).is_dir())
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.path={path!r} cannot be loaded: {reason}") from None
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return Policy(model.to(device).train(), tokenizer)
+
+
+def _from_pretrained(
+    path: str, dtype: torch.dtype, local_files_only: bool
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local_files_only)
+    return tokenizer, model
 
 
 def make_tiny(config: ModelConfig) -> Policy:

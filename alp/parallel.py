@@ -66,7 +66,7 @@ class World:
         for grads in by_dtype.values():
             flat = torch.cat([g.reshape(-1) for g in grads])
             dist.all_reduce(flat)
-            for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            for g, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
                 g.copy_(part.view_as(g))
 
     def broadcast(self, value: Any) -> Any:

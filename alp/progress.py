@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -57,3 +58,29 @@ class Reporter:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def in_short(metrics: dict[str, Any]) -> str:
+    """The figures of a step beside the bar."""
+    text = f"reward {metrics['reward']:.3f}"
+    if "k3_kl" in metrics:
+        text += f"  k3 KL {metrics['k3_kl']:.4f}  ratio q99.9 {metrics['token_ratio/q99.9']:.2f}"
+    if "sigma" in metrics:
+        text += f"  sigma {min(metrics['sigma']):.4f}-{max(metrics['sigma']):.4f}"
+    return text
+
+
+def outcome(before: dict[str, float], after: dict[str, float], steps: list[dict[str, Any]], path: str) -> str:
+    """What was learned: sampled accuracy on both numerical paths, the mean KL between them, the noise that arrived."""
+    text = (
+        f"sampled accuracy {before['train']:.3f} -> {after['train']:.3f} (training path), "
+        f"{before['rollout']:.3f} -> {after['rollout']:.3f} ({path} path)"
+    )
+    # without noise where that was measured: it compares between methods
+    kl = [m["clean/k3_kl"] for m in steps if "clean/k3_kl" in m] or [m["k3_kl"] for m in steps if "k3_kl" in m]
+    if kl:
+        text += f"; k3 KL between them {sum(kl) / len(kl):.4f}"
+    if steps and steps[-1].get("realised_noise"):
+        realised = steps[-1]["realised_noise"]
+        text += f"; realised noise {sum(realised) / len(realised):.3f} of nominal"
+    return text

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, commit.txt, metrics.jsonl, tensorboard/, checkpoints/, plots/, model/.
+"""A run's folder: config.json, commit.txt, metrics.jsonl, outcome.json, tensorboard/, checkpoints/, plots/, model/.
 
 Whatever must survive a kill is written beside its place, synced and renamed: a file is the old one or the new one.
 """
@@ -60,29 +60,29 @@ def read_metrics(path: Path) -> list[Metrics]:
     return steps
 
 
+def create_run(config: TrainConfig) -> Path:
+    """A new folder under config.runs, with the configuration and the commit; a name that is taken is a UserError."""
+    task = config.task.path.stem if config.task.path else config.task.name
+    stem = f"{task}-{config.update.method}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = config.runs / (config.name or stem)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{folder} exists; continue it with --resume {folder}, or give another --name") from None
+    except OSError as error:
+        raise UserError(f"runs={config.runs}: {error.strerror}") from None
+    write_whole(folder / "config.json", lambda file: file.write(config.to_json().encode()))
+    (folder / "commit.txt").write_text(_commit())
+    return folder
+
+
 class Run:
-    """An open run folder. Only rank 0 holds one."""
+    """An open run folder. All ranks read, rank 0 writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._metrics = folder / "metrics.jsonl"
         self._writer: SummaryWriter | None = None
-
-    @staticmethod
-    def create(config: TrainConfig) -> Run:
-        """A new folder under config.runs; a name that is taken is a UserError."""
-        task = config.task.path.stem if config.task.path else config.task.name
-        stem = f"{task}-{config.update.method}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = config.runs / (config.name or stem)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(f"{folder} exists; continue it with --resume {folder}, or give another --name") from None
-        except OSError as error:
-            raise UserError(f"runs={config.runs}: {error.strerror}") from None
-        (folder / "config.json").write_text(config.to_json())
-        (folder / "commit.txt").write_text(_commit())
-        return Run(folder)
 
     # -------------------------------------------------------------- metrics
 
@@ -130,10 +130,11 @@ class Run:
         """Oldest first."""
         return sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any]:
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
+        """The newest, or None where the run was stopped before its first: it then starts again."""
         found = self.checkpoints()
         if not found:
-            raise UserError(f"{self.folder} has no checkpoint yet; start it again")
+            return None
         state = torch.load(found[-1], map_location=device, weights_only=True)
         assert isinstance(state, dict)
         return state
@@ -146,6 +147,11 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(beside, folder)
         return folder
+
+    def save_outcome(self, before: dict[str, float], after: dict[str, float]) -> None:
+        """outcome.json: the evaluations before and after the run."""
+        text = json.dumps({"before": before, "after": after}, indent=2)
+        write_whole(self.folder / "outcome.json", lambda file: file.write(text.encode()))
 
 
 def _commit() -> str:

@@ -13,7 +13,6 @@ P prompts, G samples each; a step is one rollout batch and `minibatches` optimis
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,15 +28,15 @@ from .config import TrainConfig, UserError
 from .diagnostics import diagnose
 from .evaluate import evaluate
 from .inference import InferenceEngine
-from .models import TINY, Policy, load_policy, make_tiny
+from .models import Policy
 from .parallel import World
 from .plots import save_plots
-from .progress import Reporter
+from .progress import Reporter, in_short, outcome
 from .rollout import Completions, sample, uniforms
-from .run import Metrics, Run, write_whole
+from .run import Metrics, Run, create_run
 from .tasks import Problem, Score, Task, make_task
 from .update import Experience, StepResult, Updater, score_clean
-from .warmup import new_tokens, warmed_up
+from .warmup import make_policy, new_tokens
 
 
 class Clock:
@@ -57,11 +56,6 @@ class Trainer:
     """Everything a run holds, and one step of it."""
 
     def __init__(self, config: TrainConfig, world: World, policy: Policy, task: Task) -> None:
-        if config.rollout.prompts % (config.update.minibatches * world.size):
-            raise UserError(
-                f"rollout.prompts={config.rollout.prompts}; it needs a multiple of update.minibatches="
-                f"{config.update.minibatches} times the number of processes, {world.size}"
-            )
         self.config, self.world, self.policy, self.task = config, world, policy, task
         self.max_new_tokens = new_tokens(config, policy, task)
         self.engine = InferenceEngine(policy.model, config.rollout)
@@ -221,34 +215,17 @@ class Trainer:
             torch.cuda.set_rng_state_all([value.cpu() for value in state["random_cuda"]])
 
 
-def make_policy(config: TrainConfig, task: Task, world: World, is_resumed: bool) -> Policy:
-    """The model to train: loaded, or the tiny one, which rank 0 warms up first; a resumed run's weights come later."""
-    if config.model.path != TINY:
-        return load_policy(config.model, world.device)
-    if is_resumed:
-        policy = make_tiny(config.model)
-    else:
-        if not world.is_main:
-            world.barrier()  # rank 0 fills the cache
-        with Reporter("warm-up", None, quiet=not world.is_main) as report:
-            policy, line = warmed_up(
-                config,
-                task,
-                lambda step, loss, accuracy: report(step, f"loss {loss:.2f}  greedy accuracy {accuracy:.2f}"),
-            )
-        if world.is_main:
-            print(line, flush=True)
-            world.barrier()
-    policy.model.to(device=world.device, dtype=getattr(torch, config.model.dtype))
-    return policy
-
-
 def train(config: TrainConfig, resume: Path | None = None) -> Path:
     """Run, or continue, a training run; returns its folder."""
     start = time.monotonic()
     if resume is not None:
         config = TrainConfig.load(resume / "config.json")
     world = World(config.device)
+    if config.rollout.prompts % (config.update.minibatches * world.size):
+        raise UserError(
+            f"rollout.prompts={config.rollout.prompts}; it needs a multiple of update.minibatches="
+            f"{config.update.minibatches} times the number of processes, {world.size}"
+        )
     try:
         return _train(config, resume, world, start)
     finally:
@@ -257,16 +234,17 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
 
 def _train(config: TrainConfig, resume: Path | None, world: World, start: float) -> Path:
     task = make_task(config.task, config.seed)
-    run = Run(resume) if resume is not None else None
-    checkpoint = run.load_checkpoint(world.device) if run is not None else None
-    trainer = Trainer(config, world, make_policy(config, task, world, checkpoint is not None), task)
-    if run is None and world.is_main:
-        run = Run.create(config)
+    # the folder before the warm-up: a name that is taken is known at once, and a run killed while warming up resumes
+    folder = resume or Path(world.broadcast(str(create_run(config)) if world.is_main else None))
+    run = Run(folder)
+    checkpoint = run.load_checkpoint(world.device)
+    policy = make_policy(config, task, world, is_resumed=checkpoint is not None)
+    trainer = Trainer(config, world, policy, task)
     if checkpoint is not None:
         trainer.load_state(checkpoint)
     elif world.is_main:
         trainer.before = trainer.evaluate()
-    if run is not None and world.is_main:
+    if world.is_main:
         run.keep_metrics(trainer.num_steps)
         print(f"run folder: {run.folder}", flush=True)
     world.barrier()
@@ -274,48 +252,20 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float)
     with Reporter("train", config.steps, start=trainer.num_steps, quiet=not world.is_main) as progress:
         while trainer.num_steps < config.steps:
             metrics = trainer.step()
-            if run is not None and world.is_main:
+            if world.is_main:
                 run.record(metrics)
-                is_due = trainer.num_steps % config.checkpoint_every == 0 or trainer.num_steps == config.steps
-                if is_due:
+                if trainer.num_steps % config.checkpoint_every == 0 or trainer.num_steps == config.steps:
                     run.save_checkpoint(trainer.num_steps, trainer.state())
-            progress(trainer.num_steps, _numbers(metrics))
-    world.barrier()
-    folder = world.broadcast(str(run.folder) if run is not None and world.is_main else None)
-    if run is not None and world.is_main:
+            progress(trainer.num_steps, in_short(metrics))
+
+    if world.is_main:
         after = trainer.evaluate()
         run.save_model(trainer.policy.save)
+        run.save_outcome(trainer.before, after)
         save_plots(run.folder.name, run.metrics, run.folder / "plots")
-        write_whole(
-            run.folder / "outcome.json",
-            lambda file: file.write(json.dumps({"before": trainer.before, "after": after}, indent=2).encode()),
-        )
         run.close()
-        print(_outcome(config, trainer.before, after, run, time.monotonic() - start), flush=True)
+        path, seconds = config.rollout.path, time.monotonic() - start
+        print(f"learned in {seconds:.0f} s: {outcome(trainer.before, after, run.metrics, path)}; ", end="")
+        print(f"see {folder} (alp report {folder})", flush=True)
     world.barrier()
-    return Path(folder)
-
-
-def _numbers(metrics: Metrics) -> str:
-    """The figures beside the progress bar."""
-    text = f"reward {metrics['reward']:.3f}"
-    if "k3_kl" in metrics:
-        text += f"  k3 KL {metrics['k3_kl']:.4f}  ratio q99.9 {metrics['token_ratio/q99.9']:.2f}"
-    if "sigma" in metrics:
-        text += f"  sigma {min(metrics['sigma']):.4f}-{max(metrics['sigma']):.4f}"
-    return text
-
-
-def _outcome(config: TrainConfig, before: dict[str, float], after: dict[str, float], run: Run, seconds: float) -> str:
-    """The last line: what was learned, and where to look."""
-    steps = run.metrics
-    line = (
-        f"learned in {seconds:.0f} s: sampled accuracy {before['train']:.3f} -> {after['train']:.3f} (training path), "
-        f"{before['rollout']:.3f} -> {after['rollout']:.3f} ({config.rollout.path} path)"
-    )
-    if steps and "k3_kl" in steps[-1]:
-        line += f"; k3 KL between them {sum(m['k3_kl'] for m in steps) / len(steps):.4f}"
-    if steps and steps[-1].get("realised_noise"):
-        realised = steps[-1]["realised_noise"]
-        line += f"; realised noise {sum(realised) / len(realised):.3f} of nominal"
-    return f"{line}; see {run.folder} (alp report {run.folder})"
+    return folder

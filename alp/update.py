@@ -128,7 +128,7 @@ class Updater:
         for part in minibatch.split(self.config.micro_batch):
             with self.perturbed(step, part):
                 out = self.loss(part, num_tokens, num_sequences)
-                out.loss.backward()
+                torch.autograd.backward(out.loss)
             parts.append(out)
         self.world.sum_gradients(self.parameters)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)

@@ -24,7 +24,9 @@ from transformers import Qwen2ForCausalLM
 
 from . import chain, models, tasks
 from .config import TrainConfig, UserError
-from .models import TINY, Policy, hidden_states, make_tiny
+from .models import TINY, Policy, hidden_states, load_policy, make_tiny
+from .parallel import World
+from .progress import Reporter
 from .rollout import sample
 from .tasks import Task
 
@@ -40,6 +42,28 @@ _DEFAULT_NEW_TOKENS = 256
 
 Report = Callable[[int, float, float], None]
 """Called with step, loss and greedy accuracy."""
+
+
+def make_policy(config: TrainConfig, task: Task, world: World, is_resumed: bool) -> Policy:
+    """The model to train: loaded, or the tiny one, which rank 0 warms up first; a resumed run's weights come later."""
+    if config.model.path != TINY:
+        return load_policy(config.model, world.device)
+    if is_resumed:
+        policy = make_tiny(config.model)
+    else:
+        if not world.is_main:
+            world.barrier()  # rank 0 fills the cache
+        with Reporter("warm-up", None, quiet=not world.is_main) as report:
+            policy, line = warmed_up(
+                config,
+                task,
+                lambda step, loss, accuracy: report(step, f"loss {loss:.2f}  greedy accuracy {accuracy:.2f}"),
+            )
+        if world.is_main:
+            print(line, flush=True)
+            world.barrier()
+    policy.model.to(device=world.device, dtype=getattr(torch, config.model.dtype))
+    return policy
 
 
 def new_tokens(config: TrainConfig, policy: Policy, task: Task) -> int:
@@ -127,7 +151,7 @@ def _train(policy: Policy, config: TrainConfig, task: Task, report: Report) -> t
             task.demonstration(i, warmup.error) for i in range((step - 1) * warmup.batch, step * warmup.batch)
         ]
         loss = _loss(policy, demonstrations)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser, ramp in zip(optimisers, ramps, strict=True):
             optimiser.step()

@@ -4,9 +4,6 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-
-pytest.importorskip("transformers")
-
 import torch
 from transformers import AutoTokenizer
 

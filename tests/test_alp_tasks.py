@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("reasoning_gym")
-
 import reasoning_gym
 
 from alp import chain
