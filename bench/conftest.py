@@ -1,0 +1,66 @@
+"""`pytest bench/ --benchmark-only`: times every op against its peers and prints one table.
+
+    --save-results          also write the numbers as JSON lines, a new file for each run, in bench/results
+    --results-folder=DIR    ... or there
+    --passes=N              how often the variants take turns; more for numbers to publish
+    --smoke                 tiny shapes: tries the harness in seconds; its numbers mean nothing
+    --benchmark-verbose     pytest-benchmark's own table too
+    -k "native or eager or limit"    some variants only
+
+Ratios come from medians of the same run. What this machine lacks is skipped by name; a wrong result fails.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from contest import Contest, Turn, turns
+from report import save, table
+
+CONTEST = pytest.StashKey[Contest]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("alp-kernels benchmarks")
+    group.addoption("--save-results", action="store_true", help="write the numbers as JSON lines")
+    results = Path(__file__).parent / "results"
+    group.addoption("--results-folder", type=Path, default=results, metavar="DIR", help=f"where to; default {results}")
+    group.addoption("--passes", type=int, metavar="N", help="how often the variants take turns")
+    group.addoption("--smoke", action="store_true", help="tiny shapes; the numbers mean nothing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config.stash[CONTEST] = Contest(device)
+    config.option.benchmark_quiet = True  # a row for each pass tells less than the table below
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "turn" in metafunc.fixturenames:
+        groups = metafunc.module.groups(metafunc.config.stash[CONTEST].device, metafunc.config.getoption("smoke"))
+        metafunc.parametrize("turn", turns(groups, metafunc.config.getoption("passes")), ids=str)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    chosen = [item.callspec.params.get("turn") for item in session.items if hasattr(item, "callspec")]
+    session.config.stash[CONTEST].select(turn for turn in chosen if isinstance(turn, Turn))
+
+
+@pytest.fixture
+def contest(pytestconfig: pytest.Config) -> Contest:
+    return pytestconfig.stash[CONTEST]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    contest = config.stash[CONTEST]
+    if not contest.groups:
+        return
+    terminalreporter.section("times")
+    for line in table(contest):
+        terminalreporter.write_line(line)
+    if config.getoption("smoke"):
+        terminalreporter.write_line("--smoke: tiny shapes, these numbers mean nothing.")
+    if config.getoption("save_results"):
+        terminalreporter.write_line(f"saved: {save(contest, config.getoption('results_folder'))}")

@@ -1,0 +1,192 @@
+"""Variants of one computation, timed in turns on the same inputs.
+
+A group is an op on a case with its variants. Before any variant of a group is timed, each has run once: that run
+checks the result, compiles and warms up. Then the variants take turns, pass after pass, so that a machine that slows
+down slows them alike. A variant that is not available is skipped with its reason; one with a wrong result fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import torch
+from measure import Clock
+
+from alp_kernels.engine import why_not
+
+TURN_MS = {"cpu": 250, "cuda": 100}
+MAX_ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a group's op.
+
+    Attributes:
+        build: from the group's inputs to the function that is timed; what that returns goes to `check`.
+        check: raises an AssertionError where the result is wrong.
+        unavailable: why the variant cannot run on a device, or None.
+    """
+
+    name: str
+    build: Callable[[Any], Callable[[], Any]]
+    check: Callable[[Any, Any], None] | None = None
+    unavailable: Callable[[torch.device], str | None] = lambda device: None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variants of one op on one case; ratios are against `reference`, fractions of `limit_scale` times `limit`."""
+
+    op: str
+    case: Any
+    inputs: Callable[[torch.device], Any]
+    variants: tuple[Variant, ...]
+    reference: str
+    limit: str
+    limit_scale: float
+    limit_text: str
+    num_passes: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    group: Group
+    variant: Variant
+    number: int  # pass
+
+    def __str__(self) -> str:
+        return f"{self.group.op}|{self.group.case}|{self.variant.name}|pass {self.number}"
+
+
+@dataclass
+class Entry:
+    """What is known of a variant: either why it is out, or its function, memory and times."""
+
+    skipped: str | None = None
+    failed: str | None = None
+    function: Callable[[], Any] | None = None
+    peak_mib: float | None = None
+    first_ms: float = 0.0  # of the run before timing, compilation included
+    ms: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.ms) if self.ms else None
+
+    def quantile(self, percent: int) -> float:
+        if len(self.ms) == 1:
+            return self.ms[0]
+        return statistics.quantiles(self.ms, n=100, method="inclusive")[percent - 1]
+
+
+def turns(groups: Iterable[Group], num_passes: int | None) -> list[Turn]:
+    return [
+        Turn(group, variant, number)
+        for group in groups
+        for number in range(num_passes or group.num_passes)
+        for variant in group.variants
+    ]
+
+
+class Contest:
+    """A session's groups in the order they ran, with an entry for each variant that was selected."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.selected: set[tuple[int, str]] = set()  # (id of the group, name of the variant)
+        self.groups: list[Group] = []
+        self.entries: dict[tuple[int, str], Entry] = {}
+
+    def select(self, selected: Iterable[Turn]) -> None:
+        self.selected = {(id(turn.group), turn.variant.name) for turn in selected}
+
+    def entry(self, group: Group, name: str) -> Entry | None:
+        return self.entries.get((id(group), name))
+
+    def play(self, turn: Turn, benchmark: Any) -> None:
+        """One variant's rounds in one pass; the first turn of a group prepares all its variants."""
+        if turn.group not in self.groups:
+            self._prepare(turn.group)
+        entry = self.entries[id(turn.group), turn.variant.name]
+        if entry.skipped is not None:
+            pytest.skip(entry.skipped)
+        if entry.failed is not None:
+            pytest.fail(entry.failed, pytrace=False)
+        assert entry.function is not None
+        rounds = round(TURN_MS[self.device.type] / (entry.median or entry.first_ms))
+        clock = Clock(self.device)
+        benchmark.group = f"{turn.group.op} {turn.group.case}"
+        benchmark.pedantic(clock.run, args=(entry.function,), rounds=min(max(rounds, 1), MAX_ROUNDS), iterations=1)
+        if not entry.ms:
+            entry.peak_mib = clock.peak_mib
+        entry.ms += clock.ms
+
+    def _prepare(self, group: Group) -> None:
+        for entry in self.entries.values():
+            entry.function = None  # and with it the last group's inputs
+        self.groups.append(group)
+        inputs = group.inputs(self.device)
+        for variant in group.variants:
+            if (id(group), variant.name) in self.selected:
+                self.entries[id(group), variant.name] = self._try(variant, inputs)
+
+    def _try(self, variant: Variant, inputs: Any) -> Entry:
+        reason = variant.unavailable(self.device)
+        if reason is not None:
+            return Entry(skipped=reason)
+        try:
+            function = variant.build(inputs)
+            start = time.perf_counter()
+            returned = function()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            first_ms = (time.perf_counter() - start) * 1e3
+            if variant.check is not None:
+                variant.check(inputs, returned)
+        except Exception:  # fails this variant's tests; the others are still measured
+            return Entry(failed=f"{variant.name}\n{traceback.format_exc()}")
+        return Entry(function=function, first_ms=first_ms)
+
+
+# ------------------------------------------------------------------ why a variant cannot run
+
+
+def engine_unavailable(name: str) -> Callable[[torch.device], str | None]:
+    def unavailable(device: torch.device) -> str | None:
+        if name == "triton" and device.type == "cpu":
+            return "triton: needs a GPU"
+        reason = why_not(name, device)
+        return None if reason is None else f"{name}: {reason}"
+
+    return unavailable
+
+
+def package_unavailable(package: str, module: str, wanted: str = "") -> Callable[[torch.device], str | None]:
+    def unavailable(device: torch.device) -> str | None:
+        if importlib.util.find_spec(module) is None:
+            return f"{package} is not installed"
+        if not version(package).startswith(wanted):
+            return f"{package} {version(package)} is installed; this comparison is written for {wanted}"
+        return None
+
+    return unavailable
+
+
+@functools.cache
+def compile_unavailable(device: torch.device) -> str | None:
+    """Why torch.compile does not work here; it needs a compiler for the device's code."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # torch raises a zoo of types for a missing compiler
+        return f"torch.compile does not work here: {str(error).splitlines()[0]}"
+    return None

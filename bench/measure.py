@@ -1,0 +1,141 @@
+"""Time, peak memory and provenance.
+
+Time: wall clock on a CPU; CUDA events on a GPU, its L2 cache overwritten before each run.
+Memory: what a run adds at its highest point to what was there before, native allocations included. On a GPU that is
+PyTorch's allocator; on Linux the kernel's own high-water mark of resident memory, after free heap pages were returned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("alp-kernels", "torch", "triton", "liger-kernel", "cut-cross-entropy", "trl")
+MIB = 2**20
+
+
+class Clock:
+    """Times single runs: `ms`, in the order measured; the first of them also tells `peak_mib`, None where unknown."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ms: list[float] = []
+        self.peak_mib: float | None = None
+        self._flush: torch.Tensor | None = None
+        if device.type == "cuda":
+            # overwriting it also keeps the GPU busy while the CPU queues the first kernels of a run
+            size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+            self._flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def run(self, function: Callable[[], Any]) -> None:
+        """Time one call. Memory is read, and what the call returns is dropped, after the clock has stopped."""
+        before = None if self.ms else mark_memory(self.device)
+        if self._flush is None:
+            start = time.perf_counter()
+            returned = function()
+            self.ms.append((time.perf_counter() - start) * 1e3)
+        else:
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.zero_()
+            began.record()
+            returned = function()
+            ended.record()
+            ended.synchronize()
+            self.ms.append(began.elapsed_time(ended))
+        if before is not None:
+            self.peak_mib = peak_memory_mib(self.device) - before
+        del returned
+
+
+def mark_memory(device: torch.device) -> float | None:
+    """MiB allocated now, from where the high-water mark rises again; None where memory is not known."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / MIB
+    return _mark_resident() if _resident_is_known() else None
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The high-water mark since mark_memory."""
+    return torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else _status_mib("VmHWM")
+
+
+def _mark_resident() -> float:
+    ctypes.CDLL(None).malloc_trim(0)  # pages the heap kept from earlier runs would hide what this one needs
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+    return _status_mib("VmRSS")
+
+
+def _status_mib(field: str) -> float:
+    match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert match is not None, field
+    return int(match[1]) / 1024
+
+
+@functools.cache
+def _resident_is_known() -> bool:
+    """Whether this system and its allocator show a known allocation, also when made a second time."""
+    if platform.system() != "Linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        return False
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return False
+    for _ in range(2):
+        before = _mark_resident()
+        torch.ones(24 * MIB, dtype=torch.int8)
+        if not 20 < _status_mib("VmHWM") - before < 30:
+            return False
+    return True
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    model = match[1] if match else platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a number needs beside it to be believed: device, versions, commit and whether files differ from it."""
+    commit, changed = (_git("rev-parse", "HEAD"), _git("status", "--porcelain"))
+    return {
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+        "dirty": None if changed is None else changed != "",
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command here, or None outside a repository or without git."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
