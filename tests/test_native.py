@@ -299,6 +299,17 @@ def test_near_certain_tokens_keep_relative_precision():
     assert x[0, 3].item() == pytest.approx(-expected, rel=1e-5)
 
 
+def test_a_row_near_certain_of_another_token_keeps_its_entropy(isa):
+    """In whichever block its largest logit comes, and however often the maximum rose before."""
+    for certain in (0, 700, 1999):
+        x = torch.linspace(-50, -30, 2000)[None].clone()
+        x[0, certain] = 0.0
+        targets = torch.tensor([5])
+        actual, exact = native.head_fwd(x, targets, Head()), reference.head_fwd(x.double(), targets, Head())
+        assert actual.entropy.item() == pytest.approx(exact.entropy.item(), rel=1e-5)
+        assert actual.logp.item() == pytest.approx(exact.logp.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "row", [[math.nan, 1.0, 2.0], [math.inf, 1.0, 2.0], [-math.inf] * 3], ids=["nan", "inf", "-inf"]
 )

@@ -68,18 +68,36 @@ inline float block_max(const HeadBlock& block, int count) {
     return max;
 }
 
-// One pass: sums are kept relative to the largest z so far, and rescaled when a larger one comes.
+// Finds the block's element z and takes it out of the sums to come; only called when a row's maximum rises, a few times a row.
+inline void take_out(HeadBlock& block, int count, float z, int* at_j, int* at_i) {
+    for (int j = 0; j < 4; ++j) {
+        for (int i = 0; i < count; ++i) {
+            if (block.z[j][i] == z) {
+                block.z[j][i] = -INFINITY;
+                *at_j = j;
+                *at_i = i;
+                return;
+            }
+        }
+    }
+}
+
+// One pass: sums are kept relative to the largest z so far, and rescaled when a larger one comes. The largest term is 1
+// and stays out of them, so the logarithm of a near-certain row keeps its digits; the target's is added at the end.
 template <class T>
 void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64_t n) {
     const int64_t Q = quarter_of(a.V), target = a.targets[n], target_j = target / Q, target_q = target % Q;
     const RowStream noise(stream, a.sigma ? n : 0);
     HeadBlock block;
     alignas(64) float exp[BLOCK], weighted_exp[BLOCK];
-    Sum others, weighted;  // sums of e^(z - top) and e^(z - top) (z - top), the target left out
+    Sum others, weighted;  // sums of e^(z - top) and e^(z - top) (z - top), without top and target
     float top = -INFINITY, target_z = NAN;
+    bool target_is_top = false;
     for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
         const int count = block_size(q0, Q);
         load_head<T>(a, noise, n, q0, count, block);
+        const bool has_target = q0 <= target_q && target_q < q0 + count;
+        if (has_target) target_z = block.z[target_j][target_q - q0];
         const float max = block_max(block, count);
         if (max > top) {
             if (top > -INFINITY) {
@@ -88,13 +106,17 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
                     weighted.lane[l] = (weighted.lane[l] + others.lane[l] * shift) * factor;
                     others.lane[l] *= factor;
                 }
+                if (!target_is_top) {  // the term that stayed out until now
+                    others.lane[0] += factor;
+                    weighted.lane[0] += factor * shift;
+                }
             }
             top = max;
+            int j = 0, i = 0;
+            take_out(block, count, top, &j, &i);
+            target_is_top = j * Q + q0 + i == target;
         }
-        if (q0 <= target_q && target_q < q0 + count) {
-            target_z = block.z[target_j][target_q - q0];
-            block.z[target_j][target_q - q0] = -INFINITY;
-        }
+        if (has_target) block.z[target_j][target_q - q0] = -INFINITY;
         const float base = top == -INFINITY ? 0.0f : top;
         Lanes exp_sum = {}, weighted_sum = {};
         for (int j = 0; j < 4; ++j) {
@@ -115,9 +137,11 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
         weighted.add(weighted_sum);
     }
     const double t = static_cast<double>(target_z) - static_cast<double>(top), target_exp = ::exp(t);
-    const double rest = others.total(), total = rest + target_exp, log_total = ::log(total);
-    const double mean = (weighted.total() + (target_exp > 0 ? target_exp * t : 0.0)) / total;
-    out.logp[n] = static_cast<float>(t == 0 ? -::log1p(rest) : t - log_total);
+    double rest = others.total() + (target_is_top ? 0.0 : target_exp);
+    if (__builtin_isinf(top)) rest = NAN;  // infinite logits have no distribution
+    const double log_total = ::log1p(rest);
+    const double mean = (weighted.total() + (target_exp > 0 ? target_exp * t : 0.0)) / (1 + rest);
+    out.logp[n] = static_cast<float>(t - log_total);
     out.entropy[n] = static_cast<float>(log_total - mean);
     out.lse[n] = static_cast<float>(static_cast<double>(top) + log_total);
 }
@@ -142,7 +166,6 @@ double head_bwd_row(const Stream& stream, const Head& a, const HeadBwd& rows, in
             if (size == 0) continue;
             float* dz = block.z[j];
             const int64_t at = j == target_j && q0 <= target_q && target_q < q0 + count ? target_q - q0 : -1;
-            const float target_z = at < 0 ? 0.0f : dz[at];
             if (rows.dentropy) {
 #pragma omp simd
                 for (int i = 0; i < count; ++i) {
@@ -159,7 +182,8 @@ double head_bwd_row(const Stream& stream, const Head& a, const HeadBwd& rows, in
                 }
             }
             if (at >= 0) {
-                const float log_p = target_z - lse, clamped = log_p < EXP_FLOOR ? EXP_FLOOR : log_p;
+                const float log_p = rows.logp[n];  // with the digits that z - lse has lost
+                const float clamped = log_p < EXP_FLOOR ? EXP_FLOOR : log_p;
                 dz[at] = certain - (rows.dentropy ? dentropy * (exp_of(clamped) * (clamped + entropy)) : 0.0f);
             }
             if (a.temperature) {

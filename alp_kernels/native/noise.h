@@ -100,7 +100,7 @@ inline void random_block(const RowStream& stream, int64_t q0, int count, Words& 
         philox(a, stream.keys);
         philox(b, stream.keys);
         for (int j = 0; j < 4; ++j) {
-            const Wide both = (a[j] & 0xFFFFFFFFu) | (b[j] << 32);  // little-endian
+            const Wide both = (a[j] & 0xFFFFFFFFu) | (b[j] << 32);  // in memory order: little-endian
             __builtin_memcpy(out.word[j] + i, &both, sizeof both);
         }
         even += 2 * WIDTH;
