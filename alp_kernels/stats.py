@@ -137,16 +137,19 @@ class Stats:
     def envelope(self, num_bins: int = 20) -> dict[str, list[float]]:
         """Spread of the token log-ratio against the rollout log-probability: the paper's tail picture, as numbers.
 
-        Bins hold equal numbers of tokens. Lists of equal length: rollout_logp (bin mean), p2, p50, p98, count.
+        Bins are equally wide between the smallest and the largest rollout log-probability; empty ones are left out.
+        Lists of equal length: rollout_logp (bin mean), p2, p50, p98, count.
         """
         log_q, log_ratio = self.rollout_logp.double().cpu().numpy(), self.log_ratio.double().cpu().numpy()
-        order = np.argsort(log_q, kind="stable")
-        bins = [part for part in np.array_split(order, num_bins) if len(part)]
-        spread = np.array([np.quantile(log_ratio[part], [0.02, 0.5, 0.98]) for part in bins]).reshape(-1, 3)
-        return {
-            "rollout_logp": [float(log_q[part].mean()) for part in bins],
-            "p2": spread[:, 0].tolist(),
-            "p50": spread[:, 1].tolist(),
-            "p98": spread[:, 2].tolist(),
-            "count": [float(len(part)) for part in bins],
-        }
+        columns: dict[str, list[float]] = {key: [] for key in ("rollout_logp", "p2", "p50", "p98", "count")}
+        if len(log_q) == 0:
+            return columns
+        edges = np.linspace(log_q.min(), log_q.max(), num_bins + 1)
+        bin_of = np.clip(np.searchsorted(edges, log_q, side="right") - 1, 0, num_bins - 1)
+        for members in (np.flatnonzero(bin_of == number) for number in range(num_bins)):
+            if len(members):
+                p2, p50, p98 = np.quantile(log_ratio[members], [0.02, 0.5, 0.98])
+                row = (log_q[members].mean(), p2, p50, p98, len(members))
+                for key, value in zip(columns, row, strict=True):
+                    columns[key].append(float(value))
+        return columns

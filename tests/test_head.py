@@ -217,6 +217,22 @@ def test_no_grad_gives_the_same_loss_without_gradients(engine):
     assert torch.equal(with_grad.loss.detach(), without.loss)
 
 
+def test_backward_scales_by_the_gradient_that_arrives(engine):
+    hidden, weight, targets, rest = make_head(2, 4, 9, dtype=torch.float32)
+    rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    loss = fused_alp_loss(*leaves, targets, **rest, objective=Objective(), engine=engine).loss
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    twice = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    for parameter in leaves:  # as a trainer does it: accumulated over two backward calls
+        parameter.grad = None
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for one, two, parameter in zip(once, twice, leaves, strict=True):
+        assert torch.equal(2 * one, two)
+        assert torch.equal(parameter.grad, two)
+
+
 def test_a_frozen_head_gets_no_gradient(engine):
     hidden, weight, targets, rest = make_head(2, 4, 9, dtype=torch.float32)
     rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}

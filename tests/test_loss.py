@@ -123,6 +123,11 @@ def test_envelope_bins_hold_all_tokens_in_order_of_rollout_logp():
     envelope = out.stats.envelope(10)
     assert sum(envelope["count"]) == b["mask"].sum()
     assert envelope["rollout_logp"] == sorted(envelope["rollout_logp"])
+    live = b["mask"].bool()
+    q, r = b["rollout_logp"][live], (b["logp"] - b["rollout_logp"])[live]
+    lowest = q <= q.min() + (q.max() - q.min()) / 10
+    assert envelope["count"][0] == lowest.sum()
+    assert envelope["p98"][0] == pytest.approx(r[lowest].quantile(0.98).item())
     assert all(low <= mid <= high for low, mid, high in zip(*(envelope[k] for k in ("p2", "p50", "p98")), strict=True))
 
 
