@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,15 +28,15 @@ _KEPT = 2
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in place; on failure (a full disk) `path` stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with beside.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
-        Path(beside).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -141,8 +140,8 @@ class Run:
 
     def save_model(self, save: Callable[[Path], None]) -> Path:
         """Write the trained model in Hugging Face form to model/, whole or not at all."""
-        folder = self.folder / "model"
-        beside = Path(tempfile.mkdtemp(prefix=".model-", dir=self.folder))
+        folder, beside = self.folder / "model", self.folder / ".model"
+        shutil.rmtree(beside, ignore_errors=True)  # a kill may have left one
         save(beside)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(beside, folder)

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +117,7 @@ def _key(config: TrainConfig, task: Task) -> str:
 def _publish(policy: Policy, folder: Path) -> None:
     """Write beside, then rename: a cache entry is whole or absent, also where two runs make it at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    beside = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         policy.save(beside)
         os.rename(beside, folder)
