@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class _Grads:
         weight: Tensor,
         bias: Tensor | None,
         sigma: Tensor | None,
-        needs: list[bool],
+        needs: Sequence[bool],
         num_chunks: int,
     ) -> None:
         self.hidden, self.weight = hidden, weight
@@ -59,7 +59,7 @@ class _Grads:
         self.dhidden = torch.zeros_like(hidden) if needs[0] else None
         self.dweight = torch.zeros_like(weight, dtype=total) if needs[1] else None
         self.dbias = torch.zeros_like(bias, dtype=total) if bias is not None and needs[2] else None
-        self.dsigma = torch.zeros_like(sigma) if sigma is not None else None
+        self.dsigma = torch.zeros_like(sigma) if sigma is not None and needs[3] else None
 
     def add(self, index: Tensor, dx: Tensor, dsigma: Tensor | None) -> None:
         """Take up the logits' gradient dx (n, V) of rows `index` (n,)."""
@@ -72,10 +72,10 @@ class _Grads:
         if self.dsigma is not None and dsigma is not None:
             self.dsigma += dsigma
 
-    def rounded(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def rounded(self) -> list[Tensor | None]:
         dweight = None if self.dweight is None else self.dweight.to(self.weight.dtype)
         dbias = None if self.dbias is None else self.dbias.to(self.weight.dtype)
-        return self.dhidden, dweight, dbias, self.dsigma
+        return [self.dhidden, dweight, dbias, self.dsigma]
 
 
 def _addmm(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -88,16 +88,6 @@ def _addmm(total: Tensor, a: Tensor, b: Tensor) -> None:
         for start in range(0, len(a), 16384):
             rows = slice(start, start + 16384)
             total[rows].addmm_(a[rows].float(), b.float())
-
-
-def _scaled(grads: tuple[Tensor | None, ...], by: Tensor) -> tuple[Tensor | None, ...]:
-    """What forward saved, times `by`; never edited in place, so a second backward returns the same.
-
-    On the CPU, where looking costs no sync, a factor of 1 copies nothing: dweight is as large as the weight.
-    """
-    if by.device.type == "cpu" and by.item() == 1:
-        return grads
-    return tuple(None if g is None else g * by.to(g.dtype) for g in grads)
 
 
 def _backward_rows(
@@ -115,8 +105,70 @@ def _backward_rows(
     grads.add(index, x, dsigma)
 
 
+class Order(NamedTuple):
+    """Which rows are computed, and together with which."""
+
+    rows: Tensor  # (n,) the masked-in rows, those that may have a gradient first
+    groups: list[int]  # sizes: chunks at token level, else whole sequences, as many as fit a chunk
+    num_plain: int  # rows at the end that need only their log-probability
+
+
+def _loss_and_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    batch: Batch,
+    objective: Objective,
+    order: Order,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """The loss (), logp and entropy (N,), and the gradients of hidden, weight, bias and sigma where `needs` asks."""
+    real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logp, entropy = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(2))
+    num_chunks = sum(-(-group // plan.chunk_rows) for group in order.groups)
+    grads = _Grads(hidden, weight, bias, plan.head.sigma, needs, num_chunks)
+
+    def forward_rows(index: Tensor) -> tuple[Tensor, HeadRows]:
+        x = plan.logits(hidden, weight, bias, index)
+        out = plan.engine.head_fwd(x, plan.targets[index], plan.head.rows(index))
+        logp[index], entropy[index] = out.logp, out.entropy
+        return x, out
+
+    num_graded = len(order.rows) - order.num_plain if any(needs) else 0
+    for index in plan.parts(order.rows[num_graded:]):
+        forward_rows(index)
+    for group in order.rows[:num_graded].split(order.groups) if num_graded else ():
+        rows = batch.select(group)
+        if objective.level == "token" and plan.engine.FUSES_TOKEN_LOSS:
+            x, head = plan.logits(hidden, weight, bias, group), plan.head.rows(group)
+            out, dsigma = plan.engine.head_token_loss(x, plan.targets[group], head, rows.loss_rows(), objective)
+            logp[group], entropy[group] = out.logp, out.entropy
+            grads.add(group, x, dsigma)
+            continue
+        *before, last = plan.parts(group)  # one part, but for a sequence longer than a chunk
+        outs = [forward_rows(index)[1] for index in before]
+        x, out = forward_rows(last)
+        dlogp, dentropy = coefficients(logp[group], entropy[group], rows, objective)
+        dlogps = dlogp.split(plan.chunk_rows)
+        dentropies = [None] * len(dlogps) if dentropy is None else dentropy.split(plan.chunk_rows)
+        _backward_rows(plan, x, last, out, dlogps[-1], dentropies[-1], grads)
+        del x  # before the next chunk's logits
+        for index, out, dp, dh in zip(before, outs, dlogps, dentropies, strict=False):
+            _backward_rows(plan, plan.logits(hidden, weight, bias, index), index, out, dp, dh, grads)
+    index = order.rows.sort().values  # sequences in order again
+    live, p, h = batch.select(index), logp[index], entropy[index]
+    ell = level_log_ratio(p, live, objective)
+    loss = (live.weight * row_loss(ell, p, h, live.loss_rows(), objective)).sum()
+    return loss, logp, entropy, grads.rounded()
+
+
 class FusedLoss(torch.autograd.Function):
-    """Returns (sum of weighted row losses, logp (N,), entropy (N,)); forms the gradients in forward and saves them."""
+    """Returns (sum of weighted row losses, logp (N,), entropy (N,)); the gradients are formed with the loss.
+
+    The first backward hands them out, scaled in place, so that no second copy of a V x D gradient is made; a second one
+    forms them again.
+    """
 
     @staticmethod
     def forward(
@@ -128,50 +180,14 @@ class FusedLoss(torch.autograd.Function):
         plan: Plan,
         batch: Batch,
         objective: Objective,
-        order: Tensor,
-        groups: list[int],
-        num_plain: int,
+        order: Order,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp, entropy = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(2))
-        num_chunks = sum(-(-group // plan.chunk_rows) for group in groups)
-        grads = _Grads(hidden, weight, bias, plan.head.sigma, list(ctx.needs_input_grad), num_chunks)
-
-        def forward_rows(index: Tensor) -> tuple[Tensor, HeadRows]:
-            x = plan.logits(hidden, weight, bias, index)
-            out = plan.engine.head_fwd(x, plan.targets[index], plan.head.rows(index))
-            logp[index], entropy[index] = out.logp, out.entropy
-            return x, out
-
+        needs = [need and plan.with_grad for need in ctx.needs_input_grad[:4]]
         with torch.autocast(hidden.device.type, enabled=False):
-            graded, plain = order[: len(order) - num_plain], order[len(order) - num_plain :]
-            if not plan.with_grad:
-                graded, plain, groups = order[:0], order, []
-            for index in plan.parts(plain):
-                forward_rows(index)
-            for group in graded.split(groups) if groups else ():
-                rows = batch.select(group)
-                if objective.level == "token" and plan.engine.FUSES_TOKEN_LOSS:
-                    x, head = plan.logits(hidden, weight, bias, group), plan.head.rows(group)
-                    out, dsigma = plan.engine.head_token_loss(x, plan.targets[group], head, rows.loss_rows(), objective)
-                    logp[group], entropy[group] = out.logp, out.entropy
-                    grads.add(group, x, dsigma)
-                    continue
-                *before, last = plan.parts(group)  # one part, but for a sequence longer than a chunk
-                outs = [forward_rows(index)[1] for index in before]
-                x, out = forward_rows(last)
-                dlogp, dentropy = coefficients(logp[group], entropy[group], rows, objective)
-                dlogps = dlogp.split(plan.chunk_rows)
-                dentropies = [None] * len(dlogps) if dentropy is None else dentropy.split(plan.chunk_rows)
-                _backward_rows(plan, x, last, out, dlogps[-1], dentropies[-1], grads)
-                del x  # before the next chunk's logits
-                for index, out, dp, dh in zip(before, outs, dlogps, dentropies, strict=False):
-                    _backward_rows(plan, plan.logits(hidden, weight, bias, index), index, out, dp, dh, grads)
-            index = order.sort().values  # sequences in order again
-            live, p, h = batch.select(index), logp[index], entropy[index]
-            ell = level_log_ratio(p, live, objective)
-            loss = (live.weight * row_loss(ell, p, h, live.loss_rows(), objective)).sum()
-        ctx.save_for_backward(*grads.rounded(), plan.head.sigma)
+            out = _loss_and_grads(hidden, weight, bias, plan, batch, objective, order, needs)
+        loss, logp, entropy, ctx.grads = out
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.again = (plan, batch, objective, order, needs)
         ctx.log_sigma_shape = None if log_sigma is None else log_sigma.shape
         ctx.mark_non_differentiable(logp, entropy)
         return loss, logp, entropy
@@ -179,10 +195,15 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor, _dlogp: Tensor, _dentropy: Tensor) -> tuple[Tensor | None, ...]:
-        *grads, sigma = ctx.saved_tensors
-        dhidden, dweight, dbias, dsigma = _scaled(tuple(grads), dloss)
+        hidden, weight, bias = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            with torch.autocast(hidden.device.type, enabled=False):
+                *_, grads = _loss_and_grads(hidden, weight, bias, *ctx.again)
+        dhidden, dweight, dbias, dsigma = (None if g is None else g.mul_(dloss) for g in grads)
+        sigma = ctx.again[0].head.sigma
         dlog_sigma = None if dsigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)
-        return dhidden, dweight, dbias, dlog_sigma, *[None] * 6
+        return dhidden, dweight, dbias, dlog_sigma, *[None] * 4
 
 
 def coefficients(logp: Tensor, entropy: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor | None]:
@@ -238,28 +259,21 @@ class LinearLogprob(torch.autograd.Function):
         return dhidden, dweight, dbias, dlog_sigma, None, None
 
 
-def plan_order(batch: Batch, objective: Objective, chunk_rows: int) -> tuple[Tensor, list[int], int]:
-    """Which rows are computed, and how they group.
-
-    Returns the masked-in rows (n,), those that may have a gradient first; the sizes of the groups these are computed in:
-    chunks at token level, else whole sequences, as many as fit a chunk; and how many rows at the end need only their
-    log-probability.
-    """
+def plan_order(batch: Batch, objective: Objective, chunk_rows: int) -> Order:
+    """Sort a batch's rows into those with a gradient and those without, and group them."""
     graded = batch.mask & ((batch.advantages != 0) | objective.has_penalty)
     if objective.level != "token":  # a sequence with one graded row goes whole
         graded = batch.mask & (segment_sum(graded, *first_and_last(batch.sequence)) > 0)
-    order = torch.argsort(2 * (~batch.mask).long() + (~graded).long(), stable=True)
-    host = torch.stack([graded.sum(), batch.mask.sum()]).tolist()
-    num_graded, num_live = int(host[0]), int(host[1])
-    order = order[:num_live]
+    rows = torch.argsort(2 * (~batch.mask).long() + (~graded).long(), stable=True)
+    num_graded, num_live = torch.stack([graded.sum(), batch.mask.sum()]).tolist()
+    rows, num_plain = rows[:num_live], num_live - num_graded
     if objective.level == "token":
         full, rest = divmod(num_graded, chunk_rows)
-        return order, [chunk_rows] * full + [rest] * (rest > 0), num_live - num_graded
-    lengths = torch.unique_consecutive(batch.sequence[order[:num_graded]], return_counts=True)[1].tolist()
+        return Order(rows, [chunk_rows] * full + [rest] * (rest > 0), num_plain)
     groups: list[int] = []
-    for length in lengths:
+    for length in torch.unique_consecutive(batch.sequence[rows[:num_graded]], return_counts=True)[1].tolist():
         if groups and groups[-1] + length <= chunk_rows:
             groups[-1] += length
         else:
             groups.append(length)
-    return order, groups, num_live - num_graded
+    return Order(rows, groups, num_plain)

@@ -176,7 +176,7 @@ def fused_alp_loss(
         engine: "triton", "native", "reference" or None for the automatic choice.
 
     Returns:
-        LossOutput(loss, logp, entropy, stats). Gradients are formed with the loss, so backward only scales them.
+        LossOutput(loss, logp, entropy, stats). Gradients are formed with the loss; backward only scales them.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits, before any kernel runs.
@@ -204,11 +204,9 @@ def fused_alp_loss(
         num_sequences=num_sequences,
         nonfinite=nonfinite,
     )
-    order, groups, num_plain = plan_order(batch, objective, plan.chunk_rows)
+    order = plan_order(batch, objective, plan.chunk_rows)
     log_sigma = None if logit_noise is None else logit_noise.log_sigma
-    loss, logp, entropy = FusedLoss.apply(
-        flat, head_weight, head_bias, log_sigma, plan, batch, objective, order, groups, num_plain
-    )
+    loss, logp, entropy = FusedLoss.apply(flat, head_weight, head_bias, log_sigma, plan, batch, objective, order)
     index = batch.mask.nonzero().squeeze(1)
     live, p = batch.select(index), logp[index]
     stats = Stats.measure(p, entropy[index], level_log_ratio(p, live, objective), live, objective)
