@@ -1,5 +1,5 @@
 # Two commands: `make train` and `make test`. Both make .venv first where it is missing or stale.
-#   make train ARGS="--method bypass --seed 1"      any flag of `alp train`
+#   make train ARGS="--update.method bypass-token --seed 1"      any flag of `alp train`
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -69,7 +69,6 @@ def _sigma(axes: Axes, runs: Series) -> None:
 def _envelope(axes: Axes, runs: Series) -> None:
     axes.set_title("Log-ratio by rollout log-probability: median, P2 to P98")
     axes.set_xlabel("log-probability under the sampling engine")
-    axes.set_xscale("symlog", linthresh=1e-3)  # most tokens are near-certain
     for name, metrics in runs.items():
         recorded = [m for m in metrics if "envelope" in m]
         for m in recorded[-1:]:
