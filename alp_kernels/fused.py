@@ -23,6 +23,10 @@ from .objective import Objective, row_loss
 from .reference import Head, HeadRows
 
 
+_WORTH_DROPPING = 0.95
+"""Rows without a gradient are dropped from a chunk where fewer than this fraction have one: dropping copies the others."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """One call's constants; none of them is differentiated."""
@@ -95,9 +99,10 @@ def _backward_rows(
 ) -> None:
     """From logits x of rows `index` and their coefficients to the gradients; on the CPU rows without one are dropped."""
     if x.device.type == "cpu":  # on a device the count would cost a sync
-        keep = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
-        if not keep.all():
-            x, index, dlogp = x[keep], index[keep], dlogp[keep]
+        has_gradient = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
+        keep = has_gradient.nonzero().squeeze(1)
+        if len(keep) < _WORTH_DROPPING * len(x):
+            x, index, dlogp = x.index_select(0, keep), index[keep], dlogp[keep]
             out, dentropy = HeadRows(*(v[keep] for v in out)), None if dentropy is None else dentropy[keep]
     if len(index) == 0:
         return
