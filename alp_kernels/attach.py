@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from .noise import FINAL_LAYER, LOGITS_LAYER, MAX_LAYER, MAX_SEED
@@ -48,7 +47,7 @@ def attach(
         scale: "absolute", or "rms": sigma counts in units of each row's root mean square.
         rounding: "nearest" or "stochastic" for the store to a 16-bit dtype.
         sigma_bounds: (low, high) that sigma is held in, at each opening of the scope.
-        data_rank: data-parallel rank, so that numbered rows never repeat; by default torch.distributed's rank. Ranks
+        data_rank: data-parallel rank, so that numbered rows never repeat; by default torch.distributed's rank when the noise is drawn. Ranks
             that hold the same rows (tensor parallel) must give the same one.
         path: of the ModuleList ("model.layers") where it cannot be told from the model's structure.
         engine: "triton", "native", "reference" or None for the automatic choice.
@@ -59,8 +58,6 @@ def attach(
     Raises:
         ValueError: sigma <= 0, a layer that is not there, several lists of layers, a model that is attached already.
     """
-    if model in attached and (other := attached[model]()) is not None and other._removables:
-        raise ValueError(f"attach: {type(model).__name__} is perturbed already; call detach() on its handle first")
     if scale not in SCALES:
         raise ValueError(f"attach: scale={scale!r}; it needs one of {SCALES}")
     if rounding not in ROUNDINGS:
@@ -70,6 +67,12 @@ def attach(
     if sigma_bounds is not None and not 0 < sigma_bounds[0] < sigma_bounds[1]:
         raise ValueError(f"attach: sigma_bounds={sigma_bounds}; it needs 0 < low < high")
     found = find_layers(model, path)
+    if found.parent in attached and (other := attached[found.parent]()) is not None and other._removables:
+        raise ValueError(f"attach: {type(model).__name__} is perturbed already; call detach() on its handle first")
+    if len(set(map(id, found.layers))) < len(found.layers):
+        raise ValueError(
+            f"attach: {found.path} of {type(model).__name__} holds a layer twice; its runs cannot be told apart"
+        )
     chosen = _choose(model, found.layers, found.parent, layers)
     values = [float(sigma)] * len(chosen) if isinstance(sigma, int | float) else [float(s) for s in sigma]
     if len(values) != len(chosen):
@@ -78,7 +81,6 @@ def attach(
         raise ValueError(f"attach: sigma={sigma}; it needs numbers > 0 (for no noise, do not open the scope)")
     device = next(found.layers[0].parameters()).device
     handle = Perturbation(
-        model,
         chosen,
         found.parent,
         torch.tensor(values, dtype=torch.float64, device=device if device.type != "meta" else "cpu").log().float(),
@@ -87,10 +89,10 @@ def attach(
         scale=scale,
         rounding=rounding,
         sigma_bounds=sigma_bounds,
-        data_rank=data_rank if data_rank is not None else dist.get_rank() if dist.is_initialized() else 0,
+        data_rank=data_rank,
         engine=engine,
     )
-    attached[model] = weakref.ref(handle)
+    attached[found.parent] = weakref.ref(handle)
     return handle
 
 

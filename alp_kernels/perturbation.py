@@ -2,20 +2,22 @@
 
 Activation checkpointing runs a layer twice. Where the checkpoint is inside the hooks the noise runs once; where it is
 outside, the second run happens in backward and must meet the noise of *its* forward, with others in between. So each
-forward's coordinates are noted under the layer and the address of its input, which a checkpoint keeps alive, and a
-layer that runs in backward looks them up. What cannot be told apart is an error, never other noise.
+forward's coordinates wait in a hook on the gradient of the decoder's output: autograd comes through it before it comes
+to the layers, and one forward's part of a graph is worked off before that of an earlier one.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .head import LogitNoise
@@ -27,11 +29,11 @@ logger = logging.getLogger("alp_kernels")
 _RANK_SHIFT = 32  # numbered rows: data-parallel rank above, running number below
 _MEASURED_ROWS = 64
 attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Perturbation]] = weakref.WeakKeyDictionary()
-"""The handle on each perturbed model, so that none is perturbed twice."""
+"""The handle on each perturbed decoder, so that none is perturbed twice, by whatever module it is reached."""
 
 
 class _Forward(NamedTuple):
-    """One forward pass through the layers; None in the records marks a clean one."""
+    """One perturbed forward pass through the layers."""
 
     number: int
     step: int
@@ -59,8 +61,23 @@ def _nothing(*args: Any) -> None:
     return None
 
 
+def _backward_id() -> int:
+    """The number of the backward call that is running, -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return _backward_id() != -1
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output that carry a gradient: itself, or those in its fields and their tuples."""
+    if isinstance(output, Tensor):
+        if output.grad_fn is not None:
+            yield output
+    elif isinstance(output, list | tuple | Mapping):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
 
 
 class Perturbation(nn.Module):
@@ -75,7 +92,6 @@ class Perturbation(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
         layers: dict[int, nn.Module],
         parent: nn.Module,
         log_sigma: Tensor,
@@ -85,7 +101,7 @@ class Perturbation(nn.Module):
         scale: str,
         rounding: str,
         sigma_bounds: tuple[float, float] | None,
-        data_rank: int,
+        data_rank: int | None,
         engine: str | None,
     ) -> None:
         super().__init__()
@@ -96,14 +112,14 @@ class Perturbation(nn.Module):
         self.layers = tuple(layers)
         self.seed, self.scale, self.rounding = seed, scale, rounding
         self.sigma_bounds, self.data_rank, self.engine = sigma_bounds, data_rank, engine
-        self._model = weakref.ref(model)
+        self._parent = weakref.ref(parent)
         self._step, self._next_row, self._forwards = -1, 0, 0
         self._scope_row_ids: Tensor | None = None
         self._on = False
         self._current: _Forward | None = None  # the forward the decoder is in
         self._inside = False
         self._num_perturbed = 0
-        self._records: dict[tuple[int, int], _Forward | None] = {}
+        self._backward: tuple[int, _Forward | None] = (-1, None)  # a backward call, and whose layers it is at
         self._measured: dict[int, Tensor] = {}
         self._warned = False
         self._removables = [
@@ -134,15 +150,15 @@ class Perturbation(nn.Module):
         Raises:
             RuntimeError: at the end, if no layer was perturbed: a run that would silently be without noise.
         """
-        if not isinstance(step, int) or not 0 <= step <= MAX_STEP:
+        if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= step <= MAX_STEP:
             raise ValueError(f"perturbed: step={step!r}; it needs an int in [0, {MAX_STEP}]")
+        step = operator.index(step)
         if self._on:
             raise RuntimeError("perturbed: this scope is already open; scopes do not nest")
         if not self._removables:
             raise RuntimeError("perturbed: this perturbation was detached from its model")
         if step != self._step:
             self._step, self._next_row, self._forwards = step, 0, 0
-            self._records.clear()
         if self.sigma_bounds is not None:
             with torch.no_grad():
                 self.log_sigma.clamp_(*map(math.log, self.sigma_bounds))
@@ -171,7 +187,10 @@ class Perturbation(nn.Module):
         start, self._next_row = self._next_row, self._next_row + num_rows
         if self._next_row > 1 << _RANK_SHIFT:
             raise RuntimeError(f"perturbed: step {self._step} has over 2^{_RANK_SHIFT} rows on one rank; give row_ids")
-        return (self.data_rank << _RANK_SHIFT) + start
+        rank = self.data_rank
+        if rank is None:  # asked for now: attach may come before torch.distributed starts
+            rank = dist.get_rank() if dist.is_initialized() else 0
+        return (rank << _RANK_SHIFT) + start
 
     # -------------------------------------------------------------- hooks
 
@@ -182,10 +201,18 @@ class Perturbation(nn.Module):
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not _in_backward():
-            self._inside, self._current = False, None
+        if _in_backward():
+            return
+        forward = self._current  # None: a clean one, which a recompute must also know
+        for tensor in _tensors(output):
+            tensor.register_hook(lambda grad: self._arrive(forward))
+        self._inside, self._current = False, None
 
-    def _begin(self, num_rows: int) -> _Forward:
+    def _arrive(self, forward: _Forward | None) -> None:
+        """Backward has come to the output of `forward`; its layers are next."""
+        self._backward = (_backward_id(), forward)
+
+    def _begin(self, num_rows: int, device: torch.device) -> _Forward:
         """The current forward, numbered at its first perturbed layer."""
         if self._current is None:
             row_ids = self._scope_row_ids
@@ -194,33 +221,31 @@ class Perturbation(nn.Module):
                     f"perturbed: row_ids has shape {tuple(row_ids.shape)}; the hidden states have {num_rows} rows"
                 )
             start = self._take_rows(num_rows) if row_ids is None else 0
+            row_ids = None if row_ids is None else row_ids.to(device)
             self._current = _Forward(self._forwards, self._step, start, row_ids)
             self._forwards += 1
         return self._current
 
     def _coordinates(self, index: int, hidden: Tensor) -> _Forward | None:
         """The forward that this run of layer `index` belongs to; None where it is clean."""
-        key = (index, hidden.data_ptr())
         if _in_backward():
-            if key in self._records:
-                return self._records[key]
-            forwards = set(self._records.values())
-            if len(forwards) > 1:
+            task, forward = self._backward
+            if task != _backward_id() and self._step >= 0:
                 raise RuntimeError(
-                    f"perturbed: layer {index} is recomputed in backward on an input that no forward of step {self._step} had, "
-                    f"and {len(forwards)} forwards could be meant; run one forward before each backward, or keep "
-                    "checkpointed inputs where they are"
+                    f"perturbed: layer {index} is recomputed in backward, and the gradient did not come through its "
+                    "decoder's output, so whose noise it needs cannot be told; checkpoint inside the decoder and take "
+                    "the loss from its output"
                 )
-            return next(iter(forwards), None)
-        if self._on and not self._inside and self._scope_row_ids is None:
-            raise RuntimeError(
-                f"perturbed: layer {index} ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
-            )
-        if self._on and not self._inside:
+            return forward
+        if not self._on:
+            return None
+        if not self._inside:
+            if self._scope_row_ids is None:
+                raise RuntimeError(
+                    f"perturbed: layer {index} ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
+                )
             self._current = None
-        forward = self._begin(hidden.numel() // hidden.shape[-1]) if self._on else None
-        self._records[key] = forward  # also without grad: a reentrant checkpoint's first run is
-        return forward
+        return self._begin(hidden.numel() // hidden.shape[-1], hidden.device)
 
     def _add(self, position: int, index: int, hidden: Tensor, forward: _Forward) -> Tensor:
         u = perturb(
@@ -229,7 +254,7 @@ class Perturbation(nn.Module):
             seed=self.seed,
             step=forward.step,
             layer=index,
-            row_ids=None if forward.row_ids is None else forward.row_ids.to(hidden.device),
+            row_ids=None if forward.row_ids is None else forward.row_ids.to(hidden.device),  # layers on several devices
             row_start=forward.row_start,
             scale=self.scale,
             rounding=self.rounding,
@@ -238,12 +263,12 @@ class Perturbation(nn.Module):
         if not _in_backward():
             self._num_perturbed += 1
             if forward.number == 0:
-                self._measured[position] = _measure(hidden, u)
+                self._measured[position] = _measure(hidden, u, self.log_sigma[position])
         return u
 
     @torch.compiler.disable
     def _on_layer(self, position: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not (self._on or self._records):
+        if not (self._on or _in_backward()):
             return None
         by_position = bool(args) and isinstance(args[0], Tensor)
         hidden = args[0] if by_position else kwargs.get("hidden_states")
@@ -267,7 +292,12 @@ class Perturbation(nn.Module):
         return self._on_output(output, LOGITS_LAYER, "logits")
 
     def _on_output(self, output: Any, index: int, field: str) -> Any:
-        if not self._on or _in_backward():
+        if _in_backward() and self._step >= 0:
+            raise RuntimeError(
+                'perturbed: with layers="final" or "logits" the decoder as a whole cannot be recomputed in backward; '
+                "checkpoint its layers"
+            )
+        if not self._on:
             return None
         hidden = output if isinstance(output, Tensor) else getattr(output, field, None)
         if hidden is None and isinstance(output, tuple):
@@ -278,7 +308,7 @@ class Perturbation(nn.Module):
             )
         num_rows = hidden.numel() // hidden.shape[-1]
         self._current = None
-        u = self._add(0, index, hidden, self._begin(num_rows))
+        u = self._add(0, index, hidden, self._begin(num_rows, hidden.device))
         if isinstance(output, Tensor):
             return u
         if hasattr(output, field):
@@ -306,15 +336,14 @@ class Perturbation(nn.Module):
         if not self._measured:
             return {"rms_over_nominal": [], "changed_frac": []}
         values = torch.stack([self._measured[p].cpu() for p in sorted(self._measured)])
-        sigma = self.sigma.cpu()[sorted(self._measured)]
-        nominal = sigma * (values[:, 2] if self.scale == "rms" else 1.0)
+        nominal = values[:, 3] * (values[:, 2] if self.scale == "rms" else 1.0)
         ratio = (values[:, 0] / nominal.clamp(min=1e-30)).tolist()
         off = [self.layers[p] for p, r in zip(sorted(self._measured), ratio, strict=True) if not 0.7 <= r <= 1.4]
         if off and not self._warned:
             self._warned = True
             logger.warning(
                 "the noise that reached layers %s is %.2g to %.2g times the size asked for: sigma is too small for the "
-                'dtype of the hidden states and is rounded away. Use a larger sigma, scale="rms", '
+                'dtype of the hidden states and is rounded away or up. Use a larger sigma, scale="rms", '
                 'rounding="stochastic", or float32.',
                 off,
                 min(ratio),
@@ -334,10 +363,9 @@ class Perturbation(nn.Module):
         for removable in self._removables:
             removable.remove()
         self._removables.clear()
-        self._records.clear()
-        model = self._model()
-        if model is not None and attached.get(model) is not None and attached[model]() is self:
-            del attached[model]
+        parent = self._parent()
+        if parent is not None and parent in attached and attached[parent]() is self:
+            del attached[parent]
 
     def __enter__(self) -> Perturbation:
         return self
@@ -357,8 +385,10 @@ class _LayerHook:
 
 
 @torch.no_grad()
-def _measure(hidden: Tensor, u: Tensor) -> Tensor:
-    """(3,) float32 on the device: rms of u - h, fraction of elements changed, rms of h; of the first rows."""
+def _measure(hidden: Tensor, u: Tensor, log_sigma: Tensor) -> Tensor:
+    """(4,) float32 on the device: rms of u - h, fraction of elements changed, rms of h, sigma; of the first rows."""
     h, v = (x.detach().reshape(-1, x.shape[-1])[:_MEASURED_ROWS].float() for x in (hidden, u))
-    difference = v - h
-    return torch.stack([difference.square().mean().sqrt(), (difference != 0).float().mean(), h.square().mean().sqrt()])
+    difference, sigma = v - h, log_sigma.detach().to(h.device).float().exp()
+    return torch.stack(
+        [difference.square().mean().sqrt(), (difference != 0).float().mean(), h.square().mean().sqrt(), sigma]
+    )

@@ -314,24 +314,89 @@ def test_a_clean_forward_between_stays_clean_in_its_recompute():
     assert_equal_gradients(results[1], results[0])
 
 
-def test_offloaded_checkpoints_work_alone_and_are_refused_where_ambiguous():
-    def run(toy, handle, forwards):
-        toy.zero_grad(), handle.zero_grad()
-        with handle.perturbed(step=len(forwards)), torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
-            sum(toy(x).square().mean() for x in forwards).backward()
-        return all_gradients(toy, handle)
+class Segments(Toy):
+    """Checkpoints two layers together."""
 
-    plain, offloaded = Toy(), Toy(reentrant=False)
-    handles = attach(plain, sigma=0.3), attach(offloaded, sigma=0.3)
-    assert_equal_gradients(run(offloaded, handles[1], [ids()]), run(plain, handles[0], [ids()]))
-    moved = Toy(reentrant=False)
-    handle = attach(moved, sigma=0.3)
-    for block in moved.blocks:  # inputs that move between forward and recompute: two forwards cannot be told apart
-        block.register_forward_pre_hook(lambda m, a: None)
-    original = handle._coordinates
-    handle._coordinates = lambda index, hidden: original(index, hidden.clone())
-    with pytest.raises(RuntimeError, match="2 forwards could be meant"):
-        run(moved, handle, [ids(), ids(2, 5, 1)])
+    def forward(self, ids):
+        hidden = self.embed(ids) if ids.dtype == torch.int64 else ids
+        for start in range(0, len(self.blocks), 2):
+            run = nn.Sequential(*self.blocks[start : start + 2])
+            hidden = run(hidden) if self.reentrant is None else checkpoint(run, hidden, use_reentrant=self.reentrant)
+        return hidden
+
+
+def one_then_two(toy, handle):
+    """Forward and backward, twice, with a clean forward between."""
+    with handle.perturbed(step=0):
+        for seed in (1, 2):
+            loss = toy(ids(2, 5, seed)).square().mean()
+            with torch.no_grad():
+                toy(ids(2, 5, 7))
+            loss.backward()
+
+
+def same_input_twice(toy, handle):
+    x = toy.embed(ids(2, 5))
+    with handle.perturbed(step=0):
+        (toy(x).square().mean() + toy(x).pow(3).mean() + toy(x[:1]).mean()).backward()
+
+
+def steps_interleaved(toy, handle):
+    losses = []
+    for step in (0, 1):
+        with handle.perturbed(step=step):
+            losses.append(toy(ids(2, 5, step)).square().mean())
+    losses[0].backward()
+    losses[1].backward()
+
+
+def backward_in_the_next_scope(toy, handle):
+    with handle.perturbed(step=0):
+        loss = toy(ids(2, 5)).square().mean()
+    with handle.perturbed(step=1):
+        loss.backward()
+        toy(ids(2, 5, 1)).square().mean().backward()
+
+
+def moved_inputs(toy, handle):
+    """Saved tensors are copied away and back, as offloading does."""
+    with handle.perturbed(step=0), torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        (toy(ids(2, 5)).square().mean() + toy(ids(3, 4, 1)).pow(3).mean()).backward()
+
+
+FLOWS = [one_then_two, same_input_twice, steps_interleaved, backward_in_the_next_scope, moved_inputs]
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_whatever_the_flow_a_recompute_meets_its_own_noise(flow, reentrant):
+    results = []
+    for kind in (None, reentrant):
+        toy = Segments(kind, depth=4)
+        handle = attach(toy, sigma=0.3)
+        flow(toy, handle)
+        results.append(all_gradients(toy, handle))
+    assert_equal_gradients(results[1], results[0])
+
+
+def test_a_recompute_whose_forward_cannot_be_told_is_an_error():
+    toy = Segments(reentrant=False, depth=2)
+    handle = attach(toy, sigma=0.3)
+    inner = []
+    toy.blocks[1].register_forward_hook(lambda m, a, out: inner.append(out))
+    with handle.perturbed(step=0):
+        checkpoint(toy, toy.embed(ids()), use_reentrant=True)  # reentrant: the first run leaves no graph to hook
+        with pytest.raises(RuntimeError, match="did not come through its decoder's output"):
+            toy.zero_grad()
+            checkpoint(lambda x: toy(x), toy.embed(ids()), use_reentrant=True).sum().backward()
+
+
+@pytest.mark.parametrize("layers", ["final", "logits"])
+def test_noise_on_the_output_refuses_a_recompute_of_the_whole_decoder(layers):
+    toy = Segments(reentrant=None, depth=2)
+    handle = attach(toy, sigma=0.3, layers=layers)
+    with handle.perturbed(step=0), pytest.raises(RuntimeError, match="cannot be recomputed in backward"):
+        checkpoint(toy, toy.embed(ids()), use_reentrant=True).sum().backward()
 
 
 def test_compiled_layers_are_perturbed():
@@ -445,8 +510,14 @@ def test_attaching_twice_is_refused_until_detached():
     handle = attach(model)
     with pytest.raises(ValueError, match="is perturbed already"):
         attach(model)
+    with pytest.raises(ValueError, match="is perturbed already"):
+        attach(model.model)
     handle.detach()
     attach(model).detach()
+    toy = Toy()
+    toy.blocks.append(toy.blocks[0])
+    with pytest.raises(ValueError, match="holds a layer twice"):
+        attach(toy)
 
 
 def test_a_model_without_layers_or_with_several_lists_asks_for_a_path():
