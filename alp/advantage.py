@@ -15,7 +15,8 @@ def centre(rewards_PG: Tensor, normalise_std: bool = True) -> Tensor:
 
     A group whose rewards are all equal has advantage 0: it says nothing about what was better.
     """
-    centred = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    is_equal = rewards_PG.amin(dim=1, keepdim=True) == rewards_PG.amax(dim=1, keepdim=True)
+    centred = (rewards_PG - rewards_PG.mean(dim=1, keepdim=True)).masked_fill(is_equal, 0.0)  # a mean is rounded
     if not normalise_std:
         return centred
     return centred / (rewards_PG.std(dim=1, keepdim=True) + EPSILON)

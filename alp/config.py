@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -109,9 +110,10 @@ class UpdateConfig:
     normalise_std: bool = True
     """Divide centred rewards by the group's standard deviation."""
     clip_low: float | None = None
-    """None: the method's own, as the next."""
+    """None: the method's own, as for the next two."""
     clip_high: float | None = None
     dual_clip: float | None = 3.0
+    """One cap for all methods that have a dual clip, so that they compare."""
     sigma: float = 1e-2
     """Noise at the perturbed layers' inputs; only methods that perturb read these four."""
     sigma_lr: float = 5e-4
@@ -151,6 +153,10 @@ class TrainConfig:
         if update.method not in METHODS:
             known = ", ".join(METHODS)
             raise UserError(f"update.method={update.method!r} is not one of {known}{nearest(update.method, METHODS)}")
+        if update.layers not in ("all", "final", "logits") and not re.fullmatch(r"-?\d+(,-?\d+)*", update.layers):
+            raise UserError(f'update.layers={update.layers!r}; it needs "all", "final", "logits" or numbers like "0,3"')
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+            raise UserError(f"name={self.name!r}; it needs a folder's name without slashes; --runs says where it goes")
         minibatch_fits = update.minibatches >= 1 and rollout.prompts % update.minibatches == 0
         claims: list[tuple[str, Any, bool, str]] = [
             ("steps", self.steps, self.steps >= 0, "0 or more"),

@@ -25,8 +25,12 @@ class Method:
         return self.objective.denominator == "old"
 
     def with_clips(self, low: float | None, high: float | None, dual: float | None) -> Method:
-        """The same method with some clips replaced; None keeps the method's own."""
-        given = {"clip_low": low, "clip_high": high, "dual_clip": dual}
+        """The same method with some clips replaced; None keeps the method's own, and none gets a dual clip it has not."""
+        given = {
+            "clip_low": low,
+            "clip_high": high,
+            "dual_clip": dual if self.objective.dual_clip is not None else None,
+        }
         changes = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self, objective=dataclasses.replace(self.objective, **changes))  # type: ignore[arg-type]
 

@@ -174,7 +174,7 @@ def read_jsonl(path: Path) -> list[Line]:
     Raises a UserError with file and line number for a line that cannot be read. Blank lines are skipped.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"task.path: {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

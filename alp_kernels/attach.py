@@ -47,8 +47,8 @@ def attach(
         scale: "absolute", or "rms": sigma counts in units of each row's root mean square.
         rounding: "nearest" or "stochastic" for the store to a 16-bit dtype.
         sigma_bounds: (low, high) that sigma is held in, at each opening of the scope.
-        data_rank: data-parallel rank, so that numbered rows never repeat; by default torch.distributed's rank when the noise is drawn. Ranks
-            that hold the same rows (tensor parallel) must give the same one.
+        data_rank: data-parallel rank, so that numbered rows never repeat; by default torch.distributed's rank when the
+            noise is drawn. Ranks that hold the same rows (tensor parallel) must give the same one.
         path: of the ModuleList ("model.layers") where it cannot be told from the model's structure.
         engine: "triton", "native", "reference" or None for the automatic choice.
 

@@ -10,7 +10,7 @@ Derivation: docs/math.md, section 4
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from .layout import Batch, first_and_last, segment_sum
 from .loss import level_log_ratio
 from .objective import Objective, row_loss
 from .reference import Head, HeadRows
-
 
 _WORTH_DROPPING = 0.95
 """Rows without a gradient are dropped from a chunk where fewer than this fraction have one: dropping copies the others."""
@@ -86,7 +85,7 @@ def _addmm(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b without rounding the product to a 16-bit dtype before a float32 sum."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    elif a.is_cuda and torch.version.hip is None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:  # no mixed product there: widen, a block of rows at a time
         for start in range(0, len(a), 16384):
@@ -128,7 +127,10 @@ def _loss_and_grads(
     order: Order,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    """The loss (), logp and entropy (N,), and the gradients of hidden, weight, bias and sigma where `needs` asks."""
+    """The loss (), logp and entropy (N,), and the gradients of hidden, weight, bias and sigma where `needs` asks.
+
+    The gradients are those of loss / gradient_scale(batch).
+    """
     real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logp, entropy = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(2))
     num_chunks = sum(-(-group // plan.chunk_rows) for group in order.groups)
@@ -140,16 +142,19 @@ def _loss_and_grads(
         logp[index], entropy[index] = out.logp, out.entropy
         return x, out
 
+    scale = gradient_scale(batch)
+    scaled = replace(batch, weight=batch.weight / scale)
     num_graded = len(order.rows) - order.num_plain if any(needs) else 0
     for index in plan.parts(order.rows[num_graded:]):
         forward_rows(index)
     for group in order.rows[:num_graded].split(order.groups) if num_graded else ():
-        rows = batch.select(group)
+        rows = scaled.select(group)
         if objective.level == "token" and plan.engine.FUSES_TOKEN_LOSS:
             x, head = plan.logits(hidden, weight, bias, group), plan.head.rows(group)
             out, dsigma = plan.engine.head_token_loss(x, plan.targets[group], head, rows.loss_rows(), objective)
             logp[group], entropy[group] = out.logp, out.entropy
             grads.add(group, x, dsigma)
+            del x  # before the next chunk's logits
             continue
         *before, last = plan.parts(group)  # one part, but for a sequence longer than a chunk
         outs = [forward_rows(index)[1] for index in before]
@@ -202,13 +207,23 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _dlogp: Tensor, _dentropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
+        by = dloss * gradient_scale(ctx.again[1])
         if grads is None:
             with torch.autocast(hidden.device.type, enabled=False):
                 *_, grads = _loss_and_grads(hidden, weight, bias, *ctx.again)
-        dhidden, dweight, dbias, dsigma = (None if g is None else g.mul_(dloss) for g in grads)
+        dhidden, dweight, dbias, dsigma = (None if g is None else g.mul_(by) for g in grads)
         sigma = ctx.again[0].head.sigma
         dlog_sigma = None if dsigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)
         return dhidden, dweight, dbias, dlog_sigma, *[None] * 4
+
+
+def gradient_scale(batch: Batch) -> Tensor:
+    """() the largest aggregation weight, up to the next power of two: without it float16 gradients would underflow.
+
+    A loss scaled by its caller (GradScaler) comes too late for gradients that are formed with the loss.
+    """
+    _, exponent = torch.frexp(batch.weight.amax())
+    return torch.ldexp(torch.ones_like(batch.weight[0]), exponent)
 
 
 def coefficients(logp: Tensor, entropy: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor | None]:
@@ -219,11 +234,13 @@ def coefficients(logp: Tensor, entropy: Tensor, batch: Batch, objective: Objecti
         ell = level_log_ratio(p, batch, objective)
         loss = (batch.weight * row_loss(ell, p, h, batch.loss_rows(), objective)).sum()
         dlogp, *dentropy = torch.autograd.grad(loss, (p,) if h is None else (p, h))
+    dlogp = torch.where(logp.isnan(), logp, dlogp)  # a NaN loss has a NaN gradient, which comparisons would hide
     return dlogp, dentropy[0] if dentropy else None
 
 
 class LinearLogprob(torch.autograd.Function):
-    """Returns (logp (N,), entropy (N,)); saves only its inputs and makes the logits again in backward (four products)."""
+    """Returns (logp (N,), entropy (N,)); saves a few numbers a row beside its inputs and makes the logits
+    again in backward (four products)."""
 
     @staticmethod
     def forward(
@@ -242,6 +259,7 @@ class LinearLogprob(torch.autograd.Function):
                 x = plan.logits(hidden, weight, bias, index)
                 out = plan.engine.head_fwd(x, plan.targets[index], plan.head.rows(index))
                 logp[index], entropy[index], lse[index] = out
+                del x
         ctx.save_for_backward(hidden, weight, bias, order, logp, entropy, lse)
         ctx.plan, ctx.log_sigma_shape = plan, None if log_sigma is None else log_sigma.shape
         return logp, entropy
@@ -258,6 +276,7 @@ class LinearLogprob(torch.autograd.Function):
                 x = plan.logits(hidden, weight, bias, index)
                 out = HeadRows(*(v[index] for v in rows))
                 _backward_rows(plan, x, index, out, dlogp[index], dentropy[index], grads)
+                del x
         dhidden, dweight, dbias, dsigma = grads.rounded()
         sigma = plan.head.sigma
         dlog_sigma = None if dsigma is None or sigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)

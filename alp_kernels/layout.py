@@ -27,6 +27,7 @@ class Batch:
     turn: Tensor | None  # int64, non-decreasing, new at each turn and sequence
     is_weight: Tensor | None
     ref_logp: Tensor | None
+    knows_sequences: bool  # False: a packed batch that said nothing of sequences; `sequence` is then all 0
     num_nonfinite: Tensor  # () int64: rows taken out of the mask because their rollout log-probability was not finite
 
     def select(self, index: Tensor) -> Batch:
@@ -50,14 +51,19 @@ def _sequences(
     if len(shape) == 2:
         if cu_seqlens is not None or sequence_ids is not None:
             raise ValueError(
-                f"{where}: cu_seqlens and sequence_ids are for packed (N,) inputs; these are {tuple(shape)}"
+                f"{where}: cu_seqlens and sequence_ids are for packed (N,) inputs; these are {tuple(shape)} "
+                "(squeeze(0) makes a (1, N) batch packed)"
             )
         return torch.arange(shape[0], device=device).repeat_interleave(shape[1])
     if cu_seqlens is not None and sequence_ids is not None:
         raise ValueError(f"{where}: cu_seqlens and sequence_ids both came; one of them fits")
     num_rows = shape[0]
     if cu_seqlens is not None:
-        ends = cu_seqlens.tolist() if cu_seqlens.dim() == 1 else []
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"{where}: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it needs integers (B + 1,)"
+            )
+        ends = cu_seqlens.tolist()
         if len(ends) < 2 or ends[0] != 0 or ends[-1] != num_rows or any(a > b for a, b in itertools.pairwise(ends)):
             raise ValueError(
                 f"{where}: cu_seqlens is {ends}; it needs to rise from 0 to N = {num_rows}, shape (B + 1,)"
@@ -83,11 +89,13 @@ def _sequences(
 def _per_token(
     where: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor of shape {tuple(shape)}")
     if value.shape != shape:
         raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}; it needs {tuple(shape)}")
     if value.device != device:
         raise ValueError(f"{where}: {name} is on {value.device}; the other inputs are on {device}")
-    if not (value.is_floating_point() or value.dtype in (torch.bool, torch.int32, torch.int64)):
+    if value.is_complex():
         raise TypeError(f"{where}: {name} is {value.dtype}; it needs a float dtype")
     return value.detach().reshape(-1).to(dtype)
 
@@ -98,10 +106,10 @@ def _count(where: str, name: str, value: int | float | Tensor | None, default: T
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}; it needs one number")
-        return value.detach().reshape(()).to(default.device)
-    if not (value > 0 and math.isfinite(value)):
+        return value.detach().reshape(()).to(default.device).clamp(min=1)  # an empty batch has loss 0, not 0 / 0
+    if isinstance(value, bool) or not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{where}: {name}={value}; it needs a count > 0, that of the whole optimiser batch")
-    return torch.tensor(value, device=default.device)
+    return torch.tensor(value, dtype=torch.float64, device=default.device)
 
 
 def flatten(
@@ -124,22 +132,32 @@ def flatten(
     num_sequences: int | float | Tensor | None,
     nonfinite: str,
 ) -> Batch:
-    """Check every argument of a policy loss and flatten it; one host sync, here, before any kernel."""
+    """Check every argument of a policy loss and flatten it; the values are looked at once, before any kernel."""
     if len(shape) not in (1, 2) or 0 in shape:
         raise ValueError(f"{where}: targets have shape {tuple(shape)}; a batch needs (B, T) or (N,), not empty")
     if nonfinite not in ("raise", "mask"):
         raise ValueError(f"{where}: nonfinite={nonfinite!r}; it needs 'raise' or 'mask'")
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{where}: objective is {objective!r}; it needs an Objective, e.g. Objective.preset('alp-sequence')"
+        )
+    for name, value in (("advantages", advantages), ("cu_seqlens", cu_seqlens), ("sequence_ids", sequence_ids)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor")
     q = _per_token(where, "rollout_logp", rollout_logp, shape, dtype, device)
     mask_values = _per_token(where, "mask", mask, shape, dtype, device)
     live = mask_values != 0
     sequence = _sequences(where, shape, device, cu_seqlens, sequence_ids)
+    count, has_empty = shape[0] if len(shape) == 2 else None, False  # sequences as the caller numbers them
+    if cu_seqlens is not None:
+        count = len(cu_seqlens) - 1
+        has_empty = bool((cu_seqlens.diff() == 0).any())  # where then B == N, (N,) advantages are by sequence
+    elif sequence_ids is not None and sequence is not None:
+        count = int(sequence[-1]) + 1
 
-    if advantages.shape == shape:
+    if advantages.shape == shape and not (has_empty and count == shape[0]):
         per_token = _per_token(where, "advantages", advantages, shape, dtype, device)
     else:
-        count = int(sequence[-1]) + 1 if sequence is not None else None
-        if len(shape) == 2:
-            count = shape[0]
         if count is None or advantages.shape != (count,):
             per_sequence = "with cu_seqlens or sequence_ids (B,)" if count is None else f"(B,) = ({count},)"
             raise ValueError(
@@ -153,6 +171,7 @@ def flatten(
         or objective.aggregation != "token-mean"
         or (objective.weight is not None and objective.weight_level == "sequence")
     )
+    knows_sequences = sequence is not None
     if sequence is None:
         if needs_sequences:
             raise ValueError(
@@ -179,27 +198,24 @@ def flatten(
     bad_rollout = live & ~q.isfinite()
     if nonfinite == "mask":
         live = live & ~bad_rollout
-    else:
-        checks = {
-            "rollout_logp": bad_rollout,
-            "mask": (mask_values != 0) & (mask_values != 1),
-            "advantages": live & ~per_token.isfinite(),
-        }
-        checks |= {k: live & ~v.isfinite() for k, v in extra.items()}
-        found = torch.stack([torch.stack(_first(flags)) for flags in checks.values()]).tolist()
-        for name, (count, first) in zip(checks, found, strict=True):
-            if count:
-                at = (first,) if len(shape) == 1 else divmod(first, shape[1])
-                if name == "mask":
-                    raise ValueError(
-                        f"{where}: mask holds {count} values other than 0 and 1, first at {at}; weights go into token_weight"
-                    )
-                hint = (
-                    "; nonfinite='mask' takes such tokens out of the loss and counts them"
-                    if name == "rollout_logp"
-                    else ""
+    checks = {
+        "rollout_logp": live & bad_rollout,
+        "mask": (mask_values != 0) & (mask_values != 1),
+        "advantages": live & ~per_token.isfinite(),
+    }
+    checks |= {k: live & ~v.isfinite() for k, v in extra.items()}
+    found = torch.stack([torch.stack(_first(flags)) for flags in checks.values()]).tolist()
+    for name, (count, first) in zip(checks, found, strict=True):
+        if count:
+            at = (first,) if len(shape) == 1 else divmod(first, shape[1])
+            if name == "mask":
+                raise ValueError(
+                    f"{where}: mask holds {count} values other than 0 and 1, first at {at}; weights go into token_weight"
                 )
-                raise ValueError(f"{where}: {name} is NaN or inf at {count} tokens of the mask, first at {at}{hint}")
+            hint = (
+                "; nonfinite='mask' takes such tokens out of the loss and counts them" if name == "rollout_logp" else ""
+            )
+            raise ValueError(f"{where}: {name} is NaN or inf at {count} tokens of the mask, first at {at}{hint}")
 
     zero = torch.zeros((), dtype=dtype, device=device)
     q, per_token = torch.where(live, q, zero), torch.where(live, per_token, zero)
@@ -221,14 +237,20 @@ def flatten(
         turn=turn,
         is_weight=is_weight,
         ref_logp=extra.get("ref_logp"),
+        knows_sequences=knows_sequences,
         num_nonfinite=bad_rollout.sum(),
     )
 
 
 def segment_sum(values: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """Sum of values[first..last] for each row (both included); float64 inside, so packing does not move the result."""
-    running = torch.cat([values.new_zeros(1, dtype=torch.float64), values.double().cumsum(0)])
-    return running[last + 1] - running[first]
+    """Sum of values[first..last] for each row (both included), float64, exact to 1e-12 a value.
+
+    Summed as integers, in steps of 2^-40: the result does not depend on what else is in the batch, no device needs an
+    ordered sum, and an infinite value stays in its own segment. Values count as at most 1000 in size.
+    """
+    steps = (values.double().clamp(-1e3, 1e3) * 2.0**40).round().long()
+    running = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
+    return (running[last + 1] - running[first]).double() * 2.0**-40
 
 
 def first_and_last(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,8 @@ def level_log_ratio(logp: Tensor, batch: Batch, objective: Objective) -> Tensor:
     total = segment_sum(r.detach(), first, last)
     if objective.geometric:
         total = total / (last + 1 - first)
-    return total.to(r.dtype) + (logp - logp.detach())
+    through = torch.where(logp.isinf(), 0.0, logp - logp.detach())  # 0 with gradient 1; not -inf less -inf
+    return total.to(r.dtype) + through
 
 
 def policy_loss(
@@ -68,6 +69,9 @@ def policy_loss(
     nonfinite: str = "raise",
 ) -> LossOutput:
     """Policy loss from log-probabilities; `fused_alp_loss` is the same from hidden states.
+
+    Above token level the ratio's value is held and each token's log-probability carries the gradient (sg[.] in
+    docs/math.md), so finite differences of the loss are not its gradient. `logp` and `entropy` come back detached.
 
     Args:
         logp: (B, T) padded or (N,) packed, float32 or float64, natural logarithms under the current (for ALP: perturbed)
@@ -143,7 +147,7 @@ def importance_weight(
     """The TIS or MIS weight of each token, like old_logp; for trainers that keep their own loss.
 
     w = exp(old - rollout) for each token or each sequence's product, truncated at or masked beyond
-    objective.weight_cap (paper-independent sources: docs/math.md, section 3). Log-ratios clamp at +-20.
+    objective.weight_cap (sources: docs/math.md, section 3). Log-ratios clamp at +-20.
     """
     if objective.weight is None:
         raise ValueError(

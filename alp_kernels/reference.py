@@ -1,7 +1,7 @@
 """The specification: every kernel's function in plain PyTorch, on any device, in any float dtype (float64 for gradcheck).
 
 An engine is a module that offers these functions with these arguments. Tests and benchmarks import this file; there is
-no second copy. All matrices are contiguous (rows, columns); the autograd functions in perturb.py and head.py see to it.
+no second copy. All matrices are contiguous (rows, columns); the autograd functions in perturb.py and fused.py see to it.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def head_bwd(
 
 
 FUSES_TOKEN_LOSS = False
-"""Whether head.py should call head_token_loss for token-level chunks, instead of head_fwd, coefficients and head_bwd."""
+"""Whether fused.py should call head_token_loss for token-level chunks, instead of head_fwd, coefficients and head_bwd."""
 
 
 def head_token_loss(

@@ -6,6 +6,7 @@ stay on the device (a few numbers a token), micro-batches and ranks are concaten
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,7 +31,7 @@ class Stats:
     entropy: Tensor | None  # nats
     sequence_log_ratio: Tensor  # sum (mean where geometric) of log_ratio over the token's sequence
     rollout_sequence_log_ratio: Tensor  # sum of rollout_log_ratio over the token's sequence
-    is_last: Tensor  # bool: the last token of its sequence; selects one value a sequence
+    is_last: Tensor  # bool: the last token of its sequence; selects one value a sequence, none where they are unknown
     clipped_low: Tensor  # bool: A < 0 and the ratio is below 1 - clip_low: no gradient
     clipped_high: Tensor  # bool: A > 0 and the ratio is above 1 + clip_high: no gradient
     clipped_dual: Tensor  # bool: A < 0 and the ratio is above dual_clip: no gradient
@@ -54,7 +55,7 @@ class Stats:
             entropy=entropy,
             sequence_log_ratio=sequence.to(logp.dtype),
             rollout_sequence_log_ratio=segment_sum(rollout_log_ratio, first, last).to(logp.dtype),
-            is_last=last == torch.arange(len(logp), device=logp.device),
+            is_last=(last == torch.arange(len(logp), device=logp.device)) & batch.knows_sequences,
             clipped_low=negative & (rho < 1 - objective.clip_low),
             clipped_high=positive & (rho > 1 + objective.clip_high),
             clipped_dual=negative & (rho > cap),
@@ -62,8 +63,9 @@ class Stats:
         )
 
     @staticmethod
-    def cat(parts: list[Stats]) -> Stats:
+    def cat(parts: Iterable[Stats]) -> Stats:
         """The statistics of several micro-batches together, exactly."""
+        parts = list(parts)
         if not parts:
             raise ValueError("Stats.cat: no parts came; it needs at least one")
         if len({part.entropy is None for part in parts}) > 1:
@@ -93,7 +95,7 @@ class Stats:
         Keys: token_ratio/ and sequence_ratio/ with mean, std, min, max and q01 .. q99.9 (the loss's own denominator);
         clip_low_frac, clip_high_frac, dual_clip_frac; k1_kl and k3_kl from rollout to current policy, per token;
         ess_frac (effective sample size over n) and chi2_token, chi2_sequence of current over rollout; entropy (nats);
-        num_tokens, num_sequences, num_nonfinite. Without tokens only the counts.
+        num_tokens, num_sequences, num_nonfinite. Without tokens only the counts; without sequences no values by sequence.
         """
         host = self.cpu()
         values = {f.name: v.double().numpy() for f in fields(host) if (v := getattr(host, f.name)) is not None}
@@ -109,10 +111,10 @@ class Stats:
         def ratio(log_ratio: np.ndarray) -> np.ndarray:
             return np.exp(np.clip(log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
 
-        for name, rho in (
-            ("token_ratio", ratio(values["log_ratio"])),
-            ("sequence_ratio", ratio(values["sequence_log_ratio"][is_last])),
-        ):
+        ratios = {"token_ratio": ratio(values["log_ratio"])}
+        if is_last.any():
+            ratios["sequence_ratio"] = ratio(values["sequence_log_ratio"][is_last])
+        for name, rho in ratios.items():
             out |= {
                 f"{name}/mean": rho.mean(),
                 f"{name}/std": rho.std(),
@@ -124,12 +126,13 @@ class Stats:
         for clip in ("low", "high", "dual"):
             out["dual_clip_frac" if clip == "dual" else f"clip_{clip}_frac"] = values[f"clipped_{clip}"].mean()
         r = np.clip(values["rollout_log_ratio"], -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-        w, w_sequence = np.exp(r), ratio(values["rollout_sequence_log_ratio"][is_last])
+        w = np.exp(r)
         out["k1_kl"] = -r.mean()
         out["k3_kl"] = (np.expm1(r) - r).mean()
         out["ess_frac"] = w.sum() ** 2 / (len(w) * np.square(w).sum())
         out["chi2_token"] = np.square(w).mean() - 1
-        out["chi2_sequence"] = np.square(w_sequence).mean() - 1
+        if is_last.any():
+            out["chi2_sequence"] = np.square(ratio(values["rollout_sequence_log_ratio"][is_last])).mean() - 1
         if "entropy" in values:
             out["entropy"] = values["entropy"].mean()
         return {key: float(value) for key, value in out.items()}

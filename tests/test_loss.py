@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import get_args
 
 import pytest
@@ -42,9 +43,9 @@ def test_loss_and_gradient_are_the_definition(objective):
         b = make_batch(seed)
         out, dlogp, dentropy = differentiated(b, objective, num_tokens=13, num_sequences=5)
         loss, dlogp_by_hand, dentropy_by_hand = by_hand(b, objective, 13, 5)
-        assert out.loss.item() == pytest.approx(loss, rel=1e-12, abs=1e-14)
-        torch.testing.assert_close(dlogp, dlogp_by_hand, rtol=1e-11, atol=1e-14)
-        torch.testing.assert_close(dentropy, dentropy_by_hand, rtol=1e-11, atol=1e-14)
+        assert out.loss.item() == pytest.approx(loss, rel=1e-11, abs=1e-12)
+        torch.testing.assert_close(dlogp, dlogp_by_hand, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(dentropy, dentropy_by_hand, rtol=1e-10, atol=1e-12)
 
 
 def test_default_counts_are_the_calls_own():
@@ -65,8 +66,8 @@ def test_packed_equals_padded(level):
     packed, keep = pack(b)
     padded_out, padded_grad, _ = differentiated(b, objective)
     out, grad, _ = differentiated(packed, objective)
-    assert float(out.loss) == pytest.approx(float(padded_out.loss), rel=1e-12)
-    torch.testing.assert_close(grad, padded_grad.reshape(-1)[keep], rtol=1e-11, atol=1e-14)
+    assert float(out.loss) == pytest.approx(float(padded_out.loss), rel=1e-10, abs=1e-12)
+    torch.testing.assert_close(grad, padded_grad.reshape(-1)[keep], rtol=1e-10, atol=1e-12)
     lengths = packed.pop("cu_seqlens").diff().tolist()
     ids = torch.cat([torch.full((n,), 900 - 7 * i) for i, n in enumerate(lengths)])
     assert torch.equal(policy_loss(**packed, objective=objective, sequence_ids=ids).loss, out.loss)
@@ -82,8 +83,8 @@ def test_splitting_a_batch_changes_neither_gradient_nor_statistics(seed, cut, le
         differentiated({k: v[s] for k, v in b.items()}, objective, **counts) for s in (slice(cut), slice(cut, None))
     ]
     for i, grad in enumerate(grads, start=1):
-        torch.testing.assert_close(torch.cat([part[i] for part in parts]), grad, rtol=1e-11, atol=1e-14)
-    assert float(sum(part[0].loss for part in parts)) == pytest.approx(float(whole.loss), rel=1e-11, abs=1e-14)
+        torch.testing.assert_close(torch.cat([part[i] for part in parts]), grad, rtol=1e-10, atol=1e-12)
+    assert float(sum(part[0].loss for part in parts)) == pytest.approx(float(whole.loss), rel=1e-10, abs=1e-12)
     merged, once = Stats.cat([part[0].stats for part in parts]).summary(), whole.stats.summary()
     assert merged == pytest.approx(once, rel=1e-9, abs=1e-12)
 
@@ -137,7 +138,7 @@ def test_importance_weight_is_the_weight_the_loss_uses(name):
     w = importance_weight(b["old_logp"], b["rollout_logp"], b["mask"], objective=objective)
     plain = dataclasses.replace(objective, weight=None)
     expected = policy_loss(**{**b, "token_weight": w * b["token_weight"]}, objective=plain).loss
-    assert float(policy_loss(**b, objective=objective).loss) == pytest.approx(float(expected), rel=1e-12)
+    assert float(policy_loss(**b, objective=objective).loss) == pytest.approx(float(expected), rel=1e-10, abs=1e-12)
 
 
 def test_a_batch_of_masked_tokens_has_zero_loss_and_gradient():
@@ -176,6 +177,10 @@ BAD = [
     ({"objective": PRESETS["grpo"], "old_logp": None}, ValueError, "denominator 'old' needs old_logp"),
     ({"objective": Objective(kl="k3", kl_coef=1.0), "ref_logp": None}, ValueError, "kl_coef=1.0 needs ref_logp"),
     ({"objective": Objective(entropy_coef=1.0), "entropy": None}, ValueError, "entropy_coef=1.0 needs entropy"),
+    ({"objective": "alp-sequence"}, TypeError, "objective is 'alp-sequence'; it needs an Objective"),
+    ({"advantages": [1.0, 2.0]}, TypeError, "advantages is a list; it needs a torch.Tensor"),
+    ({"mask": None}, TypeError, "mask is a NoneType; it needs a torch.Tensor"),
+    ({"num_tokens": True}, ValueError, "num_tokens=True; it needs a count > 0"),
     ({"num_tokens": 0}, ValueError, "num_tokens=0; it needs a count > 0"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite='ignore'"),
     ({"cu_seqlens": torch.tensor([0, 36])}, ValueError, r"cu_seqlens and sequence_ids are for packed \(N,\) inputs"),
@@ -201,6 +206,58 @@ def test_bad_packing_is_named(extra, message):
     b = {k: torch.zeros(12) for k in ("logp", "rollout_logp", "advantages")}
     with pytest.raises(ValueError, match=message):
         policy_loss(**b, mask=torch.ones(12), objective=Objective("sequence"), **extra)
+
+
+def test_advantages_by_sequence_count_empty_sequences():
+    b = {k: torch.tensor([-1.0, -2.0]) for k in ("logp", "rollout_logp")}
+    advantages = torch.tensor([1.0, 5.0])
+    for ends in ([0, 2, 2], [0, 0, 2]):  # as many sequences as tokens, one of them empty
+        out = policy_loss(
+            **b, advantages=advantages, mask=torch.ones(2), objective=Objective(), cu_seqlens=torch.tensor(ends)
+        )
+        assert out.loss.item() == -(1.0 if ends[1] == 2 else 5.0)
+    three = policy_loss(
+        **{k: torch.tensor([-1.0, -2.0, -1.5]) for k in b}, advantages=advantages, mask=torch.ones(3),
+        objective=Objective("sequence"), cu_seqlens=torch.tensor([0, 3, 3]),
+    )  # fmt: skip
+    assert three.loss.item() == -1.0
+
+
+@pytest.mark.parametrize("level", get_args(Level))
+def test_an_impossible_token_stays_in_its_sequence(level):
+    b = make_batch(6, dtype=torch.float32)
+    b["mask"][:] = 1
+    without = differentiated(b, Objective(level), num_tokens=36)
+    b["logp"][0, 3] = float("-inf")
+    out, dlogp, _ = differentiated(b, Objective(level), num_tokens=36)
+    assert torch.isfinite(out.loss)
+    assert torch.equal(dlogp[1:], without[1][1:])
+    assert all(math.isfinite(v) for v in out.stats.summary().values())
+
+
+def test_masking_nonfinite_rollout_logp_hides_nothing_else():
+    b = make_batch(0)
+    for change, message in (
+        ({"advantages": torch.full((4,), float("nan"), dtype=torch.float64)}, "advantages is NaN"),
+        ({"token_weight": b["token_weight"] * float("inf")}, "token_weight is NaN or inf"),
+        ({"mask": b["mask"] / 2}, "mask holds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy_loss(**{**b, **change}, objective=Objective(), nonfinite="mask")
+
+
+def test_without_sequences_no_statistics_by_sequence_are_invented():
+    p = -torch.rand(6)
+    out = policy_loss(p, p - 0.1, torch.ones(6), torch.ones(6), objective=Objective())
+    summary = out.stats.summary()
+    assert summary["num_sequences"] == 0
+    assert not any("sequence_ratio" in key or key == "chi2_sequence" for key in summary)
+
+
+def test_a_batch_count_of_zero_tokens_gives_zero_loss():
+    b = make_batch(0)
+    b["mask"] = torch.zeros_like(b["mask"])
+    assert policy_loss(**b, objective=Objective(), num_tokens=b["mask"].sum()).loss.item() == 0
 
 
 def test_an_empty_batch_is_refused():

@@ -27,6 +27,11 @@ def unavailable(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"it serves CPU tensors, not {device.type}"
 
 
+def _floats(*shape: int) -> Tensor:
+    """Room for results; said in full, since torch's default dtype and device are the caller's to change."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
+
+
 def _at(tensor: Tensor | None) -> int | None:
     """The address of a tensor's data; the C side walks it without strides."""
     if tensor is None:
@@ -74,7 +79,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 def random_words(num_rows: int, num_channels: int, stream: noise.Stream, device: torch.device) -> tuple[Tensor, ...]:
     """The four Philox words of each group of channels: four (num_rows, Q) int64 tensors of uint32, Q = ceil(D / 4)."""
     row_ids = _row_ids(stream, num_rows)
-    out = torch.empty(4, num_rows, -(-num_channels // 4), dtype=torch.int64)
+    out = torch.empty(4, num_rows, -(-num_channels // 4), dtype=torch.int64, device="cpu")
     c.library.alp_words(byref(_stream(stream, row_ids)), _at(out), num_rows, num_channels, torch.get_num_threads())
     return out.unbind()
 
@@ -82,7 +87,7 @@ def random_words(num_rows: int, num_channels: int, stream: noise.Stream, device:
 def normals_of(radius_words: Tensor, angle_words: Tensor) -> tuple[Tensor, Tensor]:
     """The two normals of each pair of words, (n,) int64 holding uint32: for tests of the extremes."""
     radius, angle = radius_words.to(torch.uint32), angle_words.to(torch.uint32)
-    cosine, sine = torch.empty(len(radius)), torch.empty(len(radius))
+    cosine, sine = _floats(len(radius)), _floats(len(radius))
     c.library.alp_normals(_at(radius), _at(angle), _at(cosine), _at(sine), len(radius))
     return cosine, sine
 
@@ -90,7 +95,7 @@ def normals_of(radius_words: Tensor, angle_words: Tensor) -> tuple[Tensor, Tenso
 def normal(num_rows: int, num_channels: int, stream: noise.Stream, device: torch.device) -> Tensor:
     """eps, (num_rows, num_channels) float32, within NORMAL_BOUND of the reference's."""
     row_ids = _row_ids(stream, num_rows)
-    eps = torch.empty(num_rows, num_channels)
+    eps = _floats(num_rows, num_channels)
     c.library.alp_normal(byref(_stream(stream, row_ids)), _at(eps), num_rows, num_channels, torch.get_num_threads())
     return eps
 
@@ -107,7 +112,7 @@ def perturb_fwd(
     num_rows, num_channels = h.shape
     sigma32, row_ids = _scalar(sigma), _row_ids(stream, num_rows)
     u = torch.empty_like(h)
-    rms = torch.empty(num_rows) if scale == "rms" else None
+    rms = _floats(num_rows) if scale == "rms" else None
     args = c.PerturbFwd(_at(h), _at(u), _at(sigma32), _at(rms), num_channels, rounding == "stochastic")
     c.library.alp_perturb_fwd(
         byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[h.dtype], torch.get_num_threads()
@@ -125,7 +130,7 @@ def perturb_bwd(du: Tensor, stream: noise.Stream, rms: Tensor | None) -> Tensor:
     dsigma = c.library.alp_perturb_bwd(
         byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[du.dtype], torch.get_num_threads()
     )
-    return torch.tensor(dsigma)
+    return torch.tensor(dsigma, dtype=torch.float32, device="cpu")
 
 
 # ------------------------------------------------------------------ loss head
@@ -158,7 +163,7 @@ def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
         return reference.head_fwd(x, targets, head)
     num_rows = x.shape[0]
     args = _HeadArguments(x, targets, head)
-    rows = HeadRows(torch.empty(num_rows), torch.empty(num_rows), torch.empty(num_rows))
+    rows = HeadRows(_floats(num_rows), _floats(num_rows), _floats(num_rows))
     out = c.HeadFwd(_at(rows.logp), _at(rows.entropy), _at(rows.lse))
     c.library.alp_head_fwd(
         byref(args.stream), byref(args.head), byref(out), num_rows, DTYPES[x.dtype], torch.get_num_threads()
@@ -179,4 +184,4 @@ def head_bwd(
     dsigma = c.library.alp_head_bwd(
         byref(args.stream), byref(args.head), byref(given), num_rows, DTYPES[x.dtype], torch.get_num_threads()
     )
-    return None if head.sigma is None else torch.tensor(dsigma)
+    return None if head.sigma is None else torch.tensor(dsigma, dtype=torch.float32, device="cpu")

@@ -72,7 +72,7 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
     return u, rms
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["D"])
 def _row_rms_kernel(h_ptr, rms_ptr, D, BLOCK_D: tl.constexpr):
     """rms_n = sqrt(mean_d h^2); its own kernel, so that no tile of the noise decides the order of the sum."""
     n = tl.program_id(0).to(tl.int64)
