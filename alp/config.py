@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,6 +20,16 @@ from .methods import METHODS
 
 class UserError(Exception):
     """Something the caller can put right; the command line prints it as one line and exits with code 2."""
+
+
+def layers_of(text: str) -> str | list[int]:
+    """update.layers: a name, or numbers separated by commas; else a UserError."""
+    if text in ("all", "final", "logits"):
+        return text
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f'update.layers={text!r}; it needs "all", "final", "logits" or numbers like "0,3"') from None
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -153,8 +162,7 @@ class TrainConfig:
         if update.method not in METHODS:
             known = ", ".join(METHODS)
             raise UserError(f"update.method={update.method!r} is not one of {known}{nearest(update.method, METHODS)}")
-        if update.layers not in ("all", "final", "logits") and not re.fullmatch(r"-?\d+(,-?\d+)*", update.layers):
-            raise UserError(f'update.layers={update.layers!r}; it needs "all", "final", "logits" or numbers like "0,3"')
+        layers_of(update.layers)
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise UserError(f"name={self.name!r}; it needs a folder's name without slashes; --runs says where it goes")
         minibatch_fits = update.minibatches >= 1 and rollout.prompts % update.minibatches == 0
@@ -212,11 +220,14 @@ class TrainConfig:
         """Read what `to_json` wrote; unknown keys and unreadable files are UserErrors."""
         try:
             data = json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path.parent} is not a run folder: it has no {path.name}") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-        config = _from_dict(TrainConfig, data, where=str(path))
+        try:
+            config = _from_dict(TrainConfig, data, where=str(path))
+        except (TypeError, AttributeError) as error:  # a value of another type than its field
+            raise UserError(f"{path} is not the config.json of a run: {error}") from None
         assert isinstance(config, TrainConfig)
         return config
 

@@ -160,6 +160,8 @@ def make_tiny(config: ModelConfig) -> Policy:
             bos_token_id=None,
         )
     )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     return Policy(model.train(), tokenizer)
 
 

@@ -16,7 +16,7 @@ from .run import Metrics, read_metrics, write_whole
 _ROWS = {
     "reward": "reward",
     "accuracy": "accuracy of rollouts",
-    "unparsed": "completions without a readable answer",
+    "unparsed": "fraction of completions without a readable answer",
     "k1_kl": "k1 KL, rollout to current policy",
     "k3_kl": "k3 KL, rollout to current policy",
     "clean/k3_kl": "k3 KL without noise, before the updates",

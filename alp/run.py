@@ -134,7 +134,11 @@ class Run:
         found = self.checkpoints()
         if not found:
             return None
-        state = torch.load(found[-1], map_location=device, weights_only=True)
+        try:
+            state = torch.load(found[-1], map_location=device, weights_only=True)
+        except Exception as error:  # the unpickler raises anything on a damaged file
+            older = f"; delete it to continue from {found[-2].name}" if len(found) > 1 else ""
+            raise UserError(f"{found[-1]} cannot be read ({type(error).__name__}: {error}){older}") from error
         assert isinstance(state, dict)
         return state
 

@@ -163,8 +163,8 @@ class Trainer:
         metrics: Metrics = {
             "reward": reward / count,
             "accuracy": correct / count,
-            "unparsed": unparsed,
-            "truncated": truncated,
+            "unparsed": unparsed / count,
+            "truncated": truncated / count,
             "loss": loss / len(results),
             "grad_norm": float(torch.stack([result.grad_norm for result in results]).mean()),
             "grad_norm_max": float(torch.stack([result.grad_norm for result in results]).max()),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from alp_kernels import LossOutput, Perturbation, Stats, attach, fused_alp_loss, linear_logprob
 
-from .config import UpdateConfig, UserError
+from .config import UpdateConfig, UserError, layers_of
 from .methods import METHODS, Method
 from .models import hidden_states, output_head, positions
 from .parallel import World
@@ -95,7 +95,7 @@ class Updater:
                 self.handle = attach(
                     model,
                     config.sigma,
-                    layers=_layers(config.layers),
+                    layers=layers_of(config.layers),
                     learnable=config.sigma_lr > 0,
                     seed=seed,
                     scale=config.scale,
@@ -170,10 +170,3 @@ class Updater:
 def last_token(mask: Tensor) -> Tensor:
     """(B, T) bool: the last token of each response. One response is one turn here."""
     return mask & (mask.long().cumsum(dim=1) == mask.long().sum(dim=1, keepdim=True))
-
-
-def _layers(text: str) -> str | list[int]:
-    """update.layers: a name, or numbers separated by commas."""
-    if text in ("all", "final", "logits"):
-        return text
-    return [int(number) for number in text.split(",")]

@@ -6,7 +6,7 @@ fused_alp_loss   hidden states -> policy loss, the logits never all in memory
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .attach import attach
+from .attach import attach, detach
 from .engine import EngineUnavailable
 from .head import LogitNoise, fused_alp_loss, linear_logprob
 from .loss import LossOutput, importance_weight, policy_loss
@@ -30,6 +30,7 @@ __all__ = [
     "Perturbation",
     "Stats",
     "attach",
+    "detach",
     "fused_alp_loss",
     "importance_weight",
     "linear_logprob",

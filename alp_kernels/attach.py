@@ -62,19 +62,30 @@ def attach(
         raise ValueError(f"attach: scale={scale!r}; it needs one of {SCALES}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"attach: rounding={rounding!r}; it needs one of {ROUNDINGS}")
-    if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: model is a {type(model).__name__}; it needs a torch.nn.Module")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"attach: seed={seed!r}; it needs an int in [0, {MAX_SEED}]")
     if sigma_bounds is not None and not 0 < sigma_bounds[0] < sigma_bounds[1]:
         raise ValueError(f"attach: sigma_bounds={sigma_bounds}; it needs 0 < low < high")
     found = find_layers(model, path)
     if found.parent in attached and (other := attached[found.parent]()) is not None and other._removables:
-        raise ValueError(f"attach: {type(model).__name__} is perturbed already; call detach() on its handle first")
+        raise ValueError(
+            f"attach: {type(model).__name__} is perturbed already; call detach() on its handle or "
+            "alp_kernels.detach(model) first"
+        )
     if len(set(map(id, found.layers))) < len(found.layers):
         raise ValueError(
             f"attach: {found.path} of {type(model).__name__} holds a layer twice; its runs cannot be told apart"
         )
     chosen = _choose(model, found.layers, found.parent, layers)
-    values = [float(sigma)] * len(chosen) if isinstance(sigma, int | float) else [float(s) for s in sigma]
+    try:
+        flat = torch.as_tensor(sigma, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"attach: sigma is {sigma!r}; it needs a number or one a layer") from None
+    values = flat * len(chosen) if len(flat) == 1 else flat
+    if data_rank is not None and (not isinstance(data_rank, int) or not 0 <= data_rank < 1 << 16):
+        raise ValueError(f"attach: data_rank={data_rank!r}; it needs an int in [0, 65536)")
     if len(values) != len(chosen):
         raise ValueError(f"attach: sigma has {len(values)} values; {len(chosen)} layers are perturbed")
     if not all(s > 0 and math.isfinite(s) for s in values):
@@ -94,6 +105,13 @@ def attach(
     )
     attached[found.parent] = weakref.ref(handle)
     return handle
+
+
+def detach(model: nn.Module, path: str | None = None) -> None:
+    """Restore `model` where its handle is lost; does nothing where it is not perturbed. `path` as in `attach`."""
+    parent = find_layers(model, path).parent
+    if parent in attached and (handle := attached[parent]()) is not None:
+        handle.detach()
 
 
 def _choose(

@@ -5,6 +5,7 @@ Here arguments are checked and brought to one form; fused.py computes.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,14 @@ def _check_head(
     engine: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
     """Check the arguments both public functions share. Returns hidden (N, D), weight, bias in one dtype, and the plan."""
+    tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, "mask": mask}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and (value is not None or name in ("hidden", "weight", "targets")):
+            raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor")
+        if hasattr(value, "full_tensor"):
+            raise TypeError(f"{where}: {name} is a DTensor, one rank's shard of it; give {name}.full_tensor()")
+    if hidden.device.type == "meta":
+        raise ValueError(f"{where}: hidden is on the meta device and holds no values")
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -96,7 +105,9 @@ def _check_head(
         raise ValueError(
             f"{where}: targets has {count} values outside the vocabulary [0, {vocab}), first {wrong} at {at}"
         )
-    if softcap is not None and not softcap > 0:
+    if not (math.isfinite(logit_scale) and logit_scale != 0):
+        raise ValueError(f"{where}: logit_scale={logit_scale}; it needs a finite number other than 0")
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{where}: softcap={softcap}; it needs a number > 0, or None")
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"{where}: chunk_bytes={chunk_bytes}; it needs a number of bytes > 0, or None")
@@ -111,7 +122,7 @@ def _check_head(
         if not bool((tau > 0).all()):
             raise ValueError(f"{where}: temperature has values <= 0; it needs positive ones")
     else:
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"{where}: temperature={temperature}; it needs a number > 0")
         tau = None
         if temperature != 1:

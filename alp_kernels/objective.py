@@ -27,7 +27,8 @@ KL = Literal["k1", "k2", "k3", "k3+"]
 
 @dataclass(frozen=True)
 class Objective:
-    """A method as data. `Objective.preset("alp-sequence")` gives a published row; `replace` changes fields.
+    """A method as data. `Objective.preset("alp-sequence")` gives a published row; `Objective.preset(name, clip_low=0.99)` changes
+    some of its fields.
 
     Attributes:
         level: what one ratio covers: a token, its sequence, the prefix up to it, the prefix up to its turn's end.

@@ -168,6 +168,11 @@ class Perturbation(nn.Module):
         finally:
             self._on, self._scope_row_ids = False, None
         if self._num_perturbed == 0:
+            if self.layers == (LOGITS_LAYER,):
+                raise RuntimeError(
+                    "perturbed: no logits were perturbed inside the scope; run the model's own forward, or with a fused "
+                    "head pass logit_noise=handle.logit_noise(num_rows)"
+                )
             raise RuntimeError(
                 f"perturbed: no layer of {list(self.layers)} was perturbed inside the scope (step {step}); the model's forward "
                 "must run inside it, on the model that was given to attach"
@@ -179,6 +184,13 @@ class Perturbation(nn.Module):
             raise RuntimeError('logit_noise: it belongs to attach(layers="logits")')
         if not self._on:
             raise RuntimeError("logit_noise: open the scope first: with handle.perturbed(step=...)")
+        if row_ids is None and self._scope_row_ids is not None:
+            row_ids = self._scope_row_ids
+        if row_ids is not None and row_ids.numel() != num_rows:
+            raise ValueError(
+                f"logit_noise: row_ids has shape {tuple(row_ids.shape)}; {num_rows} rows need as many (give those of the rows "
+                "that go into the loss)"
+            )
         start = self._take_rows(num_rows) if row_ids is None else 0
         self._num_perturbed += 1
         return LogitNoise(self.log_sigma, self.seed, self._step, row_ids, start)
@@ -351,10 +363,28 @@ class Perturbation(nn.Module):
             )
         return {"rms_over_nominal": ratio, "changed_frac": values[:, 1].tolist()}
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"seed": self.seed, "step": self._step, "next_row": self._next_row, "forwards": self._forwards}
+    def sum_gradient(self, group: dist.ProcessGroup | None = None) -> None:
+        """Sum log_sigma's gradient over data-parallel ranks, after backward; a collective call.
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
+        DDP and FSDP do not know log_sigma: without this its values drift apart. It sums, as losses with the whole batch's
+        counts need; where the model's gradients are averaged instead, divide by the number of ranks.
+        """
+        if self.log_sigma.requires_grad and dist.is_initialized():
+            if self.log_sigma.grad is None:
+                self.log_sigma.grad = torch.zeros_like(self.log_sigma)
+            dist.all_reduce(self.log_sigma.grad, group=group)
+
+    def extra_repr(self) -> str:
+        return f"layers={list(self.layers)}, scale={self.scale!r}, rounding={self.rounding!r}, seed={self.seed}"
+
+    def get_extra_state(self) -> dict[str, Any]:
+        position = {"seed": self.seed, "step": self._step, "next_row": self._next_row, "forwards": self._forwards}
+        return position | {"layers": list(self.layers), "scale": self.scale, "rounding": self.rounding}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        for name, own in (("layers", list(self.layers)), ("scale", self.scale), ("rounding", self.rounding)):
+            if state[name] != own:
+                raise ValueError(f"load_state_dict: the state has {name}={state[name]!r}, this perturbation {own!r}")
         self.seed, self._step = state["seed"], state["step"]
         self._next_row, self._forwards = state["next_row"], state["forwards"]
 

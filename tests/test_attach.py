@@ -4,13 +4,14 @@ import copy
 import functools
 import gc
 import logging
+import unittest.mock
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from alp_kernels import LogitNoise, attach, normal
+from alp_kernels import LogitNoise, attach, detach, normal
 from alp_kernels.noise import FINAL_LAYER, LOGITS_LAYER
 
 transformers = pytest.importorskip("transformers")
@@ -518,6 +519,49 @@ def test_attaching_twice_is_refused_until_detached():
     toy.blocks.append(toy.blocks[0])
     with pytest.raises(ValueError, match="holds a layer twice"):
         attach(toy)
+
+
+def test_a_lost_handle_can_still_be_taken_off():
+    model = make_model()
+    attach(model)
+    detach(model)
+    detach(model)
+    assert all(not m._forward_pre_hooks for m in model.modules())
+    attach(model).detach()
+
+
+def test_state_of_another_configuration_is_refused():
+    first, second = make_model(), make_model()
+    state = attach(first, layers=[0]).state_dict()
+    with pytest.raises(ValueError, match=r"the state has layers=\[0\], this perturbation \[2\]"):
+        attach(second, layers=[2]).load_state_dict(state)
+
+
+def test_logit_noise_takes_the_scopes_row_ids():
+    rows = torch.arange(10) * 3
+    with attach(make_model(), layers="logits") as handle:
+        with handle.perturbed(step=0, row_ids=rows):
+            assert handle.logit_noise(10).row_ids is rows
+            with pytest.raises(ValueError, match=r"row_ids has shape \(10,\); 4 rows need as many"):
+                handle.logit_noise(4)
+        with pytest.raises(RuntimeError, match="pass logit_noise="), handle.perturbed(step=1):
+            pass
+
+
+def test_ranks_are_asked_for_when_noise_is_drawn(tmp_path):
+    """attach may come before torch.distributed starts; sigma's gradient is summed over ranks on request."""
+    toy = Toy()
+    handle = attach(toy, sigma=0.3)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        with unittest.mock.patch("torch.distributed.get_rank", return_value=5), handle.perturbed(step=0):
+            toy(ids()).sum().backward()
+            assert handle._take_rows(1) >> 32 == 5
+        before = handle.log_sigma.grad.clone()
+        handle.sum_gradient()
+        assert torch.equal(handle.log_sigma.grad, before)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_model_without_layers_or_with_several_lists_asks_for_a_path():
