@@ -218,7 +218,7 @@ def fused_alp_loss(
     order = plan_order(batch, objective, plan.chunk_rows)
     log_sigma = None if logit_noise is None else logit_noise.log_sigma
     loss, logp, entropy = FusedLoss.apply(flat, head_weight, head_bias, log_sigma, plan, batch, objective, order)
-    index = batch.mask.nonzero().squeeze(1)
+    index = order.rows.sort().values  # not mask.nonzero(), which would wait for the kernels
     live, p = batch.select(index), logp[index]
     stats = Stats.measure(p, entropy[index], level_log_ratio(p, live, objective), live, objective)
     return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), stats)
