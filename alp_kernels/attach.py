@@ -66,8 +66,10 @@ def attach(
         raise TypeError(f"attach: model is a {type(model).__name__}; it needs a torch.nn.Module")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"attach: seed={seed!r}; it needs an int in [0, {MAX_SEED}]")
-    if sigma_bounds is not None and not 0 < sigma_bounds[0] < sigma_bounds[1]:
-        raise ValueError(f"attach: sigma_bounds={sigma_bounds}; it needs 0 < low < high")
+    if sigma_bounds is not None and not (
+        isinstance(sigma_bounds, tuple | list) and len(sigma_bounds) == 2 and 0 < sigma_bounds[0] < sigma_bounds[1]
+    ):
+        raise ValueError(f"attach: sigma_bounds={sigma_bounds!r}; it needs (low, high) with 0 < low < high")
     found = find_layers(model, path)
     if found.parent in attached and (other := attached[found.parent]()) is not None and other._removables:
         raise ValueError(

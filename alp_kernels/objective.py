@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -71,6 +72,11 @@ class Objective:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"Objective: {field}={getattr(self, field)!r}; it needs one of {allowed}")
+        for field in ("clip_low", "clip_high", "dual_clip", "weight_cap", "kl_coef", "entropy_coef"):
+            value = getattr(self, field)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number and not (field == "dual_clip" and value is None):
+                raise ValueError(f"Objective: {field}={value!r}; it needs a finite number")
         claims = [
             ("clip_low", 0 <= self.clip_low <= 1, "a number in [0, 1]"),
             ("clip_high", self.clip_high >= 0, "a number >= 0"),

@@ -279,6 +279,8 @@ def test_an_empty_batch_is_refused():
         ({"aggregation": "seq-mean-token-sum-norm"}, "norm_length=None"),
         ({"norm_length": 5}, "norm_length=5"),
         ({"weight_cap": 1.0}, "weight_cap=1.0"),
+        ({"entropy_coef": float("nan")}, "entropy_coef=nan; it needs a finite number"),
+        ({"clip_low": "0.2"}, "clip_low='0.2'; it needs a finite number"),
     ],
 )
 def test_a_bad_objective_is_named(fields, message):
