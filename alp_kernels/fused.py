@@ -3,7 +3,7 @@
 x = h W' + bias for a chunk of rows;   dh = dx W;   dW += dx' h.   One N x V x D product each: three in all, because a row's
 dx needs only its own logits and coefficients known in the chunk. Token level: any rows make a chunk. Sequence, turn and
 cumulative levels: a chunk holds whole sequences; one that does not fit is passed twice (a fourth product).
-Rows outside the mask cost no product; rows without a gradient (zero advantage, clipped) no backward product.
+Rows outside the mask cost no product; rows with a zero advantage no backward product, nor clipped ones on the CPU.
 Derivation: docs/math.md, section 4
 """
 

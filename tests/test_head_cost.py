@@ -1,0 +1,93 @@
+"""What the fused head costs: matrix products are counted, and one chunk of logits is alive at a time."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alp_kernels import Objective, fused_alp_loss, linear_logprob
+
+from .test_head import LEVELS, make_head
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
+            a, b = args[-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def products(level, chunk_rows, mask=None, advantages=None):
+    """How many N x V x D products a loss with its gradients takes."""
+    num_rows, channels, vocab = 64, 8, 512
+    hidden, weight, targets, rest = make_head(0, 4, 16, channels, vocab, torch.float32)
+    rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
+    rest["mask"] = torch.ones(4, 16) if mask is None else mask
+    rest["advantages"] = torch.ones(4) if advantages is None else advantages
+    objective = Objective(level, clip_high=1e9)  # nothing clipped
+    with Multiplications() as counter:
+        loss = fused_alp_loss(
+            hidden.requires_grad_(), weight.requires_grad_(), targets, **rest, objective=objective,
+            chunk_bytes=chunk_rows * vocab * 4,
+        ).loss  # fmt: skip
+        loss.backward()
+    return counter.count / (num_rows * vocab * channels)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_loss_and_gradients_take_three_products(level):
+    assert products(level, 64) == 3
+    assert products(level, 16) == 3  # one sequence to a chunk
+    assert products(level, 5) == (3 if level == "token" else 3 + 15 / 16)  # a sequence's last row is passed once
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_rows_without_a_gradient_save_their_products(level):
+    half = torch.ones(4, 16)
+    half[:, ::2] = 0
+    assert products(level, 16, mask=half) == 1.5
+    assert products(level, 16, advantages=torch.tensor([1.0, 0.0, 0.0, 1.0])) == 1 + 2 * 0.5
+    assert products(level, 16, mask=torch.zeros(4, 16)) == 0
+
+
+def test_clipped_rows_save_their_backward_products():
+    hidden, weight, targets, rest = make_head(0, 4, 16, 8, 512, torch.float32)
+    rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
+    rest |= {"mask": torch.ones(4, 16), "advantages": torch.ones(4)}
+    logp, _ = linear_logprob(hidden, weight, targets)
+    rest["rollout_logp"] = logp.clone()
+    rest["rollout_logp"][:, :4] -= 3.0  # ratio e^3 beyond 1 + clip_high
+    with Multiplications() as counter:
+        fused_alp_loss(
+            hidden.requires_grad_(), weight.requires_grad_(), targets, **rest, objective=Objective(), engine="reference"
+        ).loss.backward()
+    assert counter.count == 64 * 512 * 8 * (1 + 2 * 0.75)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_one_chunk_of_logits_is_alive_at_a_time(level):
+    hidden, weight, targets, rest = make_head(0, 4, 64, channels=8, vocab=512, dtype=torch.float32)
+    rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
+    chunks = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == 512:
+                assert out.shape[0] <= 16
+                if func is torch.ops.aten.mm.default:
+                    assert all(ref() is None for ref in chunks), "the chunk before is still in memory"
+                    chunks.append(weakref.ref(out.untyped_storage()))
+            return out
+
+    with Watch():
+        fused_alp_loss(
+            hidden.requires_grad_(), weight, targets, **rest, objective=Objective(level), chunk_bytes=16 * 512 * 4
+        ).loss.backward()
+    assert len(chunks) >= 4
