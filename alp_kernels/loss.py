@@ -77,7 +77,8 @@ def policy_loss(
         logp: (B, T) padded or (N,) packed, float32 or float64, natural logarithms under the current (for ALP: perturbed)
             policy; differentiable.
         rollout_logp: like logp, from the engine that sampled: the denominator and the origin of the KL statistics.
-        advantages: (B,) one a sequence, or like logp.
+        advantages: (B,) one a sequence, or like logp. sequence_ids: in order of appearance. A packed batch with an empty
+            sequence and as many tokens as sequences is read as one a sequence.
         mask: like logp, 0 or 1: whether a token is in the loss (prompt, padding and tool output: 0).
         objective: level, clips, aggregation, KL, entropy, weights.
         old_logp: like logp, recomputed by the trainer before the update; for denominator="old".
@@ -86,7 +87,7 @@ def policy_loss(
         cu_seqlens: (B + 1,) integers, or sequence_ids: (N,) integers: the sequences of a packed batch.
         turn_ends: like logp, true at the last token of each turn; for level "cum-turn".
         num_tokens, num_sequences: counts of the whole optimiser batch, over all micro-batches and ranks, so that
-            splitting never changes the gradient; by default this call's own.
+            splitting never changes the gradient; by default this call's own. A tensor counts as at least 1.
         nonfinite: "raise" on NaN or inf in rollout_logp, or "mask" those tokens and count them.
 
     Raises:
