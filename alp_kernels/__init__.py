@@ -14,6 +14,7 @@ from .noise import normal
 from .objective import PRESETS, Objective
 from .perturb import perturb
 from .perturbation import Perturbation
+from .rms_norm import perturb_rms_norm
 from .stats import Stats
 
 try:
@@ -36,5 +37,6 @@ __all__ = [
     "linear_logprob",
     "normal",
     "perturb",
+    "perturb_rms_norm",
     "policy_loss",
 ]

@@ -75,7 +75,23 @@ def perturb(
     Raises:
         TypeError, ValueError: an argument does not fit, before any kernel runs. EngineUnavailable: see engine.pick.
     """
-    where = "perturb"
+    stream = check_perturb("perturb", hidden, log_sigma, seed, step, layer, row_ids, row_start, scale, rounding)
+    return Perturb.apply(hidden, log_sigma, pick(engine, hidden.device), stream, scale, rounding)
+
+
+def check_perturb(
+    where: str,
+    hidden: Tensor,
+    log_sigma: Tensor,
+    seed: int,
+    step: int,
+    layer: int,
+    row_ids: Tensor | None,
+    row_start: int,
+    scale: str,
+    rounding: str,
+) -> Stream:
+    """Refuse, naming `where`, what `perturb` cannot take; returns the noise's coordinates."""
     if hidden.dtype not in DTYPES:
         raise TypeError(f"{where}: hidden is {hidden.dtype}; it needs one of {', '.join(map(str, DTYPES))}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
@@ -93,9 +109,6 @@ def perturb(
         raise ValueError(f"{where}: scale={scale!r}; it needs one of {SCALES}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"{where}: rounding={rounding!r}; it needs one of {ROUNDINGS}")
-    num_rows = hidden.numel() // hidden.shape[-1]
-    if row_ids is not None:
-        row_ids = row_ids.reshape(-1)
-    stream = Stream(seed, step, layer, row_start, row_ids)
-    check_stream(where, stream, num_rows, hidden.device)
-    return Perturb.apply(hidden, log_sigma, pick(engine, hidden.device), stream, scale, rounding)
+    stream = Stream(seed, step, layer, row_start, None if row_ids is None else row_ids.reshape(-1))
+    check_stream(where, stream, hidden.numel() // hidden.shape[-1], hidden.device)
+    return stream

@@ -104,6 +104,54 @@ def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
     return (per_row if rms is None else per_row * rms).sum()
 
 
+# ------------------------------------------------------------------ perturbation and RMSNorm
+
+
+class Norm(NamedTuple):
+    """An RMSNorm: y = x * (offset + weight) with x = u / sqrt(mean_d u^2 + eps)."""
+
+    weight: Tensor  # (D,)
+    eps: float
+    offset: float  # 1 for Gemma's (1 + weight), else 0
+
+
+def perturb_rms_norm_fwd(
+    h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str, norm: Norm
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """u (N, D) as perturb_fwd stores it, y (N, D) its norm, rstd (N,) float32, and rms (N,) float32 or None.
+
+    The norm is that of the stored u; its arithmetic is float32 (float64 for float64) and y is rounded once.
+    """
+    u, rms = perturb_fwd(h, sigma, stream, scale, rounding)
+    work = u.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
+    rstd = (work.square().mean(dim=1) + norm.eps).rsqrt()
+    y = work * rstd[:, None] * (norm.weight.to(work.dtype) + norm.offset)
+    return u, y.to(h.dtype), rstd, rms
+
+
+def perturb_rms_norm_bwd(
+    du: Tensor,
+    dy: Tensor,
+    u: Tensor,
+    rstd: Tensor,
+    rms: Tensor | None,
+    stream: Stream,
+    norm: Norm,
+    needs_dsigma: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dh (N, D) like du, dsigma () float32, dweight (D,) like weight; the last two None where not needed.
+
+    g = dy (offset + weight),  x = u rstd,  dh = du + rstd (g - x mean_d(g x)),  dweight = sum_n dy x;  the noise is made again.
+    """
+    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    g = dy.to(real) * (norm.weight.to(real) + norm.offset)
+    x = u.to(real) * rstd[:, None]
+    dh = du.to(real) + rstd[:, None] * (g - x * (g * x).mean(dim=1, keepdim=True))
+    dweight = (dy.to(real) * x).sum(dim=0).to(norm.weight.dtype) if needs_dweight else None
+    return dh.to(du.dtype), perturb_bwd(dh, stream, rms) if needs_dsigma else None, dweight
+
+
 # ------------------------------------------------------------------ loss head
 
 
