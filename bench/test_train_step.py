@@ -110,7 +110,7 @@ def groups(device: torch.device, smoke: bool) -> list[Group]:
             reference=REFERENCE,
             limit=LIMIT,
             limit_scale=1.0,
-            limit_text="forward and backward of the decoder on the same tokens, nothing else",
+            limit_text="forward and backward of the decoder as alp calls it, on the same tokens, nothing else",
             num_passes=10,
         )
         for op, variants in (("training step, update alone", updates()), ("training step, whole", steps()))
