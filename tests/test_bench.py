@@ -213,6 +213,7 @@ def test_readme_shows_what_its_records_say():
     assert text == table.replaced(text, names, table.markdown(table.read(ROOT / name for name in names)))
 
 
+@pytest.mark.slow
 def test_a_run_saves_records_that_become_tables_and_plots(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
