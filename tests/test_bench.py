@@ -183,7 +183,7 @@ def test_each_column_of_the_tables_is_a_variant():
     layer, output = perturb_cases(CPU, smoke=True)[0], head_cases(CPU, smoke=True)[0]
     known = {
         "loss head forward + backward": test_loss_head.variants(output),
-        "perturb forward": test_perturb.variants(with_backward=False),
+        "perturb forward": test_perturb.variants(layer, with_backward=False),
         "perturb + RMSNorm forward": test_perturb_rms_norm.variants(layer, with_backward=False),
     }
     for layout in table.LAYOUTS:
