@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from alp_kernels.engine import why_not
+from alp_kernels.engine import pick, why_not
 
 from .measure import Clock, free_mib
 from .roofline import Ceilings, Cost, copy_bytes_per_s, product_flop_per_s
@@ -208,7 +208,11 @@ def _gib(mib: float) -> str:
 
 
 def engine_unavailable(name: str) -> Callable[[torch.device], str | None]:
+    """Why an engine is not timed. The reference is a specification: worth its time only where it is all there is."""
+
     def unavailable(device: torch.device) -> str | None:
+        if name == "reference" and pick(None, device).name != name:
+            return f"reference: {pick(None, device).name} serves here"
         if name == "triton" and device.type == "cpu":
             return "triton: needs a GPU"
         reason = why_not(name, device)

@@ -52,7 +52,8 @@ def variants(case: HeadCase) -> Iterator[Variant]:
                 level,
                 unavailable=engine_unavailable(engine),
             )
-    yield variant("alp_kernels reference, token level", functools.partial(ours, "reference", "token"))
+    specification = functools.partial(ours, "reference", "token")
+    yield variant("alp_kernels reference, token level", specification, unavailable=engine_unavailable("reference"))
     yield variant(
         "liger-kernel GRPO, token level",
         peers.liger,

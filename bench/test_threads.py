@@ -77,7 +77,7 @@ def groups(device: torch.device, smoke: bool) -> list[Group]:
     if device.type != "cpu":
         return []
     layer = PerturbCase("qwen2.5-1.5b", 4096, MODELS["qwen2.5-1.5b"].channels, torch.float32)
-    output = HeadCase("qwen2.5-0.5b", 4, 64, *MODELS["qwen2.5-0.5b"], torch.float32)
+    output = HeadCase("qwen2.5-0.5b", 4, 32, *MODELS["qwen2.5-0.5b"], torch.float32)
     if smoke:
         layer = PerturbCase("smoke", 256, SMOKE.channels, torch.float32)
         output = HeadCase("smoke", 4, 32, *SMOKE, torch.float32)

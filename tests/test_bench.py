@@ -224,7 +224,7 @@ def test_a_run_saves_records_that_become_tables_and_plots(tmp_path):
     run = python(
         "-m", "pytest", "bench/test_perturb.py", "bench/test_sweep.py", "--benchmark-only", "--smoke", "--sweep",
         "--passes=1", "--save-results", f"--results-folder={tmp_path}", "-p", "no:cacheprovider",
-        "-k", "float32 and (reference or eager or limit) and not compile",
+        "-k", "float32 and (native or reference or eager or limit) and not compile",
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     (results,) = tmp_path.glob("*.jsonl")
