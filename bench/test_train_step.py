@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from contest import Contest, Group, Turn, Variant, package_unavailable
+from .contest import Contest, Group, Turn, Variant, package_unavailable
 
 if TYPE_CHECKING:
-    from train_step import Inputs, StepCase, Update
+    from .train_step import Inputs, StepCase, Update
 
 REFERENCE = "trl GRPOTrainer"
 LIMIT = "decoder forward + backward (limit)"
@@ -29,7 +29,7 @@ def build(name: str, *arguments: Any) -> Callable[[Inputs], Callable[[], Any]]:
     """A function of train_step.py, which is imported when it is called: it needs more packages than the others."""
 
     def imported(inputs: Inputs) -> Callable[[], Any]:
-        import train_step
+        from . import train_step
 
         return getattr(train_step, name)(*arguments, inputs)
 
@@ -37,7 +37,7 @@ def build(name: str, *arguments: Any) -> Callable[[Inputs], Callable[[], Any]]:
 
 
 def make_inputs(device: torch.device, case: StepCase) -> Inputs:
-    import train_step
+    from . import train_step
 
     return train_step.make_inputs(device, case)
 
@@ -98,7 +98,7 @@ def steps() -> Iterator[Variant]:
 def groups(device: torch.device, smoke: bool) -> list[Group]:
     if train_unavailable(device) is not None:
         return []
-    from train_step import StepCase
+    from .train_step import StepCase
 
     case = StepCase(4, 4, 13, 2) if smoke else StepCase(32, 8, 13, 4)
     return [
