@@ -230,9 +230,9 @@ def head_bwd(shapes: Iterable[tuple[int, int]] = VOCABS) -> None:
             for position, head in enumerate(heads(n)):
                 rows = reference.head_fwd(x.double(), targets, moved(head, "cpu", True))
                 rows = HeadRows(*(value.float() for value in rows))
-                dentropy = randn(n, seed=5) if position % 2 else None
+                dlogp, dentropy = randn(n, seed=4), randn(n, seed=5) if position % 2 else None
 
-                def run(module, device, double, given=(x, targets, head, rows, randn(n, seed=4), dentropy)):
+                def run(module, device, double, given=(x, targets, head, rows, dlogp, dentropy)):
                     x, *rest = (moved(part, device, double) for part in given)
                     x = x.clone()
                     return x, module.head_bwd(x, *rest)
