@@ -244,8 +244,16 @@ def head_bwd(
     return dsigma
 
 
+def scale_(tensor: Tensor, by: Tensor) -> Tensor:
+    """tensor *= by (), in place."""
+    return tensor.mul_(by)
+
+
+TILE: int | None = None
+"""How many tokens of the vocabulary HeadTiles and head_bwd_tile of native/engine.py take at a time; None: it has none."""
+
 FUSES_TOKEN_LOSS = False
-"""Whether fused.py should call head_token_loss for token-level chunks, instead of head_fwd, coefficients and head_bwd."""
+"""Whether products.py should call head_token_loss for token-level chunks, instead of head_fwd, coefficients and head_bwd."""
 
 
 def head_token_loss(

@@ -454,6 +454,15 @@ def test_numbers_of_rows_may_be_expanded_scalars():
     assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("size", [1, 5, 40000])
+def test_scaling_in_place_is_pytorchs(dtype, size):
+    x = randn(size).to(dtype)
+    for by in (1.0, 0.37, -(2.0**20)):
+        factor = torch.tensor(by, device=DEVICE)
+        assert torch.equal(engine.scale_(x.clone(), factor), x * factor)
+
+
 def test_empty_chunks_launch_nothing():
     x, targets = torch.empty(0, 9, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
     none = torch.empty(0, device=DEVICE)

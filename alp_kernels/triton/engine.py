@@ -9,9 +9,11 @@ import triton
 from .head import head_bwd, head_fwd, head_token_loss
 from .noise import normal, philox
 from .perturb import perturb_bwd, perturb_fwd
+from .scale import scale_
 
 __all__ = [
     "FUSES_TOKEN_LOSS",
+    "TILE",
     "head_bwd",
     "head_fwd",
     "head_token_loss",
@@ -20,11 +22,13 @@ __all__ = [
     "perturb_bwd",
     "perturb_fwd",
     "philox",
+    "scale_",
     "unavailable",
 ]
 
 name = "triton"
 
+TILE = None
 FUSES_TOKEN_LOSS = True  # one launch instead of head_fwd, the coefficients and head_bwd
 
 
