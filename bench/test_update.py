@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import update
-from contest import Contest, Group, Turn, Variant
-from update import UpdateCase
+
+from . import update
+from .contest import Contest, Group, Turn, Variant
+from .update import UpdateCase
 
 pytest.importorskip("transformers")
 
@@ -37,7 +38,7 @@ def groups(device: torch.device, smoke: bool) -> list[Group]:
             variants=(
                 Variant(LIMIT, update.without_noise, update.check_clean),
                 Variant("alp_kernels: attach + fused_alp_loss", update.ours, update.check_noisy),
-                Variant(REFERENCE, update.released, update.check_noisy),
+                Variant(REFERENCE, update.released, update.check_noisy, needs_mib=case.full_logits_mib),
             ),
             reference=REFERENCE,
             limit=LIMIT,

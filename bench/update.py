@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from alp_kernels import Objective, attach, fused_alp_loss, policy_loss
 
+from .cases import short
+
 SIGMA = (
     1e-4  # so small that every way returns nearly the loss without noise, which the checks need; no time depends on it
 )
@@ -40,8 +42,21 @@ class UpdateCase:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        shape = f"L {self.layers} N {self.sequences * self.length} D {self.channels} V {self.vocab}"
-        return f"{self.model} {shape} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.model} L {self.layers} N {self.rows} D {self.channels} V {self.vocab} {short(self.dtype)}"
+
+    @property
+    def shape(self) -> dict[str, str | int]:
+        sizes = {"L": self.layers, "N": self.rows, "T": self.length, "D": self.channels, "V": self.vocab}
+        return {"model": self.model, **sizes, "dtype": short(self.dtype)}
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def full_logits_mib(self) -> float:
+        """What the released way takes for logits, float32 logits and log-probabilities, and their gradients."""
+        return self.rows * self.vocab * (2 * self.dtype.itemsize + 3 * 4) / 2**20
 
     def build(self, device: torch.device) -> Any:
         """The model, in training mode with non-reentrant checkpointing, embeddings tied."""
