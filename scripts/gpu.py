@@ -32,9 +32,10 @@ import gpu_table
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("tests", "sanitizer", "bench", "sweep")
-GRACE_S = 5  # from the request to stop, which lets pytest write what it has, to the kill
+GRACE_S = 8  # from the request to stop, which lets pytest write what it has, to the kill
 CLOSING_S = 4  # to combine the logs
 MAX_LOG = 8 << 20  # bytes of one file in DIR
+MAX_DETAILS = 10  # lines of the table that name what failed
 
 ENVIRONMENT = """
 import importlib.metadata as m, json, platform
@@ -342,25 +343,26 @@ def _clip(text: str) -> str:
 def summary(session: Session, records: list[gpu_table.Record]) -> list[str]:
     """The table: short enough that the last few thousand characters of the output hold it."""
     elapsed = time.monotonic() - session.began
-    lines = ["", f"===== {session.device}; {elapsed:.0f} s"]
+    lines, details = ["", f"===== {session.device}; {elapsed:.0f} s"], []
     for step in ("tests", "bench", "sweep"):
         done = [d for d in session.done if d.step == step]
         if done:
             total = {k: sum(d.counts.get(k, 0) for d in done) for k in ("passed", "failed", "skipped")}
             lines.append(f"{step}: " + ", ".join(f"{n} {k}" for k, n in total.items()) + _unfinished(done))
-        for d in done:
-            if d.counts.get("failed"):
-                lines.append(f"  {d.name}: {', '.join(d.notes)}"[:200])
+        details += [f"  {d.name}: {', '.join(d.notes)}" for d in done if d.counts.get("failed")]
     checks = [d for d in session.done if d.step == "sanitizer"]
     for tool in ("compare", *SUMMARY):
         done = [d for d in checks if d.name.startswith(tool)]
         if done:
             cells = [f"{d.name.removeprefix(tool).strip()} {_cell(d)}" for d in done if d.counts]
-            lines.append(f"{tool}: {', '.join(cells) or 'none'}{_unfinished(done)}"[:500])
-        lines += [f"  {d.name}: {'; '.join(d.notes)}"[:240] for d in done if d.counts.get("errors")]
+            lines.append(f"{tool}: {', '.join(cells) or 'none'}{_unfinished(done)}")
+        details += [f"  {d.name}: {'; '.join(d.notes)}" for d in done if d.counts.get("errors")]
     for d in session.done:
         if d.step in ("build", "environment") and (d.code != 0 or d.is_cut):
-            lines.append(f"{d.step}: {d.name}: {', '.join(d.notes) or f'exit code {d.code}'}"[:160])
+            details.append(f"{d.step}: {d.name}: {', '.join(d.notes) or f'exit code {d.code}'}")
+    lines = [line[:400] for line in lines] + [line[:150] for line in details[:MAX_DETAILS]]
+    if len(details) > MAX_DETAILS:
+        lines.append(f"  and {len(details) - MAX_DETAILS} more in status.json")
     lines += ["", *gpu_table.groups(records), "", "target", *gpu_table.targets(records)]
     if not session.has_gpu:
         lines.append("Tiny shapes on a CPU: these times mean nothing, and no target was measured.")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 Record = dict[str, Any]  # one line of a results file, see bench/report.py
 OURS = "alp_kernels"
-MAX_GROUPS = 30
+MAX_GROUPS = 24
 
 PERTURB = "N 16384 D 4096 bfloat16"
 HEAD = "N 8192 D 4096 V 151936 bfloat16"
@@ -151,16 +151,16 @@ def groups(records: Iterable[Record]) -> Iterator[str]:
     for record in records:
         by_group.setdefault((record["op"], record["case"]), []).append(record)
     if by_group:
-        yield f"{'ms (median)':<66}{'ours':>9}{'limit':>9}{'of limit':>9}  best peer"
+        yield f"{'ms (median)':<62}{'ours':>9}{'limit':>9}{'of limit':>9}  best peer"
     for (op, case), every in list(by_group.items())[:MAX_GROUPS]:
         found = [r for r in every if "ms" in r]
         ours = _fastest(r for r in found if r["variant"].startswith(OURS) and "reference" not in r["variant"])
         limit = _fastest(r for r in found if LIMIT in r["variant"])
         peer = _fastest(r for r in found if not r["variant"].startswith(OURS) and LIMIT not in r["variant"])
         frac = None if ours is None else ours["limit_frac"]
-        named = "-" if peer is None else f"{_ms(peer)} {peer['variant'][:28]}"
+        named = "-" if peer is None else f"{_ms(peer)} {peer['variant'][:24]}"
         name = f"{op.replace('forward + backward', 'fwd+bwd')} | {case}"
-        yield f"{name[:65]:<66}{_ms(ours):>9}{_ms(limit):>9}{'-' if frac is None else f'{frac:.2f}':>9}  {named}"
+        yield f"{name[:61]:<62}{_ms(ours):>9}{_ms(limit):>9}{'-' if frac is None else f'{frac:.2f}':>9}  {named}"
         if len(found) < len(every):
             yield f"  wrong: {', '.join(r['variant'] for r in every if 'ms' not in r)}"[:150]
     if len(by_group) > MAX_GROUPS:
