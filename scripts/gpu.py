@@ -359,7 +359,8 @@ def summary(session: Session, records: list[gpu_table.Record]) -> list[str]:
         details += [f"  {d.name}: {'; '.join(d.notes)}" for d in done if d.counts.get("errors")]
     for d in session.done:
         if d.step in ("build", "environment") and (d.code != 0 or d.is_cut):
-            details.append(f"{d.step}: {d.name}: {', '.join(d.notes) or f'exit code {d.code}'}")
+            why = "cut off" if d.is_cut else ", ".join(d.notes) or f"exit code {d.code}"
+            details.append(f"{d.step}: {d.name}: {why}")
     lines = [line[:400] for line in lines] + [line[:150] for line in details[:MAX_DETAILS]]
     if len(details) > MAX_DETAILS:
         lines.append(f"  and {len(details) - MAX_DETAILS} more in status.json")
