@@ -67,13 +67,13 @@ def _loss_and_grads(
             continue
         *before, last = group.split(sizes)  # one part, but for a sequence longer than a chunk
         outs = [noted(index, products.logprob(index)) for index in before]
-        out, logits = products.keep(last)
+        out, kept = products.keep(last, objective.entropy_coef != 0)
         noted(last, out)
         dlogp, dentropy = coefficients(logp[group], entropy[group], rows, objective)
         dlogps = dlogp.split(sizes)
         dentropies = [None] * len(sizes) if dentropy is None else dentropy.split(sizes)
-        products.backward(last, logits, out, dlogps[-1], dentropies[-1])
-        del logits  # before the next chunk's
+        products.backward(last, kept, out, dlogps[-1], dentropies[-1])
+        del kept  # before the next chunk's
         for index, out, dp, dh in zip(before, outs, dlogps, dentropies, strict=False):
             products.backward(index, None, out, dp, dh)
     index = order.rows.sort().values  # sequences in order again

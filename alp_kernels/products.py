@@ -4,7 +4,7 @@ x = h W' + bias;   dh = dx W;   dW += dx' h.   One N x V x D product each.
 
 Two ways with one interface. `Whole` makes a chunk's logits as one matrix, which their gradient replaces. `Tiled`, for
 float32 on engines with tiles, cuts the vocabulary: a tile is used while the cache holds it, and the tiles of a first chunk of
-at most D rows lie in the memory of dW, each in that part of dW which it turns into last: they take no memory of their own.
+at most D rows lie in the memory of dW, which they turn into one after the other: they take no memory of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,13 @@ def is_tiled(engine: ModuleType, head: Head, dtype: torch.dtype) -> bool:
     return engine.TILE is not None and head.sigma is None and dtype == torch.float32
 
 
+class Kept(NamedTuple):
+    """What a forward pass keeps of a chunk for its backward pass."""
+
+    tiles: list[Tensor]  # logits (n, width), or e^(logits - base) with 0 at the target
+    bases: list[Tensor] | None  # (n,) float32 for each tile of exponentials
+
+
 class _Sums:
     """The inputs, and the gradients of hidden, weight, bias and the logit noise, summed in float32 or wider."""
 
@@ -90,12 +98,13 @@ class Whole(_Sums):
         return index.split(self.plan.chunk_rows) if len(index) else ()
 
     def logprob(self, index: Tensor) -> HeadRows:
-        return self.keep(index)[0]
+        return self.keep(index, has_dentropy=True)[0]
 
-    def keep(self, index: Tensor) -> tuple[HeadRows, list[Tensor]]:
-        """Log-probabilities of rows `index`, and their logits for `backward`."""
+    def keep(self, index: Tensor, has_dentropy: bool) -> tuple[HeadRows, Kept]:
+        """Log-probabilities of rows `index`, and what `backward` needs; has_dentropy: it will have a gradient of the entropy."""
         x = self._logits(index)
-        return self.plan.engine.head_fwd(x, self.plan.targets[index], self.plan.head.rows(index)), [x]
+        out = self.plan.engine.head_fwd(x, self.plan.targets[index], self.plan.head.rows(index))
+        return out, Kept([x], None)
 
     def token_loss(self, index: Tensor, rows: LossRows, objective: Objective) -> HeadRows:
         """The token-level loss of rows `index` and its gradients, in one launch."""
@@ -106,11 +115,9 @@ class Whole(_Sums):
         self._add(index, x, dsigma)
         return out
 
-    def backward(
-        self, index: Tensor, logits: list[Tensor] | None, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None
-    ) -> None:
+    def backward(self, index: Tensor, kept: Kept | None, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None) -> None:
         """From logits (None: made again) of rows `index` to the gradients; on the CPU rows without one are dropped."""
-        x = self._logits(index) if logits is None else logits.pop()
+        x = self._logits(index) if kept is None else kept.tiles.pop()
         if x.device.type == "cpu":  # on a device the count would cost a sync
             keep = _graded(dlogp, dentropy)
             if len(keep) < _WORTH_DROPPING * len(x):
@@ -163,6 +170,7 @@ class Tiled(_Sums):
     """Logits of a chunk as tiles (n, width) of engine.TILE tokens, one after the other in one piece of memory each."""
 
     _room: Tensor | None = None  # for a chunk's logits where dW has none
+    _spare: Tensor | None = None  # for the one tile that dW has no place for
     _dx: Tensor | None = None  # for one tile's gradient
     _is_dweight_begun = False
 
@@ -172,54 +180,110 @@ class Tiled(_Sums):
         return index.split(max(1, self.plan.chunk_bytes // (2 * tile_bytes))) if len(index) else ()
 
     def logprob(self, index: Tensor) -> HeadRows:
-        return self._forward(index, [None] * len(self._starts()))
+        return self._forward(index, [None] * len(self._starts()), None)
 
-    def keep(self, index: Tensor) -> tuple[HeadRows, list[Tensor]]:
-        """Log-probabilities of rows `index`, and their logits for `backward`."""
-        if self.needs_dweight and not self._is_dweight_begun and len(index) <= self.weight.shape[1]:
-            pieces = [self._share(start).view(-1) for start in self._starts()]
+    def keep(self, index: Tensor, has_dentropy: bool) -> tuple[HeadRows, Kept]:
+        """Log-probabilities of rows `index`, and what `backward` needs; has_dentropy: it will have a gradient of the entropy."""
+        num_rows, starts = len(index), self._starts()
+        if self.needs_dweight and not self._is_dweight_begun and num_rows <= self.weight.shape[1]:
+            # a tile lies where its lower neighbour's share of dW will be: `backward` goes down, so that share comes after it
+            self._spare = _room_for(self._spare, self.hidden, num_rows * self.plan.engine.TILE)
+            pieces = [self._spare, *(self._share(start).view(-1) for start in starts[:-1])]
         else:
-            room = self._room = _room_for(self._room, self.hidden, len(index) * len(self.weight))
-            pieces = [room[len(index) * start :] for start in self._starts()]
-        tiles = [self._shape(piece, len(index), start) for piece, start in zip(pieces, self._starts(), strict=True)]
-        return self._forward(index, tiles), tiles
+            room = self._room = _room_for(self._room, self.hidden, num_rows * len(self.weight))
+            pieces = [room[num_rows * start :] for start in starts]
+        tiles = [self._shape(piece, num_rows, start) for piece, start in zip(pieces, starts, strict=True)]
+        # logits whose gradient is a multiple of their exponentials, but at the target, need no pass of their own for it
+        is_plain = self.plan.head.softcap is None and not has_dentropy
+        bases = [self.hidden.new_empty(num_rows) for _ in starts] if is_plain else None
+        return self._forward(index, tiles, bases), Kept(tiles, bases)
 
-    def _forward(self, index: Tensor, tiles: Sequence[Tensor | None]) -> HeadRows:
+    def _forward(self, index: Tensor, tiles: Sequence[Tensor | None], bases: list[Tensor] | None) -> HeadRows:
         rows, targets, head = self.hidden[index], self.plan.targets[index], self.plan.head.rows(index)
         found = self.plan.engine.HeadTiles(len(index))
-        for start, tile in zip(self._starts(), tiles, strict=True):
-            found.add(self._logits(rows, start, tile), start, len(self.weight), targets, head)
+        for k, start in enumerate(self._starts()):
+            x = self._logits(rows, start, tiles[k])
+            found.add(x, start, len(self.weight), targets, head, None if bases is None else bases[k])
         out: HeadRows = found.out
         return out
 
-    def backward(
-        self, index: Tensor, tiles: list[Tensor] | None, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None
-    ) -> None:
-        """From logits (None: made again) of rows `index` to the gradients; rows without one are left out."""
+    def backward(self, index: Tensor, kept: Kept | None, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None) -> None:
+        """From what was kept (None: made again) of rows `index` to the gradients; rows without one are left out."""
         wanted = _graded(dlogp, dentropy)
         if len(wanted) == 0:
             return
-        rows, targets, head = self.hidden[index], self.plan.targets[index], self.plan.head.rows(index)
-        graded = rows if len(wanted) == len(rows) else rows[wanted]
-        dh = torch.zeros_like(graded)
-        for k, start in enumerate(self._starts()):
-            x = self._logits(rows, start, None) if tiles is None else tiles[k]
-            self._dx = _room_for(self._dx, rows, len(wanted) * self.plan.engine.TILE)
-            dx = self._shape(self._dx, len(wanted), start)
-            self.plan.engine.head_bwd_tile(x, start, len(self.weight), targets, head, out, dlogp, dentropy, wanted, dx)
-            if self.dhidden is not None:
-                dh.addmm_(dx, self.weight[start : start + dx.shape[1]])
-            if self.needs_dweight:
-                share = self._share(start)
-                if self._is_dweight_begun:
-                    share.addmm_(dx.t(), graded)
-                else:
-                    torch.mm(dx.t(), graded, out=share)
-            if self.dbias is not None:
-                self.dbias[start : start + dx.shape[1]] += dx.sum(dim=0)
+        if kept is not None and kept.bases is not None:
+            dh = self._from_exponentials(index, kept.tiles, kept.bases, out, dlogp, wanted)
+        else:
+            dh = self._from_logits(index, None if kept is None else kept.tiles, out, dlogp, dentropy, wanted)
         self._is_dweight_begun = True
         if self.dhidden is not None:
             self.dhidden[index[wanted]] = dh
+
+    def _from_logits(
+        self,
+        index: Tensor,
+        tiles: list[Tensor] | None,
+        out: HeadRows,
+        dlogp: Tensor,
+        dentropy: Tensor | None,
+        wanted: Tensor,
+    ) -> Tensor:
+        """Takes up the gradient of rows `wanted` of a chunk, and returns theirs of hidden."""
+        rows, targets, head = self.hidden[index], self.plan.targets[index], self.plan.head.rows(index)
+        graded = rows[wanted]
+        dh = torch.zeros_like(graded)
+        for k, start in reversed(list(enumerate(self._starts()))):
+            x = self._logits(rows, start, None) if tiles is None else tiles[k]
+            dx = self._gradient(len(wanted), start)
+            self.plan.engine.head_bwd_tile(x, start, len(self.weight), targets, head, out, dlogp, dentropy, wanted, dx)
+            if self.dhidden is not None:
+                dh.addmm_(dx, self.weight[start : start + dx.shape[1]])
+            self._add(start, dx, graded)
+            if self.dbias is not None:
+                self.dbias[start : start + dx.shape[1]] += dx.sum(dim=0)
+        return dh
+
+    def _from_exponentials(
+        self, index: Tensor, tiles: list[Tensor], bases: list[Tensor], out: HeadRows, dlogp: Tensor, wanted: Tensor
+    ) -> Tensor:
+        """The same without a pass over the logits: dx_v = -c e_v but at the target, so the products take e and the rows take c.
+
+        With s = logit_scale / temperature:  c = dlogp s e^(base - lse);  at the target dx = dlogp s (1 - p), here added apart.
+        """
+        head = self.plan.head.rows(index[wanted])
+        by = dlogp[wanted] * head.logit_scale
+        by = by if head.temperature is None else by / head.temperature
+        graded, targets, lse = self.hidden[index[wanted]], self.plan.targets[index[wanted]], out.lse[wanted].double()
+        dh = torch.zeros_like(graded)
+        for k, start in reversed(list(enumerate(self._starts()))):
+            e = tiles[k]
+            if len(wanted) < len(e):
+                e = torch.index_select(e, 0, wanted, out=self._gradient(len(wanted), start))
+            c = (-by * (bases[k][wanted].double() - lse).exp()).float()
+            if self.dhidden is not None:
+                dh.addcmul_(e @ self.weight[start : start + e.shape[1]], c[:, None])
+            if self.dbias is not None:
+                self.dbias[start : start + e.shape[1]] += c @ e
+            self._add(start, e, c[:, None] * graded)
+        certain = by * -torch.expm1(out.logp[wanted])
+        if self.dhidden is not None:
+            dh.addcmul_(self.weight[targets], certain[:, None])
+        if self.dweight is not None:
+            self.dweight.index_add_(0, targets, certain[:, None] * graded)
+        if self.dbias is not None:
+            self.dbias.index_add_(0, targets, certain)
+        return dh
+
+    def _add(self, start: int, a: Tensor, b: Tensor) -> None:
+        """dW += a' b for the tile from token `start` on."""
+        if not self.needs_dweight:
+            return
+        share = self._share(start)
+        if self._is_dweight_begun:
+            share.addmm_(a.t(), b)
+        else:
+            torch.mm(a.t(), b, out=share)
 
     def gradients(self) -> list[Tensor | None]:
         if not self._is_dweight_begun:
@@ -234,6 +298,10 @@ class Tiled(_Sums):
         if self.dweight is None:
             self.dweight = self.plan.engine.empty_like(self.weight)
         return self.dweight[start : start + self.plan.engine.TILE]
+
+    def _gradient(self, num_rows: int, start: int) -> Tensor:
+        self._dx = _room_for(self._dx, self.hidden, num_rows * self.plan.engine.TILE)
+        return self._shape(self._dx, num_rows, start)
 
     def _shape(self, memory: Tensor, num_rows: int, start: int) -> Tensor:
         width = min(self.plan.engine.TILE, len(self.weight) - start)

@@ -39,7 +39,7 @@ class Variant:
         check: raises an AssertionError where the result is wrong.
         unavailable: why the variant cannot run on a device, or None.
         needs_mib: memory it takes above the inputs, where that is so much that it may not be there.
-        cost: of a variant that computes less than its group's op.
+        cost: of a variant that does less than its group's op.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Contest:
         self.selected: set[tuple[int, str]] = set()  # (id of the group, name of the variant)
         self.groups: list[Group] = []
         self.entries: dict[tuple[int, str], Entry] = {}
-        self._copy: dict[int, float] = {}  # bytes per second, by bytes
+        self._copy: float | None = None  # bytes per second
         self._product: dict[torch.dtype, float] = {}  # FLOP per second
 
     def select(self, selected: Iterable[Turn]) -> None:
@@ -135,12 +135,12 @@ class Contest:
         """What a copy and a product reached in this session, measured when first asked for."""
         if group.cost is None:
             return None
-        num_bytes, dtype = group.cost.bytes, group.case.dtype
-        if num_bytes not in self._copy:
-            self._copy[num_bytes] = copy_bytes_per_s(self.device, num_bytes)
+        dtype = group.case.dtype
+        if self._copy is None:
+            self._copy = copy_bytes_per_s(self.device)
         if dtype not in self._product:
             self._product[dtype] = product_flop_per_s(self.device, dtype)
-        return Ceilings(self._copy[num_bytes], self._product[dtype])
+        return Ceilings(self._copy, self._product[dtype])
 
     def play(self, turn: Turn, benchmark: Any) -> None:
         """One variant's rounds in one pass; the first turn of a group prepares all its variants."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from .contest import Contest, Entry, Group, Variant
 from .measure import provenance
+from .table import three
 
 HEADER = ("variant", "median ms", "p20 - p80", "speed-up", "of limit", "achieved", "of roof", "peak MiB", "runs")
 WIDTHS = (11, 19, 10, 10, 15, 9, 10, 6)
@@ -41,13 +42,15 @@ def records(contest: Contest) -> Iterator[dict[str, Any]]:
 def _times(contest: Contest, group: Group, variant: Variant, entry: Entry) -> dict[str, Any]:
     ms, reference, limit = entry.median, _median(contest, group, group.reference), _median(contest, group, group.limit)
     assert ms is not None
+    limit = None if limit is None else group.limit_scale * limit
     found: dict[str, Any] = {
         "ms": {"p20": entry.quantile(20), "p50": ms, "p80": entry.quantile(80)},
         "runs": len(entry.ms),
         "reference": group.reference,
         "speedup": None if reference is None else reference / ms,
         "limit": group.limit_text,
-        "limit_frac": None if limit is None or variant.name == group.limit else group.limit_scale * limit / ms,
+        "limit_ms": limit,
+        "limit_frac": None if limit is None or variant.name == group.limit else limit / ms,
         "peak_mib": entry.peak_mib,
     }
     ceilings, cost = contest.ceilings(group), group.cost if variant.cost is None else variant.cost
@@ -112,9 +115,9 @@ def _cells(record: dict[str, Any]) -> tuple[str, ...]:
     ms, speedup, frac, peak = record["ms"], record["speedup"], record["limit_frac"], record["peak_mib"]
     achieved, roof = "-", record.get("roof_frac")
     if roof is not None:
-        by_bytes = record["bound"] == "bytes"
-        rate = record["bytes" if by_bytes else "flop"] / ms["p50"] / (1e6 if by_bytes else 1e9)
-        achieved = f"{rate:.3g} {'GB/s' if by_bytes else 'TFLOP/s'}"
+        unit, count = ("B", record["bytes"]) if record["bound"] == "bytes" else ("FLOP", record["flop"])
+        giga = count / ms["p50"] / 1e6
+        achieved = f"{giga / 1e3:.3g} T{unit}/s" if giga >= 1e3 else f"{giga:.3g} G{unit}/s"
     return (
         record["variant"],
         three(ms["p50"]),
@@ -131,12 +134,6 @@ def _cells(record: dict[str, Any]) -> tuple[str, ...]:
 def _row(cells: tuple[str, ...], width: int) -> str:
     name, *numbers = cells
     return f"{name:<{width}}" + "".join(f"{c:>{w}}" for c, w in zip(numbers, WIDTHS, strict=True))
-
-
-def three(value: float) -> str:
-    """Three significant digits from 1 to 999, whole numbers above."""
-    decimals = 0 if value >= 99.5 else 1 if value >= 9.95 else 2 if value >= 0.995 else 3
-    return f"{value:.{decimals}f}"
 
 
 def save(contest: Contest, folder: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .cases import perturb_cases
+from .cases import PerturbCase, perturb_cases
 from .contest import Contest, Group, Turn, Variant, compile_unavailable, engine_unavailable
 from .perturb import (
     Check,
@@ -37,7 +37,7 @@ REFERENCE = "eager: h + sigma * randn_like(h)"
 LIMIT = "copy of h (limit)"
 
 
-def variants(with_backward: bool) -> Iterator[Variant]:
+def variants(case: PerturbCase, with_backward: bool) -> Iterator[Variant]:
     ways: list[tuple[str, Way, Check, dict[str, Any]]] = [
         (REFERENCE, eager, check_noise, {}),
         ("torch.compile of that", compiled, check_noise, {"unavailable": compile_unavailable}),
@@ -45,7 +45,7 @@ def variants(with_backward: bool) -> Iterator[Variant]:
     ]
     for engine in ("triton", "native", "reference"):
         ways.append((f"alp_kernels {engine}", ours(engine), check_ours, {"unavailable": engine_unavailable(engine)}))
-    yield Variant(LIMIT, copy, check_copy)
+    yield Variant(LIMIT, copy, check_copy, cost=perturb_forward(case))
     for name, way, check, options in ways:
         if with_backward:
             checked = functools.partial(check_gradients, check, way)
@@ -60,7 +60,7 @@ def groups(device: torch.device, smoke: bool) -> list[Group]:
             op="perturb forward + backward" if with_backward else "perturb forward",
             case=case,
             inputs=functools.partial(make_inputs, case=case),
-            variants=tuple(variants(with_backward)),
+            variants=tuple(variants(case, with_backward)),
             reference=REFERENCE,
             limit=LIMIT,
             limit_scale=1.5 if with_backward else 1.0,

@@ -172,7 +172,7 @@ def variants(case: PerturbCase, with_backward: bool) -> Iterator[Variant]:
     ways.append(("eager RMSNorm alone (no noise)", eager_alone, check_noise, {"cost": alone}))
     options = {"cost": alone, "unavailable": liger_unavailable}
     ways.append(("liger-kernel RMSNorm alone (no noise)", liger_alone, check_noise, options))
-    yield Variant(LIMIT, copy, check_copy)
+    yield Variant(LIMIT, copy, check_copy, cost=roofline.perturb_forward(case))
     for name, way, noise, options in ways:
         run = functools.partial(forward_backward if with_backward else forward, way)
         yield Variant(name, run, functools.partial(check, noise), **options)

@@ -171,7 +171,8 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, vocab, level):
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("tile", [1, 64, 1000, 4096])
 @pytest.mark.parametrize("chunk_rows", [None, 5])
-def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chunk_rows):
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
+def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chunk_rows, entropy_coef):
     from alp_kernels.native import engine as native
 
     monkeypatch.setattr(native, "TILE", tile)
@@ -179,7 +180,7 @@ def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chu
     hidden, weight, targets, rest = make_head(1, 3, 11, channels=24, vocab=vocab, dtype=torch.float32)
     targets[0, :4] = torch.tensor([0, 63, 64, vocab - 1])  # ends of tiles
     extras = dict(EXTRAS[extra])
-    objective = Objective("sequence", clip_low=1.0, clip_high=1e6, dual_clip=None, entropy_coef=0.05)
+    objective = Objective("sequence", clip_low=1.0, clip_high=1e6, dual_clip=None, entropy_coef=entropy_coef)
     narrow = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
     rest.update({k: v.double() for k, v in narrow.items() if v.is_floating_point()})
     leaves, names = [hidden, weight], []

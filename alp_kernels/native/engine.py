@@ -165,7 +165,7 @@ def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
     if x.dtype == torch.float64:
         return reference.head_fwd(x, targets, head)
     rows = HeadTiles(len(x))
-    rows.add(x, 0, x.shape[1], targets, head)
+    rows.add(x, 0, x.shape[1], targets, head, None)
     return rows.out
 
 
@@ -203,11 +203,14 @@ class HeadTiles:
         self.out = HeadRows(_floats(num_rows), _floats(num_rows), _floats(num_rows))
         self._carry = torch.empty(num_rows, c.CARRY, dtype=torch.float64, device="cpu")
 
-    def add(self, x: Tensor, start: int, vocabulary: int, targets: Tensor, head: Head) -> None:
-        """Take up x (n, width), the logits of tokens start, start + 1, ...; with noise on them, only all at once."""
+    def add(self, x: Tensor, start: int, vocabulary: int, targets: Tensor, head: Head, base: Tensor | None) -> None:
+        """Take up x (n, width), the logits of tokens start, start + 1, ...; noise on them needs whole rows.
+
+        base: None, or (n,) float32 to be written; x is then replaced by e^(z - base), and by 0 at the target.
+        """
+        assert head.sigma is None or (x.shape[1] == vocabulary and base is None)
         args = _HeadArguments(x, targets, head, start, vocabulary)
-        assert head.sigma is None or x.shape[1] == vocabulary
-        out = c.HeadFwd(*map(_at, self.out), _at(self._carry))
+        out = c.HeadFwd(*map(_at, self.out), _at(self._carry), _at(base))
         c.library.alp_head_fwd(
             byref(args.stream), byref(args.head), byref(out), len(x), DTYPES[x.dtype], torch.get_num_threads()
         )

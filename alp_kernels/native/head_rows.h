@@ -117,6 +117,13 @@ inline void take_out(HeadBlock& block, int count, float z, int* at_j, int* at_i)
     }
 }
 
+// Brings exponentials relative to one largest z to another.
+template <class T>
+inline void rescale(typename T::Storage* x, int64_t size, float factor) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) x[i] = T::nearest(T::load(x[i]) * factor);
+}
+
 // One pass: sums are kept relative to the largest z so far, and rescaled when a larger one comes. The largest term is 1
 // and stays out of them, so the logarithm of a near-certain row keeps its digits; the target's is added at the end.
 template <class T>
@@ -130,6 +137,7 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
     float top = -INFINITY, target_z = NAN;
     bool target_is_top = false;
     double* carry = out.carry ? out.carry + n * CARRY : nullptr;
+    auto* x = static_cast<typename T::Storage*>(a.x) + n * a.width;
     if (a.start > 0) {
         top = static_cast<float>(carry[0]);
         others.lane[0] = carry[1];
@@ -143,9 +151,11 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
         const bool has_target = q0 == target.q0;
         if (has_target) target_z = block.z[target.j][target.i];
         const float max = block_max(block, count);
+        int top_j = -1, top_i = 0;  // of a new largest element
         if (max > top) {
             if (top > -INFINITY) {
                 const double shift = static_cast<double>(top) - static_cast<double>(max), factor = ::exp(shift);
+                if (out.base) rescale<T>(x, 4 * q0, static_cast<float>(factor));
                 for (int l = 0; l < LANES; ++l) {
                     weighted.lane[l] = (weighted.lane[l] + others.lane[l] * shift) * factor;
                     others.lane[l] *= factor;
@@ -156,9 +166,8 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
                 }
             }
             top = max;
-            int j = 0, i = 0;
-            take_out(block, count, top, &j, &i);
-            target_is_top = has_target && j == target.j && i == target.i;
+            take_out(block, count, top, &top_j, &top_i);
+            target_is_top = has_target && top_j == target.j && top_i == target.i;
         }
         if (has_target) block.z[target.j][target.i] = -INFINITY;
         const float base = top == -INFINITY ? 0.0f : top;
@@ -176,10 +185,13 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
                 exp_sum += lanes_at(exp + i);
                 weighted_sum += lanes_at(weighted_exp + i);
             }
+            if (out.base) store<T>(exp, walk.size(j, q0, count), x + walk.at(j, q0));
         }
+        if (out.base && top_j >= 0 && !target_is_top) x[walk.at(top_j, q0) + top_i] = T::nearest(1.0f);
         others.add(exp_sum);
         weighted.add(weighted_sum);
     }
+    if (out.base) out.base[n] = top == -INFINITY ? 0.0f : top;
     if (a.start + a.width < a.V) {
         carry[0] = static_cast<double>(top);
         carry[1] = others.total();

@@ -8,7 +8,7 @@
 namespace alp {
 
 // Raised with every change to a structure or a signature below; engine.py refuses a library with another number.
-constexpr int32_t INTERFACE = 2;
+constexpr int32_t INTERFACE = 3;
 
 constexpr uint32_t ROUNDING_BIT = 0x8000;  // set in the layer for the bits of stochastic rounding
 
@@ -37,7 +37,7 @@ struct PerturbBwd {  // dsigma = sum(du * rms * eps)
 };
 
 struct Head {  // z = (cap(scale x) + sigma eps) / temperature
-    const void* x;  // (n, width): tokens start .. start + width - 1 of each row
+    void* x;  // (n, width): tokens start .. start + width - 1 of each row
     const int64_t* targets;
     const float* temperature;  // (n,) or null: 1
     const float* sigma;        // () or null: no noise; with noise a row is always whole
@@ -55,6 +55,7 @@ struct HeadFwd {  // (n,), written with the row's last tile
     float* entropy;
     float* lse;
     double* carry;  // (n, CARRY), null where rows are whole
+    float* base;    // (n,) or null; where given, x becomes e^(z - base), and 0 at the target. Not with noise
 };
 
 struct HeadBwd {

@@ -10,7 +10,7 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-INTERFACE = 2
+INTERFACE = 3
 """Must equal INTERFACE in interface.h: a library built from other sources would read other structures."""
 
 CARRY = 5  # as in interface.h
@@ -59,7 +59,7 @@ class Head(Structure):
 
 
 class HeadFwd(Structure):
-    _fields_ = [("logp", c_void_p), ("entropy", c_void_p), ("lse", c_void_p), ("carry", c_void_p)]
+    _fields_ = [("logp", c_void_p), ("entropy", c_void_p), ("lse", c_void_p), ("carry", c_void_p), ("base", c_void_p)]
 
 
 class HeadBwd(Structure):
