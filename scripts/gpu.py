@@ -180,7 +180,9 @@ def prepare(session: Session, wheels: Path | None, cpu: bool) -> None:
     for tool in ("nvidia-smi", "nvcc --version", "compute-sanitizer --version", "lscpu"):
         if shutil.which(tool.split()[0]):
             session.run("environment", tool.split()[0], tool.split(), until)
-    if list((ROOT / "alp_kernels" / "native").glob("_native*")):
+    native = ROOT / "alp_kernels" / "native"
+    newest = max(path.stat().st_mtime for path in native.glob("*.[ch]*"))
+    if any(path.stat().st_mtime > newest for path in native.glob("_native*")):
         return
     if shutil.which("cmake") is None:
         session.done.append(Done("build", "native library", notes=["cmake is not installed"]))

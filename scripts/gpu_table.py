@@ -156,7 +156,7 @@ def groups(records: Iterable[Record]) -> Iterator[str]:
         found = [r for r in every if "ms" in r]
         ours = _fastest(r for r in found if r["variant"].startswith(OURS) and "reference" not in r["variant"])
         limit = _fastest(r for r in found if LIMIT in r["variant"])
-        peer = _fastest(r for r in found if not r["variant"].startswith(OURS) and LIMIT not in r["variant"])
+        peer = _fastest(r for r in found if not r["variant"].startswith((OURS, "three ")) and LIMIT not in r["variant"])
         frac = None if ours is None else ours["limit_frac"]
         named = "-" if peer is None else f"{_ms(peer)} {peer['variant'][:24]}"
         name = f"{op.replace('forward + backward', 'fwd+bwd')} | {case}"
