@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from alp_kernels.noise import LOGITS_LAYER, Stream
@@ -186,6 +188,7 @@ def build(target: str, cases: list[str]) -> dict[str, dict[str, int]]:
     found = {}
     for case in cases:
         for kernel, args, options in launches(CASES[case]):
+            driver.set_active(SimpleNamespace(get_current_target=lambda: TARGETS[target]))  # read by target_info
             compiled = triton.compile(source(kernel, args), target=TARGETS[target], options=options)
             found[f"{case}: {kernel.__name__}"] = measure(compiled)
     return found
