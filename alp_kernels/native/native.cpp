@@ -5,6 +5,10 @@
 
 #include "interface.h"
 
+#ifdef ALP_X86
+#include <cpuid.h>
+#endif
+
 using namespace alp;
 
 namespace {
@@ -17,13 +21,20 @@ struct Isa {
 
 constexpr int NUM_ISAS = 3;
 
+#ifdef ALP_X86
+bool has_f16c() {  // which older compilers' __builtin_cpu_supports does not know
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 const Isa* isas() {
 #ifdef ALP_X86
     static const Isa all[NUM_ISAS] = {
         {"avx512", &rows_avx512,
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl")},
-        {"avx2", &rows_avx2, static_cast<bool>(__builtin_cpu_supports("avx2"))},
+        {"avx2", &rows_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()},
         {"portable", &rows_portable, true},
     };
 #else

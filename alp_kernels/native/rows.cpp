@@ -6,11 +6,12 @@ namespace {
 
 void philox_list(const int64_t* counter, int64_t* out, int64_t count, uint64_t key) {
     const Keys keys(key);
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        const int64_t size = count - i < WIDTH ? count - i : WIDTH;
+    constexpr int LANES_64 = sizeof(Wide) / sizeof(int64_t);
+    for (int64_t i = 0; i < count; i += LANES_64) {
+        const int64_t size = count - i < LANES_64 ? count - i : LANES_64;
         Wide c[4] = {};
         for (int j = 0; j < 4; ++j) __builtin_memcpy(&c[j], counter + j * count + i, size * sizeof(int64_t));
-        philox(c, keys);
+        for (int round = 0; round < 10; ++round) philox_round(c, keys, round);
         for (int j = 0; j < 4; ++j) {
             c[j] &= 0xFFFFFFFFu;
             __builtin_memcpy(out + j * count + i, &c[j], size * sizeof(int64_t));
@@ -19,9 +20,15 @@ void philox_list(const int64_t* counter, int64_t* out, int64_t count, uint64_t k
 }
 
 void normals_list(const uint32_t* radius, const uint32_t* angle, float* cosine, float* sine, int64_t count) {
-    for (int64_t i = 0; i < count; i += BLOCK) {
-        const int size = count - i < BLOCK ? static_cast<int>(count - i) : BLOCK;
-        box_muller(radius + i, angle + i, cosine + i, sine + i, size);
+    for (int64_t i = 0; i < count; i += W) {
+        const size_t size = static_cast<size_t>(count - i < W ? count - i : W) * 4;
+        U32 radius_word = {}, angle_word = {};
+        F32 normal[2];
+        __builtin_memcpy(&radius_word, radius + i, size);
+        __builtin_memcpy(&angle_word, angle + i, size);
+        box_muller(radius_word, angle_word, &normal[0], &normal[1]);
+        __builtin_memcpy(cosine + i, &normal[0], size);
+        __builtin_memcpy(sine + i, &normal[1], size);
     }
 }
 
