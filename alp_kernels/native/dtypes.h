@@ -22,6 +22,8 @@ struct Float32 {
         for (int v = 0; v < V; ++v) put(x[v], to + v * W);
     }
     static void store_tile(const F32 x[V], const U32[V], float* to) { store_tile(x, to); }
+    static void load_floats(const float* from, F32 x[V]) { load_tile(from, x); }
+    static void store_floats(const F32 x[V], float* to) { store_tile(x, to); }
 };
 
 struct BFloat16 {
@@ -51,6 +53,19 @@ struct BFloat16 {
     static U32 rounded(F32 x) {  // the result in the high half
         const U32 bits = (U32)x;
         return x == x ? bits + (((bits >> 16) & 1u) + 0x7FFFu) : U32{} + 0x7FC00000u;
+    }
+    static void load_floats(const float* from, F32 x[V]) {
+        for (int v = 0; v < V; v += 2) {
+            part_pairs(vector_at<F32>(from + v * W), vector_at<F32>(from + v * W + W), &x[v], &x[v + 1]);
+        }
+    }
+    static void store_floats(const F32 x[V], float* to) {
+        for (int v = 0; v < V; v += 2) {
+            F32 first, last;
+            join_pairs(x[v], x[v + 1], &first, &last);
+            put(first, to + v * W);
+            put(last, to + v * W + W);
+        }
     }
     static void put_pairs(const U32 high[V], uint16_t* to) {
         for (int v = 0; v < V; v += 2) put((high[v] >> 16) | (high[v + 1] & 0xFFFF0000u), to + v * W);
@@ -124,6 +139,8 @@ struct Float16 {
         for (int i = 0; i < TILE; ++i) to[i] = nearest(buffer[i]);
 #endif
     }
+    static void load_floats(const float* from, F32 x[V]) { Float32::load_tile(from, x); }
+    static void store_floats(const F32 x[V], float* to) { Float32::store_tile(x, to); }
     static void store_tile(const F32 x[V], const U32 word[V], uint16_t* to) {
         alignas(64) float buffer[TILE];
         alignas(64) uint32_t words[TILE];

@@ -36,24 +36,24 @@ inline void put(Vector x, void* to) {
     __builtin_memcpy(to, &x, sizeof x);
 }
 
-// a b + c, rounded once. Contraction is off, so that compilers fuse nothing but this.
+// a b + c, rounded once, for results that are normal numbers. Contraction is off: compilers fuse nothing but this.
 inline F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
     return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
     return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__x86_64__)
-    // No such instruction. The product is exact in float64; the sum is rounded to odd (its last bit set wherever
-    // something was lost), which keeps the second rounding, to float32, from falling on a false tie.
+    // No such instruction. The product is exact in float64, so only the sum's rounding comes before that to float32,
+    // and matters only where it may have made a tie: such lanes, one in 2^29, go to the library.
     using F64 = double __attribute__((vector_size(8 * W)));
-    using I64 = int64_t __attribute__((vector_size(8 * W)));
-    const F64 product = __builtin_convertvector(a, F64) * __builtin_convertvector(b, F64);
-    const F64 addend = __builtin_convertvector(c, F64), sum = product + addend, part = sum - product;
-    const F64 lost = (product - (sum - part)) + (addend - part);
-    const I64 inexact = (lost < 0.0) | (lost > 0.0);  // false for NaN, which infinities leave here
-    const I64 toward = ((lost > 0.0) ^ (sum > 0.0)) | 1;  // away from zero or, where signs differ, -1: back
-    const I64 bits = (I64)sum, even = (bits & 1) - 1;
-    return __builtin_convertvector((F64)(bits + (inexact & even & toward)), F32);
+    using Bits = uint64_t __attribute__((vector_size(8 * W)));
+    const F64 sum = __builtin_convertvector(a, F64) * __builtin_convertvector(b, F64) + __builtin_convertvector(c, F64);
+    const Bits is_tie = ((Bits)sum & 0x1FFFFFFFu) == 0x10000000u;
+    F32 x = __builtin_convertvector(sum, F32);
+    if (__builtin_expect((is_tie[0] | is_tie[1] | is_tie[2] | is_tie[3]) != 0, 0)) {
+        for (int l = 0; l < W; ++l) x[l] = __builtin_fmaf(a[l], b[l], c[l]);
+    }
+    return x;
 #else
     F32 x;
     for (int l = 0; l < W; ++l) x[l] = __builtin_fmaf(a[l], b[l], c[l]);
@@ -133,6 +133,41 @@ inline U32 interleave_high(Wide a, Wide b) {
     return (U32)_mm256_blend_ps(_mm256_movehdup_ps((__m256)a), (__m256)b, 0xAA);
 #else
     return (U32)((a >> 32) | (b & 0xFFFFFFFF00000000u));
+#endif
+}
+
+// ------------------------------------------------------------------ pairs
+
+// Of 2 W floats in memory order, the even ones and the odd ones.
+inline void part_pairs(F32 first, F32 last, F32* even, F32* odd) {
+#if defined(__AVX512F__)
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    *even = (F32)_mm512_permutex2var_ps((__m512)first, evens, (__m512)last);
+    *odd = (F32)_mm512_permutex2var_ps((__m512)first, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), (__m512)last);
+#else
+    F32 a = {}, b = {};
+    for (int l = 0; l < W; ++l) {
+        a[l] = 2 * l < W ? first[2 * l] : last[2 * l - W];
+        b[l] = 2 * l < W ? first[2 * l + 1] : last[2 * l + 1 - W];
+    }
+    *even = a;
+    *odd = b;
+#endif
+}
+
+inline void join_pairs(F32 even, F32 odd, F32* first, F32* last) {
+#if defined(__AVX512F__)
+    const __m512i firsts = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    *first = (F32)_mm512_permutex2var_ps((__m512)even, firsts, (__m512)odd);
+    *last = (F32)_mm512_permutex2var_ps((__m512)even, _mm512_add_epi32(firsts, _mm512_set1_epi32(8)), (__m512)odd);
+#else
+    F32 a = {}, b = {};
+    for (int l = 0; l < W; ++l) {
+        a[l] = l % 2 ? odd[l / 2] : even[l / 2];
+        b[l] = l % 2 ? odd[l / 2 + W / 2] : even[l / 2 + W / 2];
+    }
+    *first = a;
+    *last = b;
 #endif
 }
 

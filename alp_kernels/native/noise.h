@@ -5,8 +5,6 @@
 #include "interface.h"
 #include "normal.h"
 
-#define ALP_INLINE __attribute__((always_inline))
-
 namespace {
 
 using namespace alp;
@@ -58,18 +56,21 @@ inline void philox_round(Wide c[4], const Keys& keys, int round) {
     c[3] = p0;
 }
 
-// A row's key, and its share of the counter as far as it runs through the rounds ahead of a group's: of the counter's
-// four words only the first differs within a row, so half of the first two rounds is the row's.
+// A stream's keys, and a row's share of the counter as far as it runs through the rounds ahead of a group's: of the
+// counter's four words only the first differs within a row, so half of the first two rounds is the row's.
 struct RowStream {
     Keys keys;
     Wide round1, round2_0, round2_2, round3;
 
     RowStream(const Stream& stream, int64_t n, uint32_t layer_bits = 0) : keys(stream.seed) {
+        to_row(stream, n, layer_bits);
+    }
+    void to_row(const Stream& stream, int64_t n, uint32_t layer_bits = 0) {
         const uint64_t id = static_cast<uint64_t>(stream.row_ids ? stream.row_ids[n] : stream.row_start + n);
         const uint32_t row = static_cast<uint32_t>(id);
         const uint32_t layer_row = stream.layer | layer_bits | static_cast<uint32_t>(id >> 32 << 16);
         const uint64_t p1 = static_cast<uint64_t>(layer_row) * M1;
-        const uint64_t p0 = ((p1 >> 32) ^ row ^ keys.k0[0][0]) * M0;
+        const uint64_t p0 = ((p1 >> 32) ^ row ^ static_cast<uint32_t>(stream.seed)) * M0;
         round1 = keys.k1[0] ^ stream.step;
         round2_0 = keys.k0[1] ^ (p1 & 0xFFFFFFFFu);
         round2_2 = keys.k1[1] ^ (p0 >> 32);
@@ -105,51 +106,84 @@ struct Counters {
     }
 };
 
-// The four words of one vector of groups.
-ALP_INLINE inline void row_words(const RowStream& row, const Wide counters[2], U32 word[4]) {
-    Wide parts[2][4];
-#pragma GCC unroll 2
-    for (int p = 0; p < 2; ++p) {
-        Wide* c = parts[p];
-        const Wide second = multiply(high(counters[p]) ^ row.round1, Wide{} + M1);       // round 2's p1
-        const Wide p0 = multiply(high(second) ^ row.round2_0, Wide{} + M0);              // round 3
-        const Wide p1 = multiply(counters[p] ^ row.round2_2, Wide{} + M1);
-        c[0] = exclusive_or(high(p1), second, row.keys.k0[2]);
-        c[1] = p1;
-        c[2] = high(p0) ^ row.round3;
-        c[3] = p0;
+// Vectors whose chains of operations run side by side: as many as registers hold.
+constexpr int ABREAST = W == 16 ? 2 : 1;
+
+// The four words of ABREAST vectors of groups.
+ALP_INLINE inline void row_words(const RowStream& row, const Wide (*counters)[2], U32 word[4][ABREAST]) {
+    constexpr int PARTS = 2 * ABREAST;
+    const Wide* counter = counters[0];
+    Wide parts[PARTS][4], p0[PARTS], p1[PARTS];
+    for (int p = 0; p < PARTS; ++p) p1[p] = multiply(high(counter[p]) ^ row.round1, Wide{} + M1);  // round 2
+    for (int p = 0; p < PARTS; ++p) {
+        parts[p][0] = high(p1[p]) ^ row.round2_0;
+        parts[p][1] = p1[p];
+        parts[p][2] = counter[p] ^ row.round2_2;
+    }
+    for (int p = 0; p < PARTS; ++p) {
+        p0[p] = multiply(parts[p][0], Wide{} + M0);
+        p1[p] = multiply(parts[p][2], Wide{} + M1);
+    }
+    for (int p = 0; p < PARTS; ++p) {
+        parts[p][0] = exclusive_or(high(p1[p]), parts[p][1], row.keys.k0[2]);
+        parts[p][1] = p1[p];
+        parts[p][2] = high(p0[p]) ^ row.round3;
+        parts[p][3] = p0[p];
     }
 #pragma GCC unroll 6
     for (int round = 3; round < 9; ++round) {
-#pragma GCC unroll 2
-        for (int p = 0; p < 2; ++p) philox_round(parts[p], row.keys, round);
+        for (int p = 0; p < PARTS; ++p) {
+            p0[p] = multiply(parts[p][0], Wide{} + M0);
+            p1[p] = multiply(parts[p][2], Wide{} + M1);
+        }
+        for (int p = 0; p < PARTS; ++p) {
+            parts[p][0] = exclusive_or(high(p1[p]), parts[p][1], row.keys.k0[round]);
+            parts[p][1] = p1[p];
+            parts[p][2] = exclusive_or(high(p0[p]), parts[p][3], row.keys.k1[round]);
+            parts[p][3] = p0[p];
+        }
     }
-    Wide(&a)[4] = parts[0], (&b)[4] = parts[1];
-    const Wide p0_a = multiply(a[0], Wide{} + M0), p1_a = multiply(a[2], Wide{} + M1);
-    const Wide p0_b = multiply(b[0], Wide{} + M0), p1_b = multiply(b[2], Wide{} + M1);
-    word[0] = exclusive_or(interleave_high(p1_a, p1_b), interleave_low(a[1], b[1]), row.keys.last_k0);
-    word[1] = interleave_low(p1_a, p1_b);
-    word[2] = exclusive_or(interleave_high(p0_a, p0_b), interleave_low(a[3], b[3]), row.keys.last_k1);
-    word[3] = interleave_low(p0_a, p0_b);
+    for (int p = 0; p < PARTS; ++p) {
+        p0[p] = multiply(parts[p][0], Wide{} + M0);
+        p1[p] = multiply(parts[p][2], Wide{} + M1);
+    }
+    for (int v = 0; v < ABREAST; ++v) {
+        const int a = 2 * v, b = a + 1;
+        word[0][v] = exclusive_or(
+            interleave_high(p1[a], p1[b]), interleave_low(parts[a][1], parts[b][1]), row.keys.last_k0);
+        word[1][v] = interleave_low(p1[a], p1[b]);
+        word[2][v] = exclusive_or(
+            interleave_high(p0[a], p0[b]), interleave_low(parts[a][3], parts[b][3]), row.keys.last_k1);
+        word[3][v] = interleave_low(p0[a], p0[b]);
+    }
 }
 
 // word[j][v]: word j of the tile's groups.
 ALP_INLINE inline void row_words(const RowStream& row, const Counters& counters, U32 word[4][V]) {
-    for (int v = 0; v < V; ++v) {
-        U32 four[4];
-        row_words(row, counters.counter[v], four);
-        for (int j = 0; j < 4; ++j) word[j][v] = four[j];
+    for (int v = 0; v < V; v += ABREAST) {
+        U32 some[4][ABREAST];
+        row_words(row, counters.counter + v, some);
+        for (int j = 0; j < 4; ++j) {
+            for (int k = 0; k < ABREAST; ++k) word[j][v + k] = some[j][k];
+        }
     }
 }
 
 // eps[j][v]: stream j's normals.
 ALP_INLINE inline void row_normals(const RowStream& row, const Counters& counters, F32 eps[4][V]) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-        U32 word[4];
-        row_words(row, counters.counter[v], word);
-        box_muller(word[0], word[1], &eps[0][v], &eps[1][v]);
-        box_muller(word[2], word[3], &eps[2][v], &eps[3][v]);
+    for (int v = 0; v < V; v += ABREAST) {
+        U32 word[4][ABREAST], radius[2 * ABREAST], angle[2 * ABREAST];
+        F32 cosine[2 * ABREAST], sine[2 * ABREAST];
+        row_words(row, counters.counter + v, word);
+        for (int n = 0; n < 2 * ABREAST; ++n) {
+            radius[n] = word[n / ABREAST * 2][n % ABREAST];
+            angle[n] = word[n / ABREAST * 2 + 1][n % ABREAST];
+        }
+        box_muller<2 * ABREAST>(radius, angle, cosine, sine);
+        for (int n = 0; n < 2 * ABREAST; ++n) {
+            eps[n / ABREAST * 2][v + n % ABREAST] = cosine[n];
+            eps[n / ABREAST * 2 + 1][v + n % ABREAST] = sine[n];
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-// u = h + sigma * rms * eps, and dsigma = sum(du * rms * eps), one row at a time.
+// u = h + sigma * rms * eps, and dsigma = sum(du * rms * eps), for rows begin to end.
 #pragma once
 
 #include "segments.h"
@@ -16,9 +16,9 @@ double mean_square(const typename T::Storage* h, int64_t D) {
         if ((d / TILE + 1) % sum.MOST == 0) sum.flush();
     }
     if (d < D) {
-        alignas(64) typename T::Storage edge[TILE] = {};
-        __builtin_memcpy(edge, h + d, static_cast<size_t>(D - d) * sizeof edge[0]);
-        T::load_tile(edge, x);
+        Edge<typename T::Storage> edge;
+        edge.load(h + d, D - d);
+        T::load_tile(edge.x, x);
         sum.add(x, x);
     }
     return sum.total() / static_cast<double>(D);
@@ -43,37 +43,59 @@ ALP_INLINE inline void perturb_tile(
     }
 }
 
+// What a thread needs to perturb rows, made once for all of them.
 template <class T, bool stochastic>
-void perturb_row(
-    const Stream& stream, int64_t n, int64_t D, float amount, const typename T::Storage* h, typename T::Storage* u) {
-    const int64_t Q = quarter_of(D), whole = whole_tiles(Q, D);
-    const RowStream noise(stream, n), rounding(stream, n, stochastic ? ROUNDING_BIT : 0);
-    Counters counters(0, T::ORDER);
-    int64_t q0 = 0;
-    for (; q0 < whole; q0 += TILE, counters.advance()) {
-        perturb_tile<T, stochastic>(noise, rounding, counters, amount, {h + q0, Q}, {u + q0, Q});
+struct Perturber {
+    using Storage = typename T::Storage;
+
+    const Stream& stream;
+    const int64_t D, Q = quarter_of(D), whole = whole_tiles(Q, D);
+    const Counters start{0, T::ORDER};
+    RowStream noise{stream, 0}, rounding{stream, 0};
+
+    Perturber(const Stream& stream, int64_t D) : stream(stream), D(D) {}
+
+    void row(int64_t n, float amount, const Storage* h, Storage* u) {
+        noise.to_row(stream, n);
+        if (stochastic) rounding.to_row(stream, n, ROUNDING_BIT);
+        Counters counters = start;
+        int64_t q0 = 0;
+        for (; q0 < whole; q0 += TILE, counters.advance()) {
+            perturb_tile<T, stochastic>(noise, rounding, counters, amount, {h + q0, Q}, {u + q0, Q});
+        }
+        for (; q0 < Q; q0 += TILE, counters.advance()) {
+            EdgeTile<Storage> from, to;
+            from.load(h, q0, Q, D);
+            perturb_tile<T, stochastic>(noise, rounding, counters, amount, {from.x[0], TILE}, {to.x[0], TILE});
+            to.store(u, q0, Q, D);
+        }
     }
-    for (; q0 < Q; q0 += TILE, counters.advance()) {
-        EdgeTile<typename T::Storage> from, to;
-        from.load(h, q0, Q, D);
-        perturb_tile<T, stochastic>(noise, rounding, counters, amount, {from.x[0], TILE}, {to.x[0], TILE});
-        to.store(u, q0, Q, D);
+};
+
+// f(n, u's row n) after each row of u is stored.
+template <class T, bool stochastic, class F>
+ALP_INLINE inline void perturb_rows(const Stream& stream, const PerturbFwd& a, int64_t begin, int64_t end, F f) {
+    Perturber<T, stochastic> perturber(stream, a.D);
+    for (int64_t n = begin; n < end; ++n) {
+        const auto* h = static_cast<const typename T::Storage*>(a.h) + n * a.D;
+        auto* u = static_cast<typename T::Storage*>(a.u) + n * a.D;
+        float amount = *a.sigma;
+        if (a.rms) {
+            a.rms[n] = __builtin_sqrtf(static_cast<float>(mean_square<T>(h, a.D)));
+            amount *= a.rms[n];
+        }
+        perturber.row(n, amount, h, u);
+        f(n, u);
     }
 }
 
 template <class T>
-void perturb_fwd_row(const Stream& stream, const PerturbFwd& a, int64_t n) {
-    const auto* h = static_cast<const typename T::Storage*>(a.h) + n * a.D;
-    auto* u = static_cast<typename T::Storage*>(a.u) + n * a.D;
-    float amount = *a.sigma;
-    if (a.rms) {
-        a.rms[n] = __builtin_sqrtf(static_cast<float>(mean_square<T>(h, a.D)));
-        amount *= a.rms[n];
-    }
+void perturb_fwd_rows(const Stream& stream, const PerturbFwd& a, int64_t begin, int64_t end) {
+    const auto nothing = [](int64_t, const typename T::Storage*) {};
     if (T::IS_16_BIT && a.stochastic) {
-        perturb_row<T, T::IS_16_BIT>(stream, n, a.D, amount, h, u);
+        perturb_rows<T, T::IS_16_BIT>(stream, a, begin, end, nothing);
     } else {
-        perturb_row<T, false>(stream, n, a.D, amount, h, u);
+        perturb_rows<T, false>(stream, a, begin, end, nothing);
     }
 }
 
@@ -88,24 +110,44 @@ ALP_INLINE inline void dsigma_tile(
     }
 }
 
+// sum_d x_d eps_d of row n, for x in T.
 template <class T>
-double perturb_bwd_row(const Stream& stream, const PerturbBwd& a, int64_t n) {
-    const int64_t D = a.D, Q = quarter_of(D), whole = whole_tiles(Q, D);
-    const auto* du = static_cast<const typename T::Storage*>(a.du) + n * D;
-    const RowStream noise(stream, n);
-    Counters counters(0, T::ORDER);
-    TileSum<T::ORDER> sum;
-    int64_t q0 = 0;
-    for (; q0 < whole; q0 += TILE, counters.advance()) {
-        dsigma_tile<T>(noise, counters, {du + q0, Q}, sum);
-        if ((q0 + TILE) % BLOCK == 0) sum.flush();
+struct NoiseProduct {
+    using Storage = typename T::Storage;
+
+    const Stream& stream;
+    const int64_t D, Q = quarter_of(D), whole = whole_tiles(Q, D);
+    const Counters start{0, T::ORDER};
+    RowStream noise{stream, 0};
+
+    NoiseProduct(const Stream& stream, int64_t D) : stream(stream), D(D) {}
+
+    double row(int64_t n, const Storage* x) {
+        noise.to_row(stream, n);
+        Counters counters = start;
+        TileSum<T::ORDER> sum;
+        int64_t q0 = 0;
+        for (; q0 < whole; q0 += TILE, counters.advance()) {
+            dsigma_tile<T>(noise, counters, {x + q0, Q}, sum);
+            if ((q0 + TILE) % BLOCK == 0) sum.flush();
+        }
+        for (; q0 < Q; q0 += TILE, counters.advance()) {
+            EdgeTile<Storage> from;
+            from.load(x, q0, Q, D);
+            dsigma_tile<T>(noise, counters, {from.x[0], TILE}, sum);
+        }
+        return sum.total();
     }
-    for (; q0 < Q; q0 += TILE, counters.advance()) {
-        EdgeTile<typename T::Storage> from;
-        from.load(du, q0, Q, D);
-        dsigma_tile<T>(noise, counters, {from.x[0], TILE}, sum);
+};
+
+// Each row's share of dsigma.
+template <class T>
+void perturb_bwd_rows(const Stream& stream, const PerturbBwd& a, double* shares, int64_t begin, int64_t end) {
+    NoiseProduct<T> product(stream, a.D);
+    for (int64_t n = begin; n < end; ++n) {
+        const double share = product.row(n, static_cast<const typename T::Storage*>(a.du) + n * a.D);
+        shares[n] = a.rms ? share * static_cast<double>(a.rms[n]) : share;
     }
-    return a.rms ? sum.total() * static_cast<double>(a.rms[n]) : sum.total();
 }
 
 }  // namespace

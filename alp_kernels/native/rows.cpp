@@ -1,6 +1,6 @@
 // One build of the row functions: CMake compiles this file for each ALP_ISA with that instruction set's flags.
 #include "head_rows.h"
-#include "perturb_rows.h"
+#include "rms_norm_rows.h"
 
 namespace {
 
@@ -26,7 +26,7 @@ void normals_list(const uint32_t* radius, const uint32_t* angle, float* cosine, 
         F32 normal[2];
         __builtin_memcpy(&radius_word, radius + i, size);
         __builtin_memcpy(&angle_word, angle + i, size);
-        box_muller(radius_word, angle_word, &normal[0], &normal[1]);
+        box_muller<1>(&radius_word, &angle_word, &normal[0], &normal[1]);
         __builtin_memcpy(cosine + i, &normal[0], size);
         __builtin_memcpy(sine + i, &normal[1], size);
     }
@@ -65,8 +65,10 @@ extern const Rows ALP_ROWS = {
     normals_list,
     words_row,
     normal_row,
-    {perturb_fwd_row<Float32>, perturb_fwd_row<BFloat16>, perturb_fwd_row<Float16>},
-    {perturb_bwd_row<Float32>, perturb_bwd_row<BFloat16>, perturb_bwd_row<Float16>},
+    {perturb_fwd_rows<Float32>, perturb_fwd_rows<BFloat16>, perturb_fwd_rows<Float16>},
+    {perturb_bwd_rows<Float32>, perturb_bwd_rows<BFloat16>, perturb_bwd_rows<Float16>},
+    {perturb_rms_norm_fwd_rows<Float32>, perturb_rms_norm_fwd_rows<BFloat16>, perturb_rms_norm_fwd_rows<Float16>},
+    {perturb_rms_norm_bwd_rows<Float32>, perturb_rms_norm_bwd_rows<BFloat16>, perturb_rms_norm_bwd_rows<Float16>},
     {head_fwd_row<Float32>, head_fwd_row<BFloat16>, head_fwd_row<Float16>},
     {head_bwd_row<Float32>, head_bwd_row<BFloat16>, head_bwd_row<Float16>},
 };

@@ -21,6 +21,15 @@ inline void store(const float* from, int size, typename T::Storage* to) {
 
 // ------------------------------------------------------------------ tiles
 
+// What is left of a row behind its last whole tile, followed by zeros that are read and dropped.
+template <class Storage>
+struct Edge {
+    alignas(64) Storage x[TILE] = {};
+
+    void load(const Storage* from, int64_t size) { __builtin_memcpy(x, from, static_cast<size_t>(size) * sizeof x[0]); }
+    void store(Storage* to, int64_t size) const { __builtin_memcpy(to, x, static_cast<size_t>(size) * sizeof x[0]); }
+};
+
 // A tile of each of the row's four streams, `stride` elements apart.
 template <class Storage>
 struct Streams {
@@ -30,7 +39,7 @@ struct Streams {
     Storage* operator[](int j) const { return at + j * stride; }
 };
 
-// The row's last tiles, where some streams end: in zeros that are read and dropped.
+// The last tile of each stream, likewise.
 template <class Storage>
 struct EdgeTile {
     alignas(64) Storage x[4][TILE] = {};
@@ -61,7 +70,8 @@ struct Sum {
     alignas(64) double lane[LANES] = {};
 
     void add(const Lanes& block) {
-        for (int l = 0; l < LANES; ++l) lane[l] += static_cast<double>(block[l]);
+        using Doubles = double __attribute__((vector_size(8 * LANES)));
+        put(vector_at<Doubles>(lane) + __builtin_convertvector(block, Doubles), lane);
     }
     double total() const {
         double sum = 0;
@@ -80,7 +90,7 @@ struct TileSum {
     Sum blocks;
 
     ALP_INLINE void add(const F32 a[V], const F32 b[V]) {
-        for (int v = 0; v < V; ++v) part[v] = fma(a[v], b[v], part[v]);
+        for (int v = 0; v < V; ++v) part[v] += a[v] * b[v];
     }
     ALP_INLINE void flush() {
         alignas(64) float place[TILE];
