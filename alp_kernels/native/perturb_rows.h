@@ -61,6 +61,8 @@ struct Perturber {
         Counters counters = start;
         int64_t q0 = 0;
         for (; q0 < whole; q0 += TILE, counters.advance()) {
+            prefetch_next(h, D, q0);
+            prefetch_next(u, D, q0);
             perturb_tile<T, stochastic>(noise, rounding, counters, amount, {h + q0, Q}, {u + q0, Q});
         }
         for (; q0 < Q; q0 += TILE, counters.advance()) {
@@ -128,6 +130,7 @@ struct NoiseProduct {
         TileSum<T::ORDER> sum;
         int64_t q0 = 0;
         for (; q0 < whole; q0 += TILE, counters.advance()) {
+            prefetch_next(x, D, q0);
             dsigma_tile<T>(noise, counters, {x + q0, Q}, sum);
             if ((q0 + TILE) % BLOCK == 0) sum.flush();
         }
