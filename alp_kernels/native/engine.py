@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import noise, reference
-from ..reference import Head, HeadRows
+from ..reference import Head, HeadRows, Norm
 from . import library as c
 from .library import isa as isa
 
@@ -132,6 +132,60 @@ def perturb_bwd(du: Tensor, stream: noise.Stream, rms: Tensor | None) -> Tensor:
         byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[du.dtype], torch.get_num_threads()
     )
     return torch.tensor(dsigma, dtype=torch.float32, device="cpu")
+
+
+def _norm_scale(norm: Norm, num_channels: int) -> Tensor:
+    """offset + weight, (D,) float32."""
+    weight = _vector(norm.weight, torch.float32, num_channels)
+    assert weight is not None
+    return weight + norm.offset
+
+
+def perturb_rms_norm_fwd(
+    h: Tensor, sigma: Tensor, stream: noise.Stream, scale: str, rounding: str, norm: Norm
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """u as perturb_fwd stores it, y its norm (N, D), rstd (N,) and rms (N,) or None: see the reference."""
+    if h.dtype == torch.float64:
+        return reference.perturb_rms_norm_fwd(h, sigma, stream, scale, rounding, norm)
+    num_rows, num_channels = h.shape
+    sigma32, row_ids, by = _scalar(sigma), _row_ids(stream, num_rows), _norm_scale(norm, num_channels)
+    u, y, rstd = torch.empty_like(h), torch.empty_like(h), _floats(num_rows)
+    rms = _floats(num_rows) if scale == "rms" else None
+    perturb = c.PerturbFwd(_at(h), _at(u), _at(sigma32), _at(rms), num_channels, rounding == "stochastic")
+    args = c.PerturbRmsNormFwd(perturb, _at(y), _at(rstd), _at(by), norm.eps)
+    c.library.alp_perturb_rms_norm_fwd(
+        byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[h.dtype], torch.get_num_threads()
+    )
+    return u, y, rstd, rms
+
+
+def perturb_rms_norm_bwd(
+    du: Tensor,
+    dy: Tensor,
+    u: Tensor,
+    rstd: Tensor,
+    rms: Tensor | None,
+    stream: noise.Stream,
+    norm: Norm,
+    needs_dsigma: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dh (N, D), dsigma () float32, dweight (D,) like the weight: float32 sums over fixed blocks of rows, then float64."""
+    if du.dtype == torch.float64:
+        return reference.perturb_rms_norm_bwd(du, dy, u, rstd, rms, stream, norm, needs_dsigma, needs_dweight)
+    num_rows, num_channels = du.shape
+    rms, row_ids = _vector(rms, torch.float32, num_rows), _row_ids(stream, num_rows)
+    by, dh = _norm_scale(norm, num_channels), torch.empty_like(du)
+    dsigma = torch.zeros((), dtype=torch.float32, device="cpu") if needs_dsigma else None
+    dweight = _floats(num_channels) if needs_dweight else None
+    args = c.PerturbRmsNormBwd(
+        *map(_at, (du, dy, u, rstd, rms, by, dh, dsigma, dweight)),
+        num_channels,
+    )
+    c.library.alp_perturb_rms_norm_bwd(
+        byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[du.dtype], torch.get_num_threads()
+    )
+    return dh, dsigma, None if dweight is None else dweight.to(norm.weight.dtype)
 
 
 # ------------------------------------------------------------------ loss head

@@ -10,52 +10,6 @@ namespace {
 inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
-// sqrt(-2 ln u) for u = float32(word) 2^-32 + 2^-33 in (0, 1]; 0 at u = 1.
-inline float radius_of(uint32_t word) {
-    const float u = static_cast<float>(word) * 0x1p-32f + 0x1p-33f;
-    // u = 2^k m, m in [sqrt(1/2), sqrt(2)): near u = 1, k = 0 and f = u - 1 is exact
-    const uint32_t bits = bits_of(u);
-    const int32_t k = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;
-    const float f = float_of(bits - (static_cast<uint32_t>(k) << 23)) - 1.0f;
-    const float e = static_cast<float>(k);
-    // -2 ln(1 + f) = -2 f + f^2 + f^3 P(f), fit 6.4e-9 relative
-    float p = 0x1.38b5d4p-3f;
-    p = p * f - 0x1.055b82p-2f;
-    p = p * f + 0x1.0d853cp-2f;
-    p = p * f - 0x1.22da18p-2f;
-    p = p * f + 0x1.547244p-2f;
-    p = p * f - 0x1.99a008p-2f;
-    p = p * f + 0x1.000226p-1f;
-    p = p * f - 0x1.555554p-1f;
-    const float square = f * f;
-    float log = p * (square * f) + square;
-    log = log + e * 0x1.bd0106p-12f;  // -2 ln 2 in two parts: the first has 10 bits, so e times it is exact
-    log = log - (f + f);
-    log = log - e * 0x1.63p+0f;
-    return __builtin_sqrtf(log);
-}
-
-// Cosine and sine of 2 pi word / 2^32.
-inline void cos_sin_of(uint32_t word, float* cosine, float* sine) {
-    // an eighth of a turn on: the top two bits are then the nearest quarter, the rest the way from it. t in [-1, 1)
-    // counts eighths, in exact integers until the one conversion
-    const uint32_t turned = word + 0x20000000u;
-    const float t = static_cast<float>(static_cast<int32_t>(turned & 0x3FFFFFFFu) - 0x20000000) * 0x1p-29f;
-    const float s = t * t;
-    float sin = -0x1.33198ep-15f;  // sin(pi t / 4) = t S(t^2), fit 2.8e-8 relative
-    sin = sin * s + 0x1.4680a4p-9f;
-    sin = sin * s - 0x1.4abc24p-4f;
-    sin = t * 0x1.921fb6p-1f + (t * s) * sin;
-    float cos = 0x1.d4f7eep-19f;  // cos(pi t / 4) = 1 + t^2 C(t^2), fit 4.4e-10 relative
-    cos = cos * s - 0x1.55b2b6p-12f;
-    cos = cos * s + 0x1.03c1b0p-6f;
-    cos = cos * s - 0x1.3bd3ccp-2f;
-    cos = cos * s + 1.0f;
-    const bool is_odd = turned & 0x40000000u;
-    *cosine = float_of(bits_of(is_odd ? sin : cos) ^ ((turned + 0x40000000u) & 0x80000000u));
-    *sine = float_of(bits_of(is_odd ? cos : sin) ^ (turned & 0x80000000u));
-}
-
 constexpr float EXP_FLOOR = -88.0f;  // exp_of is 0 here: callers clamp to it, in the form that lets NaN pass
 
 // exp(x) for x in [-88, 88] or NaN; below -87.33, where float32 has only subnormals left, 0.

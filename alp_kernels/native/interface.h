@@ -8,7 +8,7 @@
 namespace alp {
 
 // Raised with every change to a structure or a signature below; engine.py refuses a library with another number.
-constexpr int32_t INTERFACE = 3;
+constexpr int32_t INTERFACE = 4;
 
 constexpr uint32_t ROUNDING_BIT = 0x8000;  // set in the layer for the bits of stochastic rounding
 
@@ -33,6 +33,27 @@ struct PerturbFwd {  // u = h + sigma * rms * eps
 struct PerturbBwd {  // dsigma = sum(du * rms * eps)
     const void* du;  // (N, D)
     const float* rms;  // (N,) or null: 1
+    int64_t D;
+};
+
+struct PerturbRmsNormFwd {  // y = u * rstd * scale, rstd = 1 / sqrt(mean_d u^2 + eps)
+    PerturbFwd perturb;
+    void* y;             // (N, D)
+    float* rstd;         // (N,)
+    const float* scale;  // (D,)
+    float eps;
+};
+
+struct PerturbRmsNormBwd {  // dh = du + rstd (g - x mean_d(g x)), g = dy scale, x = u rstd
+    const void* du;      // (N, D)
+    const void* dy;      // (N, D)
+    const void* u;       // (N, D)
+    const float* rstd;   // (N,)
+    const float* rms;    // (N,) or null: 1
+    const float* scale;  // (D,)
+    void* dh;            // (N, D)
+    float* dsigma;       // () or null
+    float* dweight;      // (D,) or null: sum_n dy x
     int64_t D;
 };
 
@@ -68,15 +89,18 @@ struct HeadBwd {
     void* dx;               // (m, width), may be Head::x where rows is null
 };
 
-// One build, its arrays indexed by dtype: 0 float32, 1 bfloat16, 2 float16. Each function 
-// does one row (philox and normals: a list), so threads and dispatch live in native.cpp alone.
+// One build, its arrays indexed by dtype: 0 float32, 1 bfloat16, 2 float16. A function does one row, or rows begin to end
+// (philox and normals: a list), so threads and dispatch live in native.cpp alone.
 struct Rows {
     void (*philox)(const int64_t* counter, int64_t* out, int64_t count, uint64_t key);  // both (4, count)
     void (*normals)(const uint32_t* radius, const uint32_t* angle, float* cosine, float* sine, int64_t count);
     void (*words)(const Stream&, int64_t n, int64_t D, int64_t* out, int64_t stride);  // word j of group q: out[j stride + q]
     void (*normal)(const Stream&, int64_t n, float* eps, int64_t D);
-    void (*perturb_fwd[3])(const Stream&, const PerturbFwd&, int64_t n);
-    double (*perturb_bwd[3])(const Stream&, const PerturbBwd&, int64_t n);
+    void (*perturb_fwd[3])(const Stream&, const PerturbFwd&, int64_t begin, int64_t end);
+    void (*perturb_bwd[3])(const Stream&, const PerturbBwd&, double* shares, int64_t begin, int64_t end);
+    void (*perturb_rms_norm_fwd[3])(const Stream&, const PerturbRmsNormFwd&, int64_t begin, int64_t end);
+    void (*perturb_rms_norm_bwd[3])(
+        const Stream&, const PerturbRmsNormBwd&, double* shares, float* dweight, int64_t begin, int64_t end);
     void (*head_fwd[3])(const Stream&, const Head&, const HeadFwd&, int64_t n);
     double (*head_bwd[3])(const Stream&, const Head&, const HeadBwd&, int64_t m);  // the row's share of dsigma
 };

@@ -9,6 +9,10 @@
 
 #include "interface.h"
 
+#ifdef ALP_X86
+#include <cpuid.h>
+#endif
+
 using namespace alp;
 
 namespace {
@@ -21,13 +25,20 @@ struct Isa {
 
 constexpr int NUM_ISAS = 3;
 
+#ifdef ALP_X86
+bool has_f16c() {  // which older compilers' __builtin_cpu_supports does not know
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 const Isa* isas() {
 #ifdef ALP_X86
     static const Isa all[NUM_ISAS] = {
         {"avx512", &rows_avx512,
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl")},
-        {"avx2", &rows_avx2, static_cast<bool>(__builtin_cpu_supports("avx2"))},
+        {"avx2", &rows_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()},
         {"portable", &rows_portable, true},
     };
 #else
@@ -47,14 +58,29 @@ void each_row(int64_t num_rows, int64_t columns, int32_t threads, F f) {
     for (int64_t n = 0; n < num_rows; ++n) f(n);
 }
 
+// f(begin, end) for rows that make up 0 to num_rows: a few times as many parts as threads, so that a thread which the
+// machine holds up leaves work to the others.
+template <class F>
+void each_part(int64_t num_rows, int64_t columns, int32_t threads, F f) {
+    if (num_rows * columns < 1 << 14) threads = 1;
+    int64_t parts = threads > 1 ? 8 * static_cast<int64_t>(threads) : 1;
+    if (parts > num_rows) parts = num_rows;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t part = 0; part < parts; ++part) f(num_rows * part / parts, num_rows * (part + 1) / parts);
+}
+
+double sum_in_order(const std::vector<double>& terms) {
+    double sum = 0;
+    for (double term : terms) sum += term;
+    return sum;
+}
+
 // Sum of f(n) in row order, in float64.
 template <class F>
 float sum_rows(int64_t num_rows, int64_t columns, int32_t threads, F f) {
     std::vector<double> per_row(static_cast<size_t>(num_rows));
     each_row(num_rows, columns, threads, [&](int64_t n) { per_row[static_cast<size_t>(n)] = f(n); });
-    double sum = 0;
-    for (double value : per_row) sum += value;
-    return static_cast<float>(sum);
+    return static_cast<float>(sum_in_order(per_row));
 }
 
 }  // namespace
@@ -106,13 +132,43 @@ void alp_normal(const Stream* stream, float* eps, int64_t N, int64_t D, int32_t 
 }
 
 void alp_perturb_fwd(const Stream* stream, const PerturbFwd* args, int64_t N, int32_t dtype, int32_t threads) {
-    const auto row = chosen->rows->perturb_fwd[dtype];
-    each_row(N, args->D, threads, [&](int64_t n) { row(*stream, *args, n); });
+    const auto rows = chosen->rows->perturb_fwd[dtype];
+    each_part(N, args->D, threads, [&](int64_t begin, int64_t end) { rows(*stream, *args, begin, end); });
 }
 
 float alp_perturb_bwd(const Stream* stream, const PerturbBwd* args, int64_t N, int32_t dtype, int32_t threads) {
-    const auto row = chosen->rows->perturb_bwd[dtype];
-    return sum_rows(N, args->D, threads, [&](int64_t n) { return row(*stream, *args, n); });
+    const auto rows = chosen->rows->perturb_bwd[dtype];
+    std::vector<double> shares(static_cast<size_t>(N));
+    each_part(N, args->D, threads, [&](int64_t begin, int64_t end) { rows(*stream, *args, shares.data(), begin, end); });
+    return static_cast<float>(sum_in_order(shares));
+}
+
+void alp_perturb_rms_norm_fwd(
+    const Stream* stream, const PerturbRmsNormFwd* args, int64_t N, int32_t dtype, int32_t threads) {
+    const auto rows = chosen->rows->perturb_rms_norm_fwd[dtype];
+    each_part(N, args->perturb.D, threads, [&](int64_t begin, int64_t end) { rows(*stream, *args, begin, end); });
+}
+
+void alp_perturb_rms_norm_bwd(
+    const Stream* stream, const PerturbRmsNormBwd* args, int64_t N, int32_t dtype, int32_t threads) {
+    const auto rows = chosen->rows->perturb_rms_norm_bwd[dtype];
+    const int64_t D = args->D;
+    // dweight's order of summation: blocks of rows, whose size knows nothing of threads
+    const int64_t block = N <= 16 * 256 ? 16 : (N + 255) / 256, blocks = (N + block - 1) / block;
+    std::vector<double> shares(static_cast<size_t>(args->dsigma ? N : 0));
+    std::vector<float> sums(static_cast<size_t>(args->dweight ? blocks * D : 0));
+    each_row(blocks, block * D, threads, [&](int64_t b) {
+        const int64_t begin = b * block, end = begin + block < N ? begin + block : N;
+        rows(*stream, *args, args->dsigma ? shares.data() : nullptr, args->dweight ? &sums[b * D] : nullptr, begin, end);
+    });
+    if (args->dsigma) *args->dsigma = static_cast<float>(sum_in_order(shares));
+    if (args->dweight) {
+        std::vector<double> total(static_cast<size_t>(D));
+        for (int64_t b = 0; b < blocks; ++b) {
+            for (int64_t d = 0; d < D; ++d) total[d] += static_cast<double>(sums[b * D + d]);
+        }
+        for (int64_t d = 0; d < D; ++d) args->dweight[d] = static_cast<float>(total[d]);
+    }
 }
 
 void alp_head_fwd(const Stream* stream, const Head* head, const HeadFwd* out, int64_t N, int32_t dtype, int32_t threads) {

@@ -1,4 +1,4 @@
-// u = h + sigma * rms * eps, and dsigma = sum(du * rms * eps), one row at a time.
+// u = h + sigma * rms * eps, and dsigma = sum(du * rms * eps), for rows begin to end.
 #pragma once
 
 #include "segments.h"
@@ -7,75 +7,150 @@ namespace {
 
 template <class T>
 double mean_square(const typename T::Storage* h, int64_t D) {
-    alignas(64) float buffer[BLOCK];
-    Sum sum;
-    for (int64_t d = 0; d < D; d += BLOCK) {
-        const int size = D - d < BLOCK ? static_cast<int>(D - d) : BLOCK;
-        load<T>(h + d, size, buffer, BLOCK, 0.0f);
-        Lanes block = {};
-        for (int i = 0; i < BLOCK; i += LANES) block += lanes_at(buffer + i) * lanes_at(buffer + i);
-        sum.add(block);
+    TileSum<T::ORDER> sum;
+    F32 x[V];
+    int64_t d = 0;
+    for (; d + TILE <= D; d += TILE) {
+        T::load_tile(h + d, x);
+        sum.add(x, x);
+        if ((d / TILE + 1) % sum.MOST == 0) sum.flush();
+    }
+    if (d < D) {
+        Edge<typename T::Storage> edge;
+        edge.load(h + d, D - d);
+        T::load_tile(edge.x, x);
+        sum.add(x, x);
     }
     return sum.total() / static_cast<double>(D);
 }
 
-template <class T>
-void perturb_fwd_row(const Stream& stream, const PerturbFwd& a, int64_t n) {
-    const int64_t D = a.D, Q = quarter_of(D);
-    const auto* h = static_cast<const typename T::Storage*>(a.h) + n * D;
-    auto* u = static_cast<typename T::Storage*>(a.u) + n * D;
-    float amount = *a.sigma;
-    if (a.rms) {
-        a.rms[n] = __builtin_sqrtf(static_cast<float>(mean_square<T>(h, D)));
-        amount *= a.rms[n];
-    }
-    const RowStream noise(stream, n), rounding(stream, n, ROUNDING_BIT);
-    Normals normals;
-    Words words;
-    for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
-        const int count = block_size(q0, Q);
-        prefetch_block<false>(h, q0, count, Q);
-        prefetch_block<true>(u, q0, count, Q);
-        normal_block(noise, q0, count, normals);
-        const bool stochastic = T::IS_16_BIT && a.stochastic;
-        if (stochastic) random_block(rounding, q0, count, words);
-        for (int j = 0; j < 4; ++j) {
-            const int64_t d = j * Q + q0;
-            const int size = stream_size(j, q0, count, Q, D);
-            if (stochastic) {
-#pragma omp simd
-                for (int i = 0; i < size; ++i) {
-                    u[d + i] = T::stochastic(T::load(h[d + i]) + amount * normals.eps[j][i], words.word[j][i]);
-                }
-            } else {
-#pragma omp simd
-                for (int i = 0; i < size; ++i) u[d + i] = T::nearest(T::load(h[d + i]) + amount * normals.eps[j][i]);
-            }
+template <class T, bool stochastic>
+ALP_INLINE inline void perturb_tile(
+    const RowStream& noise, const RowStream& rounding, const Counters& counters, float amount,
+    Streams<const typename T::Storage> h, Streams<typename T::Storage> u) {
+    F32 eps[4][V], x[V];
+    U32 words[4][V];
+    row_normals(noise, counters, eps);
+    if (stochastic) row_words(rounding, counters, words);
+    for (int j = 0; j < 4; ++j) {
+        T::load_tile(h[j], x);
+        for (int v = 0; v < V; ++v) x[v] += amount * eps[j][v];
+        if (stochastic) {
+            T::store_tile(x, words[j], u[j]);
+        } else {
+            T::store_tile(x, u[j]);
         }
     }
 }
 
-template <class T>
-double perturb_bwd_row(const Stream& stream, const PerturbBwd& a, int64_t n) {
-    const int64_t D = a.D, Q = quarter_of(D);
-    const auto* du = static_cast<const typename T::Storage*>(a.du) + n * D;
-    const RowStream noise(stream, n);
-    Normals normals;
-    alignas(64) float buffer[BLOCK];
-    Sum sum;
-    for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
-        const int count = block_size(q0, Q);
-        prefetch_block<false>(du, q0, count, Q);
-        normal_block(noise, q0, count, normals);
-        Lanes block = {};
-        for (int j = 0; j < 4; ++j) {
-            const int size = stream_size(j, q0, count, Q, D);
-            load<T>(du + j * Q + q0, size, buffer, count, 0.0f);
-            for (int i = 0; i < count; i += LANES) block += lanes_at(buffer + i) * lanes_at(normals.eps[j] + i);
+// What a thread needs to perturb rows, made once for all of them.
+template <class T, bool stochastic>
+struct Perturber {
+    using Storage = typename T::Storage;
+
+    const Stream& stream;
+    const int64_t D, Q = quarter_of(D), whole = whole_tiles(Q, D);
+    const Counters start{0, T::ORDER};
+    RowStream noise{stream, 0}, rounding{stream, 0};
+
+    Perturber(const Stream& stream, int64_t D) : stream(stream), D(D) {}
+
+    void row(int64_t n, float amount, const Storage* h, Storage* u) {
+        noise.to_row(stream, n);
+        if (stochastic) rounding.to_row(stream, n, ROUNDING_BIT);
+        Counters counters = start;
+        int64_t q0 = 0;
+        for (; q0 < whole; q0 += TILE, counters.advance()) {
+            prefetch_next(h, D, q0);
+            prefetch_next(u, D, q0);
+            perturb_tile<T, stochastic>(noise, rounding, counters, amount, {h + q0, Q}, {u + q0, Q});
         }
-        sum.add(block);
+        for (; q0 < Q; q0 += TILE, counters.advance()) {
+            EdgeTile<Storage> from, to;
+            from.load(h, q0, Q, D);
+            perturb_tile<T, stochastic>(noise, rounding, counters, amount, {from.x[0], TILE}, {to.x[0], TILE});
+            to.store(u, q0, Q, D);
+        }
     }
-    return a.rms ? sum.total() * static_cast<double>(a.rms[n]) : sum.total();
+};
+
+// f(n, u's row n) after each row of u is stored.
+template <class T, bool stochastic, class F>
+ALP_INLINE inline void perturb_rows(const Stream& stream, const PerturbFwd& a, int64_t begin, int64_t end, F f) {
+    Perturber<T, stochastic> perturber(stream, a.D);
+    for (int64_t n = begin; n < end; ++n) {
+        const auto* h = static_cast<const typename T::Storage*>(a.h) + n * a.D;
+        auto* u = static_cast<typename T::Storage*>(a.u) + n * a.D;
+        float amount = *a.sigma;
+        if (a.rms) {
+            a.rms[n] = __builtin_sqrtf(static_cast<float>(mean_square<T>(h, a.D)));
+            amount *= a.rms[n];
+        }
+        perturber.row(n, amount, h, u);
+        f(n, u);
+    }
+}
+
+template <class T>
+void perturb_fwd_rows(const Stream& stream, const PerturbFwd& a, int64_t begin, int64_t end) {
+    const auto nothing = [](int64_t, const typename T::Storage*) {};
+    if (T::IS_16_BIT && a.stochastic) {
+        perturb_rows<T, T::IS_16_BIT>(stream, a, begin, end, nothing);
+    } else {
+        perturb_rows<T, false>(stream, a, begin, end, nothing);
+    }
+}
+
+template <class T>
+ALP_INLINE inline void dsigma_tile(
+    const RowStream& noise, const Counters& counters, Streams<const typename T::Storage> du, TileSum<T::ORDER>& sum) {
+    F32 eps[4][V], x[V];
+    row_normals(noise, counters, eps);
+    for (int j = 0; j < 4; ++j) {
+        T::load_tile(du[j], x);
+        sum.add(x, eps[j]);
+    }
+}
+
+// sum_d x_d eps_d of row n, for x in T.
+template <class T>
+struct NoiseProduct {
+    using Storage = typename T::Storage;
+
+    const Stream& stream;
+    const int64_t D, Q = quarter_of(D), whole = whole_tiles(Q, D);
+    const Counters start{0, T::ORDER};
+    RowStream noise{stream, 0};
+
+    NoiseProduct(const Stream& stream, int64_t D) : stream(stream), D(D) {}
+
+    double row(int64_t n, const Storage* x) {
+        noise.to_row(stream, n);
+        Counters counters = start;
+        TileSum<T::ORDER> sum;
+        int64_t q0 = 0;
+        for (; q0 < whole; q0 += TILE, counters.advance()) {
+            prefetch_next(x, D, q0);
+            dsigma_tile<T>(noise, counters, {x + q0, Q}, sum);
+            if ((q0 + TILE) % BLOCK == 0) sum.flush();
+        }
+        for (; q0 < Q; q0 += TILE, counters.advance()) {
+            EdgeTile<Storage> from;
+            from.load(x, q0, Q, D);
+            dsigma_tile<T>(noise, counters, {from.x[0], TILE}, sum);
+        }
+        return sum.total();
+    }
+};
+
+// Each row's share of dsigma.
+template <class T>
+void perturb_bwd_rows(const Stream& stream, const PerturbBwd& a, double* shares, int64_t begin, int64_t end) {
+    NoiseProduct<T> product(stream, a.D);
+    for (int64_t n = begin; n < end; ++n) {
+        const double share = product.row(n, static_cast<const typename T::Storage*>(a.du) + n * a.D);
+        shares[n] = a.rms ? share * static_cast<double>(a.rms[n]) : share;
+    }
 }
 
 }  // namespace

@@ -1,16 +1,17 @@
 // One build of the row functions: CMake compiles this file for each ALP_ISA with that instruction set's flags.
 #include "head_rows.h"
-#include "perturb_rows.h"
+#include "rms_norm_rows.h"
 
 namespace {
 
 void philox_list(const int64_t* counter, int64_t* out, int64_t count, uint64_t key) {
     const Keys keys(key);
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        const int64_t size = count - i < WIDTH ? count - i : WIDTH;
+    constexpr int LANES_64 = sizeof(Wide) / sizeof(int64_t);
+    for (int64_t i = 0; i < count; i += LANES_64) {
+        const int64_t size = count - i < LANES_64 ? count - i : LANES_64;
         Wide c[4] = {};
         for (int j = 0; j < 4; ++j) __builtin_memcpy(&c[j], counter + j * count + i, size * sizeof(int64_t));
-        philox(c, keys);
+        for (int round = 0; round < 10; ++round) philox_round(c, keys, round);
         for (int j = 0; j < 4; ++j) {
             c[j] &= 0xFFFFFFFFu;
             __builtin_memcpy(out + j * count + i, &c[j], size * sizeof(int64_t));
@@ -19,9 +20,15 @@ void philox_list(const int64_t* counter, int64_t* out, int64_t count, uint64_t k
 }
 
 void normals_list(const uint32_t* radius, const uint32_t* angle, float* cosine, float* sine, int64_t count) {
-    for (int64_t i = 0; i < count; i += BLOCK) {
-        const int size = count - i < BLOCK ? static_cast<int>(count - i) : BLOCK;
-        box_muller(radius + i, angle + i, cosine + i, sine + i, size);
+    for (int64_t i = 0; i < count; i += W) {
+        const size_t size = static_cast<size_t>(count - i < W ? count - i : W) * 4;
+        U32 radius_word = {}, angle_word = {};
+        F32 normal[2];
+        __builtin_memcpy(&radius_word, radius + i, size);
+        __builtin_memcpy(&angle_word, angle + i, size);
+        box_muller<1>(&radius_word, &angle_word, &normal[0], &normal[1]);
+        __builtin_memcpy(cosine + i, &normal[0], size);
+        __builtin_memcpy(sine + i, &normal[1], size);
     }
 }
 
@@ -58,8 +65,10 @@ extern const Rows ALP_ROWS = {
     normals_list,
     words_row,
     normal_row,
-    {perturb_fwd_row<Float32>, perturb_fwd_row<BFloat16>, perturb_fwd_row<Float16>},
-    {perturb_bwd_row<Float32>, perturb_bwd_row<BFloat16>, perturb_bwd_row<Float16>},
+    {perturb_fwd_rows<Float32>, perturb_fwd_rows<BFloat16>, perturb_fwd_rows<Float16>},
+    {perturb_bwd_rows<Float32>, perturb_bwd_rows<BFloat16>, perturb_bwd_rows<Float16>},
+    {perturb_rms_norm_fwd_rows<Float32>, perturb_rms_norm_fwd_rows<BFloat16>, perturb_rms_norm_fwd_rows<Float16>},
+    {perturb_rms_norm_bwd_rows<Float32>, perturb_rms_norm_bwd_rows<BFloat16>, perturb_rms_norm_bwd_rows<Float16>},
     {head_fwd_row<Float32>, head_fwd_row<BFloat16>, head_fwd_row<Float16>},
     {head_bwd_row<Float32>, head_bwd_row<BFloat16>, head_bwd_row<Float16>},
 };
