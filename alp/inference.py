@@ -33,8 +33,8 @@ def snapshot(model: nn.Module) -> Weights:
 
 def quantise(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Symmetric quantisation of each row of (..., K): integers in [-top, top] (as floats) and the scale (..., 1)."""
-    scale = values.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / top
-    return (values / scale).round().clamp(-top, top), scale
+    scale = values.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12).div_(top)
+    return (values / scale).round_(), scale  # the largest quotient is top to within 1e-7: it rounds to top
 
 
 def integer_matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
@@ -73,8 +73,8 @@ class QuantisedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         integers, x_scale = quantise(x.float(), ACTIVATION_MAX)
         sums = integer_matmul(integers, self.weight, ACTIVATION_MAX * self.top)
-        y = sums.float() * (x_scale * self.scale)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        y = sums.float().mul_(x_scale * self.scale)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
 
 class InferenceEngine:

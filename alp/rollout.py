@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .models import Policy, positions
+
+_PICKED_AT_ONCE = 1 << 24  # float64 probabilities in memory while tokens are picked
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def sample(
         rows = None if u is None else u[start * num_samples : (start + len(some)) * num_samples]
         parts.append(_sample_chunk(policy, some, width, num_samples, max_new_tokens, rows, temperature))
     tokens, attention_mask, mask, logp, truncated = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    texts = [policy.decode(row[keep].tolist()) for row, keep in zip(tokens[:, width:].cpu(), mask.cpu(), strict=True)]
+    lengths = mask.sum(dim=1).tolist()
+    texts = [policy.decode(row[:n]) for row, n in zip(tokens[:, width:].tolist(), lengths, strict=True)]
     return Completions(tokens, attention_mask, mask, logp, texts, truncated)
 
 
@@ -105,7 +109,7 @@ def _sample_chunk(
         logits_to_keep=1,
     )
     cache = out.past_key_values
-    cache.batch_repeat_interleave(num_samples)  # a prompt is read once for its whole group
+    cache.layers = [_for_samples(layer, num_samples, max_new_tokens) for layer in cache.layers]
     logits = out.logits[:, -1].repeat_interleave(num_samples, dim=0)
     ids, attending = (x.repeat_interleave(num_samples, dim=0) for x in (ids, attending))
 
@@ -115,7 +119,8 @@ def _sample_chunk(
     mask = torch.zeros(num_rows, max_new_tokens, dtype=torch.bool, device=device)
     logp = torch.zeros(num_rows, max_new_tokens, device=device)
     for t in range(max_new_tokens):
-        log_probs = (logits.float() / temperature).log_softmax(dim=-1)
+        scaled = logits.float() if temperature == 1 else logits.float() / temperature
+        log_probs = scaled.log_softmax(dim=-1)
         token = log_probs.argmax(dim=-1) if u is None else _pick(log_probs, u[:, t])
         tokens[:, t] = torch.where(alive, token, policy.pad_id)
         mask[:, t] = alive
@@ -136,8 +141,47 @@ def _sample_chunk(
     return torch.cat([ids, tokens], dim=1), attention_mask, mask, logp, alive
 
 
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for the tokens to come: a new token's are copied, not all before them."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        super().__init__()
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._room = (keys, values)  # (B, H, W + T, D), used up to the length of self.keys
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self._room)
+        return self.keys, self.values
+
+
+def _for_samples(layer: DynamicLayer, num_samples: int, num_tokens: int) -> DynamicLayer:
+    """A layer's cache after the prompts, for `num_samples` completions of each: a prompt is read once for its group."""
+    if type(layer) is not DynamicLayer:  # a sliding window, a state: these do not grow with every token
+        layer.batch_repeat_interleave(num_samples)
+        return layer
+
+    def with_room(x: Tensor) -> Tensor:
+        num_prompts, heads, length, channels = x.shape
+        room = x.new_empty(num_prompts, num_samples, heads, length + num_tokens, channels)
+        room[..., :length, :] = x[:, None]
+        return room.flatten(0, 1)
+
+    return _RoomyLayer(with_room(layer.keys), with_room(layer.values), layer.keys.shape[2])
+
+
 def _pick(log_probs: Tensor, u: Tensor) -> Tensor:
     """The token where the cumulative distribution passes u, (B,); float64, so that a large vocabulary loses none."""
-    cumulative = log_probs.double().exp().cumsum(dim=-1)
-    token = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True).squeeze(1)
-    return token.clamp(max=log_probs.shape[-1] - 1)
+    vocabulary = log_probs.shape[-1]
+    rows = max(1, _PICKED_AT_ONCE // vocabulary)
+    tokens = []
+    for some, v in zip(log_probs.split(rows), u.split(rows), strict=True):
+        cumulative = some.double().exp_().cumsum_(dim=-1)
+        tokens.append(torch.searchsorted(cumulative, (v * cumulative[:, -1])[:, None], right=True).squeeze(1))
+    return torch.cat(tokens).clamp(max=vocabulary - 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,8 @@ class Updater:
         self.model, self.config, self.temperature, self.world = model, config, temperature, world
         method = METHODS[config.method]
         self.method: Method = method.with_clips(config.clip_low, config.clip_high, config.dual_clip)
-        groups = [{"params": list(model.parameters()), "weight_decay": config.weight_decay}]
+        self.weights = list(model.parameters())
+        groups: list[dict[str, Any]] = [{"params": self.weights, "weight_decay": config.weight_decay}]
         self.handle: Perturbation | None = None
         if method.perturbed:
             try:
@@ -104,11 +105,8 @@ class Updater:
                 raise UserError(f"update.layers={config.layers!r}: {error}") from None
             if config.sigma_lr > 0:
                 groups.append(self.handle.param_group(config.sigma_lr))
-        self.optimiser = torch.optim.AdamW(groups, lr=config.lr)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimiser.param_groups for p in group["params"]]
+        self.optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
 
     @contextlib.contextmanager
     def perturbed(self, step: int, experience: Experience) -> Iterator[None]:
@@ -131,7 +129,7 @@ class Updater:
                 torch.autograd.backward(out.loss)
             parts.append(out)
         self.world.sum_gradients(self.parameters)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip)
         if not grad_norm.isfinite():
             raise UserError(f"optimiser step {step}: the gradient's norm is {float(grad_norm)}; lower update.lr")
         self.optimiser.step()

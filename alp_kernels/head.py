@@ -6,20 +6,25 @@ Here arguments are checked and brought to one form; fused.py computes.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .engine import pick
-from .fused import FusedLoss, LinearLogprob, Plan, plan_order
+from .fused import FusedLoss, LinearLogprob, plan_order
 from .layout import flatten
 from .loss import LossOutput, level_log_ratio
 from .noise import LOGITS_LAYER, Stream, check_stream
 from .objective import Objective
 from .perturb import DTYPES
+from .products import Plan, is_tiled
 from .reference import Head
 from .stats import Stats
+
+CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 1 << 30
+"""Memory for a chunk of logits where the caller names none."""
 
 
 class LogitNoise(NamedTuple):
@@ -30,12 +35,6 @@ class LogitNoise(NamedTuple):
     step: int
     row_ids: Tensor | None = None  # like targets, int64; without them row_start, row_start + 1, ...
     row_start: int = 0
-
-
-def _chunk_rows(chunk_bytes: int | None, hidden: Tensor, vocab: int) -> int:
-    if chunk_bytes is None:
-        chunk_bytes = 128 << 20 if hidden.device.type == "cpu" else 1 << 30
-    return max(1, chunk_bytes // (vocab * hidden.element_size()))
 
 
 def _check_head(
@@ -140,9 +139,23 @@ def _check_head(
         stream = stream._replace(row_ids=stream.rows(targets.numel(), hidden.device), row_start=0)
         head = head._replace(sigma=log_sigma.detach().reshape(()).exp(), stream=stream)
     flat_targets = targets.reshape(-1).long().clamp(0, vocab - 1)
-    rows = _chunk_rows(chunk_bytes, hidden, vocab)
-    plan = Plan(pick(engine, hidden.device), head, flat_targets, rows, torch.is_grad_enabled())
+    plan = _plan(pick(engine, hidden.device), head, flat_targets, hidden, weight, chunk_bytes)
     return hidden.reshape(-1, channels), weight, bias, plan
+
+
+def _plan(
+    engine: ModuleType, head: Head, targets: Tensor, hidden: Tensor, weight: Tensor, chunk_bytes: int | None
+) -> Plan:
+    with_grad, (vocab, channels) = torch.is_grad_enabled(), weight.shape
+    sums_weight = with_grad and weight.requires_grad
+    default = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    limit = default if chunk_bytes is None else chunk_bytes
+    if chunk_bytes is None and sums_weight and hidden.dtype in (torch.bfloat16, torch.float16):
+        # several chunks need a float32 dW to be summed in; a single one of that size needs none, and no pass over it
+        limit = max(limit, 4 * vocab * channels)
+    rows = max(1, limit // (vocab * hidden.element_size()))
+    lies_in_dweight = chunk_bytes is None and sums_weight and is_tiled(engine, head, hidden.dtype)
+    return Plan(engine, head, targets, limit, rows, max(rows, channels) if lies_in_dweight else rows, with_grad)
 
 
 def fused_alp_loss(
@@ -183,7 +196,8 @@ def fused_alp_loss(
         bias: (V,), differentiable.
         logit_scale, softcap, logit_noise, temperature: z = (cap(logit_scale x) + noise) / temperature, in this order;
             cap(x) = softcap tanh(x / softcap). temperature: a number, or one for each target.
-        chunk_bytes: memory for one chunk of logits, in bytes; default 128 MiB on a CPU, 1 GiB on other devices.
+        chunk_bytes: memory for one chunk of logits, in bytes; default 240 MiB on a CPU, 1 GiB on other devices, and for 16-bit
+            tensors at least that of a float32 gradient of `weight`, which a single chunk saves.
         engine: "triton", "native", "reference" or None for the automatic choice.
 
     Returns:
@@ -215,7 +229,7 @@ def fused_alp_loss(
         num_sequences=num_sequences,
         nonfinite=nonfinite,
     )
-    order = plan_order(batch, objective, plan.chunk_rows)
+    order = plan_order(batch, objective, plan)
     log_sigma = None if logit_noise is None else logit_noise.log_sigma
     loss, logp, entropy = FusedLoss.apply(flat, head_weight, head_bias, log_sigma, plan, batch, objective, order)
     index = order.rows.sort().values  # not mask.nonzero(), which would wait for the kernels

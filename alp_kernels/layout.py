@@ -248,9 +248,9 @@ def segment_sum(values: Tensor, first: Tensor, last: Tensor) -> Tensor:
     Summed as integers, in steps of 2^-40: the result does not depend on what else is in the batch, no device needs an
     ordered sum, and an infinite value stays in its own segment. Values count as at most 1000 in size.
     """
-    steps = (values.double().clamp(-1e3, 1e3) * 2.0**40).round().long()
-    running = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
-    return (running[last + 1] - running[first]).double() * 2.0**-40
+    steps = (values.double().clamp(-1e3, 1e3) * 2.0**40).round_().long()
+    before = steps.cumsum(0).sub_(steps)  # of each row, the sum of those above it
+    return (before[last] - before[first]).add_(steps[last]).double().mul_(2.0**-40)
 
 
 def first_and_last(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,11 @@ class Model(NamedTuple):
 MODELS = {
     "qwen2.5-0.5b": Model(896, 151936),
     "qwen2.5-1.5b": Model(1536, 151936),
+    "qwen2.5-3b": Model(2048, 151936),
+    "qwen2.5-7b": Model(3584, 152064),
     "qwen3-4b": Model(2560, 151936),
     "qwen3-8b": Model(4096, 151936),
+    "llama-3.2-1b": Model(2048, 128256),
     "llama-3.1-8b": Model(4096, 128256),
 }
 SMOKE = Model(128, 1024)
@@ -32,9 +35,14 @@ class PerturbCase:
     rows: int  # N
     channels: int  # D
     dtype: torch.dtype
+    default: bool = True  # part of a run without --all-cases
 
     def __str__(self) -> str:
-        return f"{self.model} N {self.rows} D {self.channels} {_short(self.dtype)}"
+        return f"{self.model} N {self.rows} D {self.channels} {short(self.dtype)}"
+
+    @property
+    def shape(self) -> dict[str, str | int | float]:
+        return {"model": self.model, "N": self.rows, "D": self.channels, "dtype": short(self.dtype)}
 
     @property
     def mib(self) -> float:
@@ -53,14 +61,25 @@ class HeadCase:
     vocab: int  # V
     dtype: torch.dtype
     masked: float = 0.0
+    default: bool = True  # part of a run without --all-cases
 
     def __str__(self) -> str:
-        shape = f"N {self.rows} D {self.channels} V {self.vocab} {_short(self.dtype)}"
+        shape = f"N {self.rows} D {self.channels} V {self.vocab} {short(self.dtype)}"
         return f"{self.model} {shape}" + (f", {self.masked:.0%} masked" if self.masked else "")
+
+    @property
+    def shape(self) -> dict[str, str | int | float]:
+        sizes = {"N": self.rows, "D": self.channels, "V": self.vocab}
+        return {"model": self.model, **sizes, "dtype": short(self.dtype), "masked": self.masked}
 
     @property
     def rows(self) -> int:
         return self.sequences * self.length
+
+    @property
+    def live(self) -> int:
+        """Rows in the loss."""
+        return sum(self.lengths)
 
     @property
     def lengths(self) -> list[int]:
@@ -74,43 +93,60 @@ class HeadCase:
         """Size of the gradients of hidden states and weight, which every variant returns."""
         return (self.rows + self.vocab) * self.channels * self.dtype.itemsize / 2**20
 
+    @property
+    def least_mib(self) -> float:
+        """Room for the inputs and whatever checks them: hidden states and weight, the weight in float32, a gradient."""
+        return 2 * self.gradient_mib + self.vocab * self.channels * 4 / 2**20 + 1024
+
+    @property
+    def logits_mib(self) -> float:
+        return self.rows * self.vocab * self.dtype.itemsize / 2**20
+
+    @property
+    def eager_mib(self) -> float:
+        """What whole logits cost ordinary PyTorch: them, float32 log-probabilities, and the gradients of both."""
+        return 2 * self.logits_mib + 3 * self.rows * self.vocab * 4 / 2**20 + self.gradient_mib
+
 
 def perturb_cases(device: torch.device, smoke: bool) -> list[PerturbCase]:
-    chosen = (
-        [("qwen2.5-1.5b", 4096, torch.float32), ("qwen2.5-1.5b", 4096, torch.bfloat16)]
-        if device.type == "cpu"
-        else [
-            ("qwen2.5-1.5b", 16384, torch.bfloat16),
-            ("qwen3-8b", 16384, torch.bfloat16),
-            ("qwen3-8b", 16384, torch.float32),
-        ]
-    )
     if smoke:
-        return [PerturbCase("smoke", 256, SMOKE.channels, dtype) for _, _, dtype in chosen[:2]]
-    return [PerturbCase(model, rows, MODELS[model].channels, dtype) for model, rows, dtype in chosen]
+        return [PerturbCase("smoke", 256, SMOKE.channels, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    rows = 4096 if device.type == "cpu" else 16384
+    chosen = [("qwen2.5-1.5b", torch.float32), ("qwen2.5-1.5b", torch.bfloat16)]
+    chosen += [("qwen3-8b", torch.float32), ("qwen3-8b", torch.bfloat16)]
+    return [
+        PerturbCase(model, rows, MODELS[model].channels, dtype, default=device.type != "cpu" or model != "qwen3-8b")
+        for model, dtype in chosen
+    ]
 
 
 def head_cases(device: torch.device, smoke: bool) -> list[HeadCase]:
-    """The GPU's qwen3-8b case is that of huggingface/trl#7244: N 8192, D 4096, V 151936, bfloat16."""
-    chosen: list[tuple[str, int, int, torch.dtype, float]] = (
-        [
-            ("qwen2.5-0.5b", 4, 128, torch.float32, 0.0),
-            ("qwen2.5-0.5b", 4, 128, torch.bfloat16, 0.0),
-            ("qwen2.5-0.5b", 4, 64, torch.float32, 0.6),
-        ]
-        if device.type == "cpu"
-        else [
-            ("qwen2.5-0.5b", 4, 2048, torch.bfloat16, 0.0),
-            ("qwen3-4b", 4, 2048, torch.bfloat16, 0.0),
-            ("qwen3-8b", 4, 2048, torch.bfloat16, 0.0),
-            ("qwen3-8b", 4, 2048, torch.bfloat16, 0.6),
-            ("llama-3.1-8b", 4, 2048, torch.bfloat16, 0.0),
-        ]
-    )
+    """The default cases first, then every other model; dtypes as one would train there.
+
+    The GPU's qwen3-8b case is that of huggingface/trl#7244: N 8192, D 4096, V 151936, bfloat16.
+    """
     if smoke:
-        return [HeadCase("smoke", 4, 32, *SMOKE, dtype, masked) for _, _, _, dtype, masked in chosen[:4]]
-    return [HeadCase(model, b, t, *MODELS[model], dtype, masked) for model, b, t, dtype, masked in chosen]
+        return [HeadCase("smoke", 4, 32, *SMOKE, torch.float32), HeadCase("smoke", 4, 32, *SMOKE, torch.bfloat16, 0.6)]
+
+    def case(model: str, length: int, dtype: torch.dtype, masked: float = 0.0) -> HeadCase:
+        return HeadCase(model, 4, length, *MODELS[model], dtype, masked)
+
+    if device.type == "cpu":
+        chosen = [
+            case("qwen2.5-0.5b", 128, torch.float32),
+            case("qwen2.5-0.5b", 128, torch.bfloat16),
+            case("qwen2.5-0.5b", 64, torch.float32, 0.6),
+        ]
+        others = [case(model, 128, torch.float32) for model in MODELS]
+    else:
+        default = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-4b", "qwen3-8b", "llama-3.1-8b")
+        chosen = [
+            *(case(model, 2048, torch.bfloat16) for model in default),
+            case("qwen3-8b", 2048, torch.bfloat16, 0.6),
+        ]
+        others = [case(model, 2048, torch.bfloat16) for model in MODELS]
+    return chosen + [replace(other, default=False) for other in others if other not in chosen]
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

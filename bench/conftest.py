@@ -1,5 +1,7 @@
 """`pytest bench/ --benchmark-only`: times every op against its peers and prints one table.
 
+    --all-cases             every model, not only the default ones; what does not fit in memory is skipped by name
+    --sweep                 time and memory of the loss head along V and N, in test_sweep.py (see bench.plots)
     --save-results          also write the numbers as JSON lines, a new file for each run, in bench/results
     --results-folder=DIR    ... or there
     --passes=N              how often the variants take turns; more for numbers to publish
@@ -7,7 +9,9 @@
     --benchmark-verbose     pytest-benchmark's own table too
     -k "native or eager or limit"    some variants only
 
-Ratios come from medians of the same run. What this machine lacks is skipped by name; a wrong result fails.
+Every variant's result is checked before any is timed: one that is wrong fails, is not timed, and fails the run.
+Ratios come from medians of the same run. What this machine lacks is skipped by name.
+`python -m bench.table` makes Markdown of saved records, `python -m bench.plots` the sweep's picture.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from contest import Contest, Turn, turns
-from report import save, table
+
+from .contest import Contest, Turn, turns
+from .report import save, table
 
 CONTEST = pytest.StashKey[Contest]()
 
@@ -28,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     results = Path(__file__).parent / "results"
     group.addoption("--results-folder", type=Path, default=results, metavar="DIR", help=f"where to; default {results}")
     group.addoption("--passes", type=int, metavar="N", help="how often the variants take turns")
+    group.addoption("--all-cases", action="store_true", help="every model that fits in memory")
+    group.addoption("--sweep", action="store_true", help="the loss head along V and N")
     group.addoption("--smoke", action="store_true", help="tiny shapes; the numbers mean nothing")
 
 
@@ -39,8 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "turn" in metafunc.fixturenames:
-        groups = metafunc.module.groups(metafunc.config.stash[CONTEST].device, metafunc.config.getoption("smoke"))
-        metafunc.parametrize("turn", turns(groups, metafunc.config.getoption("passes")), ids=str)
+        option = metafunc.config.getoption
+        groups = metafunc.module.groups(metafunc.config.stash[CONTEST].device, option("smoke"))
+        wanted = [group for group in groups if group.wants is None or option(group.wants)]
+        metafunc.parametrize("turn", turns(wanted, option("passes")), ids=str)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -2,7 +2,8 @@
 
 A group is an op on a case with its variants. Before any variant of a group is timed, each has run once: that run
 checks the result, compiles and warms up. Then the variants take turns, pass after pass, so that a machine that slows
-down slows them alike. A variant that is not available is skipped with its reason; one with a wrong result fails.
+down slows them alike. A variant that is not available, or whose memory this machine does not have, is skipped with its
+reason; one with a wrong result fails, and is never timed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any
 
 import pytest
 import torch
-from measure import Clock
 
-from alp_kernels.engine import why_not
+from alp_kernels.engine import pick, why_not
 
-TURN_MS = {"cpu": 250, "cuda": 100}
+from .measure import Clock, free_mib
+from .roofline import Ceilings, Cost, copy_bytes_per_s, product_flop_per_s
+
+TURN_MS = {"cpu": 250, "cuda": 200}
 MAX_ROUNDS = 30
 
 
@@ -35,17 +38,27 @@ class Variant:
         build: from the group's inputs to the function that is timed; what that returns goes to `check`.
         check: raises an AssertionError where the result is wrong.
         unavailable: why the variant cannot run on a device, or None.
+        needs_mib: memory it takes above the inputs, where that is so much that it may not be there.
+        cost: of a variant that does less than its group's op.
     """
 
     name: str
     build: Callable[[Any], Callable[[], Any]]
     check: Callable[[Any, Any], None] | None = None
     unavailable: Callable[[torch.device], str | None] = lambda device: None
+    needs_mib: float = 0.0
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Variants of one op on one case; ratios are against `reference`, fractions of `limit_scale` times `limit`."""
+    """Variants of one op on one case; ratios are against `reference`, fractions of `limit_scale` times `limit`.
+
+    Attributes:
+        needs_mib: memory without which not even the inputs are made.
+        cost: what the op must move and compute; the case then has a dtype. Without it there are no roofline columns.
+        wants: the option without which the group is left out ("all_cases", "sweep"), or None.
+    """
 
     op: str
     case: Any
@@ -56,6 +69,9 @@ class Group:
     limit_scale: float
     limit_text: str
     num_passes: int
+    needs_mib: float = 0.0
+    cost: Cost | None = None
+    wants: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,12 +122,25 @@ class Contest:
         self.selected: set[tuple[int, str]] = set()  # (id of the group, name of the variant)
         self.groups: list[Group] = []
         self.entries: dict[tuple[int, str], Entry] = {}
+        self._copy: float | None = None  # bytes per second
+        self._product: dict[torch.dtype, float] = {}  # FLOP per second
 
     def select(self, selected: Iterable[Turn]) -> None:
         self.selected = {(id(turn.group), turn.variant.name) for turn in selected}
 
     def entry(self, group: Group, name: str) -> Entry | None:
         return self.entries.get((id(group), name))
+
+    def ceilings(self, group: Group) -> Ceilings | None:
+        """What a copy and a product reached in this session, measured when first asked for."""
+        if group.cost is None:
+            return None
+        dtype = group.case.dtype
+        if self._copy is None:
+            self._copy = copy_bytes_per_s(self.device)
+        if dtype not in self._product:
+            self._product[dtype] = product_flop_per_s(self.device, dtype)
+        return Ceilings(self._copy, self._product[dtype])
 
     def play(self, turn: Turn, benchmark: Any) -> None:
         """One variant's rounds in one pass; the first turn of a group prepares all its variants."""
@@ -134,11 +163,22 @@ class Contest:
     def _prepare(self, group: Group) -> None:
         for entry in self.entries.values():
             entry.function = None  # and with it the last group's inputs
+        torch.compiler.reset()  # past a few shapes a compiled function would go on in eager mode, and not say so
         self.groups.append(group)
-        inputs = group.inputs(self.device)
-        for variant in group.variants:
-            if (id(group), variant.name) in self.selected:
-                self.entries[id(group), variant.name] = self._try(variant, inputs)
+        chosen = [variant for variant in group.variants if (id(group), variant.name) in self.selected]
+        free = free_mib(self.device)
+        if group.needs_mib <= free:
+            self.ceilings(group)
+            inputs = group.inputs(self.device)
+        for variant in chosen:
+            needs = group.needs_mib + variant.needs_mib
+            if needs <= free:
+                entry = self._try(variant, inputs)
+            else:
+                entry = Entry(
+                    skipped=f"{variant.name}, {group.case}: {_gib(needs)} GiB of memory, {_gib(free)} are free"
+                )
+            self.entries[id(group), variant.name] = entry
 
     def _try(self, variant: Variant, inputs: Any) -> Entry:
         reason = variant.unavailable(self.device)
@@ -153,16 +193,26 @@ class Contest:
             first_ms = (time.perf_counter() - start) * 1e3
             if variant.check is not None:
                 variant.check(inputs, returned)
+        except torch.OutOfMemoryError as error:
+            return Entry(skipped=f"{variant.name}: {str(error).splitlines()[0]}")
         except Exception:  # fails this variant's tests; the others are still measured
             return Entry(failed=f"{variant.name}\n{traceback.format_exc()}")
         return Entry(function=function, first_ms=first_ms)
+
+
+def _gib(mib: float) -> str:
+    return f"{mib / 1024:.1f}"
 
 
 # ------------------------------------------------------------------ why a variant cannot run
 
 
 def engine_unavailable(name: str) -> Callable[[torch.device], str | None]:
+    """Why an engine is not timed. The reference is a specification: worth its time only where it is all there is."""
+
     def unavailable(device: torch.device) -> str | None:
+        if name == "reference" and pick(None, device).name != name:
+            return f"reference: {pick(None, device).name} serves here"
         if name == "triton" and device.type == "cpu":
             return "triton: needs a GPU"
         reason = why_not(name, device)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from contest import compile_unavailable
 from torch import Tensor
 
 from alp_kernels import Objective, policy_loss
+
+from .contest import compile_unavailable
 
 OBJECTIVES = {"token": Objective.preset("alp-token"), "sequence": Objective.preset("alp-sequence")}
 
@@ -35,6 +38,17 @@ def eager_logp(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def eager(batch: Batch) -> Tensor:
     logp = eager_logp(*batch[:3])
+    return policy_loss(logp, *batch[3:], objective=OBJECTIVES["token"]).loss
+
+
+@functools.cache
+def _compiled_logp() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(eager_logp, dynamic=False)
+
+
+def compiled(batch: Batch) -> Tensor:
+    """Head and log-softmax in one compiled graph; the policy loss, on N numbers, stays eager."""
+    logp = _compiled_logp()(*batch[:3])
     return policy_loss(logp, *batch[3:], objective=OBJECTIVES["token"]).loss
 
 

@@ -7,137 +7,37 @@ gradient of h is du itself.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from cases import PerturbCase, perturb_cases
-from contest import Contest, Group, Turn, Variant, compile_unavailable, engine_unavailable
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from alp_kernels import normal, perturb
-from alp_kernels.noise import NORMAL_BOUND
+from .cases import PerturbCase, perturb_cases
+from .contest import Contest, Group, Turn, Variant, compile_unavailable, engine_unavailable
+from .perturb import (
+    Check,
+    Way,
+    check_copy,
+    check_forward,
+    check_gradients,
+    check_noise,
+    check_ours,
+    compiled,
+    copy,
+    eager,
+    forward,
+    forward_backward,
+    make_inputs,
+    ours,
+    released,
+)
+from .roofline import perturb_backward, perturb_forward
 
-SIGMA = 0.1  # so large that rounding to bfloat16 does not hide the noise from the checks; no time depends on it
-COORDINATES: dict[str, Any] = {"seed": 1, "step": 2, "layer": 3}
 REFERENCE = "eager: h + sigma * randn_like(h)"
 LIMIT = "copy of h (limit)"
 
 
-class Inputs(NamedTuple):
-    h: Tensor  # (N, D)
-    log_sigma: Tensor  # () float32
-    du: Tensor  # (N, D)
-
-
-Way = Callable[[Tensor, Tensor], Tensor]
-"""From h and log_sigma to u."""
-Check = Callable[[Inputs, Tensor], None]
-"""Raises an AssertionError where u is not h plus the right noise."""
-
-
-def make_inputs(device: torch.device, case: PerturbCase) -> Inputs:
-    generator = torch.Generator(device).manual_seed(0)
-    h, du = (torch.randn(case.rows, case.channels, generator=generator, device=device).to(case.dtype) for _ in range(2))
-    return Inputs(h.requires_grad_(), torch.tensor(math.log(SIGMA), device=device, requires_grad=True), du)
-
-
-# ------------------------------------------------------------------ the ways
-
-
-def eager(h: Tensor, log_sigma: Tensor) -> Tensor:
-    return h + log_sigma.exp().to(h.dtype) * torch.randn_like(h)
-
-
-@functools.cache
-def _compiled() -> Way:
-    return torch.compile(eager, dynamic=False)
-
-
-def compiled(h: Tensor, log_sigma: Tensor) -> Tensor:
-    return _compiled()(h, log_sigma)
-
-
-def released(h: Tensor, log_sigma: Tensor) -> Tensor:
-    """As ALP's published code does it: a generator for each call, seeded from a tensor; backward draws again."""
-
-    def inject(h: Tensor, log_sigma: Tensor, seed: Tensor) -> Tensor:
-        generator = torch.Generator(h.device).manual_seed(int(seed))
-        eps = torch.randn(h.shape, generator=generator, device=h.device, dtype=h.dtype)
-        return h + log_sigma.exp().to(h.dtype) * eps
-
-    seed = torch.tensor(17, device=h.device)
-    if not torch.is_grad_enabled():
-        return inject(h, log_sigma, seed)
-    u: Tensor = checkpoint(inject, h, log_sigma, seed, use_reentrant=False)
-    return u
-
-
-def ours(engine: str) -> Way:
-    return functools.partial(perturb, engine=engine, **COORDINATES)
-
-
-# ------------------------------------------------------------------ what is timed, and its check
-
-
-def forward(way: Way, inputs: Inputs) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return way(inputs.h, inputs.log_sigma)
-
-    return run
-
-
-def forward_backward(way: Way, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
-    def run() -> tuple[Tensor, ...]:
-        u = way(inputs.h, inputs.log_sigma)
-        return u, *torch.autograd.grad(u, (inputs.h, inputs.log_sigma), inputs.du)
-
-    return run
-
-
-def copy(inputs: Inputs) -> Callable[[], Tensor]:
-    source, target = inputs.h.detach(), torch.empty_like(inputs.du)
-    return lambda: target.copy_(source)
-
-
-def check_noise(inputs: Inputs, u: Tensor) -> None:
-    """u - h is Gaussian noise of size sigma: its mean, its spread, its kurtosis."""
-    assert u.shape == inputs.h.shape and u.dtype == inputs.h.dtype
-    noise = (u.detach().double() - inputs.h.detach().double()) / SIGMA
-    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
-        found, bound = float(noise.pow(power).mean()), 6 * math.sqrt(variance / noise.numel()) + 0.01 * moment
-        assert abs(found - moment) < bound, f"mean of eps^{power} is {found}, not {moment} +- {bound}"
-
-
-def check_ours(inputs: Inputs, u: Tensor) -> None:
-    """u is h plus the noise of the specification."""
-    h = inputs.h.detach()
-    eps = normal(*h.shape, **COORDINATES, device=h.device, engine="reference")
-    atol = 2 * SIGMA * NORMAL_BOUND
-    torch.testing.assert_close(u, (h.float() + SIGMA * eps).to(h.dtype), rtol=torch.finfo(h.dtype).eps, atol=atol)
-
-
-def check_gradients(check: Check, way: Way) -> Callable[[Inputs, tuple[Tensor, ...]], None]:
-    def both(inputs: Inputs, returned: tuple[Tensor, ...]) -> None:
-        u, dh, _ = returned
-        check(inputs, u)
-        assert torch.equal(dh, inputs.du)
-        # along its own noise, sum(du * eps) is the noise's square: N * D
-        u = way(inputs.h, inputs.log_sigma)
-        eps = (u - inputs.h).detach() / SIGMA
-        (dlog_sigma,) = torch.autograd.grad(u, inputs.log_sigma, eps)
-        assert abs(float(dlog_sigma) / (SIGMA * eps.numel()) - 1) < 0.02, float(dlog_sigma)
-
-    return both
-
-
-# ------------------------------------------------------------------ groups
-
-
-def variants(with_backward: bool) -> Iterator[Variant]:
+def variants(case: PerturbCase, with_backward: bool) -> Iterator[Variant]:
     ways: list[tuple[str, Way, Check, dict[str, Any]]] = [
         (REFERENCE, eager, check_noise, {}),
         ("torch.compile of that", compiled, check_noise, {"unavailable": compile_unavailable}),
@@ -145,12 +45,13 @@ def variants(with_backward: bool) -> Iterator[Variant]:
     ]
     for engine in ("triton", "native", "reference"):
         ways.append((f"alp_kernels {engine}", ours(engine), check_ours, {"unavailable": engine_unavailable(engine)}))
-    yield Variant(LIMIT, copy)
+    yield Variant(LIMIT, copy, check_copy, cost=perturb_forward(case))
     for name, way, check, options in ways:
         if with_backward:
-            yield Variant(name, functools.partial(forward_backward, way), check_gradients(check, way), **options)
+            checked = functools.partial(check_gradients, check, way)
+            yield Variant(name, functools.partial(forward_backward, way), checked, **options)
         else:
-            yield Variant(name, functools.partial(forward, way), check, **options)
+            yield Variant(name, functools.partial(forward, way), functools.partial(check_forward, check), **options)
 
 
 def groups(device: torch.device, smoke: bool) -> list[Group]:
@@ -159,12 +60,14 @@ def groups(device: torch.device, smoke: bool) -> list[Group]:
             op="perturb forward + backward" if with_backward else "perturb forward",
             case=case,
             inputs=functools.partial(make_inputs, case=case),
-            variants=tuple(variants(with_backward)),
+            variants=tuple(variants(case, with_backward)),
             reference=REFERENCE,
             limit=LIMIT,
             limit_scale=1.5 if with_backward else 1.0,
             limit_text=f"{'1.5 copies' if with_backward else 'one copy'} of h, {case.mib:.0f} MiB, in this run",
             num_passes=3,
+            cost=perturb_forward(case) + perturb_backward(case) if with_backward else perturb_forward(case),
+            wants=None if case.default else "all_cases",
         )
         for case in perturb_cases(device, smoke)
         for with_backward in (False, True)

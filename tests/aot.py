@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from alp_kernels.noise import LOGITS_LAYER, Stream
 from alp_kernels.objective import PRESETS, LossRows, Objective
-from alp_kernels.reference import Head, HeadRows
+from alp_kernels.reference import Head, HeadRows, Norm
 from alp_kernels.triton import engine
 
 TARGETS = {
@@ -63,6 +65,16 @@ def _head_bwd(dtype: torch.dtype, head: Head, has_dentropy: bool) -> None:
     engine.head_bwd(_logits(dtype), IDS, head, rows, *_numbers(), _numbers()[0] if has_dentropy else None)
 
 
+def _rms_norm(dtype: torch.dtype, channels: int, scale: str = "absolute", rounding: str = "nearest") -> None:
+    h, norm = torch.zeros(2, channels, dtype=dtype), Norm(torch.ones(channels, dtype=dtype), 1e-6, 0.0)
+    engine.perturb_rms_norm_fwd(h, torch.ones(()), NUMBERED, scale, rounding, norm)
+
+
+def _rms_norm_bwd(dtype: torch.dtype, channels: int, rms: Tensor | None = None) -> None:
+    h, norm = torch.zeros(2, channels, dtype=dtype), Norm(torch.ones(channels, dtype=dtype), 1e-6, 0.0)
+    engine.perturb_rms_norm_bwd(h, h, h, torch.ones(2), rms, NUMBERED, norm, True, True)
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "philox": lambda: engine.philox((IDS,) * 4, (1, 2)),
     "normal": lambda: engine.normal(2, D, NUMBERED, torch.device("cpu")),
@@ -71,6 +83,11 @@ CASES: dict[str, Callable[[], Any]] = {
     "perturb_fwd fp16 rms stochastic": lambda: _perturb_fwd(torch.float16, NAMED, "rms", "stochastic"),
     "perturb_bwd bf16": lambda: engine.perturb_bwd(torch.zeros(2, D, dtype=torch.bfloat16), NUMBERED, None),
     "perturb_bwd fp32 rms": lambda: engine.perturb_bwd(torch.zeros(2, D), NAMED, torch.ones(2)),
+    "perturb_rms_norm_fwd bf16": lambda: _rms_norm(torch.bfloat16, D),
+    "perturb_rms_norm_fwd fp16 rms stochastic D 8192": lambda: _rms_norm(torch.float16, 8192, "rms", "stochastic"),
+    "perturb_rms_norm_bwd bf16": lambda: _rms_norm_bwd(torch.bfloat16, D),
+    "perturb_rms_norm_bwd fp32 rms D 8192": lambda: _rms_norm_bwd(torch.float32, 8192, torch.ones(2)),
+    "scale bf16": lambda: engine.scale_(torch.zeros(2, D, dtype=torch.bfloat16), torch.ones(())),
     "head_fwd bf16": lambda: engine.head_fwd(_logits(torch.bfloat16), IDS, PLAIN),
     "head_fwd fp32 full": lambda: engine.head_fwd(_logits(torch.float32), IDS, FULL),
     "head_bwd bf16": lambda: _head_bwd(torch.bfloat16, PLAIN, False),
@@ -87,12 +104,12 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
-def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, tuple[Any, ...]]]:
-    """The kernels that `call` would start, with their arguments in order."""
-    recorded: list[tuple[JITFunction, tuple[Any, ...]]] = []
+def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
+    """The kernels that `call` would start, with their arguments in order and the compiler's options."""
+    recorded: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
 
-    def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool) -> None:
-        recorded.append((self, args))
+    def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        recorded.append((self, args, options))
 
     original, JITFunction.run = JITFunction.run, record
     try:
@@ -170,8 +187,9 @@ def build(target: str, cases: list[str]) -> dict[str, dict[str, int]]:
     """Measurements of each kernel of each case: {"case: kernel": {...}}."""
     found = {}
     for case in cases:
-        for kernel, args in launches(CASES[case]):
-            compiled = triton.compile(source(kernel, args), target=TARGETS[target])
+        for kernel, args, options in launches(CASES[case]):
+            driver.set_active(SimpleNamespace(get_current_target=lambda: TARGETS[target]))  # read by target_info
+            compiled = triton.compile(source(kernel, args), target=TARGETS[target], options=options)
             found[f"{case}: {kernel.__name__}"] = measure(compiled)
     return found
 

@@ -25,3 +25,9 @@ def engine(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return str(request.param)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` need a device that Triton serves; TRITON_INTERPRET=1 makes the CPU one."""
+    if item.get_closest_marker("gpu") is not None and (reason := why_not("triton", DEVICE)) is not None:
+        pytest.skip(f"triton: {reason}")

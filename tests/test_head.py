@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alp_kernels import LogitNoise, Objective, fused_alp_loss, linear_logprob, normal, policy_loss
+from alp_kernels.engine import why_not
 from alp_kernels.noise import LOGITS_LAYER
 from alp_kernels.objective import Level
+from alp_kernels.products import even_sizes
 
 from .batches import make_batch, pack
 from .compare import assert_within_budget, gradients
@@ -41,6 +43,10 @@ def make_head(seed, batch, time, channels=16, vocab=37, dtype=torch.float64):
     del b["logp"], b["entropy"]
     rest = {k: v.to(DEVICE) for k, v in b.items()}
     return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), targets.to(DEVICE), rest
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def noise(log_sigma, targets):
@@ -159,6 +165,75 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, vocab, level):
             assert torch.equal(actual, torch.zeros_like(actual))
         else:
             assert_within_budget(actual, ordinary, truth, dtype, what)
+
+
+@pytest.mark.skipif(why_not("native", DEVICE) is not None, reason="needs the native engine")
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("tile", [1, 64, 1000, 4096])
+@pytest.mark.parametrize("chunk_rows", [None, 5])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
+def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chunk_rows, entropy_coef):
+    from alp_kernels.native import engine as native
+
+    monkeypatch.setattr(native, "TILE", tile)
+    vocab = 1031
+    hidden, weight, targets, rest = make_head(1, 3, 11, channels=24, vocab=vocab, dtype=torch.float32)
+    targets[0, :4] = torch.tensor([0, 63, 64, vocab - 1])  # ends of tiles
+    extras = dict(EXTRAS[extra])
+    objective = Objective("sequence", clip_low=1.0, clip_high=1e6, dual_clip=None, entropy_coef=entropy_coef)
+    narrow = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
+    rest.update({k: v.double() for k, v in narrow.items() if v.is_floating_point()})
+    leaves, names = [hidden, weight], []
+    if extras.pop("bias", False):
+        names, leaves = ["bias"], [*leaves, torch.linspace(-1, 1, vocab)]
+    if extras.pop("logit_noise", False):  # noise needs whole rows: these stay right too
+        names, leaves = ["log_sigma"], [*leaves, torch.tensor(math.log(0.3))]
+    chunk_bytes = None if chunk_rows is None else chunk_rows * vocab * 4
+
+    def fused(h, w, *more):
+        given_ = dict(zip(names, more, strict=True))
+        if "log_sigma" in given_:
+            given_ = {"logit_noise": noise(given_["log_sigma"], targets)}
+        return fused_alp_loss(
+            h, w, targets, **narrow, objective=objective, **extras, **given_, chunk_bytes=chunk_bytes, engine="native"
+        ).loss
+
+    def plain(real):
+        batch = narrow if real == torch.float32 else rest
+        return lambda h, w, *more: plain_loss(
+            h, w, targets, batch, objective, extras, real=real, **dict(zip(names, more, strict=True))
+        )
+
+    double = [x.double() for x in leaves]
+    ordinary, exact = plain(torch.float32), plain(torch.float64)
+    assert_within_budget(fused(*leaves), ordinary(*leaves), exact(*double), torch.float32, "loss")
+    found = zip(gradients(fused, leaves), gradients(ordinary, leaves), gradients(exact, double), strict=True)
+    for what, three in zip(("dhidden", "dweight", *names), found, strict=True):
+        assert_within_budget(*three, torch.float32, what)
+
+
+@pytest.mark.skipif(why_not("native", DEVICE) is not None, reason="needs the native engine")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_tile_hands_on_what_is_not_finite(monkeypatch, bad):
+    from alp_kernels.native import engine as native
+
+    monkeypatch.setattr(native, "TILE", 16)
+    hidden, weight = torch.eye(3, 4), torch.randn(70, 4, generator=generator())
+    weight[33, 1] = bad  # row 1 meets it in its third tile
+    targets = torch.tensor([3, 40, 69])
+    logp, entropy = linear_logprob(hidden, weight, targets, engine="native")
+    whole = linear_logprob(hidden, weight, targets, engine="reference")
+    for found, expected in zip((logp, entropy), whole, strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@given(num_rows=st.integers(0, 5000), first=st.integers(1, 900), rest=st.integers(1, 900))
+def test_chunks_are_as_few_as_fit_and_filled_alike(num_rows, first, rest):
+    sizes = even_sizes(num_rows, first, rest)
+    assert sum(sizes) == num_rows
+    assert all(0 < size <= (first if i == 0 else rest) for i, size in enumerate(sizes))
+    assert len(sizes) == (num_rows > 0) + max(0, -(-(num_rows - first) // rest))
+    assert max(sizes[1:], default=0) - min(sizes[1:], default=0) <= 1
 
 
 @given(seed=st.integers(0, 99), level=st.sampled_from(LEVELS), rows=st.integers(1, 30), cut=st.integers(1, 4))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alp_kernels import Objective, fused_alp_loss, linear_logprob
+from alp_kernels import Objective, fused_alp_loss, head, linear_logprob
+from alp_kernels.engine import why_not
 
+from .conftest import DEVICE
 from .test_head import LEVELS, make_head
 
 
@@ -17,7 +19,7 @@ class Multiplications(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             a, b = args[-2:]
             self.count += a.shape[0] * a.shape[1] * b.shape[1]
         return func(*args, **(kwargs or {}))
@@ -88,6 +90,40 @@ def test_one_chunk_of_logits_is_alive_at_a_time(level):
 
     with Watch():
         fused_alp_loss(
-            hidden.requires_grad_(), weight, targets, **rest, objective=Objective(level), chunk_bytes=16 * 512 * 4
-        ).loss.backward()
+            hidden.requires_grad_(), weight, targets, **rest, objective=Objective(level), chunk_bytes=16 * 512 * 4,
+            engine="reference",
+        ).loss.backward()  # fmt: skip
     assert len(chunks) >= 4
+
+
+@pytest.mark.skipif(why_not("native", DEVICE) is not None, reason="needs the native engine")
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("num_rows", "room"), [(24, 0), (48, 24 * 20000)])
+def test_the_first_chunk_of_logits_lies_in_the_memory_of_dweight(level, num_rows, room, monkeypatch):
+    """With D = 24 channels 24 rows need no memory for logits but two tiles', and 48 rows that of 24 more."""
+    channels, vocab = 24, 20000
+    hidden, weight, targets, rest = make_head(0, num_rows // 4, 4, channels, vocab, torch.float32)
+    rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
+    rest |= {"mask": torch.ones_like(rest["mask"]), "advantages": torch.ones_like(rest["advantages"])}
+    monkeypatch.setattr(head, "CPU_CHUNK_BYTES", room * 4 or 1)
+    sizes = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != weight.data_ptr():
+                storage = out.untyped_storage()
+                sizes[storage.data_ptr()] = max(sizes.get(storage.data_ptr(), 0), storage.nbytes() // 4)
+            return out
+
+    with Watch():
+        fused_alp_loss(
+            hidden.requires_grad_(),
+            weight.requires_grad_(),
+            targets,
+            **rest,
+            objective=Objective(level),
+            engine="native",
+        ).loss.backward()
+    large = sorted(size for size in sizes.values() if size > 24 * 4096)
+    assert large == sorted(size for size in (room, vocab * channels) if size)

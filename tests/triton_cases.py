@@ -16,8 +16,8 @@ from alp_kernels import objective as objectives
 from alp_kernels import perturb as perturb_rows
 from alp_kernels.noise import LOGITS_LAYER, MAX_ROW, MAX_SEED, MAX_STEP, NORMAL_BOUND, Stream
 from alp_kernels.objective import PRESETS, LossRows, Objective
-from alp_kernels.reference import Head
-from alp_kernels.triton import engine, head, noise, perturb, rounding
+from alp_kernels.reference import Head, Norm
+from alp_kernels.triton import engine, head, noise, perturb, rms_norm, rounding
 
 from .compare import assert_within_budget
 from .conftest import DEVICE
@@ -229,6 +229,56 @@ def test_perturb_bwd_stays_within_the_error_budget(dtype, has_rms):
     exact = reference.perturb_bwd(du.double(), STREAM, None if rms is None else rms.double())
     assert_within_budget(ours, ordinary, exact, torch.float32)
     assert torch.equal(engine.perturb_bwd(du, STREAM, rms), ours)
+
+
+@pytest.mark.parametrize(
+    ("num_channels", "dtype", "scale", "offset", "rounding_mode"),
+    [
+        (1, torch.float32, "absolute", 0.0, "nearest"),
+        (5, torch.bfloat16, "rms", 1.0, "nearest"),
+        (63, torch.float16, "rms", 0.0, "stochastic"),
+        (260, torch.float32, "rms", 1.0, "nearest"),
+        (260, torch.bfloat16, "absolute", 1.0, "stochastic"),
+        (260, torch.float16, "absolute", 0.0, "nearest"),
+    ],
+)
+def test_perturb_rms_norm_keeps_the_bits_of_u_and_the_error_budget(num_channels, dtype, scale, offset, rounding_mode):
+    shape, sigma = (9, num_channels), torch.tensor(0.1, device=DEVICE)
+    h, du, dy = (randn(*shape, seed=seed).to(dtype) for seed in range(3))
+    norm = Norm((1 + 0.1 * randn(num_channels, seed=3)).to(dtype), 1e-5, offset)
+    u, y, rstd, rms = engine.perturb_rms_norm_fwd(h, sigma, STREAM, scale, rounding_mode, norm)
+    alone, alone_rms = engine.perturb_fwd(h, sigma, STREAM, scale, rounding_mode)
+    assert torch.equal(u, alone)
+    assert rms is None or torch.equal(rms, alone_rms)
+    found = engine.perturb_rms_norm_bwd(du, dy, u, rstd, rms, STREAM, norm, True, True)
+    outs = {}
+    for real in (torch.float32, torch.float64):
+        wide = Norm(norm.weight.to(real), norm.eps, norm.offset)
+        _, y_real, rstd_real = reference.rms_norm(u.to(real), wide)
+        dh, dweight = reference.rms_norm_bwd(du.to(real), dy.to(real), u.to(real), rstd_real, wide, True)
+        outs[real] = (y_real, dh, dweight)
+    ordinary, exact = outs[torch.float32], outs[torch.float64]
+    for what, a, o, t in zip(("y", "dh", "dweight"), (y, found[0], found[2]), ordinary, exact, strict=True):
+        assert_within_budget(a, o.to(dtype), t, dtype, what)
+    rms64 = None if rms is None else rms.double()
+    right = reference.perturb_bwd(exact[1], STREAM, rms64)
+    size = (exact[1].abs() * (1 if rms64 is None else rms64[:, None])).sum()
+    assert abs(found[1].double() - right) <= 4e-6 * size
+    dh, dsigma, dweight = engine.perturb_rms_norm_bwd(du, dy, u, rstd, rms, STREAM, norm, False, False)
+    assert torch.equal(dh, found[0])
+    assert dsigma is dweight is None
+
+
+def test_rows_too_long_for_registers_take_the_other_way(monkeypatch):
+    sigma, norm = torch.tensor(0.1, device=DEVICE), Norm(1 + 0.1 * randn(40, seed=3), 1e-5, 0.0)
+    h, du, dy = (randn(7, 40, seed=seed) for seed in range(3))
+    results = []
+    for longest in (40, 39):
+        monkeypatch.setattr(rms_norm, "LONGEST_ROW", longest)
+        u, y, rstd, rms = engine.perturb_rms_norm_fwd(h, sigma, STREAM, "absolute", "nearest", norm)
+        results.append((u, y, *engine.perturb_rms_norm_bwd(du, dy, u, rstd, rms, STREAM, norm, True, True)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_float64_is_the_references():
@@ -452,6 +502,15 @@ def test_numbers_of_rows_may_be_expanded_scalars():
     engine.head_token_loss(x, targets, Head(), rows, Objective())
     engine.head_token_loss(y, targets, Head(), expanded, Objective())
     assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("size", [1, 5, 40000])
+def test_scaling_in_place_is_pytorchs(dtype, size):
+    x = randn(size).to(dtype)
+    for by in (1.0, 0.37, -(2.0**20)):
+        factor = torch.tensor(by, device=DEVICE)
+        assert torch.equal(engine.scale_(x.clone(), factor), x * factor)
 
 
 def test_empty_chunks_launch_nothing():

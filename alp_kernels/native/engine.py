@@ -18,6 +18,7 @@ from .library import isa as isa
 
 name = "native"
 FUSES_TOKEN_LOSS = False
+TILE = 4096
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -191,10 +192,10 @@ def perturb_rms_norm_bwd(
 
 
 class _HeadArguments:
-    """A Head and its rows as the C side reads them, holding what the addresses point to."""
+    """A Head and its rows as the C side reads them, holding what the addresses point to. x (n, width): a tile from `start` on."""
 
-    def __init__(self, x: Tensor, targets: Tensor, head: Head) -> None:
-        num_rows, vocabulary = x.shape
+    def __init__(self, x: Tensor, targets: Tensor, head: Head, start: int = 0, vocabulary: int | None = None) -> None:
+        num_rows, width = x.shape
         self.targets = _vector(targets, torch.int64, num_rows)
         self.temperature = _vector(head.temperature, torch.float32, num_rows)
         self.sigma = _scalar(head.sigma)
@@ -205,7 +206,9 @@ class _HeadArguments:
             _at(self.targets),
             _at(self.temperature),
             _at(self.sigma),
-            vocabulary,
+            width if vocabulary is None else vocabulary,
+            start,
+            width,
             head.logit_scale,
             head.softcap or 0.0,
         )
@@ -215,14 +218,9 @@ def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
     """Log-probability, entropy and log-sum-exp of each row of logits x (n, V), all (n,) float32; x is left as it is."""
     if x.dtype == torch.float64:
         return reference.head_fwd(x, targets, head)
-    num_rows = x.shape[0]
-    args = _HeadArguments(x, targets, head)
-    rows = HeadRows(_floats(num_rows), _floats(num_rows), _floats(num_rows))
-    out = c.HeadFwd(_at(rows.logp), _at(rows.entropy), _at(rows.lse))
-    c.library.alp_head_fwd(
-        byref(args.stream), byref(args.head), byref(out), num_rows, DTYPES[x.dtype], torch.get_num_threads()
-    )
-    return rows
+    rows = HeadTiles(len(x))
+    rows.add(x, 0, x.shape[1], targets, head, None)
+    return rows.out
 
 
 def head_bwd(
@@ -231,11 +229,71 @@ def head_bwd(
     """Replace logits x (n, V) by their gradient, in place; returns dsigma () float32 where there is noise on them."""
     if x.dtype == torch.float64:
         return reference.head_bwd(x, targets, head, rows, dlogp, dentropy)
-    num_rows = x.shape[0]
-    args = _HeadArguments(x, targets, head)
-    vectors = [_vector(vector, torch.float32, num_rows) for vector in (*rows, dlogp, dentropy)]
-    given = c.HeadBwd(*map(_at, vectors))
-    dsigma = c.library.alp_head_bwd(
-        byref(args.stream), byref(args.head), byref(given), num_rows, DTYPES[x.dtype], torch.get_num_threads()
-    )
+    dsigma = _head_bwd(_HeadArguments(x, targets, head), x, rows, dlogp, dentropy, None, x)
     return None if head.sigma is None else torch.tensor(dsigma, dtype=torch.float32, device="cpu")
+
+
+def _head_bwd(
+    args: _HeadArguments,
+    x: Tensor,
+    rows: HeadRows,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    wanted: Tensor | None,
+    dx: Tensor,
+) -> float:
+    vectors = [_vector(vector, torch.float32, len(x)) for vector in (*rows, dlogp, dentropy)]
+    given = c.HeadBwd(*map(_at, vectors), _at(wanted), _at(dx))
+    dsigma: float = c.library.alp_head_bwd(
+        byref(args.stream), byref(args.head), byref(given), len(dx), DTYPES[x.dtype], torch.get_num_threads()
+    )
+    return dsigma
+
+
+class HeadTiles:
+    """head_fwd of n rows whose logits come a tile of the vocabulary after the other; `out` is whole after the last."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.out = HeadRows(_floats(num_rows), _floats(num_rows), _floats(num_rows))
+        self._carry = torch.empty(num_rows, c.CARRY, dtype=torch.float64, device="cpu")
+
+    def add(self, x: Tensor, start: int, vocabulary: int, targets: Tensor, head: Head, base: Tensor | None) -> None:
+        """Take up x (n, width), the logits of tokens start, start + 1, ...; noise on them needs whole rows.
+
+        base: None, or (n,) float32 to be written; x is then replaced by e^(z - base), and by 0 at the target.
+        """
+        assert head.sigma is None or (x.shape[1] == vocabulary and base is None)
+        args = _HeadArguments(x, targets, head, start, vocabulary)
+        out = c.HeadFwd(*map(_at, self.out), _at(self._carry), _at(base))
+        c.library.alp_head_fwd(
+            byref(args.stream), byref(args.head), byref(out), len(x), DTYPES[x.dtype], torch.get_num_threads()
+        )
+
+
+def head_bwd_tile(
+    x: Tensor,
+    start: int,
+    vocabulary: int,
+    targets: Tensor,
+    head: Head,
+    rows: HeadRows,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    wanted: Tensor,
+    dx: Tensor,
+) -> None:
+    """dx (m, width): the gradient of rows `wanted` (m,) int64 of the tile x (n, width) of logits from token `start` on."""
+    assert head.sigma is None
+    _head_bwd(_HeadArguments(x, targets, head, start, vocabulary), x, rows, dlogp, dentropy, wanted, dx)
+
+
+def scale_(tensor: Tensor, by: Tensor) -> Tensor:
+    """tensor *= by (), in place; a factor of 1 costs nothing."""
+    return tensor if float(by) == 1 else tensor.mul_(by)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Room for a gradient that is written soon and whole, in huge pages where it is large and Linux offers them."""
+    room = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    c.library.alp_prefer_huge_pages(_at(room), room.numel() * room.element_size())
+    return room

@@ -1,5 +1,4 @@
-// Log-probability, entropy and log-sum-exp of one row of logits, and the row's gradient in place of its logits.
-// Blocks come in the noise's order (four streams a quarter of the row apart), with noise or without.
+// Log-probability, entropy and log-sum-exp of rows of logits, and their gradient: a row at once, or tile after tile.
 #pragma once
 
 #include <math.h>
@@ -7,6 +6,42 @@
 #include "segments.h"
 
 namespace {
+
+// How a row's tile is cut into blocks of four pieces. Noise fixes the pieces: a quarter of the vocabulary apart, which
+// share a Philox call. Without noise the four lie one after the other.
+struct Walk {
+    int64_t width, quarter;
+    bool noisy;
+
+    explicit Walk(const Head& a) : width(a.width), quarter(quarter_of(a.width)), noisy(a.sigma != nullptr) {}
+
+    int64_t at(int j, int64_t q0) const { return noisy ? j * quarter + q0 : 4 * q0 + j * BLOCK; }
+    int count(int64_t q0) const {  // of each piece, with padding
+        if (noisy) return block_size(q0, quarter);
+        const int64_t left = width - 4 * q0;
+        return left >= BLOCK ? BLOCK : static_cast<int>((left + LANES - 1) / LANES) * LANES;
+    }
+    int size(int j, int64_t q0, int count) const {  // of piece j, without padding
+        if (noisy) return stream_size(j, q0, count, quarter, width);
+        const int64_t left = width - at(j, q0);
+        return static_cast<int>(left < 0 ? 0 : left < BLOCK ? left : BLOCK);
+    }
+};
+
+// Where a tile holds the row's target: in piece j of the block at q0, element i; q0 is -1 where it does not.
+struct Target {
+    int64_t q0 = -1;
+    int j = 0, i = 0;
+
+    Target(const Walk& walk, int64_t position) {  // counted from the tile's first token
+        if (position < 0 || position >= walk.width) return;
+        const int64_t piece = walk.noisy ? walk.quarter : BLOCK;
+        const int64_t q = walk.noisy ? position % piece : position / (4 * BLOCK) * BLOCK;
+        j = static_cast<int>(walk.noisy ? position / piece : position / piece % 4);
+        q0 = q / BLOCK * BLOCK;
+        i = static_cast<int>(walk.noisy ? q - q0 : position % BLOCK);
+    }
+};
 
 // z of a block of logits, and what its gradient needs; elements past the row's end are -inf.
 struct HeadBlock {
@@ -16,13 +51,14 @@ struct HeadBlock {
 };
 
 template <class T>
-inline void load_head(const Head& a, const RowStream& noise, int64_t n, int64_t q0, int count, HeadBlock& out) {
-    const int64_t V = a.V, Q = quarter_of(V);
-    const auto* x = static_cast<const typename T::Storage*>(a.x) + n * V;
+inline void load_head(
+    const Head& a, const Walk& walk, const RowStream& noise, int64_t n, int64_t q0, int count, HeadBlock& out) {
+    const auto* x = static_cast<const typename T::Storage*>(a.x) + n * a.width;
     if (a.sigma) normal_block(noise, q0, count, out.noise);
     for (int j = 0; j < 4; ++j) {
         float* z = out.z[j];
-        load<T>(x + j * Q + q0, stream_size(j, q0, count, Q, V), z, count, -INFINITY);
+        const int size = walk.size(j, q0, count);
+        load<T>(x + walk.at(j, q0), size, z, count, -INFINITY);
         if (a.logit_scale != 1.0f) {
 #pragma omp simd
             for (int i = 0; i < count; ++i) z[i] *= a.logit_scale;
@@ -44,8 +80,7 @@ inline void load_head(const Head& a, const RowStream& noise, int64_t n, int64_t 
 #pragma omp simd
             for (int i = 0; i < count; ++i) z[i] /= temperature;
         }
-        // a cap makes -inf finite, so the padding is laid again
-        for (int i = stream_size(j, q0, count, Q, V); i < count; ++i) z[i] = -INFINITY;
+        for (int i = size; i < count; ++i) z[i] = -INFINITY;  // again: a cap makes it finite
     }
 }
 
@@ -82,26 +117,45 @@ inline void take_out(HeadBlock& block, int count, float z, int* at_j, int* at_i)
     }
 }
 
+// Brings exponentials relative to one largest z to another.
+template <class T>
+inline void rescale(typename T::Storage* x, int64_t size, float factor) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) x[i] = T::nearest(T::load(x[i]) * factor);
+}
+
 // One pass: sums are kept relative to the largest z so far, and rescaled when a larger one comes. The largest term is 1
 // and stays out of them, so the logarithm of a near-certain row keeps its digits; the target's is added at the end.
 template <class T>
 void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64_t n) {
-    const int64_t Q = quarter_of(a.V), target = a.targets[n], target_j = target / Q, target_q = target % Q;
+    const Walk walk(a);
+    const Target target(walk, a.targets[n] - a.start);
     const RowStream noise(stream, a.sigma ? n : 0);
     HeadBlock block;
     alignas(64) float exp[BLOCK], weighted_exp[BLOCK];
     Sum others, weighted;  // sums of e^(z - top) and e^(z - top) (z - top), without top and target
     float top = -INFINITY, target_z = NAN;
     bool target_is_top = false;
-    for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
-        const int count = block_size(q0, Q);
-        load_head<T>(a, noise, n, q0, count, block);
-        const bool has_target = q0 <= target_q && target_q < q0 + count;
-        if (has_target) target_z = block.z[target_j][target_q - q0];
+    double* carry = out.carry ? out.carry + n * CARRY : nullptr;
+    auto* x = static_cast<typename T::Storage*>(a.x) + n * a.width;
+    if (a.start > 0) {
+        top = static_cast<float>(carry[0]);
+        others.lane[0] = carry[1];
+        weighted.lane[0] = carry[2];
+        target_z = static_cast<float>(carry[3]);
+        target_is_top = carry[4] != 0;
+    }
+    for (int64_t q0 = 0; 4 * q0 < a.width; q0 += BLOCK) {
+        const int count = walk.count(q0);
+        load_head<T>(a, walk, noise, n, q0, count, block);
+        const bool has_target = q0 == target.q0;
+        if (has_target) target_z = block.z[target.j][target.i];
         const float max = block_max(block, count);
+        int top_j = -1, top_i = 0;  // of a new largest element
         if (max > top) {
             if (top > -INFINITY) {
                 const double shift = static_cast<double>(top) - static_cast<double>(max), factor = ::exp(shift);
+                if (out.base) rescale<T>(x, 4 * q0, static_cast<float>(factor));
                 for (int l = 0; l < LANES; ++l) {
                     weighted.lane[l] = (weighted.lane[l] + others.lane[l] * shift) * factor;
                     others.lane[l] *= factor;
@@ -112,11 +166,10 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
                 }
             }
             top = max;
-            int j = 0, i = 0;
-            take_out(block, count, top, &j, &i);
-            target_is_top = j * Q + q0 + i == target;
+            take_out(block, count, top, &top_j, &top_i);
+            target_is_top = has_target && top_j == target.j && top_i == target.i;
         }
-        if (has_target) block.z[target_j][target_q - q0] = -INFINITY;
+        if (has_target) block.z[target.j][target.i] = -INFINITY;
         const float base = top == -INFINITY ? 0.0f : top;
         Lanes exp_sum = {}, weighted_sum = {};
         for (int j = 0; j < 4; ++j) {
@@ -132,9 +185,20 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
                 exp_sum += lanes_at(exp + i);
                 weighted_sum += lanes_at(weighted_exp + i);
             }
+            if (out.base) store<T>(exp, walk.size(j, q0, count), x + walk.at(j, q0));
         }
+        if (out.base && top_j >= 0 && !target_is_top) x[walk.at(top_j, q0) + top_i] = T::nearest(1.0f);
         others.add(exp_sum);
         weighted.add(weighted_sum);
+    }
+    if (out.base) out.base[n] = top == -INFINITY ? 0.0f : top;
+    if (a.start + a.width < a.V) {
+        carry[0] = static_cast<double>(top);
+        carry[1] = others.total();
+        carry[2] = weighted.total();
+        carry[3] = static_cast<double>(target_z);
+        carry[4] = target_is_top;
+        return;
     }
     const double t = static_cast<double>(target_z) - static_cast<double>(top), target_exp = ::exp(t);
     double rest = others.total() + (target_is_top ? 0.0 : target_exp);
@@ -148,24 +212,25 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
 
 // dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H); the target's 1 - p comes from expm1, uncancelled.
 template <class T>
-double head_bwd_row(const Stream& stream, const Head& a, const HeadBwd& rows, int64_t n) {
-    const int64_t V = a.V, Q = quarter_of(V), target = a.targets[n], target_j = target / Q, target_q = target % Q;
-    auto* x = static_cast<typename T::Storage*>(a.x) + n * V;
+double head_bwd_row(const Stream& stream, const Head& a, const HeadBwd& rows, int64_t m) {
+    const int64_t n = rows.rows ? rows.rows[m] : m;
+    const Walk walk(a);
+    const Target target(walk, a.targets[n] - a.start);
+    auto* dx = static_cast<typename T::Storage*>(rows.dx) + m * a.width;
     const RowStream noise(stream, a.sigma ? n : 0);
     const float lse = rows.lse[n], dlogp = rows.dlogp[n], entropy = rows.entropy[n];
     const float dentropy = rows.dentropy ? rows.dentropy[n] : 0.0f;
     const float certain = dlogp * static_cast<float>(-::expm1(static_cast<double>(rows.logp[n])));
     HeadBlock block;
     Sum dsigma;
-    for (int64_t q0 = 0; q0 < Q; q0 += BLOCK) {
-        const int count = block_size(q0, Q);
-        load_head<T>(a, noise, n, q0, count, block);
+    for (int64_t q0 = 0; 4 * q0 < a.width; q0 += BLOCK) {
+        const int count = walk.count(q0);
+        load_head<T>(a, walk, noise, n, q0, count, block);
         Lanes noise_sum = {};
         for (int j = 0; j < 4; ++j) {
-            const int size = stream_size(j, q0, count, Q, V);
+            const int size = walk.size(j, q0, count);
             if (size == 0) continue;
             float* dz = block.z[j];
-            const int64_t at = j == target_j && q0 <= target_q && target_q < q0 + count ? target_q - q0 : -1;
             if (rows.dentropy) {
 #pragma omp simd
                 for (int i = 0; i < count; ++i) {
@@ -181,10 +246,10 @@ double head_bwd_row(const Stream& stream, const Head& a, const HeadBwd& rows, in
                     dz[i] = -(dlogp * exp_of(log_p < EXP_FLOOR ? EXP_FLOOR : log_p));
                 }
             }
-            if (at >= 0) {
+            if (q0 == target.q0 && j == target.j) {
                 const float log_p = rows.logp[n];  // with the digits that z - lse has lost
                 const float clamped = log_p < EXP_FLOOR ? EXP_FLOOR : log_p;
-                dz[at] = certain - (rows.dentropy ? dentropy * (exp_of(clamped) * (clamped + entropy)) : 0.0f);
+                dz[target.i] = certain - (rows.dentropy ? dentropy * (exp_of(clamped) * (clamped + entropy)) : 0.0f);
             }
             if (a.temperature) {
                 const float temperature = a.temperature[n];
@@ -202,7 +267,7 @@ double head_bwd_row(const Stream& stream, const Head& a, const HeadBwd& rows, in
 #pragma omp simd
                 for (int i = 0; i < count; ++i) dz[i] *= a.logit_scale;
             }
-            store<T>(dz, size, x + j * Q + q0);
+            store<T>(dz, size, dx + walk.at(j, q0));
         }
         dsigma.add(noise_sum);
     }

@@ -8,7 +8,7 @@
 namespace alp {
 
 // Raised with every change to a structure or a signature below; engine.py refuses a library with another number.
-constexpr int32_t INTERFACE = 2;
+constexpr int32_t INTERFACE = 4;
 
 constexpr uint32_t ROUNDING_BIT = 0x8000;  // set in the layer for the bits of stochastic rounding
 
@@ -58,27 +58,35 @@ struct PerturbRmsNormBwd {  // dh = du + rstd (g - x mean_d(g x)), g = dy scale,
 };
 
 struct Head {  // z = (cap(scale x) + sigma eps) / temperature
-    void* x;   // (n, V); head_bwd leaves the gradient here
+    void* x;  // (n, width): tokens start .. start + width - 1 of each row
     const int64_t* targets;
     const float* temperature;  // (n,) or null: 1
-    const float* sigma;        // () or null: no noise
+    const float* sigma;        // () or null: no noise; with noise a row is always whole
     int64_t V;
+    int64_t start;
+    int64_t width;
     float logit_scale;
     float softcap;  // 0: none
 };
 
-struct HeadFwd {  // all (n,)
+constexpr int CARRY = 5;  // numbers that a row hands on from one tile of its logits to the next
+
+struct HeadFwd {  // (n,), written with the row's last tile
     float* logp;
     float* entropy;
     float* lse;
+    double* carry;  // (n, CARRY), null where rows are whole
+    float* base;    // (n,) or null; where given, x becomes e^(z - base), and 0 at the target. Not with noise
 };
 
-struct HeadBwd {  // all (n,)
-    const float* logp;
+struct HeadBwd {
+    const float* logp;  // this and the next four (n,)
     const float* entropy;
     const float* lse;
     const float* dlogp;
     const float* dentropy;  // or null
+    const int64_t* rows;    // (m,) the rows wanted, null: all n
+    void* dx;               // (m, width), may be Head::x where rows is null
 };
 
 // One build, its arrays indexed by dtype: 0 float32, 1 bfloat16, 2 float16. A function does one row, or rows begin to end
@@ -94,7 +102,7 @@ struct Rows {
     void (*perturb_rms_norm_bwd[3])(
         const Stream&, const PerturbRmsNormBwd&, double* shares, float* dweight, int64_t begin, int64_t end);
     void (*head_fwd[3])(const Stream&, const Head&, const HeadFwd&, int64_t n);
-    double (*head_bwd[3])(const Stream&, const Head&, const HeadBwd&, int64_t n);  // the row's share of dsigma
+    double (*head_bwd[3])(const Stream&, const Head&, const HeadBwd&, int64_t m);  // the row's share of dsigma
 };
 
 extern const Rows rows_portable;

@@ -10,8 +10,10 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-INTERFACE = 2
+INTERFACE = 4
 """Must equal INTERFACE in interface.h: a library built from other sources would read other structures."""
+
+CARRY = 5  # as in interface.h
 
 ISA_VARIABLE = "ALP_KERNELS_ISA"
 ISAS = ("avx512", "avx2", "portable")
@@ -74,13 +76,15 @@ class Head(Structure):
         ("temperature", c_void_p),
         ("sigma", c_void_p),
         ("V", c_int64),
+        ("start", c_int64),
+        ("width", c_int64),
         ("logit_scale", c_float),
         ("softcap", c_float),
     ]
 
 
 class HeadFwd(Structure):
-    _fields_ = [("logp", c_void_p), ("entropy", c_void_p), ("lse", c_void_p)]
+    _fields_ = [("logp", c_void_p), ("entropy", c_void_p), ("lse", c_void_p), ("carry", c_void_p), ("base", c_void_p)]
 
 
 class HeadBwd(Structure):
@@ -90,11 +94,14 @@ class HeadBwd(Structure):
         ("lse", c_void_p),
         ("dlogp", c_void_p),
         ("dentropy", c_void_p),
+        ("rows", c_void_p),
+        ("dx", c_void_p),
     ]
 
 
 _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "alp_choose_isa": (c_char_p, [c_char_p]),
+    "alp_prefer_huge_pages": (None, [c_void_p, c_int64]),
     "alp_philox": (None, [c_void_p, c_void_p, c_int64, c_uint64]),
     "alp_normals": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64]),
     "alp_words": (None, [POINTER(Stream), c_void_p, c_int64, c_int64, c_int32]),

@@ -9,9 +9,12 @@ import triton
 from .head import head_bwd, head_fwd, head_token_loss
 from .noise import normal, philox
 from .perturb import perturb_bwd, perturb_fwd
+from .rms_norm import perturb_rms_norm_bwd, perturb_rms_norm_fwd
+from .scale import scale_
 
 __all__ = [
     "FUSES_TOKEN_LOSS",
+    "TILE",
     "head_bwd",
     "head_fwd",
     "head_token_loss",
@@ -19,12 +22,16 @@ __all__ = [
     "normal",
     "perturb_bwd",
     "perturb_fwd",
+    "perturb_rms_norm_bwd",
+    "perturb_rms_norm_fwd",
     "philox",
+    "scale_",
     "unavailable",
 ]
 
 name = "triton"
 
+TILE = None
 FUSES_TOKEN_LOSS = True  # one launch instead of head_fwd, the coefficients and head_bwd
 
 

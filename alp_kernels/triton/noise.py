@@ -3,8 +3,9 @@
     w0..w3 = Philox4x32-10((q, row low, layer | row high << 16, step), seed)
     eps    = sqrt(-2 ln u(w0)) (cos, sin)(2 pi w1 / 2^32),  sqrt(-2 ln u(w2)) (cos, sin)(2 pi w3 / 2^32)
 
-Everything is portable Triton. Every multiply-add is written as tl.fma or is exact without it, so that no compiler has a
-choice of rounding left: the bits of eps do not depend on the kernel or the tile that makes it.
+NVIDIA's special function units take part where there are any; all else is portable Triton. Every multiply-add is written
+as tl.fma or is exact without it, so that no compiler has a choice of rounding left: the bits of eps do not depend on the
+kernel or the tile that makes it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -60,28 +61,73 @@ def log_accurate(x):
     return tl.fma(exponent.to(tl.float32), LN2, tl.fma(f * f, p, f))
 
 
+@triton.constexpr_function
+def is_nvidia():
+    """Whether the kernel being compiled is for an NVIDIA GPU, so that inline PTX may stand in it."""
+    return not triton.knobs.runtime.interpret and tl.target_info.is_cuda()
+
+
+@triton.jit
+def squared_radius(u, log2_u):
+    """0.34780172 (-2 ln u) from log2 u with an error below 2^-22 near u = 1, where it would be fatal.
+
+    The larger of two lower bounds: log2_u less its worst error, and a polynomial that is close only near u = 1.
+    """
+    v = 1.0 - u
+    return tl.maximum(tl.fma(log2_u, -0.48215556, -1.1529e-07), v * tl.fma(v, 0.35145363, 0.6956034))
+
+
+@triton.jit
+def scaled_radius(word):
+    """0.58974717 sqrt(-2 ln u(word)): below 4, where the last bit of the square root counts least.
+
+    docs/kernels.md shows why the approximate units stay within NORMAL_BOUND.
+    """
+    u = tl.fma(word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # w 2^-32 + 2^-33
+    if is_nvidia():
+        log2_u = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, is_pure=True, pack=1)
+        squared = squared_radius(u, log2_u)
+        radius = tl.inline_asm_elementwise(
+            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [squared], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        radius = tl.sqrt(log_accurate(u) * -0.69560343)
+    return radius
+
+
 @triton.jit
 def normal_pair(radius_word, angle_word):
     """Box-Muller: two normals from two uint32 tiles, within noise.NORMAL_BOUND of the float64 value."""
-    u = tl.fma(radius_word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # w 2^-32 + 2^-33
-    radius = tl.sqrt(-2.0 * log_accurate(u))
-    # the angle as a quadrant and t in [-1/8, 1/8) turns around its middle axis
-    turned = angle_word + tl.full([], 0x20000000, tl.uint32)
-    t = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * 2.3283064365386963e-10
-    t2 = t * t
-    s = tl.fma(t2, -75.40207, 81.59255)
-    s = tl.fma(t2, s, -41.341663)
-    s = tl.fma(t2, s, 6.2831855) * t
-    c = tl.fma(t2, 59.24596, -85.44374)
-    c = tl.fma(t2, c, 64.93932)
-    c = tl.fma(t2, c, -19.739208)
-    c = tl.fma(t2, c, 1.0)
-    is_odd = (turned & 0x40000000) != 0
-    cos_sign = (turned + tl.full([], 0x40000000, tl.uint32)) & 0x80000000
-    sin_sign = turned & 0x80000000
-    cos = (radius * tl.where(is_odd, s, c)).to(tl.uint32, bitcast=True) ^ cos_sign
-    sin = (radius * tl.where(is_odd, c, s)).to(tl.uint32, bitcast=True) ^ sin_sign
-    return cos.to(tl.float32, bitcast=True), sin.to(tl.float32, bitcast=True)
+    # angle = pi k + y with y in [-pi/2, pi/2); |y| = pi/4 + (pi/2) a with a in [-1/2, 1/2]
+    # the top bit of the angle is the sign of the sine; the next one, the sign of y, tells the cosine's from it
+    doubled = angle_word << 1
+    y = doubled.to(tl.int32, bitcast=True).to(tl.float32)
+    radius = scaled_radius(radius_word).to(tl.uint32, bitcast=True)
+    sin_radius = radius ^ (angle_word & 0x80000000)
+    cos_radius = sin_radius ^ (doubled & 0x80000000)
+    a = tl.fma(tl.abs(y), 4.656612873077393e-10, -0.5)
+    a2 = a * a
+    # (cos, sin)(pi a / 2) * 1.1990: with the radius' scale, and sqrt(1/2) of the eighth turn, minimax, error 2e-9
+    c = tl.fma(a2, 0.0010811893, -0.025010282)
+    c = tl.fma(a2, c, 0.30414924)
+    c = tl.fma(a2, c, -1.4792068)
+    c = tl.fma(a2, c, 1.1989999)
+    s = tl.fma(a2, -0.005505402, 0.095531225)
+    s = tl.fma(a2, s, -0.7745095)
+    s = tl.fma(a2, s, 1.8833846)
+    cos = cos_radius.to(tl.float32, bitcast=True) * tl.fma(-a, s, c)
+    return cos, sin_radius.to(tl.float32, bitcast=True) * tl.fma(a, s, c)
+
+
+@triton.jit
+def laid_out_like(q, x):
+    """q, in the registers of the float32 tile x: noise made of it needs no trip through shared memory to meet x.
+
+    The assembler sees a plain copy of q. Elsewhere than on NVIDIA the compiler chooses.
+    """
+    if is_nvidia():
+        q = tl.inline_asm_elementwise("mov.b32 $0, $1; // $2", "=r,r,f", [q, x], tl.int32, is_pure=True, pack=1)
+    return q
 
 
 @triton.jit
@@ -185,3 +231,11 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.device.type == "cpu":
         return nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; Triton's interpreter is one."""
+    if device.type == "cpu":
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return int(getattr(properties, "multi_processor_count", 0) or properties.gpu_subslice_count)

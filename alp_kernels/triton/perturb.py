@@ -2,8 +2,9 @@
 
 du arrives; dh = du; dsigma = sum(du * rms * eps).   Derivation: docs/math.md, section 1
 
-A program owns BLOCK_N rows; in each it walks channel groups q, whose four channels q, Q + q, 2Q + q, 3Q + q share one
-Philox call and lie in four contiguous streams. The sizes of the tiles change no bit of u.
+A tile is BLOCK_N rows by BLOCK_Q channel groups q, whose four channels q, Q + q, 2Q + q, 3Q + q share one Philox call and
+lie in four contiguous streams; a program walks down `blocks` tiles. Neither size changes a bit of u. D is a constant of
+the compilation: the four streams are then one address and three offsets, and whole tiles need no masks.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -15,40 +16,90 @@ from torch import Tensor
 
 from .. import reference
 from ..noise import ROUNDING_BIT, Stream
-from .noise import STREAM_ARGS, four_normals, on_device, row_identity, stream_args, stream_words, tile
-from .rounding import round_nearest, round_stochastic
+from .noise import (
+    STREAM_ARGS,
+    four_normals,
+    laid_out_like,
+    multiprocessors,
+    on_device,
+    row_identity,
+    stream_args,
+    stream_words,
+    tile,
+)
+from .rounding import round_nearest, round_stochastic, widen
 
 ROUNDING_LAYER = tl.constexpr(ROUNDING_BIT)
 RMS_BLOCK = 1024
 """Tile of the row's mean square. Fixed: another size would sum in another order."""
+WAVE = 64
+"""Programs a multiprocessor should get: about eight rounds of them, so that the last one leaves little of it idle."""
+MAX_BLOCKS = 8
+"""Tiles one program walks down at most; from here on its prologue is less than one instruction an element."""
 
 
-@triton.jit(do_not_specialize=["N", *STREAM_ARGS])
+@triton.jit
+def load_channels(
+    row_ptr, n, q, N, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr
+):  # fmt: skip
+    """Channels q, Q + q, 2Q + q, 3Q + q of rows n in float32, 0 outside the tensor."""
+    Q: tl.constexpr = (D + 3) // 4
+    if BLOCK_N == 1 and D % (4 * BLOCK_Q) == 0:
+        x0 = tl.load(row_ptr + q)
+        x1 = tl.load(row_ptr + (Q + q))
+        x2 = tl.load(row_ptr + (2 * Q + q))
+        x3 = tl.load(row_ptr + (3 * Q + q))
+    else:
+        in_tile = (n < N) & (q < Q)
+        x0 = tl.load(row_ptr + q, mask=in_tile, other=0.0)
+        x1 = tl.load(row_ptr + (Q + q), mask=in_tile & (Q + q < D), other=0.0)
+        x2 = tl.load(row_ptr + (2 * Q + q), mask=in_tile & (2 * Q + q < D), other=0.0)
+        x3 = tl.load(row_ptr + (3 * Q + q), mask=in_tile & (3 * Q + q < D), other=0.0)
+    return widen(x0), widen(x1), widen(x2), widen(x3)
+
+
+def launch_tiles(
+    num_rows: int, num_channels: int, device: torch.device
+) -> tuple[tuple[int, int], int, tuple[int, int]]:
+    """The grid, the tiles a program walks down, and (BLOCK_N, BLOCK_Q)."""
+    block_n, block_q = tile(num_channels)
+    down, across = triton.cdiv(num_rows, block_n), triton.cdiv(triton.cdiv(num_channels, 4), block_q)
+    blocks = max(1, min(MAX_BLOCKS, down * across // (WAVE * multiprocessors(device))))
+    return (triton.cdiv(down, blocks), across), blocks, (block_n, block_q)
+
+
+@triton.jit(do_not_specialize=["N", "blocks", *STREAM_ARGS])
 def _perturb_fwd_kernel(
     h_ptr, sigma_ptr, rms_ptr, u_ptr, row_ids_ptr,  # (N, D), (), (N,) or None, (N, D), (N,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
-    N, D, Q,
-    IS_STOCHASTIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+    N, blocks,
+    D: tl.constexpr, IS_STOCHASTIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    Q: tl.constexpr = (D + 3) // 4
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
-    in_tile = (n < N) & (q < Q)
-    row = row_identity(n, row_ids_ptr, row_start, n < N)
-    size = tl.load(sigma_ptr)
-    if rms_ptr is not None:
-        size = size * tl.load(rms_ptr + n, mask=n < N, other=0.0)
-    eps = four_normals(q, row, seed_lo, seed_hi, step, layer)
-    if IS_STOCHASTIC:
-        words = stream_words(q, row, seed_lo, seed_hi, step, layer.to(tl.uint32) | ROUNDING_LAYER)
-    for j in tl.static_range(4):
-        d = j * Q + q
-        h = tl.load(h_ptr + n * D + d, mask=in_tile & (d < D), other=0.0).to(tl.float32)
-        u = tl.fma(tl.broadcast_to(size, eps[j].shape), eps[j], h)
+    sigma = tl.load(sigma_ptr)
+    first = tl.program_id(0) * blocks
+    for block in range(first, tl.minimum(first + blocks, tl.cdiv(N, BLOCK_N))):
+        n = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        row = row_identity(n, row_ids_ptr, row_start, n < N)
+        size = sigma
+        if rms_ptr is not None:
+            size = size * tl.load(rms_ptr + n, mask=n < N, other=0.0)
+        h = load_channels(h_ptr + n * D, n, q, N, D, BLOCK_N, BLOCK_Q)
+        groups = laid_out_like(q, h[0])
+        eps = four_normals(groups, row, seed_lo, seed_hi, step, layer)
         if IS_STOCHASTIC:
-            u = round_stochastic(u, words[j], u_ptr.dtype.element_ty)
-        else:
-            u = round_nearest(u, u_ptr.dtype.element_ty)
-        tl.store(u_ptr + n * D + d, u, mask=in_tile & (d < D))
+            words = stream_words(groups, row, seed_lo, seed_hi, step, layer.to(tl.uint32) | ROUNDING_LAYER)
+        for j in tl.static_range(4):
+            u = tl.fma(tl.broadcast_to(size, eps[j].shape), eps[j], h[j])
+            if IS_STOCHASTIC:
+                u = round_stochastic(u, words[j], u_ptr.dtype.element_ty)
+            else:
+                u = round_nearest(u, u_ptr.dtype.element_ty)
+            if BLOCK_N == 1 and D % (4 * BLOCK_Q) == 0:
+                tl.store(u_ptr + n * D + (j * Q + q), u)
+            else:
+                tl.store(u_ptr + n * D + (j * Q + q), u, mask=(n < N) & (q < Q) & (j * Q + q < D))
 
 
 def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str) -> tuple[Tensor, Tensor | None]:
@@ -59,21 +110,19 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
     u = torch.empty_like(h)
     rms = torch.empty(num_rows, dtype=torch.float32, device=h.device) if scale == "rms" else None
     is_stochastic = rounding == "stochastic" and h.dtype != torch.float32
-    block_n, block_q = tile(num_channels)
-    quarter = triton.cdiv(num_channels, 4)
-    grid = (triton.cdiv(num_rows, block_n), triton.cdiv(quarter, block_q))
+    grid, blocks, tiles = launch_tiles(num_rows, num_channels, h.device)
     if num_rows:
         with on_device(h):
             if rms is not None:
                 _row_rms_kernel[(num_rows,)](h, rms, num_channels, RMS_BLOCK)
             _perturb_fwd_kernel[grid](
-                h, sigma, rms, u, *stream_args(stream), num_rows, num_channels, quarter, is_stochastic, block_n, block_q
+                h, sigma, rms, u, *stream_args(stream), num_rows, blocks, num_channels, is_stochastic, *tiles
             )
     return u, rms
 
 
-@triton.jit(do_not_specialize=["D"])
-def _row_rms_kernel(h_ptr, rms_ptr, D, BLOCK_D: tl.constexpr):
+@triton.jit
+def _row_rms_kernel(h_ptr, rms_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """rms_n = sqrt(mean_d h^2); its own kernel, so that no tile of the noise decides the order of the sum."""
     n = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -81,45 +130,42 @@ def _row_rms_kernel(h_ptr, rms_ptr, D, BLOCK_D: tl.constexpr):
         d = start + tl.arange(0, BLOCK_D)
         h = tl.load(h_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
         total = tl.fma(h, h, total)
-    tl.store(rms_ptr + n, tl.sqrt_rn(tl.div_rn(tl.sum(total), D.to(tl.float32))))
+    tl.store(rms_ptr + n, tl.sqrt_rn(tl.div_rn(tl.sum(total), tl.cast(D, tl.float32))))
 
 
-@triton.jit(do_not_specialize=["N", *STREAM_ARGS])
+@triton.jit(do_not_specialize=["N", "blocks", *STREAM_ARGS])
 def _perturb_bwd_kernel(
-    du_ptr, rms_ptr, partials_ptr, row_ids_ptr,  # (N, D), (N,) or None, (N,) float32, (N,) int64 or None
+    du_ptr, rms_ptr, partials_ptr, row_ids_ptr,  # (N, D), (N,) or None, (programs,) float32, (N,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
-    N, D, Q,
-    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+    N, blocks,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    row = row_identity(n, row_ids_ptr, row_start, n < N)
+    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
+    first = tl.program_id(0) * blocks
     total = tl.zeros([BLOCK_N, BLOCK_Q], dtype=tl.float32)
-    for start in range(0, Q, BLOCK_Q):
-        q = start + tl.arange(0, BLOCK_Q)[None, :]
-        in_tile = (n < N) & (q < Q)
-        eps = four_normals(q, row, seed_lo, seed_hi, step, layer)
-        for j in tl.static_range(4):
-            d = j * Q + q
-            du = tl.load(du_ptr + n * D + d, mask=in_tile & (d < D), other=0.0).to(tl.float32)
-            total = tl.fma(du, eps[j], total)
-    partial = tl.sum(total, axis=1)[:, None]
-    if rms_ptr is not None:
-        partial *= tl.load(rms_ptr + n, mask=n < N, other=0.0)
-    tl.store(partials_ptr + n, partial, mask=n < N)
+    for block in range(first, tl.minimum(first + blocks, tl.cdiv(N, BLOCK_N))):
+        n = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        row = row_identity(n, row_ids_ptr, row_start, n < N)
+        du = load_channels(du_ptr + n * D, n, q, N, D, BLOCK_N, BLOCK_Q)
+        eps = four_normals(laid_out_like(q, du[0]), row, seed_lo, seed_hi, step, layer)
+        if rms_ptr is None:
+            for j in tl.static_range(4):
+                total = tl.fma(du[j], eps[j], total)
+        else:
+            of_row = tl.fma(du[0], eps[0], tl.fma(du[1], eps[1], tl.fma(du[2], eps[2], du[3] * eps[3])))
+            rms = tl.load(rms_ptr + n, mask=n < N, other=0.0)
+            total = tl.fma(tl.broadcast_to(rms, of_row.shape), of_row, total)
+    tl.store(partials_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(total, axis=1)))
 
 
 def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
-    """dsigma () float32: one partial sum a row, then their sum, both in a fixed order. float64: the reference's."""
+    """dsigma () float32: one partial sum a program, then their sum, both in a fixed order. float64: the reference's."""
     if du.dtype == torch.float64:
         return reference.perturb_bwd(du, stream, rms)
     num_rows, num_channels = du.shape
-    partials = torch.empty(num_rows, dtype=torch.float32, device=du.device)
-    block_n, block_q = tile(num_channels)
-    grid = (triton.cdiv(num_rows, block_n),)
+    grid, blocks, tiles = launch_tiles(num_rows, num_channels, du.device)
+    partials = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=du.device)
     if num_rows:
         with on_device(du):
-            _perturb_bwd_kernel[grid](
-                du, rms, partials, *stream_args(stream), num_rows, num_channels, triton.cdiv(num_channels, 4),
-                block_n, block_q,
-            )  # fmt: skip
+            _perturb_bwd_kernel[grid](du, rms, partials, *stream_args(stream), num_rows, blocks, num_channels, *tiles)
     return partials.sum()

@@ -5,7 +5,22 @@
 import triton
 import triton.language as tl
 
+from .noise import is_nvidia
+
 IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def widen(x):
+    """float32 of a tile of any dtype."""
+    if is_nvidia() and x.dtype == tl.bfloat16:
+        # two at a time, one instruction each; the compiler would first cut the word in halves
+        wide = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        wide = x.to(tl.float32)
+    return wide
 
 
 @triton.jit

@@ -1,0 +1,337 @@
+"""Rows at the output head: their logits, what the loss needs of them, and the gradients that come back.
+
+x = h W' + bias;   dh = dx W;   dW += dx' h.   One N x V x D product each.
+
+Two ways with one interface. `Whole` makes a chunk's logits as one matrix, which their gradient replaces. `Tiled`, for
+float32 on engines with tiles, cuts the vocabulary: a tile is used while the cache holds it, and the tiles of a first chunk of
+at most D rows lie in the memory of dW, which they turn into one after the other: they take no memory of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .objective import LossRows, Objective
+from .reference import Head, HeadRows
+
+_WORTH_DROPPING = 0.95
+"""Rows without a gradient are dropped from a chunk where fewer than this fraction have one: dropping copies the others."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One call's constants; none of them is differentiated."""
+
+    engine: ModuleType
+    head: Head  # temperature and row ids for all N rows
+    targets: Tensor  # (N,)
+    chunk_bytes: int  # for logits
+    chunk_rows: int  # so many rows of logits are kept at a time
+    first_rows: int  # ... in the first chunk, which may lie in the memory of dW
+    with_grad: bool
+
+    def products(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: Sequence[bool],
+        num_parts: int,
+    ) -> Whole | Tiled:
+        """For one pass over the rows; num_parts: how often `backward` will be called."""
+        way = Tiled if is_tiled(self.engine, self.head, weight.dtype) else Whole
+        return way(self, hidden, weight, bias, needs, num_parts)
+
+
+def is_tiled(engine: ModuleType, head: Head, dtype: torch.dtype) -> bool:
+    """Whether `Tiled` serves. Noise on the logits needs whole rows, since a Philox call serves four distant tokens."""
+    return engine.TILE is not None and head.sigma is None and dtype == torch.float32
+
+
+class Kept(NamedTuple):
+    """What a forward pass keeps of a chunk for its backward pass."""
+
+    tiles: list[Tensor]  # logits (n, width), or e^(logits - base) with 0 at the target
+    bases: list[Tensor] | None  # (n,) float32 for each tile of exponentials
+
+
+class _Sums:
+    """The inputs, and the gradients of hidden, weight, bias and the logit noise, summed in float32 or wider."""
+
+    dweight: Tensor | None = None
+
+    def __init__(
+        self,
+        plan: Plan,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: Sequence[bool],
+        num_parts: int,
+    ) -> None:
+        self.plan, self.hidden, self.weight, self.bias = plan, hidden, weight, bias
+        self.needs_dweight, self.num_parts = needs[1], num_parts
+        total = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.dhidden = torch.zeros_like(hidden) if needs[0] else None
+        self.dbias = torch.zeros_like(bias, dtype=total) if bias is not None and needs[2] else None
+        sigma = plan.head.sigma
+        self.dsigma = torch.zeros_like(sigma) if sigma is not None and needs[3] else None
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of hidden, weight, bias and sigma. A sum over several parts still has to be rounded to its tensor's dtype."""
+        if self.needs_dweight and self.dweight is None:  # no row had a gradient
+            self.dweight = torch.zeros_like(self.weight)
+        return [self.dhidden, self.dweight, self.dbias, self.dsigma]
+
+
+class Whole(_Sums):
+    """Logits of a chunk as one matrix (n, V)."""
+
+    def parts(self, index: Tensor) -> Sequence[Tensor]:
+        """Rows whose logits are not kept, so many at a time; none where there are no rows."""
+        return index.split(self.plan.chunk_rows) if len(index) else ()
+
+    def logprob(self, index: Tensor) -> HeadRows:
+        return self.keep(index, has_dentropy=True)[0]
+
+    def keep(self, index: Tensor, has_dentropy: bool) -> tuple[HeadRows, Kept]:
+        """Log-probabilities of rows `index`, and what `backward` needs; has_dentropy: it will have a gradient of the entropy."""
+        x = self._logits(index)
+        out = self.plan.engine.head_fwd(x, self.plan.targets[index], self.plan.head.rows(index))
+        return out, Kept([x], None)
+
+    def token_loss(self, index: Tensor, rows: LossRows, objective: Objective) -> HeadRows:
+        """The token-level loss of rows `index` and its gradients, in one launch."""
+        x = self._logits(index)
+        out, dsigma = self.plan.engine.head_token_loss(
+            x, self.plan.targets[index], self.plan.head.rows(index), rows, objective
+        )
+        self._add(index, x, dsigma)
+        return out
+
+    def backward(self, index: Tensor, kept: Kept | None, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None) -> None:
+        """From logits (None: made again) of rows `index` to the gradients; on the CPU rows without one are dropped."""
+        x = self._logits(index) if kept is None else kept.tiles.pop()
+        if x.device.type == "cpu":  # on a device the count would cost a sync
+            keep = _graded(dlogp, dentropy)
+            if len(keep) < _WORTH_DROPPING * len(x):
+                x, index, dlogp = x.index_select(0, keep), index[keep], dlogp[keep]
+                out, dentropy = HeadRows(*(v[keep] for v in out)), None if dentropy is None else dentropy[keep]
+        if len(index) == 0:
+            return
+        plan = self.plan
+        self._add(
+            index,
+            x,
+            plan.engine.head_bwd(x, plan.targets[index], plan.head.rows(index), out, dlogp, dentropy),
+        )
+
+    def _logits(self, index: Tensor) -> Tensor:
+        return torch.nn.functional.linear(self.hidden[index], self.weight, self.bias)
+
+    def _add(self, index: Tensor, dx: Tensor, dsigma: Tensor | None) -> None:
+        if self.dhidden is not None:
+            self.dhidden[index] = dx @ self.weight
+        if self.needs_dweight:
+            self._add_weight(dx.t(), self.hidden[index])
+        if self.dbias is not None:
+            self.dbias += dx.sum(dim=0, dtype=self.dbias.dtype)
+        if self.dsigma is not None and dsigma is not None:
+            self.dsigma += dsigma
+
+    def _add_weight(self, a: Tensor, b: Tensor) -> None:
+        """dW += a @ b. A single product is rounded once whatever its dtype; several are added in float32 or wider."""
+        is_exact = a.dtype in (torch.float32, torch.float64)
+        if self.dweight is None and (is_exact or self.num_parts == 1):
+            self.dweight = a @ b
+        elif is_exact:
+            assert self.dweight is not None
+            self.dweight.addmm_(a, b)
+        elif a.is_cuda and torch.version.hip is None:
+            if self.dweight is None:
+                self.dweight = torch.mm(a, b, out_dtype=torch.float32)
+            else:
+                torch.addmm(self.dweight, a, b, out_dtype=torch.float32, out=self.dweight)
+        else:  # no mixed product there: widen, a block of rows at a time
+            if self.dweight is None:
+                self.dweight = torch.zeros_like(self.weight, dtype=torch.float32)
+            for start in range(0, len(a), 16384):
+                block = slice(start, start + 16384)
+                self.dweight[block].addmm_(a[block].float(), b.float())
+
+
+class Tiled(_Sums):
+    """Logits of a chunk as tiles (n, width) of engine.TILE tokens, one after the other in one piece of memory each."""
+
+    _room: Tensor | None = None  # for a chunk's logits where dW has none
+    _spare: Tensor | None = None  # for the one tile that dW has no place for
+    _dx: Tensor | None = None  # for one tile's gradient
+    _is_dweight_begun = False
+
+    def parts(self, index: Tensor) -> Sequence[Tensor]:
+        """Rows whose logits are not kept: two tiles of them are in memory at a time."""
+        tile_bytes = 4 * min(self.plan.engine.TILE, len(self.weight))
+        return index.split(max(1, self.plan.chunk_bytes // (2 * tile_bytes))) if len(index) else ()
+
+    def logprob(self, index: Tensor) -> HeadRows:
+        return self._forward(index, [None] * len(self._starts()), None)
+
+    def keep(self, index: Tensor, has_dentropy: bool) -> tuple[HeadRows, Kept]:
+        """Log-probabilities of rows `index`, and what `backward` needs; has_dentropy: it will have a gradient of the entropy."""
+        num_rows, starts = len(index), self._starts()
+        if self.needs_dweight and not self._is_dweight_begun and num_rows <= self.weight.shape[1]:
+            # a tile lies where its lower neighbour's share of dW will be: `backward` goes down, so that share comes after it
+            self._spare = _room_for(self._spare, self.hidden, num_rows * self.plan.engine.TILE)
+            pieces = [self._spare, *(self._share(start).view(-1) for start in starts[:-1])]
+        else:
+            room = self._room = _room_for(self._room, self.hidden, num_rows * len(self.weight))
+            pieces = [room[num_rows * start :] for start in starts]
+        tiles = [self._shape(piece, num_rows, start) for piece, start in zip(pieces, starts, strict=True)]
+        # logits whose gradient is a multiple of their exponentials, but at the target, need no pass of their own for it
+        is_plain = self.plan.head.softcap is None and not has_dentropy
+        bases = [self.hidden.new_empty(num_rows) for _ in starts] if is_plain else None
+        return self._forward(index, tiles, bases), Kept(tiles, bases)
+
+    def _forward(self, index: Tensor, tiles: Sequence[Tensor | None], bases: list[Tensor] | None) -> HeadRows:
+        rows, targets, head = self.hidden[index], self.plan.targets[index], self.plan.head.rows(index)
+        found = self.plan.engine.HeadTiles(len(index))
+        for k, start in enumerate(self._starts()):
+            x = self._logits(rows, start, tiles[k])
+            found.add(x, start, len(self.weight), targets, head, None if bases is None else bases[k])
+        out: HeadRows = found.out
+        return out
+
+    def backward(self, index: Tensor, kept: Kept | None, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None) -> None:
+        """From what was kept (None: made again) of rows `index` to the gradients; rows without one are left out."""
+        wanted = _graded(dlogp, dentropy)
+        if len(wanted) == 0:
+            return
+        if kept is not None and kept.bases is not None:
+            dh = self._from_exponentials(index, kept.tiles, kept.bases, out, dlogp, wanted)
+        else:
+            dh = self._from_logits(index, None if kept is None else kept.tiles, out, dlogp, dentropy, wanted)
+        self._is_dweight_begun = True
+        if self.dhidden is not None:
+            self.dhidden[index[wanted]] = dh
+
+    def _from_logits(
+        self,
+        index: Tensor,
+        tiles: list[Tensor] | None,
+        out: HeadRows,
+        dlogp: Tensor,
+        dentropy: Tensor | None,
+        wanted: Tensor,
+    ) -> Tensor:
+        """Takes up the gradient of rows `wanted` of a chunk, and returns theirs of hidden."""
+        rows, targets, head = self.hidden[index], self.plan.targets[index], self.plan.head.rows(index)
+        graded = rows[wanted]
+        dh = torch.zeros_like(graded)
+        for k, start in reversed(list(enumerate(self._starts()))):
+            x = self._logits(rows, start, None) if tiles is None else tiles[k]
+            dx = self._gradient(len(wanted), start)
+            self.plan.engine.head_bwd_tile(x, start, len(self.weight), targets, head, out, dlogp, dentropy, wanted, dx)
+            if self.dhidden is not None:
+                dh.addmm_(dx, self.weight[start : start + dx.shape[1]])
+            self._add(start, dx, graded)
+            if self.dbias is not None:
+                self.dbias[start : start + dx.shape[1]] += dx.sum(dim=0)
+        return dh
+
+    def _from_exponentials(
+        self, index: Tensor, tiles: list[Tensor], bases: list[Tensor], out: HeadRows, dlogp: Tensor, wanted: Tensor
+    ) -> Tensor:
+        """The same without a pass over the logits: dx_v = -c e_v but at the target, so the products take e and the rows take c.
+
+        With s = logit_scale / temperature:  c = dlogp s e^(base - lse);  at the target dx = dlogp s (1 - p), here added apart.
+        """
+        head = self.plan.head.rows(index[wanted])
+        by = dlogp[wanted] * head.logit_scale
+        by = by if head.temperature is None else by / head.temperature
+        graded, targets, lse = self.hidden[index[wanted]], self.plan.targets[index[wanted]], out.lse[wanted].double()
+        dh = torch.zeros_like(graded)
+        for k, start in reversed(list(enumerate(self._starts()))):
+            e = tiles[k]
+            if len(wanted) < len(e):
+                e = torch.index_select(e, 0, wanted, out=self._gradient(len(wanted), start))
+            c = (-by * (bases[k][wanted].double() - lse).exp()).float()
+            if self.dhidden is not None:
+                dh.addcmul_(e @ self.weight[start : start + e.shape[1]], c[:, None])
+            if self.dbias is not None:
+                self.dbias[start : start + e.shape[1]] += c @ e
+            self._add(start, e, c[:, None] * graded)
+        certain = by * -torch.expm1(out.logp[wanted])
+        if self.dhidden is not None:
+            dh.addcmul_(self.weight[targets], certain[:, None])
+        if self.dweight is not None:
+            self.dweight.index_add_(0, targets, certain[:, None] * graded)
+        if self.dbias is not None:
+            self.dbias.index_add_(0, targets, certain)
+        return dh
+
+    def _add(self, start: int, a: Tensor, b: Tensor) -> None:
+        """dW += a' b for the tile from token `start` on."""
+        if not self.needs_dweight:
+            return
+        share = self._share(start)
+        if self._is_dweight_begun:
+            share.addmm_(a.t(), b)
+        else:
+            torch.mm(a.t(), b, out=share)
+
+    def gradients(self) -> list[Tensor | None]:
+        if not self._is_dweight_begun:
+            self.dweight = None  # at most logits were there
+        return super().gradients()
+
+    def _starts(self) -> range:
+        return range(0, len(self.weight), self.plan.engine.TILE)
+
+    def _share(self, start: int) -> Tensor:
+        """The rows of dW that the tile from token `start` on turns into."""
+        if self.dweight is None:
+            self.dweight = self.plan.engine.empty_like(self.weight)
+        return self.dweight[start : start + self.plan.engine.TILE]
+
+    def _gradient(self, num_rows: int, start: int) -> Tensor:
+        self._dx = _room_for(self._dx, self.hidden, num_rows * self.plan.engine.TILE)
+        return self._shape(self._dx, num_rows, start)
+
+    def _shape(self, memory: Tensor, num_rows: int, start: int) -> Tensor:
+        width = min(self.plan.engine.TILE, len(self.weight) - start)
+        return memory[: num_rows * width].view(num_rows, width)
+
+    def _logits(self, rows: Tensor, start: int, tile: Tensor | None) -> Tensor:
+        """The logits of a tile, in `tile` or in memory that the next one takes again."""
+        if tile is None:
+            self._room = _room_for(self._room, rows, len(rows) * self.plan.engine.TILE)
+            tile = self._shape(self._room, len(rows), start)
+        stop = start + tile.shape[1]
+        if self.bias is None:
+            return torch.mm(rows, self.weight[start:stop].t(), out=tile)
+        return torch.addmm(self.bias[start:stop], rows, self.weight[start:stop].t(), out=tile)
+
+
+def _graded(dlogp: Tensor, dentropy: Tensor | None) -> Tensor:
+    """Which rows have a gradient, (m,) int64; NaN is one."""
+    return (dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)).nonzero().squeeze(1)
+
+
+def _room_for(room: Tensor | None, like: Tensor, size: int) -> Tensor:
+    """At least `size` elements: `room` itself where it has them."""
+    return room if room is not None and len(room) >= size else like.new_empty(size)
+
+
+def even_sizes(num_rows: int, first: int, rest: int) -> list[int]:
+    """Rows in as few chunks as fit, the first of at most `first` rows and the others of `rest`, filled alike."""
+    others = max(0, -(-(num_rows - first) // rest))
+    sizes = [-(-first * num_rows // (first + others * rest))] if num_rows else []
+    for i in range(others):
+        sizes.append(-(-(num_rows - sum(sizes)) // (others - i)))
+    return sizes

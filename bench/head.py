@@ -1,0 +1,173 @@
+"""A batch at the output head, the true losses and gradients of it, the ways to them, and the checks before timing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from alp_kernels import fused_alp_loss, policy_loss
+
+from .cases import HeadCase
+from .contest import Variant
+from .peers import OBJECTIVES, Batch, target_logp
+
+REFERENCE = "eager PyTorch, token level"
+LIMIT = "three bare GEMMs (limit)"
+NUM_CHECKED = 1024  # rows of dweight that are compared: those of the first targets
+CHUNK_ROWS = 512  # of the truth's logits, so that a long batch can be checked at all
+
+
+class Truth(NamedTuple):
+    loss: Tensor  # ()
+    dhidden: Tensor  # (B, T, D)
+    dweight: Tensor  # (NUM_CHECKED or N, D), the rows of the first targets
+
+
+class Inputs(NamedTuple):
+    batch: Batch
+    truths: dict[str, Truth]  # of each loss that a variant may compute
+
+
+Step = Callable[[Batch], Tensor]
+"""From a batch to its loss, differentiable."""
+
+
+def make_inputs(device: torch.device, case: HeadCase) -> Inputs:
+    """A batch so near its rollout policy that no ratio is clipped: a clipped row would cost no backward product.
+
+    The true losses and gradients come from float32 arithmetic on the rounded logits.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device=device)
+    b, t, d, v = case.sequences, case.length, case.channels, case.vocab
+    hidden, weight = draw(b, t, d).to(case.dtype), (draw(v, d) * d**-0.5).to(case.dtype)
+    targets = torch.randint(v, (b, t), generator=generator, device=device)
+    mask = (torch.arange(t, device=device) < torch.tensor(case.lengths, device=device)[:, None]).float()
+    rows, classes = hidden.flatten(0, 1).split(CHUNK_ROWS), targets.flatten().split(CHUNK_ROWS)
+    parts = [target_logp(linear(r, weight), c) for r, c in zip(rows, classes, strict=True)]
+    logp = torch.cat(parts).view(b, t).requires_grad_()
+    rollout_logp = logp.detach() + 0.2 * t**-0.5 * draw(b, t)
+    batch = Batch(hidden.requires_grad_(), weight.requires_grad_(), targets, rollout_logp, draw(b), mask)
+    return Inputs(batch, true_gradients(batch, true_losses(logp, batch), logp))
+
+
+def true_losses(logp: Tensor, batch: Batch) -> dict[str, Tensor]:
+    losses = {"cross-entropy": -(logp * batch.mask).sum() / batch.mask.sum()}
+    for level, objective in OBJECTIVES.items():
+        losses[level], _, _, stats = policy_loss(logp, *batch[3:], objective=objective)
+        clipped = torch.stack([stats.clipped_low, stats.clipped_high, stats.clipped_dual]).float().mean()
+        assert clipped < 0.01, f"{clipped:.0%} of the rows are clipped at {level} level"
+    return losses
+
+
+@torch.no_grad()
+def true_gradients(batch: Batch, losses: dict[str, Tensor], logp: Tensor) -> dict[str, Truth]:
+    """dlogits = dlogp * slope with slope = [v = target] - softmax, so one product by the weight serves every loss."""
+    dlogps = {name: torch.autograd.grad(loss, logp, retain_graph=True)[0] for name, loss in losses.items()}
+    hidden, weight, targets = batch.hidden.flatten(0, 1), batch.weight.float(), batch.targets.flatten()
+    checked = targets[:NUM_CHECKED]
+    along = torch.empty(hidden.shape, device=hidden.device)
+    dweights = {name: torch.zeros(len(checked), hidden.shape[1], device=hidden.device) for name in losses}
+    for start in range(0, len(hidden), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        slope = -linear(hidden[part], batch.weight).float().softmax(dim=-1)  # logits rounded like everyone's
+        slope.scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
+        along[part] = slope @ weight
+        for name, dlogp in dlogps.items():
+            dweights[name] += slope[:, checked].t() @ (dlogp.flatten()[part, None] * hidden[part].float())
+    return {
+        name: Truth(loss.detach(), dlogps[name][..., None] * along.view(batch.hidden.shape), dweights[name])
+        for name, loss in losses.items()
+    }
+
+
+# ------------------------------------------------------------------ what is timed, and its check
+
+
+def ours(engine: str, level: str, batch: Batch) -> Tensor:
+    return fused_alp_loss(*batch, objective=OBJECTIVES[level], engine=engine).loss
+
+
+def forward_backward(step: Step, inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    batch = inputs.batch
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        loss = step(batch)
+        dhidden, dweight = torch.autograd.grad(loss, (batch.hidden, batch.weight))
+        return loss.detach(), dhidden, dweight
+
+    return run
+
+
+def check(name: str, inputs: Inputs, returned: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Loss within 1e-4 and gradients within 1e-3 of the truth's norm; in 16 bits 2e-2 and 5e-2."""
+    batch, truth = inputs.batch, inputs.truths[name]
+    loss, dhidden, dweight = returned
+    loss_bound, gradient_bound = (1e-4, 1e-3) if batch.hidden.dtype == torch.float32 else (2e-2, 5e-2)
+    assert abs(float(loss) - float(truth.loss)) < loss_bound, f"loss {float(loss)}, not {float(truth.loss)}"
+    for field, found in (("dhidden", dhidden), ("dweight", dweight[batch.targets.flatten()[:NUM_CHECKED]])):
+        right = getattr(truth, field)
+        error = float((found.float() - right).norm() / right.norm())
+        assert error < gradient_bound, f"{field} is off by {error:.1e} of its norm"
+
+
+def variant(name: str, step: Step, computes: str = "token", **options: Any) -> Variant:
+    return Variant(name, functools.partial(forward_backward, step), functools.partial(check, computes), **options)
+
+
+# ------------------------------------------------------------------ bare products
+
+
+class Products(NamedTuple):
+    logits: Tensor  # (n, V)
+    dhidden: Tensor  # (n, D)
+    dweight: Tensor  # (V, D)
+
+
+def live(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The hidden states in the loss, and the weight."""
+    batch = inputs.batch
+    return batch.hidden.detach()[batch.mask.bool()], batch.weight.detach()
+
+
+def three_gemms(inputs: Inputs) -> Callable[[], Products]:
+    """Into memory that is already there: the strict limit."""
+    hidden, weight = live(inputs)
+    out = Products(hidden.new_empty(len(hidden), len(weight)), torch.empty_like(hidden), torch.empty_like(weight))
+
+    def run() -> Products:
+        torch.mm(hidden, weight.t(), out=out.logits)
+        torch.mm(out.logits, weight, out=out.dhidden)
+        torch.mm(out.logits.t(), hidden, out=out.dweight)
+        return out
+
+    return run
+
+
+def three_allocating_gemms(inputs: Inputs) -> Callable[[], Products]:
+    """Into fresh memory, as a function that returns gradients must."""
+    hidden, weight = live(inputs)
+
+    def run() -> Products:
+        logits = hidden @ weight.t()
+        return Products(logits, logits @ weight, logits.t() @ hidden)
+
+    return run
+
+
+def check_gemms(inputs: Inputs, out: Products) -> None:
+    """A row of each product against float32."""
+    hidden, weight = live(inputs)
+    bound = 1e-4 if hidden.dtype == torch.float32 else 2e-2
+    for name, found, right in (
+        ("logits", out.logits[0], weight.float() @ hidden[0].float()),
+        ("dhidden", out.dhidden[0], weight.float().t() @ out.logits[0].float()),
+        ("dweight", out.dweight[0], hidden.float().t() @ out.logits[:, 0].float()),
+    ):
+        error = float((found.float() - right).norm() / right.norm())
+        assert error < bound, f"row 0 of {name} is off by {error:.1e} of its norm"

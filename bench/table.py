@@ -1,0 +1,242 @@
+"""`python -m bench.table [results.jsonl ...]`: Markdown from saved records, by default the newest of each kind of device.
+
+    --update README.md      rewrite what stands there between the two comments that mark it
+
+The opening comment names the files, `<!-- bench.table: bench/results/FILE.jsonl -->`; a test makes the part again from
+them and compares. Nothing is imported here that records do not need, so that any Python can print them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"(<!-- bench\.table: )(.*?)( -->\n)(.*?)(<!-- end of bench\.table -->)", re.DOTALL)
+ENGINES = {"cpu": "native", "cuda": "triton"}
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    variant: str  # "{engine}" stands for the device's own
+    kind: str = "peer"  # "ours" or "peer" race; "less" computes less; "limit" is what the records' limit comes to
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One table: its ops with what their rows begin with, and variants as columns."""
+
+    ops: dict[str, str]
+    columns: tuple[Column, ...]
+    memory: bool = False  # a second row for each case
+
+
+LAYOUTS = (
+    Layout(
+        {"loss head forward + backward": ""},
+        (
+            Column("limit: three bare GEMMs", "three bare GEMMs (limit)", "limit"),
+            Column("GEMMs that allocate", "three GEMMs that allocate their results", "less"),
+            Column("`fused_alp_loss` token", "alp_kernels {engine}, token level", "ours"),
+            Column("`fused_alp_loss` sequence", "alp_kernels {engine}, sequence level", "ours"),
+            Column("eager PyTorch", "eager PyTorch, token level"),
+            Column("torch.compile", "torch.compile of its log-probabilities"),
+            Column("cut-cross-entropy (no policy loss)", "cut-cross-entropy (cross-entropy only)", "less"),
+            Column("Liger GRPO", "liger-kernel GRPO, token level"),
+            Column("TRL chunked log-prob", "trl chunked log-prob, token level"),
+        ),
+        memory=True,
+    ),
+    Layout(
+        {"perturb forward": "forward, ", "perturb forward + backward": "forward + backward, "},
+        (
+            Column("limit: its bytes at copy speed", "copy of h (limit)", "limit"),
+            Column("`perturb`", "alp_kernels {engine}", "ours"),
+            Column("`h + sigma * randn_like(h)`", "eager: h + sigma * randn_like(h)"),
+            Column("the same, torch.compile", "torch.compile of that"),
+            Column("released ALP's way", "released ALP: generator, checkpoint"),
+        ),
+    ),
+    Layout(
+        {
+            "perturb + RMSNorm forward": "forward, ",
+            "perturb + RMSNorm forward + backward": "forward + backward, ",
+        },
+        (
+            Column("limit: its bytes at copy speed", "copy of h (limit)", "limit"),
+            Column("`perturb_rms_norm`", "alp_kernels {engine}, one op", "ours"),
+            Column("`perturb`, then `rms_norm`", "alp_kernels {engine}, then torch rms_norm", "ours"),
+            Column("eager noise, eager norm", "eager: h + sigma * randn_like(h), RMSNorm"),
+            Column("the same, torch.compile", "torch.compile of that"),
+            Column("Liger RMSNorm, no noise", "liger-kernel RMSNorm alone (no noise)", "less"),
+            Column("eager RMSNorm, no noise", "eager RMSNorm alone (no noise)", "less"),
+        ),
+    ),
+)
+DRAWN = ("loss head along V", "loss head along N")  # by bench.plots
+
+
+def three(value: float) -> str:
+    """Three significant digits from 1 to 999, whole numbers above."""
+    decimals = 0 if value >= 99.5 else 1 if value >= 9.95 else 2 if value >= 0.995 else 3
+    return f"{value:.{decimals}f}"
+
+
+# ------------------------------------------------------------------ records
+
+
+def newest(folder: Path = RESULTS) -> list[Path]:
+    """The last file of each kind of device: names begin with the time and the kind."""
+    by_device = {path.name.split("-")[1]: path for path in sorted(folder.glob("*Z-*-*.jsonl"))}
+    return [by_device[device] for device in sorted(by_device)]
+
+
+def read(paths: Iterable[Path]) -> list[Record]:
+    """All records; of two of the same variant on the same kind of device the later one counts."""
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return list({(r["device_type"], r["op"], r["case"], r["variant"]): r for r in lines}.values())
+
+
+# ------------------------------------------------------------------ Markdown
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """For each device: its tables, and what the numbers need beside them."""
+    return "\n".join(
+        line for device in dict.fromkeys(r["device_type"] for r in records) for line in _device(records, device)
+    )
+
+
+def _device(records: Sequence[Record], device: str) -> Iterator[str]:
+    mine = [r for r in records if r["device_type"] == device and r["op"] not in DRAWN]
+    if not mine:
+        return
+    for layout in LAYOUTS:
+        yield from _compared([r for r in mine if r["op"] in layout.ops], layout, ENGINES[device])
+    known = {op for layout in LAYOUTS for op in layout.ops}
+    for op, case in dict.fromkeys((r["op"], r["case"]) for r in mine if r["op"] not in known):
+        yield from _listed([r for r in mine if (r["op"], r["case"]) == (op, case)])
+    yield from _origin(mine)
+
+
+def _compared(records: list[Record], layout: Layout, engine: str) -> Iterator[str]:
+    """Cases as rows, variants as columns; a column nobody measured is left out."""
+    measured = {r["variant"] for r in records}
+    columns = [c for c in layout.columns if c.variant.format(engine=engine) in measured]
+    if not columns:
+        return
+    yield _line(["ms", *(c.title for c in columns)])
+    yield _line(["---"] * (len(columns) + 1))
+    for op, case in dict.fromkeys((r["op"], r["case"]) for r in records):
+        row = {r["variant"]: r for r in records if (r["op"], r["case"]) == (op, case)}
+        cells = [(c, row.get(c.variant.format(engine=engine))) for c in columns]
+        racing = [r["ms"]["p50"] for c, r in cells if r and "ms" in r and c.kind in ("ours", "peer")]
+        first = next(iter(row.values()))
+        yield _line([layout.ops[op] + _case(first), *(_time(c, r, min(racing, default=0.0)) for c, r in cells)])
+        if layout.memory:
+            yield _line(["its peak MiB above the inputs", *(_memory(r) for _, r in cells)])
+    yield ""
+
+
+def _listed(records: list[Record]) -> Iterator[str]:
+    """Variants as rows."""
+    yield _line([f"{records[0]['op']}, {_case(records[0])}", "ms", "speed-up", "of limit", "peak MiB"])
+    yield _line(["---"] * 5)
+    for r in records:
+        if "ms" not in r:
+            yield _line([r["variant"], "failed", "", "", ""])
+            continue
+        speedup, frac = r["speedup"], r["limit_frac"]
+        ratios = ["" if speedup is None else f"{speedup:.2f}x", "" if frac is None else f"{frac:.2f}"]
+        yield _line([r["variant"], three(r["ms"]["p50"]), *ratios, _memory(r)])
+    yield ""
+
+
+def _time(column: Column, record: Record | None, fastest: float) -> str:
+    """Milliseconds, bold where nobody is faster; for ours the share of the limit behind."""
+    if record is None or "ms" not in record:
+        return "" if record is None else "failed"
+    text = three(record["limit_ms"] if column.kind == "limit" else record["ms"]["p50"])
+    if column.kind in ("ours", "peer") and record["ms"]["p50"] == fastest:
+        text = f"**{text}**"
+    share = record["limit_frac"] if column.kind == "ours" else None
+    return text if share is None else f"{text} ({share:.2f})"
+
+
+def _memory(record: Record | None) -> str:
+    known = record is not None and record.get("peak_mib") is not None
+    return f"{record['peak_mib']:.0f}" if known and record else ""
+
+
+def _case(record: Record) -> str:
+    shape = record.get("shape")
+    if not shape:
+        return str(record["case"])
+    sizes = ", ".join(f"{name} {shape[name]}" for name in ("N", "D", "V") if name in shape)
+    masked = f", {shape['masked']:.0%} masked" if shape.get("masked") else ""
+    return f"{shape['model']}: {sizes}, {shape['dtype']}{masked}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _origin(records: list[Record]) -> Iterator[str]:
+    """Machine, commits, versions, and the definition of each kind of number."""
+    first = records[0]
+    runs = sorted({r["runs"] for r in records if "runs" in r})
+    commits = ", ".join(
+        dict.fromkeys((r["commit"] or "none")[:7] + (" with changes" if r["dirty"] else "") for r in records)
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    dates = sorted({r["time"][:10] for r in records})
+    yield (
+        f"{first['device']}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {commits}; {versions}. "
+        f"Medians of {' to '.join(dict.fromkeys((str(runs[0]), str(runs[-1]))))} runs taken in turns. "
+        "In brackets: the limit's time over ours. Bold: the fastest that computes the whole."
+    )
+    yield ""
+
+
+# ------------------------------------------------------------------ a README's part
+
+
+def named(text: str) -> list[str]:
+    """The files a README's part says it was made from; none where it has no such part."""
+    found = MARKED.search(text)
+    return found[2].split() if found else []
+
+
+def replaced(text: str, names: Sequence[str], body: str) -> str:
+    """`text` with `body` as its part, made from `names`."""
+    if not MARKED.search(text):
+        raise ValueError("no part to rewrite: it needs <!-- bench.table: FILES --> and <!-- end of bench.table -->")
+    return MARKED.sub(lambda m: f"{m[1]}{' '.join(names)}{m[3]}\n{body}{m[5]}", text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description="Markdown tables from saved records.")
+    parser.add_argument("results", nargs="*", type=Path, help="JSON lines; by default the newest of each device")
+    parser.add_argument("--update", type=Path, metavar="README.md", help="rewrite the marked part of this file")
+    options = parser.parse_args(arguments)
+    paths = options.results or newest()
+    if not paths:
+        parser.error(f"no records in {RESULTS}; `pytest bench/ --benchmark-only --save-results` writes some")
+    body = markdown(read(paths))
+    if options.update is None:
+        print(body)
+        return
+    root = options.update.resolve().parent
+    names = [path.resolve().relative_to(root).as_posix() for path in paths]
+    options.update.write_text(replaced(options.update.read_text(), names, body))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""One whole update of a language model of random weights: the batch, and the ways to take forward and backward.
+
+Every way starts from the same weights and returns the loss, the log-probabilities and all gradients; activation
+checkpointing is on in all. The optimiser's step is left out of all: it is the same for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from alp_kernels import Objective, attach, fused_alp_loss, policy_loss
+
+from .cases import short
+
+SIGMA = (
+    1e-4  # so small that every way returns nearly the loss without noise, which the checks need; no time depends on it
+)
+OBJECTIVE = Objective.preset("alp-token")
+
+
+@dataclass(frozen=True)
+class UpdateCase:
+    """A decoder in the shape of Qwen2.5, and `sequences` of `length` tokens, all of them in the loss."""
+
+    model: str
+    layers: int
+    channels: int  # D
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int  # V
+    sequences: int  # B
+    length: int  # T
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.model} L {self.layers} N {self.rows} D {self.channels} V {self.vocab} {short(self.dtype)}"
+
+    @property
+    def shape(self) -> dict[str, str | int]:
+        sizes = {"L": self.layers, "N": self.rows, "T": self.length, "D": self.channels, "V": self.vocab}
+        return {"model": self.model, **sizes, "dtype": short(self.dtype)}
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def full_logits_mib(self) -> float:
+        """What the released way takes for logits, float32 logits and log-probabilities, and their gradients."""
+        return self.rows * self.vocab * (2 * self.dtype.itemsize + 3 * 4) / 2**20
+
+    def build(self, device: torch.device) -> Any:
+        """The model, in training mode with non-reentrant checkpointing, embeddings tied."""
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        config = Qwen2Config(
+            vocab_size=self.vocab,
+            hidden_size=self.channels,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            use_cache=False,
+        )
+        torch.manual_seed(0)
+        with device:
+            model = Qwen2ForCausalLM(config).to(self.dtype)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.train()
+
+
+class Update(NamedTuple):
+    """What a way returns."""
+
+    loss: Tensor  # ()
+    logp: Tensor  # (B, T) float32
+    gradients: dict[str, Tensor]  # of every parameter
+    dlog_sigma: Tensor | None  # (L,), of the ways with noise
+
+
+class Inputs(NamedTuple):
+    model: Any
+    tokens: Tensor  # (B, T) int64
+    batch: tuple[Tensor, Tensor, Tensor, Tensor]  # targets, rollout_logp, advantages, mask
+    truth: Update  # without noise, from eager PyTorch, one sequence at a time
+
+
+def make_inputs(device: torch.device, case: UpdateCase) -> Inputs:
+    """A batch so near its rollout policy that no ratio is clipped: a clipped row would cost no backward product."""
+    model = case.build(device)
+    generator = torch.Generator(device).manual_seed(0)
+    ids = torch.randint(case.vocab, (case.sequences, case.length + 1), generator=generator, device=device)
+    tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    with torch.no_grad():
+        logp = torch.cat([full_logp(model, *pair) for pair in zip(tokens.split(1), targets.split(1), strict=True)])
+    drift = 0.2 * case.length**-0.5 * torch.randn(logp.shape, generator=generator, device=device)
+    advantages = torch.linspace(1.0, -0.5, case.sequences, device=device)
+    batch = (targets, logp + drift, advantages, torch.ones_like(logp))
+    loss = torch.zeros((), device=device)
+    for tokens_i, *batch_i in zip(tokens.split(1), *(value.split(1) for value in batch), strict=True):
+        logp_i = full_logp(model, tokens_i, batch_i[0])
+        part = policy_loss(logp_i, *batch_i[1:], objective=OBJECTIVE, num_tokens=logp.numel()).loss
+        part.backward()
+        loss += part.detach()
+    return Inputs(model, tokens, batch, Update(loss, logp, taken_gradients(model), None))
+
+
+def taken_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients, taken off the model: held there they would hide what the next way allocates."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def full_logp(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target, (B, T): full logits, log-softmax in float32, as trainers do it."""
+    logits = model(input_ids=tokens).logits
+    return torch.log_softmax(logits.float(), dim=-1).gather(-1, targets[..., None]).squeeze(-1)
+
+
+# ------------------------------------------------------------------ the ways
+
+
+def fused(inputs: Inputs, model: Any) -> tuple[Tensor, Tensor]:
+    """Forward of the decoder alone, then loss and head in one; returns loss and logp."""
+    hidden = model.model(input_ids=inputs.tokens).last_hidden_state
+    out = fused_alp_loss(hidden, model.lm_head.weight, *inputs.batch, objective=OBJECTIVE)
+    return out.loss, out.logp
+
+
+def without_noise(inputs: Inputs) -> Callable[[], Update]:
+    def run() -> Update:
+        loss, logp = fused(inputs, inputs.model)
+        loss.backward()
+        return Update(loss.detach(), logp, taken_gradients(inputs.model), None)
+
+    return run
+
+
+def ours(inputs: Inputs) -> Callable[[], Update]:
+    # a model with the same parameters and hooks of its own: the others run without any
+    model = copy.deepcopy(inputs.model, {id(parameter): parameter for parameter in inputs.model.parameters()})
+    handle = attach(model, sigma=SIGMA, seed=1)
+
+    def run() -> Update:
+        with handle.perturbed(step=0):
+            loss, logp = fused(inputs, model)
+            loss.backward()
+        dlog_sigma, handle.log_sigma.grad = handle.log_sigma.grad, None
+        return Update(loss.detach(), logp, taken_gradients(model), dlog_sigma)
+
+    return run
+
+
+@contextlib.contextmanager
+def generator_noise(layers: Any, log_sigma: Tensor, seeds: Tensor) -> Iterator[None]:
+    """As ALP's published code does it: each layer's input gets randn from a generator seeded from a tensor; within the
+    layer's checkpoint, so the recompute draws it again."""
+
+    def hook(position: int) -> Callable[[Any, Any, Any], Any]:
+        def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            h, *rest = args
+            generator = torch.Generator(h.device).manual_seed(int(seeds[position]))
+            eps = torch.randn(h.shape, generator=generator, device=h.device, dtype=h.dtype)
+            return (h + log_sigma[position].exp().to(h.dtype) * eps, *rest), kwargs
+
+        return inject
+
+    handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def released(inputs: Inputs) -> Callable[[], Update]:
+    """Full logits, the old policy's log-probabilities from a forward of their own, noise from generators."""
+    model, layers = inputs.model, inputs.model.model.layers
+    targets, *rest = inputs.batch
+    log_sigma = torch.full((len(layers),), math.log(SIGMA), device=targets.device, requires_grad=True)
+    seeds = torch.arange(len(layers), device=targets.device) + 17
+
+    def run() -> Update:
+        with torch.no_grad():
+            old_logp = full_logp(model, inputs.tokens, targets)
+        with generator_noise(layers, log_sigma, seeds):  # open in backward too, for the recompute
+            logp = full_logp(model, inputs.tokens, targets)
+            loss = policy_loss(logp, *rest, objective=OBJECTIVE, old_logp=old_logp).loss
+            loss.backward()
+        dlog_sigma, log_sigma.grad = log_sigma.grad, None
+        return Update(loss.detach(), logp.detach(), taken_gradients(model), dlog_sigma)
+
+    return run
+
+
+# ------------------------------------------------------------------ what they must return
+
+
+def check(inputs: Inputs, returned: Update) -> None:
+    """The loss, log-probabilities and gradients of an update without noise, but for SIGMA and the dtype's rounding."""
+    truth = inputs.truth
+    is_half = inputs.model.dtype != torch.float32
+    loss_bound, logp_bound, gradient_bound = (2e-2, 3e-2, 0.3) if is_half else (2e-3, 1e-2, 5e-2)
+    assert abs(float(returned.loss - truth.loss)) < loss_bound, f"loss {returned.loss}, not {truth.loss}"
+    error = float((returned.logp - truth.logp).abs().mean())
+    assert error < logp_bound, f"log-probabilities are off by {error:.1e} on average"
+    assert returned.gradients.keys() == truth.gradients.keys()
+    for name, right in truth.gradients.items():
+        if name.endswith("k_proj.bias"):
+            continue  # zero in exact arithmetic: the softmax does not see it
+        error = float((returned.gradients[name].float() - right.float()).norm() / right.float().norm())
+        assert error < gradient_bound, f"gradient of {name} is off by {error:.1e} of its norm"
+
+
+def check_noisy(inputs: Inputs, returned: Update) -> None:
+    check(inputs, returned)
+    assert returned.dlog_sigma is not None
+    assert returned.dlog_sigma.isfinite().all() and (returned.dlog_sigma != 0).all(), "a layer without noise"
+
+
+def check_clean(inputs: Inputs, returned: Update) -> None:
+    check(inputs, returned)
+    assert returned.dlog_sigma is None

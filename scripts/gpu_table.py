@@ -1,0 +1,181 @@
+"""The short table at the end of scripts/gpu.py: what was measured against what was aimed at. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]  # one line of a results file, see bench/report.py
+OURS = "alp_kernels"
+MAX_GROUPS = 24
+
+PERTURB = "N 16384 D 4096 bfloat16"
+HEAD = "N 8192 D 4096 V 151936 bfloat16"
+UPDATE = "N 16384 D 1536 V 151936 bfloat16"
+
+
+def read(folder: Path) -> list[Record]:
+    """The records of every results file in a folder; a line cut off by a kill is left out."""
+    found = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+    return found
+
+
+# ------------------------------------------------------------------ one number out of the records
+
+
+class Results:
+    """Records of one device type, found by parts of their names."""
+
+    def __init__(self, records: Iterable[Record], device_type: str) -> None:
+        self.records = [r for r in records if r["device_type"] == device_type and "ms" in r]  # else: a wrong result
+
+    def one(self, op: str, case: str, *variant: str, without: str = " masked") -> Record | None:
+        """The record of exactly this op whose case holds `case` and not `without`, and whose variant holds all parts."""
+        for r in self.records:
+            is_case = case in r["case"] and not (without and without in r["case"])
+            if r["op"] == op and is_case and all(part in r["variant"] for part in variant):
+                return r
+        return None
+
+    def ms(self, *names: str, **options: str) -> float | None:
+        found = self.one(*names, **options)
+        return None if found is None else found["ms"]["p50"]
+
+    def mib(self, *names: str) -> float | None:
+        found = self.one(*names)
+        return None if found is None else found["peak_mib"]
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None or b == 0 else a / b
+
+
+# ------------------------------------------------------------------ targets
+
+
+class Target(NamedTuple):
+    what: str
+    bound: str  # "<= 1.15" or ">= 0.90"
+    value: Callable[[Results], float | None]
+
+    def verdict(self, results: Results) -> str:
+        sign, number = self.bound.split()
+        value = self.value(results)
+        if value is None:
+            return f"not measured   {'':>7}   {self.bound:<8} {self.what}"
+        is_met = value <= float(number) if sign == "<=" else value >= float(number)
+        return f"{'met' if is_met else 'MISSED':<12}   {value:>7.3f}   {self.bound:<8} {self.what}"
+
+
+FORWARD, BOTH = "perturb forward", "perturb forward + backward"
+NORM, NORM_BOTH = "perturb + RMSNorm forward", "perturb + RMSNorm forward + backward"
+LOSS, WHOLE = "loss head forward + backward", "update forward + backward"
+TRITON, LIMIT, RELEASED = f"{OURS} triton", "(limit)", "released"
+
+
+def _backward(results: Results) -> float | None:
+    """What backward adds to forward, over forward."""
+    both, forward = results.ms(BOTH, PERTURB, TRITON), results.ms(FORWARD, PERTURB, TRITON)
+    return None if both is None or forward is None else _ratio(both - forward, forward)
+
+
+def _over(op: str, case: str, ours: tuple[str, ...], other: tuple[str, ...]) -> Callable[[Results], float | None]:
+    return lambda results: _ratio(results.ms(op, case, *ours), results.ms(op, case, *other))
+
+
+def _masked(results: Results) -> float | None:
+    masked = results.ms(LOSS, f"{HEAD}, 60% masked", TRITON, "token", without="")
+    return _ratio(masked, results.ms(LOSS, HEAD, TRITON, "token"))
+
+
+TARGETS = (
+    Target(
+        "perturb forward: copy / ours",
+        ">= 0.90",
+        lambda r: _ratio(r.ms(FORWARD, PERTURB, LIMIT), r.ms(FORWARD, PERTURB, TRITON)),
+    ),
+    Target("perturb backward / its forward", "<= 0.90", _backward),
+    Target(
+        "perturb forward + backward: released / ours",
+        ">= 6",
+        lambda r: _ratio(r.ms(BOTH, PERTURB, RELEASED), r.ms(BOTH, PERTURB, TRITON)),
+    ),
+    Target(
+        "perturb + RMSNorm forward / Liger's RMSNorm alone",
+        "<= 1.10",
+        _over(NORM, PERTURB, (TRITON, "one op"), ("liger", "alone")),
+    ),
+    Target(
+        "perturb + RMSNorm forward + backward / Liger's",
+        "<= 1.10",
+        _over(NORM_BOTH, PERTURB, (TRITON, "one op"), ("liger", "alone")),
+    ),
+    Target("loss head, token level / three GEMMs", "<= 1.15", _over(LOSS, HEAD, (TRITON, "token"), (LIMIT,))),
+    Target(
+        "loss head, token level: GiB above the inputs",
+        "<= 6",
+        lambda r: _ratio(r.mib(LOSS, HEAD, TRITON, "token"), 1024),
+    ),
+    Target("loss head, sequence level / three GEMMs", "<= 1.20", _over(LOSS, HEAD, (TRITON, "sequence"), (LIMIT,))),
+    Target("loss head, 60 % masked / none masked", "<= 0.50", _masked),
+    Target("update / the same without noise", "<= 1.01", _over(WHOLE, UPDATE, (OURS,), (LIMIT,))),
+    Target("update: released / ours", ">= 1.4", _over(WHOLE, UPDATE, (RELEASED,), (OURS,))),
+    Target(
+        "update: memory, ours / released",
+        "<= 0.6",
+        lambda r: _ratio(r.mib(WHOLE, UPDATE, OURS), r.mib(WHOLE, UPDATE, RELEASED)),
+    ),
+)
+
+
+def targets(records: Iterable[Record]) -> list[str]:
+    """A line for each target. Only times of a GPU count: a CPU's say nothing about them."""
+    results = Results(records, "cuda")
+    return [target.verdict(results) for target in TARGETS]
+
+
+# ------------------------------------------------------------------ groups
+
+
+def groups(records: Iterable[Record]) -> Iterator[str]:
+    """A line for each op and case: ours, the limit, the best peer, and ours over the limit."""
+    by_group: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        by_group.setdefault((record["op"], record["case"]), []).append(record)
+    if by_group:
+        yield f"{'ms (median)':<62}{'ours':>9}{'limit':>9}{'of limit':>9}  best peer"
+    for (op, case), every in list(by_group.items())[:MAX_GROUPS]:
+        found = [r for r in every if "ms" in r]
+        ours = _fastest(r for r in found if r["variant"].startswith(OURS) and "reference" not in r["variant"])
+        limit = _fastest(r for r in found if LIMIT in r["variant"])
+        peer = _fastest(r for r in found if not r["variant"].startswith((OURS, "three ")) and LIMIT not in r["variant"])
+        frac = None if ours is None else ours["limit_frac"]
+        named = "-" if peer is None else f"{_ms(peer)} {peer['variant'][:24]}"
+        name = f"{op.replace('forward + backward', 'fwd+bwd')} | {case}"
+        yield f"{name[:61]:<62}{_ms(ours):>9}{_ms(limit):>9}{'-' if frac is None else f'{frac:.2f}':>9}  {named}"
+        if len(found) < len(every):
+            yield f"  wrong: {', '.join(r['variant'] for r in every if 'ms' not in r)}"[:150]
+    if len(by_group) > MAX_GROUPS:
+        yield f"and {len(by_group) - MAX_GROUPS} more in results.jsonl"
+
+
+def _fastest(records: Iterable[Record]) -> Record | None:
+    return min(records, key=lambda r: r["ms"]["p50"], default=None)
+
+
+def _ms(record: Record | None) -> str:
+    return (
+        "-"
+        if record is None
+        else f"{record['ms']['p50']:.3g}"
+        if record["ms"]["p50"] < 100
+        else f"{record['ms']['p50']:.0f}"
+    )
