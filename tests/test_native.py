@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from alp_kernels import reference
 from alp_kernels.noise import LOGITS_LAYER, MAX_ROW, NORMAL_BOUND, Stream
-from alp_kernels.reference import Head
+from alp_kernels.reference import Head, Norm
 
 from .compare import assert_within_budget
 from .test_noise import ONES, PUBLISHED
@@ -103,6 +103,14 @@ def test_far_tail_stays_within_the_bound():
         assert (a.double() - e).abs().max() <= NORMAL_BOUND
 
 
+def test_normals_ignore_instruction_set():
+    """Also where a build without fused multiply-add must watch for ties: sums of a word and 1/2 are full of them."""
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(0, 1 << 32, (2, 1 << 19), generator=generator)
+    words[0, ::2] >>= torch.randint(0, 32, (1 << 18,), generator=generator)
+    on_every_isa(lambda: native.normals_of(*words))
+
+
 # ------------------------------------------------------------------ perturbation
 
 
@@ -172,17 +180,57 @@ def test_perturb_ignores_instruction_set(dtype, channels):
     on_every_isa(lambda: outputs(channels=channels, dtype=dtype))
 
 
-def test_perturb_ignores_thread_count():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_that_are_not_finite_ignore_instruction_set(dtype):
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(256, 256)
+    h = every.view(dtype) if bits == torch.int16 else (every.int() << 16 | 0x1234).view(dtype)
+    for rounding in ("nearest", "stochastic"):
+        on_every_isa(lambda r=rounding: [native.perturb_fwd(h, SIGMA, STREAM, "absolute", r)[0].view(bits)])
+
+
+def on_every_thread_count(function):
+    """function() on 1 to 8 threads; every tensor must have the same bits on all."""
     before = torch.get_num_threads()
+    results = []
     try:
-        results = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            results.append(outputs())
+            results.append(function())
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_perturb_ignores_thread_count():
+    on_every_thread_count(outputs)
+
+
+def norm_outputs(rows=37, channels=1023, dtype=torch.bfloat16):
+    h, du, dy = (hidden(rows, channels, dtype).nan_to_num(1.0, 2.0).roll(n) for n in range(3))
+    h = h.clamp(-9, 9)  # squares of the largest numbers would leave nothing but zeros to compare
+    norm = Norm(torch.linspace(-1, 2, channels).to(dtype), 1e-5, 1.0)
+    u, y, rstd, rms = native.perturb_rms_norm_fwd(h, SIGMA, STREAM, "rms", "stochastic", norm)
+    du, dy = du.clamp(-9, 9), dy.clamp(-9, 9)
+    found = native.perturb_rms_norm_bwd(du, dy, u, rstd, rms, STREAM, norm, True, True)
+    alone = native.perturb_rms_norm_bwd(du, dy, u, rstd, rms, STREAM, norm, False, False)
+    assert torch.equal(found[0], alone[0])
+    assert alone[1:] == (None, None)
+    assert torch.equal(u, native.perturb_fwd(h, SIGMA, STREAM, "rms", "stochastic")[0])
+    assert all(x.isfinite().all() for x in (u, y, rstd, rms, *found))
+    return u, y, rstd, rms, *found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_perturb_rms_norm_ignores_instruction_set(dtype, channels):
+    on_every_isa(lambda: norm_outputs(channels=channels, dtype=dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 37, 300])
+def test_perturb_rms_norm_ignores_thread_count(rows):
+    on_every_thread_count(lambda: norm_outputs(rows))
 
 
 @given(rows=st.lists(st.integers(0, MAX_ROW), min_size=1, max_size=9), channels=st.integers(1, 700))
