@@ -42,15 +42,19 @@ inline F32 fma(F32 a, F32 b, F32 c) {
     return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
     return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__x86_64__)
+#elif defined(__SSE2__)
     // No such instruction. The product is exact in float64, so only the sum's rounding comes before that to float32,
     // and matters only where it may have made a tie: such lanes, one in 2^29, go to the library.
-    using F64 = double __attribute__((vector_size(8 * W)));
-    using Bits = uint64_t __attribute__((vector_size(8 * W)));
-    const F64 sum = __builtin_convertvector(a, F64) * __builtin_convertvector(b, F64) + __builtin_convertvector(c, F64);
-    const Bits is_tie = ((Bits)sum & 0x1FFFFFFFu) == 0x10000000u;
-    F32 x = __builtin_convertvector(sum, F32);
-    if (__builtin_expect((is_tie[0] | is_tie[1] | is_tie[2] | is_tie[3]) != 0, 0)) {
+    const auto sum = [](__m128 x, __m128 y, __m128 z) {
+        return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
+    };
+    const auto upper = [](F32 x) { return _mm_movehl_ps((__m128)x, (__m128)x); };
+    const __m128d first = sum((__m128)a, (__m128)b, (__m128)c), last = sum(upper(a), upper(b), upper(c));
+    const __m128i low = (__m128i)_mm_shuffle_ps((__m128)first, (__m128)last, 0x88);
+    const __m128i is_tie =
+        _mm_cmpeq_epi32(_mm_and_si128(low, _mm_set1_epi32(0x1FFFFFFF)), _mm_set1_epi32(0x10000000));
+    F32 x = (F32)_mm_movelh_ps(_mm_cvtpd_ps(first), _mm_cvtpd_ps(last));
+    if (__builtin_expect(_mm_movemask_epi8(is_tie) != 0, 0)) {
         for (int l = 0; l < W; ++l) x[l] = __builtin_fmaf(a[l], b[l], c[l]);
     }
     return x;
