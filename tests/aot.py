@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from alp_kernels.noise import LOGITS_LAYER, Stream
 from alp_kernels.objective import PRESETS, LossRows, Objective
-from alp_kernels.reference import Head, HeadRows
+from alp_kernels.reference import Head, HeadRows, Norm
 from alp_kernels.triton import engine
 
 TARGETS = {
@@ -65,6 +65,22 @@ def _head_bwd(dtype: torch.dtype, head: Head, has_dentropy: bool) -> None:
     engine.head_bwd(_logits(dtype), IDS, head, rows, *_numbers(), _numbers()[0] if has_dentropy else None)
 
 
+def _norm(dtype: torch.dtype) -> Norm:
+    return Norm(torch.zeros(D, dtype=dtype), 1e-6, 0.0)
+
+
+def _rms_norm_fwd(dtype: torch.dtype, stream: Stream, scale: str, rounding: str, num_channels: int = D) -> None:
+    norm = Norm(torch.zeros(num_channels, dtype=dtype), 1e-6, 0.0)
+    engine.perturb_rms_norm_fwd(
+        torch.zeros(2, num_channels, dtype=dtype), torch.ones(()), stream, scale, rounding, norm
+    )
+
+
+def _rms_norm_bwd(dtype: torch.dtype, stream: Stream, rms: Tensor | None) -> None:
+    rows = (torch.zeros(2, D, dtype=dtype) for _ in range(3))
+    engine.perturb_rms_norm_bwd(*rows, torch.ones(2), rms, stream, _norm(dtype), True, True)
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "philox": lambda: engine.philox((IDS,) * 4, (1, 2)),
     "normal": lambda: engine.normal(2, D, NUMBERED, torch.device("cpu")),
@@ -73,6 +89,11 @@ CASES: dict[str, Callable[[], Any]] = {
     "perturb_fwd fp16 rms stochastic": lambda: _perturb_fwd(torch.float16, NAMED, "rms", "stochastic"),
     "perturb_bwd bf16": lambda: engine.perturb_bwd(torch.zeros(2, D, dtype=torch.bfloat16), NUMBERED, None),
     "perturb_bwd fp32 rms": lambda: engine.perturb_bwd(torch.zeros(2, D), NAMED, torch.ones(2)),
+    "perturb_rms_norm_fwd bf16": lambda: _rms_norm_fwd(torch.bfloat16, NUMBERED, "absolute", "nearest"),
+    "perturb_rms_norm_fwd fp16 rms stochastic": lambda: _rms_norm_fwd(torch.float16, NAMED, "rms", "stochastic"),
+    "perturb_rms_norm_fwd fp32 long": lambda: _rms_norm_fwd(torch.float32, NUMBERED, "absolute", "nearest", 10001),
+    "perturb_rms_norm_bwd bf16": lambda: _rms_norm_bwd(torch.bfloat16, NUMBERED, None),
+    "perturb_rms_norm_bwd fp32 rms": lambda: _rms_norm_bwd(torch.float32, NAMED, torch.ones(2)),
     "head_fwd bf16": lambda: engine.head_fwd(_logits(torch.bfloat16), IDS, PLAIN),
     "head_fwd fp32 full": lambda: engine.head_fwd(_logits(torch.float32), IDS, FULL),
     "head_bwd bf16": lambda: _head_bwd(torch.bfloat16, PLAIN, False),
@@ -89,12 +110,12 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
-def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, tuple[Any, ...]]]:
-    """The kernels that `call` would start, with their arguments in order."""
-    recorded: list[tuple[JITFunction, tuple[Any, ...]]] = []
+def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, int]]]:
+    """The kernels that `call` would start, with their arguments in order and the launch's options."""
+    recorded: list[tuple[JITFunction, tuple[Any, ...], dict[str, int]]] = []
 
-    def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool) -> None:
-        recorded.append((self, args))
+    def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: int) -> None:
+        recorded.append((self, args, options))
 
     original, JITFunction.run = JITFunction.run, record
     try:
@@ -172,9 +193,9 @@ def build(target: str, cases: list[str]) -> dict[str, dict[str, int]]:
     """Measurements of each kernel of each case: {"case: kernel": {...}}."""
     found = {}
     for case in cases:
-        for kernel, args in launches(CASES[case]):
+        for kernel, args, options in launches(CASES[case]):
             driver.set_active(SimpleNamespace(get_current_target=lambda: TARGETS[target]))  # read by target_info
-            compiled = triton.compile(source(kernel, args), target=TARGETS[target])
+            compiled = triton.compile(source(kernel, args), target=TARGETS[target], options=options)
             found[f"{case}: {kernel.__name__}"] = measure(compiled)
     return found
 

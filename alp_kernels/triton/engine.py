@@ -9,6 +9,7 @@ import triton
 from .head import head_bwd, head_fwd, head_token_loss
 from .noise import normal, philox
 from .perturb import perturb_bwd, perturb_fwd
+from .rms_norm import perturb_rms_norm_bwd, perturb_rms_norm_fwd
 from .scale import scale_
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "normal",
     "perturb_bwd",
     "perturb_fwd",
+    "perturb_rms_norm_bwd",
+    "perturb_rms_norm_fwd",
     "philox",
     "scale_",
     "unavailable",
