@@ -114,7 +114,7 @@ def on_circle(radius, angle_word):
     s = tl.fma(a2, -0.005505402, 0.095531225)
     s = tl.fma(a2, s, -0.7745095)
     s = tl.fma(a2, s, 1.8833846)
-    cos = cos_radius.to(tl.float32, bitcast=True) * tl.fma(-a, s, c)
+    cos = cos_radius.to(tl.float32, bitcast=True) * tl.fma(a * -1.0, s, c)  # Triton 3.6 subtracts -a from zero
     return cos, sin_radius.to(tl.float32, bitcast=True) * tl.fma(a, s, c)
 
 

@@ -176,11 +176,10 @@ def _perturb_bwd_kernel(
         row = row_identity(n, row_ids_ptr, row_start, n < N)
         du = load_channels(du_ptr + n * D, n, q, N, D, BLOCK_N, BLOCK_Q)
         eps = four_normals(laid_out_like(q, du[0]), row, seed_lo, seed_hi, step, layer)
+        of_row = tl.fma(du[0], eps[0], tl.fma(du[1], eps[1], tl.fma(du[2], eps[2], du[3] * eps[3])))
         if rms_ptr is None:
-            for j in tl.static_range(4):
-                total = tl.fma(du[j], eps[j], total)
+            total += of_row
         else:
-            of_row = tl.fma(du[0], eps[0], tl.fma(du[1], eps[1], tl.fma(du[2], eps[2], du[3] * eps[3])))
             rms = tl.load(rms_ptr + n, mask=n < N, other=0.0)
             total = tl.fma(tl.broadcast_to(rms, of_row.shape), of_row, total)
     tl.store(partials_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(total, axis=1)))
