@@ -395,8 +395,8 @@ def _head_args(x: Tensor, head: Head) -> tuple[Tensor | float | int | None, ...]
     quarter = triton.cdiv(vocabulary, 4)
     stream = (None, 0, 0, 0, 0, 0) if head.sigma is None or head.stream is None else stream_args(head.stream)
     softcap = None if head.softcap is None else float(head.softcap)
-    # two groups a thread keep the registers of Philox and both pairs of normals without a spill
-    largest = MAX_TILE if head.sigma is None else MAX_TILE // 4
+    # four groups a thread: one 128-bit load of float32, and registers enough for Philox and both pairs of normals
+    largest = MAX_TILE if head.sigma is None else MAX_TILE // 2
     block_q = min(largest, triton.next_power_of_2(quarter))
     return head.sigma, *stream, float(head.logit_scale), softcap, vocabulary, quarter, block_q
 

@@ -96,14 +96,13 @@ def scaled_radius(word):
 
 
 @triton.jit
-def normal_pair(radius_word, angle_word):
-    """Box-Muller: two normals from two uint32 tiles, within noise.NORMAL_BOUND of the float64 value."""
+def on_circle(radius, angle_word):
+    """(cos, sin)(2 pi angle_word / 2^32) times the radius, which comes scaled by 0.58974717."""
     # angle = pi k + y with y in [-pi/2, pi/2); |y| = pi/4 + (pi/2) a with a in [-1/2, 1/2]
     # the top bit of the angle is the sign of the sine; the next one, the sign of y, tells the cosine's from it
     doubled = angle_word << 1
     y = doubled.to(tl.int32, bitcast=True).to(tl.float32)
-    radius = scaled_radius(radius_word).to(tl.uint32, bitcast=True)
-    sin_radius = radius ^ (angle_word & 0x80000000)
+    sin_radius = radius.to(tl.uint32, bitcast=True) ^ (angle_word & 0x80000000)
     cos_radius = sin_radius ^ (doubled & 0x80000000)
     a = tl.fma(tl.abs(y), 4.656612873077393e-10, -0.5)
     a2 = a * a
@@ -115,8 +114,14 @@ def normal_pair(radius_word, angle_word):
     s = tl.fma(a2, -0.005505402, 0.095531225)
     s = tl.fma(a2, s, -0.7745095)
     s = tl.fma(a2, s, 1.8833846)
-    cos = cos_radius.to(tl.float32, bitcast=True) * tl.fma(-a, s, c)
+    cos = cos_radius.to(tl.float32, bitcast=True) * tl.fma(a * -1.0, s, c)  # Triton 3.6 subtracts -a from zero
     return cos, sin_radius.to(tl.float32, bitcast=True) * tl.fma(a, s, c)
+
+
+@triton.jit
+def normal_pair(radius_word, angle_word):
+    """Box-Muller: two normals from two uint32 tiles, within noise.NORMAL_BOUND of the float64 value."""
+    return on_circle(scaled_radius(radius_word), angle_word)
 
 
 @triton.jit

@@ -50,12 +50,53 @@ def load_channels(
         x2 = tl.load(row_ptr + (2 * Q + q))
         x3 = tl.load(row_ptr + (3 * Q + q))
     else:
-        in_tile = (n < N) & (q < Q)
+        in_tile = q < Q
+        if BLOCK_N > 1:
+            in_tile = in_tile & (n < N)
         x0 = tl.load(row_ptr + q, mask=in_tile, other=0.0)
         x1 = tl.load(row_ptr + (Q + q), mask=in_tile & (Q + q < D), other=0.0)
         x2 = tl.load(row_ptr + (2 * Q + q), mask=in_tile & (2 * Q + q < D), other=0.0)
         x3 = tl.load(row_ptr + (3 * Q + q), mask=in_tile & (3 * Q + q < D), other=0.0)
     return widen(x0), widen(x1), widen(x2), widen(x3)
+
+
+@triton.jit
+def store_channels(row_ptr, x, n, q, N, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """The reverse of load_channels, of tiles in the tensor's dtype."""
+    Q: tl.constexpr = (D + 3) // 4
+    for j in tl.static_range(4):
+        if BLOCK_N == 1 and D % (4 * BLOCK_Q) == 0:
+            tl.store(row_ptr + (j * Q + q), x[j])
+        elif BLOCK_N == 1:
+            tl.store(row_ptr + (j * Q + q), x[j], mask=(q < Q) & (j * Q + q < D))
+        else:
+            tl.store(row_ptr + (j * Q + q), x[j], mask=(n < N) & (q < Q) & (j * Q + q < D))
+
+
+@triton.jit
+def perturbed(
+    h, q, size, row, seed_lo, seed_hi, step, layer, dtype: tl.constexpr, IS_STOCHASTIC: tl.constexpr
+):  # fmt: skip
+    """h + size * eps of four float32 tiles, rounded to dtype."""
+    groups = laid_out_like(q, h[0])
+    e0, e1, e2, e3 = four_normals(groups, row, seed_lo, seed_hi, step, layer)
+    size = tl.broadcast_to(size, e0.shape)
+    u0 = tl.fma(size, e0, h[0])
+    u1 = tl.fma(size, e1, h[1])
+    u2 = tl.fma(size, e2, h[2])
+    u3 = tl.fma(size, e3, h[3])
+    if IS_STOCHASTIC:
+        w0, w1, w2, w3 = stream_words(groups, row, seed_lo, seed_hi, step, layer.to(tl.uint32) | ROUNDING_LAYER)
+        u0 = round_stochastic(u0, w0, dtype)
+        u1 = round_stochastic(u1, w1, dtype)
+        u2 = round_stochastic(u2, w2, dtype)
+        u3 = round_stochastic(u3, w3, dtype)
+    else:
+        u0 = round_nearest(u0, dtype)
+        u1 = round_nearest(u1, dtype)
+        u2 = round_nearest(u2, dtype)
+        u3 = round_nearest(u3, dtype)
+    return u0, u1, u2, u3
 
 
 def launch_tiles(
@@ -75,7 +116,6 @@ def _perturb_fwd_kernel(
     N, blocks,
     D: tl.constexpr, IS_STOCHASTIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    Q: tl.constexpr = (D + 3) // 4
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
     sigma = tl.load(sigma_ptr)
     first = tl.program_id(0) * blocks
@@ -86,20 +126,8 @@ def _perturb_fwd_kernel(
         if rms_ptr is not None:
             size = size * tl.load(rms_ptr + n, mask=n < N, other=0.0)
         h = load_channels(h_ptr + n * D, n, q, N, D, BLOCK_N, BLOCK_Q)
-        groups = laid_out_like(q, h[0])
-        eps = four_normals(groups, row, seed_lo, seed_hi, step, layer)
-        if IS_STOCHASTIC:
-            words = stream_words(groups, row, seed_lo, seed_hi, step, layer.to(tl.uint32) | ROUNDING_LAYER)
-        for j in tl.static_range(4):
-            u = tl.fma(tl.broadcast_to(size, eps[j].shape), eps[j], h[j])
-            if IS_STOCHASTIC:
-                u = round_stochastic(u, words[j], u_ptr.dtype.element_ty)
-            else:
-                u = round_nearest(u, u_ptr.dtype.element_ty)
-            if BLOCK_N == 1 and D % (4 * BLOCK_Q) == 0:
-                tl.store(u_ptr + n * D + (j * Q + q), u)
-            else:
-                tl.store(u_ptr + n * D + (j * Q + q), u, mask=(n < N) & (q < Q) & (j * Q + q < D))
+        u = perturbed(h, q, size, row, seed_lo, seed_hi, step, layer, u_ptr.dtype.element_ty, IS_STOCHASTIC)
+        store_channels(u_ptr + n * D, u, n, q, N, D, BLOCK_N, BLOCK_Q)
 
 
 def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str) -> tuple[Tensor, Tensor | None]:
@@ -114,7 +142,7 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
     if num_rows:
         with on_device(h):
             if rms is not None:
-                _row_rms_kernel[(num_rows,)](h, rms, num_channels, RMS_BLOCK)
+                row_rms_kernel[(num_rows,)](h, rms, num_channels, RMS_BLOCK)
             _perturb_fwd_kernel[grid](
                 h, sigma, rms, u, *stream_args(stream), num_rows, blocks, num_channels, is_stochastic, *tiles
             )
@@ -122,7 +150,7 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
 
 
 @triton.jit
-def _row_rms_kernel(h_ptr, rms_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def row_rms_kernel(h_ptr, rms_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """rms_n = sqrt(mean_d h^2); its own kernel, so that no tile of the noise decides the order of the sum."""
     n = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -148,11 +176,10 @@ def _perturb_bwd_kernel(
         row = row_identity(n, row_ids_ptr, row_start, n < N)
         du = load_channels(du_ptr + n * D, n, q, N, D, BLOCK_N, BLOCK_Q)
         eps = four_normals(laid_out_like(q, du[0]), row, seed_lo, seed_hi, step, layer)
+        of_row = tl.fma(du[0], eps[0], tl.fma(du[1], eps[1], tl.fma(du[2], eps[2], du[3] * eps[3])))
         if rms_ptr is None:
-            for j in tl.static_range(4):
-                total = tl.fma(du[j], eps[j], total)
+            total += of_row
         else:
-            of_row = tl.fma(du[0], eps[0], tl.fma(du[1], eps[1], tl.fma(du[2], eps[2], du[3] * eps[3])))
             rms = tl.load(rms_ptr + n, mask=n < N, other=0.0)
             total = tl.fma(tl.broadcast_to(rms, of_row.shape), of_row, total)
     tl.store(partials_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(total, axis=1)))

@@ -1,10 +1,9 @@
-"""u = h + sigma * rms * eps and y = u rstd (offset + weight) in one kernel; rstd = 1 / sqrt(mean_d u^2 + norm_eps).
+"""u = h + sigma * rms * eps and y = RMSNorm(u) (offset + weight) in one pass.   h, u, y (N, D); weight (D,); rstd, rms (N,)
 
-du, dy arrive; g = dy (offset + weight); x = u rstd;  dh = du + rstd (g - x mean(g x));  dsigma = sum(dh * rms * eps);
-dweight = sum_n dy x.   h, u, y, du, dy, dh (N, D); weight, dweight (D,); rstd, rms (N,).   Derivation: docs/math.md, section 1
+g = dy (offset + weight);  x = u rstd;  dh = du + rstd (g - x mean(g x));  dsigma = sum(dh * rms * eps);  dweight = sum_n dy x
 
-Forward: a program owns a row and keeps it in registers. Backward: a program walks the rows p, p + P, p + 2P, ... and keeps
-its share of dweight in registers; a row's second look at dy, u and weight comes from the cache.
+A row of up to 4 * BLOCK_Q channels stays in registers; a longer one is read twice, the second time from cache. u has the
+bits of perturb_fwd. Backward's programs each own consecutive rows and leave one partial sum of dsigma and of dweight.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -17,169 +16,195 @@ from torch import Tensor
 from .. import reference
 from ..noise import Stream
 from ..reference import Norm
-from .noise import STREAM_ARGS, four_normals, on_device, row_identity, stream_args, stream_words
-from .perturb import RMS_BLOCK, ROUNDING_LAYER, _row_rms_kernel, perturb_bwd, perturb_fwd
-from .rounding import round_nearest, round_stochastic
+from .noise import STREAM_ARGS, four_normals, laid_out_like, multiprocessors, on_device, row_identity, stream_args
+from .perturb import RMS_BLOCK, load_channels, perturbed, row_rms_kernel, store_channels
+from .rounding import round_nearest
 
-LONGEST_ROW = 8192
-"""Channels of a row that 256 threads hold in registers, with its noise; longer ones go through perturb_fwd and PyTorch."""
+MAX_GROUPS = 2048
+"""Channel groups of a row that stay in registers: eight for each of 256 threads."""
+PROGRAMS = 4
+"""Programs of the backward on each multiprocessor."""
 
-PROGRAMS_PER_PROCESSOR = 4
 
-
-@triton.jit
-def _stored(h_ptr, u_ptr, d, in_row, size, eps, word, IS_STOCHASTIC: tl.constexpr):
-    """Store channels d of u and return them as stored, in float32; 0 outside the row."""
-    h = tl.load(h_ptr + d, mask=in_row, other=0.0).to(tl.float32)
-    u = tl.fma(tl.broadcast_to(size, eps.shape), eps, h)
-    if IS_STOCHASTIC:
-        u = round_stochastic(u, word, u_ptr.dtype.element_ty)
-    else:
-        u = round_nearest(u, u_ptr.dtype.element_ty)
-    tl.store(u_ptr + d, u, mask=in_row)
-    return tl.where(in_row, u.to(tl.float32), 0.0)
+# ------------------------------------------------------------------ forward
 
 
 @triton.jit
-def _store_norm(y_ptr, weight_ptr, d, in_row, u, rstd, offset):
-    weight = tl.load(weight_ptr + d, mask=in_row, other=0.0).to(tl.float32) + offset
-    tl.store(y_ptr + d, round_nearest(u * rstd * weight, y_ptr.dtype.element_ty), mask=in_row)
+def _square_sum(u, total):
+    for j in tl.static_range(4):
+        x = u[j].to(tl.float32)
+        total = tl.fma(x, x, total)
+    return total
 
 
-@triton.jit(do_not_specialize=STREAM_ARGS)
+@triton.jit
+def _normed(u, weight, rstd, offset, dtype: tl.constexpr):
+    y0 = round_nearest(u[0].to(tl.float32) * rstd * (weight[0] + offset), dtype)
+    y1 = round_nearest(u[1].to(tl.float32) * rstd * (weight[1] + offset), dtype)
+    y2 = round_nearest(u[2].to(tl.float32) * rstd * (weight[2] + offset), dtype)
+    y3 = round_nearest(u[3].to(tl.float32) * rstd * (weight[3] + offset), dtype)
+    return y0, y1, y2, y3
+
+
+@triton.jit
+def _rstd(total, norm_eps, D: tl.constexpr):
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, tl.cast(D, tl.float32)) + norm_eps))
+
+
+@triton.jit(do_not_specialize=["N", *STREAM_ARGS])
 def _perturb_rms_norm_fwd_kernel(
-    h_ptr, weight_ptr, sigma_ptr, rms_ptr,  # (N, D), (D,), (), (N,) or None
-    u_ptr, y_ptr, rstd_ptr, row_ids_ptr,  # (N, D), (N, D), (N,) float32, (N,) int64 or None
+    h_ptr, sigma_ptr, rms_ptr, weight_ptr,  # (N, D), (), (N,) or None, (D,)
+    u_ptr, y_ptr, rstd_ptr, row_ids_ptr,  # (N, D), (N, D), (N,), (N,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
-    D, Q, norm_eps, offset,
-    IS_STOCHASTIC: tl.constexpr, BLOCK_Q: tl.constexpr,
+    norm_eps, offset, N,
+    D: tl.constexpr, IS_STOCHASTIC: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    q = tl.arange(0, BLOCK_Q)
     row = row_identity(n, row_ids_ptr, row_start, True)
+    norm_eps = tl.cast(norm_eps, tl.float32)
+    offset = tl.cast(offset, tl.float32)
     size = tl.load(sigma_ptr)
     if rms_ptr is not None:
         size = size * tl.load(rms_ptr + n)
-    e0, e1, e2, e3 = four_normals(q, row, seed_lo, seed_hi, step, layer)
-    w0, w1, w2, w3 = 0, 0, 0, 0
-    if IS_STOCHASTIC:
-        w0, w1, w2, w3 = stream_words(q, row, seed_lo, seed_hi, step, layer.to(tl.uint32) | ROUNDING_LAYER)
-    h_ptr += n * D
-    u_ptr += n * D
-    y_ptr += n * D
-    in_quarter = q < Q
-    in_last = in_quarter & (3 * Q + q < D)  # of D = 5 and Q = 2 the third quarter is cut too
-    in_third = in_quarter & (2 * Q + q < D)
-    in_second = in_quarter & (Q + q < D)
-    u0 = _stored(h_ptr, u_ptr, q, in_quarter, size, e0, w0, IS_STOCHASTIC)
-    u1 = _stored(h_ptr, u_ptr, Q + q, in_second, size, e1, w1, IS_STOCHASTIC)
-    u2 = _stored(h_ptr, u_ptr, 2 * Q + q, in_third, size, e2, w2, IS_STOCHASTIC)
-    u3 = _stored(h_ptr, u_ptr, 3 * Q + q, in_last, size, e3, w3, IS_STOCHASTIC)
-    square = tl.sum(tl.fma(u0, u0, tl.fma(u1, u1, tl.fma(u2, u2, u3 * u3))), axis=0)
-    mean = tl.div_rn(square, D.to(tl.float32))
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(mean + tl.cast(norm_eps, tl.float32)))
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    lanes = tl.arange(0, BLOCK_Q)
+    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    if D <= 4 * BLOCK_Q:
+        h = load_channels(h_ptr + n * D, n, lanes, N, D, 1, BLOCK_Q)
+        u = perturbed(h, lanes, size, row, seed_lo, seed_hi, step, layer, dtype, IS_STOCHASTIC)
+        store_channels(u_ptr + n * D, u, n, lanes, N, D, 1, BLOCK_Q)
+        if D % (4 * BLOCK_Q) != 0:
+            Q: tl.constexpr = (D + 3) // 4
+            zero = tl.zeros([BLOCK_Q], dtype=dtype)  # noise outside the row
+            u = (
+                tl.where(lanes < Q, u[0], zero),
+                tl.where(Q + lanes < tl.minimum(2 * Q, D), u[1], zero),
+                tl.where(2 * Q + lanes < tl.minimum(3 * Q, D), u[2], zero),
+                tl.where(3 * Q + lanes < D, u[3], zero),
+            )
+        rstd = _rstd(tl.sum(_square_sum(u, total), axis=0), norm_eps, D)
+        weight = load_channels(weight_ptr, n, lanes, N, D, 1, BLOCK_Q)
+        y = _normed(u, weight, rstd, offset, dtype)
+        store_channels(y_ptr + n * D, y, n, lanes, N, D, 1, BLOCK_Q)
+    else:
+        for start in range(0, (D + 3) // 4, BLOCK_Q):
+            h = load_channels(h_ptr + n * D, n, start + lanes, N, D, 1, BLOCK_Q)
+            u = perturbed(h, start + lanes, size, row, seed_lo, seed_hi, step, layer, dtype, IS_STOCHASTIC)
+            store_channels(u_ptr + n * D, u, n, start + lanes, N, D, 1, BLOCK_Q)
+        tl.debug_barrier()  # what one thread stored, another may read
+        for start in range(0, (D + 3) // 4, BLOCK_Q):
+            total = _square_sum(load_channels(u_ptr + n * D, n, start + lanes, N, D, 1, BLOCK_Q), total)
+        rstd = _rstd(tl.sum(total, axis=0), norm_eps, D)
+        for start in range(0, (D + 3) // 4, BLOCK_Q):
+            u = load_channels(u_ptr + n * D, n, start + lanes, N, D, 1, BLOCK_Q)
+            weight = load_channels(weight_ptr, n, start + lanes, N, D, 1, BLOCK_Q)
+            y = _normed(u, weight, rstd, offset, dtype)
+            store_channels(y_ptr + n * D, y, n, start + lanes, N, D, 1, BLOCK_Q)
     tl.store(rstd_ptr + n, rstd)
-    offset = tl.cast(offset, tl.float32)
-    _store_norm(y_ptr, weight_ptr, q, in_quarter, u0, rstd, offset)
-    _store_norm(y_ptr, weight_ptr, Q + q, in_second, u1, rstd, offset)
-    _store_norm(y_ptr, weight_ptr, 2 * Q + q, in_third, u2, rstd, offset)
-    _store_norm(y_ptr, weight_ptr, 3 * Q + q, in_last, u3, rstd, offset)
 
 
 def perturb_rms_norm_fwd(
     h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """u, y (N, D) in h's dtype, rstd (N,) float32, and rms (N,) float32 or None. float64: the reference's."""
+    """u, y (N, D) like h, rstd (N,) float32, and rms (N,) float32 or None. float64: the reference's."""
     if h.dtype == torch.float64:
         return reference.perturb_rms_norm_fwd(h, sigma, stream, scale, rounding, norm)
     num_rows, num_channels = h.shape
-    if num_channels > LONGEST_ROW:
-        u, rms = perturb_fwd(h, sigma, stream, scale, rounding)
-        return *reference.rms_norm(u, norm), rms
     u, y = torch.empty_like(h), torch.empty_like(h)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=h.device)
     rms = torch.empty_like(rstd) if scale == "rms" else None
-    quarter, block_q, num_warps = _tile(num_channels)
+    block_q, num_warps = _row_tile(num_channels, 8)
     if num_rows:
         with on_device(h):
             if rms is not None:
-                _row_rms_kernel[(num_rows,)](h, rms, num_channels, RMS_BLOCK)
+                row_rms_kernel[(num_rows,)](h, rms, num_channels, RMS_BLOCK)
             _perturb_rms_norm_fwd_kernel[(num_rows,)](
-                h, norm.weight, sigma, rms, u, y, rstd, *stream_args(stream), num_channels, quarter,
-                float(norm.eps), float(norm.offset), rounding == "stochastic" and h.dtype != torch.float32, block_q,
+                h, sigma, rms, norm.weight, u, y, rstd, *stream_args(stream), float(norm.eps), float(norm.offset),
+                num_rows, num_channels, rounding == "stochastic" and h.dtype != torch.float32, block_q,
                 num_warps=num_warps,
             )  # fmt: skip
     return u, y, rstd, rms
 
 
+# ------------------------------------------------------------------ backward
+
+
 @triton.jit
-def _normed(dy_ptr, u_ptr, weight_ptr, d, in_row, rstd, offset):
-    """dy, g and x of channels d."""
-    dy = tl.load(dy_ptr + d, mask=in_row, other=0.0).to(tl.float32)
-    x = tl.load(u_ptr + d, mask=in_row, other=0.0).to(tl.float32) * rstd
-    weight = tl.load(weight_ptr + d, mask=in_row, other=0.0).to(tl.float32)
-    return dy, dy * (weight + offset), x
+def _dot(u, dy, weight, rstd, offset, total):
+    """Adds g x to total."""
+    for j in tl.static_range(4):
+        total = tl.fma(dy[j] * (weight[j] + offset), u[j] * rstd, total)
+    return total
 
 
-@triton.jit(do_not_specialize=["N", *STREAM_ARGS])
+@triton.jit
+def _total(du, dy, u, weight, rstd, offset, mean):
+    """du + rstd (g - x mean)."""
+    return tl.fma(rstd, tl.fma(-(u * rstd), mean, dy * (weight + offset)), du)
+
+
+@triton.jit(do_not_specialize=["N", "rows", *STREAM_ARGS])
 def _perturb_rms_norm_bwd_kernel(
-    du_ptr, dy_ptr, u_ptr, weight_ptr, rstd_ptr, rms_ptr,  # (N, D) three times, (D,), (N,), (N,) or None
-    dh_ptr, dsigma_ptr, dweight_ptr, row_ids_ptr,  # (N, D), (N,) or None, (P, 4 Q) float32 or None, (N,) int64 or None
+    du_ptr, dy_ptr, u_ptr, weight_ptr, rstd_ptr, rms_ptr,  # (N, D) thrice, (D,), (N,), (N,) or None
+    dh_ptr, dsigma_ptr, dweight_ptr, row_ids_ptr,  # (N, D), (P,) or None, (P, D) float32 or None, (N,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
-    N, D, Q, offset,
-    BLOCK_Q: tl.constexpr,
+    offset, N, rows,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    q = tl.arange(0, BLOCK_Q)
-    in_quarter = q < Q
+    p = tl.program_id(0).to(tl.int64)
     offset = tl.cast(offset, tl.float32)
-    dweight0 = tl.zeros([BLOCK_Q], tl.float32)
-    dweight1 = tl.zeros([BLOCK_Q], tl.float32)
-    dweight2 = tl.zeros([BLOCK_Q], tl.float32)
-    dweight3 = tl.zeros([BLOCK_Q], tl.float32)
-    for n in range(tl.program_id(0), N, tl.num_programs(0)):
-        n = tl.cast(n, tl.int64)
-        at = n * D
-        rstd = tl.load(rstd_ptr + n)
-        product = tl.zeros([BLOCK_Q], tl.float32)
-        for j in tl.static_range(4):
-            d = j * Q + q
-            dy, g, x = _normed(dy_ptr + at, u_ptr + at, weight_ptr, d, in_quarter & (d < D), rstd, offset)
-            product = tl.fma(g, x, product)
-            if dweight_ptr is not None:
-                if j == 0:
-                    dweight0 = tl.fma(dy, x, dweight0)
-                elif j == 1:
-                    dweight1 = tl.fma(dy, x, dweight1)
-                elif j == 2:
-                    dweight2 = tl.fma(dy, x, dweight2)
-                else:
-                    dweight3 = tl.fma(dy, x, dweight3)
-        mean = tl.div_rn(tl.sum(product, axis=0), D.to(tl.float32))
-        eps = (0.0, 0.0, 0.0, 0.0)
-        if dsigma_ptr is not None:
-            row = row_identity(n, row_ids_ptr, row_start, True)
-            eps = four_normals(q, row, seed_lo, seed_hi, step, layer)
-        dsigma = tl.zeros([BLOCK_Q], tl.float32)
-        for j in tl.static_range(4):
-            d = j * Q + q
-            in_row = in_quarter & (d < D)
-            _, g, x = _normed(dy_ptr + at, u_ptr + at, weight_ptr, d, in_row, rstd, offset)
-            du = tl.load(du_ptr + at + d, mask=in_row, other=0.0).to(tl.float32)
-            dh = tl.fma(rstd, tl.fma(-x, mean, g), du)
-            tl.store(dh_ptr + at + d, round_nearest(dh, dh_ptr.dtype.element_ty), mask=in_row)
-            if dsigma_ptr is not None:
-                dsigma = tl.fma(dh, eps[j], dsigma)  # outside the row dh is 0
-        if dsigma_ptr is not None:
-            total = tl.sum(dsigma, axis=0)
-            if rms_ptr is not None:
-                total *= tl.load(rms_ptr + n)
-            tl.store(dsigma_ptr + n, total)
+    lanes = tl.arange(0, BLOCK_Q)
+    first = tl.program_id(0) * rows
+    dsigma = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    zero = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if dweight_ptr is not None:
-        dweight_ptr += tl.program_id(0).to(tl.int64) * 4 * Q + q
-        tl.store(dweight_ptr, dweight0, mask=in_quarter)
-        tl.store(dweight_ptr + Q, dweight1, mask=in_quarter)
-        tl.store(dweight_ptr + 2 * Q, dweight2, mask=in_quarter)
-        tl.store(dweight_ptr + 3 * Q, dweight3, mask=in_quarter)
+        for start in range(0, (D + 3) // 4, BLOCK_Q):
+            store_channels(dweight_ptr + p * D, (zero, zero, zero, zero), p, start + lanes, p + 1, D, 1, BLOCK_Q)
+    for i in range(first, tl.minimum(first + rows, N)):
+        n = tl.cast(i, tl.int64)
+        row = row_identity(n, row_ids_ptr, row_start, True)
+        rstd = tl.load(rstd_ptr + n)
+        dot = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        for start in range(0, (D + 3) // 4, BLOCK_Q):
+            u = load_channels(u_ptr + n * D, n, start + lanes, N, D, 1, BLOCK_Q)
+            dy = load_channels(dy_ptr + n * D, n, start + lanes, N, D, 1, BLOCK_Q)
+            weight = load_channels(weight_ptr, n, start + lanes, N, D, 1, BLOCK_Q)
+            dot = _dot(u, dy, weight, rstd, offset, dot)
+        mean = tl.div_rn(tl.sum(dot, axis=0), tl.cast(D, tl.float32))
+        of_row = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        for start in range(0, (D + 3) // 4, BLOCK_Q):
+            q = start + lanes
+            du = load_channels(du_ptr + n * D, n, q, N, D, 1, BLOCK_Q)
+            dy = load_channels(dy_ptr + n * D, n, q, N, D, 1, BLOCK_Q)
+            u = load_channels(u_ptr + n * D, n, q, N, D, 1, BLOCK_Q)
+            weight = load_channels(weight_ptr, n, q, N, D, 1, BLOCK_Q)
+            t0 = _total(du[0], dy[0], u[0], weight[0], rstd, offset, mean)
+            t1 = _total(du[1], dy[1], u[1], weight[1], rstd, offset, mean)
+            t2 = _total(du[2], dy[2], u[2], weight[2], rstd, offset, mean)
+            t3 = _total(du[3], dy[3], u[3], weight[3], rstd, offset, mean)
+            dtype: tl.constexpr = dh_ptr.dtype.element_ty
+            dh = (
+                round_nearest(t0, dtype),
+                round_nearest(t1, dtype),
+                round_nearest(t2, dtype),
+                round_nearest(t3, dtype),
+            )
+            store_channels(dh_ptr + n * D, dh, n, q, N, D, 1, BLOCK_Q)
+            if dsigma_ptr is not None:
+                e0, e1, e2, e3 = four_normals(laid_out_like(q, t0), row, seed_lo, seed_hi, step, layer)
+                of_row = tl.fma(t0, e0, tl.fma(t1, e1, tl.fma(t2, e2, tl.fma(t3, e3, of_row))))
+            if dweight_ptr is not None:
+                sums = load_channels(dweight_ptr + p * D, n, q, N, D, 1, BLOCK_Q)
+                s0 = tl.fma(dy[0], u[0] * rstd, sums[0])
+                s1 = tl.fma(dy[1], u[1] * rstd, sums[1])
+                s2 = tl.fma(dy[2], u[2] * rstd, sums[2])
+                s3 = tl.fma(dy[3], u[3] * rstd, sums[3])
+                store_channels(dweight_ptr + p * D, (s0, s1, s2, s3), n, q, N, D, 1, BLOCK_Q)
+        if rms_ptr is not None:
+            of_row = of_row * tl.load(rms_ptr + n)
+        dsigma += of_row
+    if dsigma_ptr is not None:
+        tl.store(dsigma_ptr + p, tl.sum(dsigma, axis=0))
 
 
 def perturb_rms_norm_bwd(
@@ -193,38 +218,32 @@ def perturb_rms_norm_bwd(
     needs_dsigma: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dh (N, D), dsigma () float32 from a partial sum a row, dweight (D,) from one a program, each in a fixed order."""
-    num_rows, num_channels = u.shape
+    """dh (N, D) like du, dsigma () float32 or None, dweight (D,) like weight or None. float64: the reference's."""
     if u.dtype == torch.float64:
         return reference.perturb_rms_norm_bwd(du, dy, u, rstd, rms, stream, norm, needs_dsigma, needs_dweight)
-    if num_channels > LONGEST_ROW:
-        total, dweight = reference.rms_norm_bwd(du, dy, u, rstd, norm, needs_dweight)
-        return total.to(u.dtype), perturb_bwd(total, stream, rms) if needs_dsigma else None, dweight
-    dh = torch.empty_like(u)
-    quarter, block_q, num_warps = _tile(num_channels)
-    programs = min(num_rows, _most_programs(u.device))
-    dsigma = torch.empty(num_rows, dtype=torch.float32, device=u.device) if needs_dsigma else None
-    dweight = torch.empty(programs, 4 * quarter, dtype=torch.float32, device=u.device) if needs_dweight else None
+    num_rows, num_channels = u.shape
+    rows = max(1, triton.cdiv(num_rows, PROGRAMS * multiprocessors(u.device)))
+    programs = triton.cdiv(num_rows, rows)
+    dh = torch.empty_like(du)
+    dsigma = torch.empty(programs, dtype=torch.float32, device=u.device) if needs_dsigma else None
+    dweight = torch.empty(programs, num_channels, dtype=torch.float32, device=u.device) if needs_dweight else None
+    # what a thread holds of du, dy and u; eight groups of 16-bit tensors would not meet their noise without shared memory
+    block_q, num_warps = _row_tile(num_channels, 8 if u.dtype == torch.float32 else 4)
     if num_rows:
         with on_device(u):
             _perturb_rms_norm_bwd_kernel[(programs,)](
-                du, dy, u, norm.weight, rstd, rms, dh, dsigma, dweight, *stream_args(stream),
-                num_rows, num_channels, quarter, float(norm.offset), block_q, num_warps=2 * num_warps,
+                du, dy, u, norm.weight, rstd, rms, dh, dsigma, dweight, *stream_args(stream), float(norm.offset),
+                num_rows, rows, num_channels, block_q, num_warps=num_warps,
             )  # fmt: skip
-    whole = None if dweight is None else dweight.sum(dim=0)[:num_channels].to(norm.weight.dtype)
-    return dh, None if dsigma is None else dsigma.sum(), whole
+    return (
+        dh,
+        None if dsigma is None else dsigma.sum(),
+        None if dweight is None else dweight.sum(dim=0).to(norm.weight.dtype),
+    )
 
 
-def _tile(num_channels: int) -> tuple[int, int, int]:
-    """Q, BLOCK_Q for a whole row, and warps for eight channel groups a thread: one 128-bit load of a 16-bit dtype."""
+def _row_tile(num_channels: int, groups_a_thread: int) -> tuple[int, int]:
+    """BLOCK_Q and the warps that share it; a row too long for registers goes in smaller pieces, which spill nowhere."""
     quarter = triton.cdiv(num_channels, 4)
-    block_q = max(16, triton.next_power_of_2(quarter))
-    return quarter, block_q, max(1, block_q // 256)
-
-
-def _most_programs(device: torch.device) -> int:
-    """Enough for every multiprocessor of the device; few in the interpreter, so that a program walks several rows."""
-    if device.type == "cpu":
-        return PROGRAMS_PER_PROCESSOR
-    properties = torch.get_device_module(device).get_device_properties(device)
-    return PROGRAMS_PER_PROCESSOR * getattr(properties, "multi_processor_count", 64)
+    block_q = triton.next_power_of_2(quarter) if quarter <= MAX_GROUPS else MAX_GROUPS // 2
+    return block_q, max(1, min(8, block_q // (32 * groups_a_thread)))
