@@ -220,6 +220,20 @@ def test_tile_size_changes_no_bit(monkeypatch, tile):
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("shape", [(7, 64), (13, 203)])
+def test_programs_that_walk_down_several_tiles_change_no_bit(monkeypatch, shape):
+    h, sigma = randn(*shape).bfloat16(), torch.tensor(0.1, device=DEVICE)
+    set_tile(monkeypatch, 1, 16)
+    expected = engine.perturb_fwd(h, sigma, STREAM, "rms", "nearest")
+    monkeypatch.setattr(perturb, "WAVE", 1)
+    monkeypatch.setattr(perturb, "multiprocessors", lambda device: 3)
+    assert perturb.launch_tiles(*shape, h.device)[1] > 1
+    u, rms = engine.perturb_fwd(h, sigma, STREAM, "rms", "nearest")
+    assert torch.equal(u, expected[0])
+    exact = reference.perturb_bwd(h.double(), STREAM, rms.double())
+    torch.testing.assert_close(engine.perturb_bwd(h, STREAM, rms).double(), exact, rtol=1e-6, atol=1e-4)
+
+
 @pytest.mark.parametrize("rounding_mode", ["nearest", "stochastic"])
 @pytest.mark.parametrize("scale", ["absolute", "rms"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
