@@ -32,8 +32,8 @@ from .rounding import round_nearest, round_stochastic, widen
 ROUNDING_LAYER = tl.constexpr(ROUNDING_BIT)
 RMS_BLOCK = 1024
 """Tile of the row's mean square. Fixed: another size would sum in another order."""
-WAVE = 64
-"""Programs a multiprocessor should get: about eight rounds of them, so that the last one leaves little of it idle."""
+WAVE = 32
+"""Programs a multiprocessor should get: several rounds of them, so that the last one leaves little of it idle."""
 MAX_BLOCKS = 8
 """Tiles one program walks down at most; from here on its prologue is less than one instruction an element."""
 
