@@ -163,7 +163,12 @@ class _RoomyLayer(DynamicLayer):
 
 def _for_samples(layer: DynamicLayer, num_samples: int, num_tokens: int) -> DynamicLayer:
     """A layer's cache after the prompts, for `num_samples` completions of each: a prompt is read once for its group."""
-    if type(layer) is not DynamicLayer:  # a sliding window, a state: these do not grow with every token
+    if type(layer) is not DynamicLayer:  # a sliding window does not grow with every token
+        if not hasattr(layer, "batch_repeat_interleave"):
+            raise TypeError(
+                f"sample: this model's cache holds a {type(layer).__name__}, which transformers cannot repeat for the samples of "
+                "a prompt; it needs attention layers"
+            )
         layer.batch_repeat_interleave(num_samples)
         return layer
 

@@ -246,7 +246,8 @@ def segment_sum(values: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """Sum of values[first..last] for each row (both included), float64, exact to 1e-12 a value.
 
     Summed as integers, in steps of 2^-40: the result does not depend on what else is in the batch, no device needs an
-    ordered sum, and an infinite value stays in its own segment. Values count as at most 1000 in size.
+    ordered sum, and an infinite value stays in its own segment. Values count as at most 1000 in size;
+    8000 of those in a segment would overflow.
     """
     steps = (values.double().clamp(-1e3, 1e3) * 2.0**40).round_().long()
     before = steps.cumsum(0).sub_(steps)  # of each row, the sum of those above it

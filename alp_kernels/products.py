@@ -4,7 +4,8 @@ x = h W' + bias;   dh = dx W;   dW += dx' h.   One N x V x D product each.
 
 Two ways with one interface. `Whole` makes a chunk's logits as one matrix, which their gradient replaces. `Tiled`, for
 float32 on engines with tiles, cuts the vocabulary: a tile is used while the cache holds it, and the tiles of a first chunk of
-at most D rows lie in the memory of dW, which they turn into one after the other: they take no memory of their own.
+at most D rows lie in the memory of dW, which they turn into one after the other: but for one or two tiles they take none of
+their own.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Plan:
         needs: Sequence[bool],
         num_parts: int,
     ) -> Whole | Tiled:
-        """For one pass over the rows; num_parts: how often `backward` will be called."""
+        """For one pass over the rows; num_parts: how often `backward` will be called (a single product is rounded once)."""
         way = Tiled if is_tiled(self.engine, self.head, weight.dtype) else Whole
         return way(self, hidden, weight, bias, needs, num_parts)
 
@@ -176,8 +177,7 @@ class Tiled(_Sums):
 
     def parts(self, index: Tensor) -> Sequence[Tensor]:
         """Rows whose logits are not kept: two tiles of them are in memory at a time."""
-        tile_bytes = 4 * min(self.plan.engine.TILE, len(self.weight))
-        return index.split(max(1, self.plan.chunk_bytes // (2 * tile_bytes))) if len(index) else ()
+        return index.split(max(1, self.plan.chunk_bytes // (2 * 4 * self._width()))) if len(index) else ()
 
     def logprob(self, index: Tensor) -> HeadRows:
         return self._forward(index, [None] * len(self._starts()), None)
@@ -187,7 +187,7 @@ class Tiled(_Sums):
         num_rows, starts = len(index), self._starts()
         if self.needs_dweight and not self._is_dweight_begun and num_rows <= self.weight.shape[1]:
             # a tile lies where its lower neighbour's share of dW will be: `backward` goes down, so that share comes after it
-            self._spare = _room_for(self._spare, self.hidden, num_rows * self.plan.engine.TILE)
+            self._spare = _room_for(self._spare, self.hidden, num_rows * self._width())
             pieces = [self._spare, *(self._share(start).view(-1) for start in starts[:-1])]
         else:
             room = self._room = _room_for(self._room, self.hidden, num_rows * len(self.weight))
@@ -293,6 +293,10 @@ class Tiled(_Sums):
     def _starts(self) -> range:
         return range(0, len(self.weight), self.plan.engine.TILE)
 
+    def _width(self) -> int:
+        """Tokens of the widest tile."""
+        return min(self.plan.engine.TILE, len(self.weight))
+
     def _share(self, start: int) -> Tensor:
         """The rows of dW that the tile from token `start` on turns into."""
         if self.dweight is None:
@@ -300,7 +304,7 @@ class Tiled(_Sums):
         return self.dweight[start : start + self.plan.engine.TILE]
 
     def _gradient(self, num_rows: int, start: int) -> Tensor:
-        self._dx = _room_for(self._dx, self.hidden, num_rows * self.plan.engine.TILE)
+        self._dx = _room_for(self._dx, self.hidden, num_rows * self._width())
         return self._shape(self._dx, num_rows, start)
 
     def _shape(self, memory: Tensor, num_rows: int, start: int) -> Tensor:
@@ -310,7 +314,7 @@ class Tiled(_Sums):
     def _logits(self, rows: Tensor, start: int, tile: Tensor | None) -> Tensor:
         """The logits of a tile, in `tile` or in memory that the next one takes again."""
         if tile is None:
-            self._room = _room_for(self._room, rows, len(rows) * self.plan.engine.TILE)
+            self._room = _room_for(self._room, rows, len(rows) * self._width())
             tile = self._shape(self._room, len(rows), start)
         stop = start + tile.shape[1]
         if self.bias is None:

@@ -99,7 +99,7 @@ def perturb_rms_norm(
     stream = check_perturb(where, hidden, log_sigma, seed, step, layer, row_ids, row_start, scale, rounding)
     if weight.dtype not in DTYPES or (weight.dtype == torch.float64) > (hidden.dtype == torch.float64):
         raise TypeError(
-            f"{where}: weight is {weight.dtype}, hidden {hidden.dtype}; they should be alike, or weight float32"
+            f"{where}: weight is {weight.dtype}, hidden {hidden.dtype}; it needs float32 or 16 bits, float64 only beside float64"
         )
     if weight.shape != hidden.shape[-1:]:
         raise ValueError(

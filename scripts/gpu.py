@@ -392,8 +392,11 @@ def _unfinished(done: list[Done]) -> str:
 
 
 def has_failed(session: Session) -> bool:
+    """Whether a check failed, hung until it was killed, or ended without a report; one that got no time did neither."""
     return any(
-        (d.step in ("tests", "sanitizer") and d.counts.get("failed")) or d.counts.get("errors") for d in session.done
+        d.counts.get("failed") or d.counts.get("errors") or (d.step == "tests" and d.code is not None and not d.counts)
+        for d in session.done
+        if d.step in ("tests", "sanitizer")
     )
 
 
@@ -406,6 +409,8 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="leave a GPU that is there alone")
     arguments = parser.parse_args()
     only = set(arguments.only.split(",")) - {"none"}
+    if arguments.wheels is not None and not list(arguments.wheels.glob("*.whl")):
+        parser.error(f"--wheels={arguments.wheels}; it needs a folder that holds *.whl files")
     if not only <= set(STEPS):
         parser.error(f"--only={arguments.only}; it needs some of {','.join(STEPS)}, or none")
     session = Session(arguments.out.resolve(), arguments.minutes)
@@ -414,9 +419,10 @@ def main() -> int:
         work(session, only, arguments)
     except KeyboardInterrupt:
         session.stop()
-    lines = write(session)
-    shutil.rmtree(session.work, ignore_errors=True)
-    print("\n".join(lines), flush=True)
+    finally:
+        lines = write(session)
+        shutil.rmtree(session.work, ignore_errors=True)
+        print("\n".join(lines), flush=True)
     return int(has_failed(session))
 
 

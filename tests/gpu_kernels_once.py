@@ -264,6 +264,19 @@ def head_token_loss(shapes: Iterable[tuple[int, int]] = VOCABS) -> None:
             against_float64(run, f"{n} x {vocab} {dtype} {objective}", [dtype, *[torch.float32] * 4])
 
 
+def scale_(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
+    for n, d in (*shapes, (1, 70001)):  # the last: more than one program
+        for dtype in DTYPES:
+            for by in (1.0, -0.37):
+                given = (randn(n, d).to(dtype), torch.tensor(by))
+
+                def run(module, device, double, given=given):
+                    x, factor = (moved(part, device, double) for part in given)
+                    return (module.scale_(x.clone(), factor),)
+
+                against_float64(run, f"{n} x {d} {dtype} {by}", [dtype])
+
+
 OPS: dict[str, Callable[[], None]] = {
     function.__name__: function
     for function in (
@@ -276,6 +289,7 @@ OPS: dict[str, Callable[[], None]] = {
         head_fwd,
         head_bwd,
         head_token_loss,
+        scale_,
     )
 }
 

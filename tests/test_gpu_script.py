@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,14 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import gpu  # noqa: E402
 import gpu_table  # noqa: E402
+
+
+@pytest.fixture
+def session(tmp_path):
+    session = gpu.Session(tmp_path, 1)
+    yield session
+    shutil.rmtree(session.work)
+
 
 CASE = "qwen3-8b N 16384 D 4096 bfloat16"
 
@@ -91,7 +100,7 @@ def test_targets_name_ops_and_variants_that_the_benchmarks_have(monkeypatch):
     assert [what for what, verdict in verdicts(records).items() if verdict == "not measured"] == []
 
 
-def test_sanitizer_reports_are_counted(tmp_path):
+def test_sanitizer_reports_are_counted(session):
     race = gpu.Done("sanitizer", "racecheck head_fwd", code=0)
     race.log = (
         "========= Error: Race reported between Write access at _head_fwd_kernel+0x5d0 in /a/head.py:237\n"
@@ -108,7 +117,6 @@ def test_sanitizer_reports_are_counted(tmp_path):
     gpu.read_sanitizer(refused, gpu.SUMMARY["memcheck"])
     assert refused.counts == {}
     assert refused.notes == ["no report: ========= Device not supported"]
-    session = gpu.Session(tmp_path, 1)
     session.done = [clean, refused]
     assert not gpu.has_failed(session)
     session.done = [clean, race]
@@ -116,8 +124,34 @@ def test_sanitizer_reports_are_counted(tmp_path):
     assert "racecheck: head_fwd 1" in gpu.summary(session, [])
 
 
-def test_a_step_past_its_end_is_stopped_with_its_children(tmp_path):
-    session = gpu.Session(tmp_path, 1)
+def test_a_test_that_hung_fails_the_run_and_one_without_time_does_not(session):
+    session.done = [gpu.Done("tests", "test_gpu.py", code=-9, is_cut=True)]
+    assert gpu.has_failed(session)
+    session.done = [gpu.Done("tests", "test_gpu.py"), gpu.Done("bench", "test_perturb.py", code=-9, is_cut=True)]
+    assert not gpu.has_failed(session)
+
+
+def test_wheels_that_are_not_there_are_refused(tmp_path):
+    command = (sys.executable, ROOT / "scripts" / "gpu.py", "--out", tmp_path, "--wheels", tmp_path / "none")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "it needs a folder that holds *.whl files" in done.stderr
+
+
+def test_a_peer_does_the_same_work_and_is_not_ours():
+    case = "a case"
+    names = (
+        "alp, alp-sequence",
+        "trl",
+        "liger-kernel RMSNorm alone (no noise)",
+        "cut-cross-entropy (cross-entropy only)",
+    )
+    lines = list(gpu_table.groups(record("op", name, ms, case) for name, ms in zip(names, (3, 9, 1, 2), strict=True)))
+    assert lines[1].split()[-2:] == ["9", "trl"]
+    assert " 3 " in lines[1]
+
+
+def test_a_step_past_its_end_is_stopped_with_its_children(tmp_path, session):
     mark = tmp_path / "mark"
     code = f"import subprocess, sys, time; subprocess.Popen(['sh', '-c', 'sleep 4; touch {mark}']); time.sleep(30)"
     start = time.monotonic()
@@ -153,8 +187,7 @@ def test_a_run_of_nothing_prints_the_table_last_and_writes_few_files(tmp_path):
     assert json.loads((tmp_path / "out" / "status.json").read_text()) == []
 
 
-def test_a_full_table_stays_short(tmp_path):
-    session = gpu.Session(tmp_path, 9)
+def test_a_full_table_stays_short(session):
     session.has_gpu, session.device = True, "NVIDIA H100 80GB HBM3, 79 GiB"
     for name in ("triton_cases.py", "test_gpu.py", "test_head.py"):
         counts = {"passed": 100, "failed": 30, "skipped": 5}

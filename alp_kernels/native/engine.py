@@ -1,7 +1,8 @@
 """The functions of reference.py in C++ for CPU tensors, on as many threads as PyTorch uses.
 
 float32, bfloat16 and float16 run here. float64 exists for gradient checks: such tensors go to reference.py.
-One row is one thread's work and every sum has a fixed order, so no bit depends on threads, rows or instruction set.
+One row is one thread's work and every sum has a fixed order, so no bit depends on threads, rows or instruction set
+(but the sign of a NaN).
 """
 
 from __future__ import annotations
