@@ -9,7 +9,7 @@ import platform
 
 import torch
 
-from alp_kernels.engine import ENGINES, ENVIRONMENT_VARIABLE, pick, why_not
+from alp_kernels.engine import ENGINES, ENVIRONMENT_VARIABLE, EngineUnavailable, pick, why_not
 
 _PACKAGES = ("alp-kernels", "torch", "triton", "transformers", "reasoning-gym", "math-verify", "tyro", "rich")
 
@@ -25,11 +25,19 @@ def describe_machine() -> str:
     lines.append(f"{ENVIRONMENT_VARIABLE}={os.environ.get(ENVIRONMENT_VARIABLE, '(not set)')}")
     for device in devices:
         label = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or device
-        lines.append(f"{device} ({label}): the automatic choice is {pick(None, torch.device(device)).name!r}")
+        lines.append(f"{device} ({label}): {_choice(torch.device(device))}")
         for engine in ENGINES:
             reason = why_not(engine, device)
             lines.append(f"  {engine:<10} {'available' if reason is None else f'not available: {reason}'}")
     return "\n".join(lines)
+
+
+def _choice(device: torch.device) -> str:
+    try:
+        chosen = pick(None, device).name
+    except (EngineUnavailable, ValueError) as error:  # what the environment variable asks for cannot be had
+        return f"none: {error}"
+    return f"{chosen!r} serves it{' as asked for' if os.environ.get(ENVIRONMENT_VARIABLE) else ''}"
 
 
 def _version(name: str) -> str:

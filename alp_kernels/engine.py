@@ -64,13 +64,16 @@ def pick(name: str | None, device: torch.device) -> ModuleType:
     Raises:
         ValueError: no engine has that name.  EngineUnavailable: it cannot serve this device.
     """
+    asked_by = "engine" if name else ENVIRONMENT_VARIABLE
     name = name or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if name is None:
         return _choose(device.type)
+    if name not in ENGINES:
+        raise ValueError(f"{asked_by}={name!r}; the engines are {', '.join(map(repr, ENGINES))}, or None to choose")
     reason = why_not(name, device)
     if reason is not None:
         raise EngineUnavailable(
-            f"engine={name!r} cannot serve {device} tensors: {reason}; "
+            f"{asked_by}={name!r} cannot serve {device} tensors: {reason}; "
             f"engine=None would choose {_choose(device.type).name!r}"
         )
     module = _load(name)

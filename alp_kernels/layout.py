@@ -97,6 +97,8 @@ def _per_token(
         raise ValueError(f"{where}: {name} is on {value.device}; the other inputs are on {device}")
     if value.is_complex():
         raise TypeError(f"{where}: {name} is {value.dtype}; it needs a float dtype")
+    if name.endswith("logp") and value.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(f"{where}: {name} is {value.dtype}; it needs torch.float32 (16 bits move ratios by per cents)")
     return value.detach().reshape(-1).to(dtype)
 
 

@@ -64,7 +64,8 @@ def perturb(
         log_sigma: () or (1,) float32 (float64 beside float64), the natural logarithm of sigma; differentiable.
         seed, step, layer: coordinates of the noise (64, 32 and 15 bits). Use one step value per optimiser step.
         row_ids: (N,) or hidden's leading shape, int64 below 2^48: each row's global identity. With them, packing,
-            padding, batch order and micro-batch split change no bit. Without, rows are row_start, row_start + 1, ...
+            padding, batch order and micro-batch split change no bit. Without, rows are row_start, row_start + 1, ...: a second
+            call in the same step (another micro-batch) then needs a row_start past the first's rows, or repeats its noise.
         scale: "absolute", or "rms": sigma counts in units of each row's root mean square (a constant for the gradient).
         rounding: "nearest" or "stochastic" (unbiased) for the store to a 16-bit dtype; the sum itself is float32.
         engine: "triton", "native", "reference" or None for the automatic choice.
@@ -77,6 +78,12 @@ def perturb(
     """
     stream = check_perturb("perturb", hidden, log_sigma, seed, step, layer, row_ids, row_start, scale, rounding)
     return Perturb.apply(hidden, log_sigma, pick(engine, hidden.device), stream, scale, rounding)
+
+
+def check_tensor(where: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        hint = f" (give {name}.weight)" if isinstance(value, torch.nn.Module) else ""
+        raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor{hint}")
 
 
 def check_perturb(
@@ -92,6 +99,8 @@ def check_perturb(
     rounding: str,
 ) -> Stream:
     """Refuse, naming `where`, what `perturb` cannot take; returns the noise's coordinates."""
+    for name, value in (("hidden", hidden), ("log_sigma", log_sigma)):
+        check_tensor(where, name, value)
     if hidden.dtype not in DTYPES:
         raise TypeError(f"{where}: hidden is {hidden.dtype}; it needs one of {', '.join(map(str, DTYPES))}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:

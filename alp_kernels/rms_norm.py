@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .engine import pick
 from .noise import Stream
-from .perturb import DTYPES, check_perturb
+from .perturb import DTYPES, check_perturb, check_tensor
 from .reference import Norm
 
 
@@ -96,6 +96,7 @@ def perturb_rms_norm(
         TypeError, ValueError: an argument does not fit, before any kernel runs. EngineUnavailable: see engine.pick.
     """
     where = "perturb_rms_norm"
+    check_tensor(where, "weight", weight)
     stream = check_perturb(where, hidden, log_sigma, seed, step, layer, row_ids, row_start, scale, rounding)
     if weight.dtype not in DTYPES or (weight.dtype == torch.float64) > (hidden.dtype == torch.float64):
         raise TypeError(
@@ -107,7 +108,7 @@ def perturb_rms_norm(
         )
     if weight.device != hidden.device:
         raise ValueError(f"{where}: weight is on {weight.device}, hidden on {hidden.device}; they must share one")
-    if not 0 <= eps < float("inf"):
+    if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
         raise ValueError(f"{where}: eps={eps}; it needs a number >= 0")
     if not abs(offset) < float("inf"):
         raise ValueError(f"{where}: offset={offset}; it needs a finite number")

@@ -52,8 +52,8 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
     }
     if not sizes:
         raise ValueError(
-            f"attach: {type(model).__name__} has no ModuleList of layers below {prefix or 'its root'!r}; "
-            "name it with path='...'"
+            f"attach: {type(model).__name__} has no ModuleList of layers with parameters below "
+            f"{repr(prefix) if prefix else 'its root'}; name it with path='...'"
         )
     ranked = sorted(sizes, key=lambda name: -sizes[name])
     if len(ranked) > 1 and sizes[ranked[1]] * 2 > sizes[ranked[0]]:

@@ -5,7 +5,7 @@
     --save-results          also write the numbers as JSON lines, a new file for each run, in bench/results
     --results-folder=DIR    ... or there
     --passes=N              how often the variants take turns; more for numbers to publish
-    --smoke                 tiny shapes: tries the harness in seconds; its numbers mean nothing
+    --smoke                 tiny shapes: tries the harness in two minutes; its numbers mean nothing
     --benchmark-verbose     pytest-benchmark's own table too
     -k "native or eager or limit"    some variants only
 

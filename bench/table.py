@@ -229,7 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     paths = options.results or newest()
     if not paths:
         parser.error(f"no records in {RESULTS}; `pytest bench/ --benchmark-only --save-results` writes some")
-    body = markdown(read(paths))
+    try:
+        body = markdown(read(paths))
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{', '.join(map(str, paths))}: no records of this version of the benchmark ({error!r})")
     if options.update is None:
         print(body)
         return

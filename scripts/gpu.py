@@ -89,7 +89,7 @@ class Session:
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
         }
         self.has_gpu = self.has_xdist = False
-        self.device = "unknown: the environment report did not finish"
+        self.device = "no environment report"
         self.done: list[Done] = []
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
@@ -346,6 +346,8 @@ def summary(session: Session, records: list[gpu_table.Record]) -> list[str]:
     """The table: short enough that the last few thousand characters of the output hold it."""
     elapsed = time.monotonic() - session.began
     lines, details = ["", f"===== {session.device}; {elapsed:.0f} s"], []
+    if any(d.is_cut or d.code is None for d in session.done):
+        lines.append("INCOMPLETE: what was cut off or got no time is named below")
     for step in ("tests", "bench", "sweep"):
         done = [d for d in session.done if d.step == step]
         if done:
@@ -409,10 +411,17 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="leave a GPU that is there alone")
     arguments = parser.parse_args()
     only = set(arguments.only.split(",")) - {"none"}
+    if only and arguments.minutes < 1:
+        parser.error(f"--minutes={arguments.minutes}; it needs 1 or more, 9 for everything")
     if arguments.wheels is not None and not list(arguments.wheels.glob("*.whl")):
         parser.error(f"--wheels={arguments.wheels}; it needs a folder that holds *.whl files")
     if not only <= set(STEPS):
         parser.error(f"--only={arguments.only}; it needs some of {','.join(STEPS)}, or none")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "summary.txt").touch()
+    except OSError as error:
+        parser.error(f"--out={arguments.out}; it needs a folder that can be written: {error}")
     session = Session(arguments.out.resolve(), arguments.minutes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

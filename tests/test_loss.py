@@ -169,6 +169,11 @@ def test_nonfinite_rollout_logp_raises_or_is_masked_and_counted():
 
 BAD = [
     ({"logp": torch.zeros(4, 9, dtype=torch.bfloat16)}, TypeError, "logp is torch.bfloat16"),
+    (
+        {"rollout_logp": torch.zeros(4, 9, dtype=torch.bfloat16)},
+        TypeError,
+        "rollout_logp is torch.bfloat16; it needs torch.float32",
+    ),
     ({"rollout_logp": torch.zeros(4, 8)}, ValueError, r"rollout_logp has shape \(4, 8\); it needs \(4, 9\)"),
     ({"mask": torch.full((4, 9), 0.5)}, ValueError, "mask holds 36 values other than 0 and 1"),
     ({"advantages": torch.zeros(5)}, ValueError, r"advantages has shape \(5,\); it needs \(4, 9\) or \(B,\) = \(4,\)"),

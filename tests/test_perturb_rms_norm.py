@@ -121,6 +121,13 @@ def test_empty_rows_pass_through(engine):
         ({"weight": torch.zeros(5)}, ValueError, r"weight has shape \(5,\); hidden \(2, 4\) needs \(4,\)"),
         ({"weight": torch.zeros(4, dtype=torch.int64)}, TypeError, "weight is torch.int64"),
         ({"weight": torch.zeros(4, dtype=torch.float64)}, TypeError, "weight is torch.float64"),
+        (
+            {"weight": torch.nn.RMSNorm(4)},
+            TypeError,
+            r"weight is a RMSNorm; it needs a torch.Tensor \(give weight.weight\)",
+        ),
+        ({"log_sigma": -4.0}, TypeError, "log_sigma is a float"),
+        ({"eps": None}, ValueError, "eps=None"),
         ({"eps": -1.0}, ValueError, "eps=-1.0"),
         ({"offset": math.nan}, ValueError, "offset=nan"),
         ({"log_sigma": torch.zeros(3)}, ValueError, r"perturb_rms_norm: log_sigma has shape \(3,\)"),
