@@ -291,10 +291,3 @@ def head_bwd_tile(
 def scale_(tensor: Tensor, by: Tensor) -> Tensor:
     """tensor *= by (), in place; a factor of 1 costs nothing."""
     return tensor if float(by) == 1 else tensor.mul_(by)
-
-
-def empty_like(tensor: Tensor) -> Tensor:
-    """Room for a gradient that is written soon and whole, in huge pages where it is large and Linux offers them."""
-    room = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    c.library.alp_prefer_huge_pages(_at(room), room.numel() * room.element_size())
-    return room

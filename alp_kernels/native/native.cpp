@@ -1,12 +1,5 @@
 // The C interface that engine.py calls: which build of the rows serves this CPU, and threads over rows.
 #include <string.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <vector>
 
@@ -52,22 +45,6 @@ const Isa* isas() {
 }
 
 const Isa* chosen = nullptr;  // set once by alp_choose_isa, while Python imports the engine
-
-// Asks for `size` bytes of new memory in pages of 2 MiB where the system leaves that choice to programs: the first write
-// to each page of 4 KiB costs about 2 us, for a large output more than the kernel that fills it. Only pages that lie
-// within the output are asked for; a refusal is as good as no answer.
-void in_large_pages(void* output, int64_t size) {
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t PAGE = 1 << 21;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(output) + PAGE - 1) / PAGE * PAGE;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(output) + static_cast<uintptr_t>(size)) / PAGE * PAGE;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)output, (void)size;
-#endif
-}
-
-int64_t element_size(int32_t dtype) { return dtype == 0 ? 4 : 2; }
 
 // f(n) for every row; which thread does a row never matters to its bits.
 template <class F>
@@ -121,18 +98,6 @@ const char* alp_choose_isa(const char* name) {
     return nullptr;
 }
 
-// A hint before first use: memory is then handed out 2 MiB at a time. A quarter of a large gradient's cost are page faults.
-void alp_prefer_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t PAGE = 2 << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) & ~(PAGE - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) & ~(PAGE - 1);
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
-}
-
 void alp_philox(const int64_t* counter, int64_t* out, int64_t count, uint64_t key) {
     chosen->rows->philox(counter, out, count, key);
 }
@@ -152,7 +117,6 @@ void alp_normal(const Stream* stream, float* eps, int64_t N, int64_t D, int32_t 
 
 void alp_perturb_fwd(const Stream* stream, const PerturbFwd* args, int64_t N, int32_t dtype, int32_t threads) {
     const auto rows = chosen->rows->perturb_fwd[dtype];
-    in_large_pages(args->u, N * args->D * element_size(dtype));
     each_part(N, args->D, threads, [&](int64_t begin, int64_t end) { rows(*stream, *args, begin, end); });
 }
 
@@ -166,7 +130,6 @@ float alp_perturb_bwd(const Stream* stream, const PerturbBwd* args, int64_t N, i
 void alp_perturb_rms_norm_fwd(
     const Stream* stream, const PerturbRmsNormFwd* args, int64_t N, int32_t dtype, int32_t threads) {
     const auto rows = chosen->rows->perturb_rms_norm_fwd[dtype];
-    for (void* output : {args->perturb.u, args->y}) in_large_pages(output, N * args->perturb.D * element_size(dtype));
     each_part(N, args->perturb.D, threads, [&](int64_t begin, int64_t end) { rows(*stream, *args, begin, end); });
 }
 
@@ -174,7 +137,6 @@ void alp_perturb_rms_norm_bwd(
     const Stream* stream, const PerturbRmsNormBwd* args, int64_t N, int32_t dtype, int32_t threads) {
     const auto rows = chosen->rows->perturb_rms_norm_bwd[dtype];
     const int64_t D = args->D;
-    in_large_pages(args->dh, N * D * element_size(dtype));
     // dweight's order of summation: blocks of rows, whose size knows nothing of threads
     const int64_t block = N <= 16 * 256 ? 16 : (N + 255) / 256, blocks = (N + block - 1) / block;
     std::vector<double> shares(static_cast<size_t>(args->dsigma ? N : 0));
