@@ -37,7 +37,11 @@ def _choice(device: torch.device) -> str:
         chosen = pick(None, device).name
     except (EngineUnavailable, ValueError) as error:  # what the environment variable asks for cannot be had
         return f"none: {error}"
-    return f"{chosen!r} serves it{' as asked for' if os.environ.get(ENVIRONMENT_VARIABLE) else ''}"
+    return (
+        f"{chosen!r}, as {ENVIRONMENT_VARIABLE} asks"
+        if os.environ.get(ENVIRONMENT_VARIABLE)
+        else f"the automatic choice is {chosen!r}"
+    )
 
 
 def _version(name: str) -> str:

@@ -314,3 +314,7 @@ def test_doctor_names_every_engine(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert run_cli(monkeypatch, "doctor") == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("triton", "native", "reference", "threads", "automatic choice"))
+    monkeypatch.setenv("ALP_KERNELS_ENGINE", "bogus")
+    assert run_cli(monkeypatch, "doctor") == 0
+    assert "cpu (" in (text := capsys.readouterr().out)
+    assert "none: ALP_KERNELS_ENGINE='bogus'; the engines are" in text
