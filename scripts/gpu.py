@@ -75,7 +75,7 @@ class Session:
     """One call of this script: where it works, until when, and what was done."""
 
     def __init__(self, out: Path, minutes: float) -> None:
-        # started in the background of a script, this process ignores SIGINT and so would its children, which are asked to stop by it
+        # in the background of a script SIGINT is ignored, by children too, which are asked to stop with it
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.began = time.monotonic()
         self.end = self.began + 60 * minutes - CLOSING_S - GRACE_S
