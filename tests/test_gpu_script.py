@@ -156,9 +156,7 @@ def test_a_step_past_its_end_is_stopped_with_its_children(tmp_path, session):
     code = f"import subprocess, sys, time; subprocess.Popen(['sh', '-c', 'sleep 4; touch {mark}']); time.sleep(30)"
     start = time.monotonic()
     done = session.run("tests", "sleeper", (sys.executable, "-c", code), start + 2.5)
-    assert (
-        time.monotonic() - start < 2.5 + gpu.GRACE_S + 5
-    )  # of 30 that it would have slept; the rest is a busy machine
+    assert time.monotonic() - start < 2.5 + gpu.GRACE_S
     assert done.is_cut
     assert "KeyboardInterrupt" in done.log, "it was asked before it was killed"
     late = session.run("tests", "late", ("true",), time.monotonic())
