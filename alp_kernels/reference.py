@@ -123,15 +123,10 @@ def perturb_rms_norm_fwd(
     The norm is that of the stored u; its arithmetic is float32 (float64 for float64) and y is rounded once.
     """
     u, rms = perturb_fwd(h, sigma, stream, scale, rounding)
-    return *rms_norm(u, norm), rms
-
-
-def rms_norm(u: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """u itself, y (N, D) like it, and rstd (N,)."""
-    work = u.to(torch.float64 if u.dtype == torch.float64 else torch.float32)
+    work = u.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
     rstd = (work.square().mean(dim=1) + norm.eps).rsqrt()
     y = work * rstd[:, None] * (norm.weight.to(work.dtype) + norm.offset)
-    return u, y.to(u.dtype), rstd
+    return u, y.to(h.dtype), rstd, rms
 
 
 def perturb_rms_norm_bwd(
@@ -147,24 +142,15 @@ def perturb_rms_norm_bwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dh (N, D) like du, dsigma () float32, dweight (D,) like weight; the last two None where not needed.
 
-    dsigma is the perturbation's gradient for dh before it is rounded; the noise is made again.
-    """
-    dh, dweight = rms_norm_bwd(du, dy, u, rstd, norm, needs_dweight)
-    return dh.to(du.dtype), perturb_bwd(dh, stream, rms) if needs_dsigma else None, dweight
-
-
-def rms_norm_bwd(
-    du: Tensor, dy: Tensor, u: Tensor, rstd: Tensor, norm: Norm, needs_dweight: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dh (N, D) float32 (float64 for float64) of both paths to u, and dweight (D,) like weight, or None.
-
-    g = dy (offset + weight),  x = u rstd,  dh = du + rstd (g - x mean_d(g x)),  dweight = sum_n dy x
+    g = dy (offset + weight),  x = u rstd,  dh = du + rstd (g - x mean_d(g x)),  dweight = sum_n dy x.  dsigma is the
+    perturbation's gradient for dh before it is rounded; the noise is made again.
     """
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     g = dy.to(real) * (norm.weight.to(real) + norm.offset)
     x = u.to(real) * rstd[:, None]
     dh = du.to(real) + rstd[:, None] * (g - x * (g * x).mean(dim=1, keepdim=True))
-    return dh, (dy.to(real) * x).sum(dim=0).to(norm.weight.dtype) if needs_dweight else None
+    dweight = (dy.to(real) * x).sum(dim=0).to(norm.weight.dtype) if needs_dweight else None
+    return dh.to(du.dtype), perturb_bwd(dh, stream, rms) if needs_dsigma else None, dweight
 
 
 # ------------------------------------------------------------------ loss head
