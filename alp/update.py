@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from alp_kernels import LossOutput, Perturbation, Stats, attach, fused_alp_loss, linear_logprob
 
-from .config import UpdateConfig, UserError, layers_of
+from .config import UpdateConfig, layers_of
+from .errors import Diverged, UserError
 from .methods import METHODS, Method
 from .models import hidden_states, output_head, positions
 from .parallel import World
@@ -32,7 +33,7 @@ class Experience:
     completions: Completions
     advantages: Tensor  # (B,) float32
     sample_ids: Tensor  # (B,) int64: number in the whole rollout batch, on all ranks; names the rows' noise
-    old_logp: Tensor | None  # (B, T), clean, before this batch's updates; for methods that recompute it
+    old_logp: Tensor | None  # (B, T), clean, before this batch's updates; for methods and measurements that need it
 
     def rows(self, index: slice) -> Experience:
         old = None if self.old_logp is None else self.old_logp[index]
@@ -100,6 +101,7 @@ class Updater:
                     learnable=config.sigma_lr > 0,
                     seed=seed,
                     scale=config.scale,
+                    rounding=config.rounding,
                 )
             except (ValueError, TypeError) as error:
                 raise UserError(f"update.layers={config.layers!r}: {error}") from None
@@ -131,7 +133,7 @@ class Updater:
         self.world.sum_gradients(self.parameters)
         grad_norm = nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip)
         if not grad_norm.isfinite():
-            raise UserError(f"optimiser step {step}: the gradient's norm is {float(grad_norm)}; lower update.lr")
+            raise Diverged(f"optimiser step {step}: the gradient's norm is {float(grad_norm)}; lower update.lr")
         self.optimiser.step()
         stats = Stats.cat([out.stats for out in parts])
         return StepResult(stats, torch.stack([out.loss.detach() for out in parts]).sum(), grad_norm)
@@ -158,7 +160,7 @@ class Updater:
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             logit_noise=logit_noise,
-            old_logp=part.old_logp,
+            old_logp=part.old_logp if self.method.needs_old_logp else None,
             turn_ends=last_token(completions.mask) if self.method.objective.level == "cum-turn" else None,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
