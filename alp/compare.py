@@ -36,6 +36,7 @@ import torch
 
 from .config import TrainConfig
 from .errors import Diverged, UserError
+from .plugins import load_plugins
 from .presets import Changes, Contrast, change
 from .progress import Reporter
 from .run import commit, read_metrics, write_whole
@@ -77,11 +78,15 @@ def _typed(name: str, text: str) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
+    if default is None:
+        return value
     if isinstance(default, str | Path):
         return type(default)(text)
-    if default is not None and not isinstance(value, type(default)) and not isinstance(value, int | float):
-        raise UserError(f"vary: {name}={text!r}; it needs a {type(default).__name__}")
-    return type(default)(value) if isinstance(default, int | float) else value
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise UserError(f"vary: {name}={text!r}; it needs a value of type {type(default).__name__}")
+    return value
 
 
 class Task(NamedTuple):
@@ -297,6 +302,7 @@ def _work(config: TrainConfig, is_warmup: bool, log: Path, threads: int, parent:
         os.dup2(file.fileno(), sys.stderr.fileno())
         torch.set_num_threads(threads)
         try:
+            load_plugins(config.plugins)  # unpickling a configuration does not check it
             _warm_up(config) if is_warmup else _run_cell(config)
         except Diverged as error:
             print(f"diverged: {error}", file=file)
