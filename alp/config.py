@@ -115,13 +115,15 @@ class UpdateConfig:
     dual_clip: float | None = 3.0
     """One cap for all methods that have a dual clip, so that they compare."""
     sigma: float = 1e-2
-    """Noise at the perturbed layers' inputs; only methods that perturb read these five."""
+    """Noise at the perturbed layers' inputs; only methods that perturb read these six."""
     sigma_lr: float = 5e-4
     layers: str = "all"
     """ "all", "final", "logits" or layer numbers like "0,3"."""
     scale: Literal["absolute", "rms"] = "absolute"
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """Of the perturbed hidden states in 16 bits: nearest loses noise far below the bfloat16 step."""
+    draws: int = 1
+    """Independent noise samples that the loss of a step is averaged over; each costs a forward and a backward."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ class TrainConfig:
             ("update.dual_clip", update.dual_clip, update.dual_clip is None or update.dual_clip > 1, "a number > 1"),
             ("update.sigma", update.sigma, update.sigma > 0, "a number > 0 (bypass-* are the methods without noise)"),
             ("update.sigma_lr", update.sigma_lr, update.sigma_lr >= 0, "0 or more (0: sigma stays as it is)"),
+            ("update.draws", update.draws, 1 <= update.draws <= 16, "1 to 16"),
             ("warmup.accuracy", warmup.accuracy, 0 <= warmup.accuracy <= 1, "a number in [0, 1]"),
             ("warmup.max_steps", warmup.max_steps, warmup.max_steps >= 1, "1 or more"),
             ("warmup.error", warmup.error, 0 <= warmup.error < 1, "a number in [0, 1)"),

@@ -138,6 +138,37 @@ def _settle() -> Preset:
     )
 
 
+def _search() -> Preset:
+    """Settings in which the noise could matter more than in `lag`, each with its own Bypass beside it."""
+    settings: dict[str, Changes] = {
+        "sharp": {"update.lr": 4e-4},
+        "stale": {"rollout.lag": 16, "update.lr": 2e-4},
+        "coarse": {"rollout.bits": 3, "rollout.lag": 0},
+        "coarse-stale": {"rollout.bits": 4, "update.lr": 2e-4},
+    }
+    token: Changes = {"update.method": "alp-token"}
+    variants: dict[str, Changes] = {
+        "alp-token": token,
+        "alp-token_sigma-3e-2": token | {"update.sigma": 3e-2},
+        "alp-token_rms": token | {"update.scale": "rms"},
+        "alp-token_two-draws": token | {"update.draws": 2},
+        "alp-sequence": {"update.method": "alp-sequence"},
+        "alp-sequence_sigma-3e-2": {"update.method": "alp-sequence", "update.sigma": 3e-2},
+    }
+    arms = arms_of(("bypass-token", "bypass-sequence")) | variants
+    return Preset(
+        "settings and forms of the noise in which ALP might beat Bypass: higher learning rate, longer lag, coarser "
+        "quantisation; larger sigma, sigma relative to the row's RMS, two noise draws",
+        _BASE,
+        {f"{setting}_{arm}": changes | more for setting, more in settings.items() for arm, changes in arms.items()},
+        tuple(
+            (f"{setting}_{arm}", f"{setting}_bypass-{'token' if 'token' in arm else 'sequence'}")
+            for setting in settings
+            for arm in variants
+        ),
+    )
+
+
 PRESETS: dict[str, Preset] = {
     "lag": _methods("weights of eight batches ago in the rollout engine, 5-bit weights and 8-bit activations"),
     "stress": _methods("the setting of `lag` at twice the learning rate", update__lr=2e-4),
@@ -145,4 +176,5 @@ PRESETS: dict[str, Preset] = {
     "clip": _clip(),
     "ablation": _ablation(),
     "settle": _settle(),
+    "search": _search(),
 }

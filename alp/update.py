@@ -6,6 +6,7 @@ B sequences of this rank's minibatch, T response tokens, W + T tokens with the p
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ from .models import hidden_states, output_head, positions
 from .parallel import World
 from .rollout import Completions
 
-_POSITION_BITS = 20  # of a row's identity; the sample's number stands above
+_POSITION_BITS = 20  # of a row's identity; the sample's number stands above, and above that the noise draw's
+_DRAW_BIT = 44  # row ids end at 48 bits
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class StepResult(NamedTuple):
     grad_norm: Tensor  # () of the whole batch's gradient, before clipping
 
 
-def row_ids(experience: Experience) -> Tensor:
+def row_ids(experience: Experience, draw: int = 0) -> Tensor:
     """(B, W + T - 1): identities of the rows the forward reads, whatever the padding, order, rank or micro-batch."""
     where = positions(experience.completions.attention_mask[:, :-1])
-    return (experience.sample_ids[:, None] << _POSITION_BITS) | where
+    return (experience.sample_ids[:, None] << _POSITION_BITS) | where | draw << _DRAW_BIT
 
 
 @torch.no_grad()
@@ -111,12 +113,12 @@ class Updater:
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
 
     @contextlib.contextmanager
-    def perturbed(self, step: int, experience: Experience) -> Iterator[None]:
+    def perturbed(self, step: int, experience: Experience, draw: int = 0) -> Iterator[None]:
         """Noise on, for methods that perturb."""
         if self.handle is None:
             yield
             return
-        with self.handle.perturbed(step=step, row_ids=row_ids(experience)):
+        with self.handle.perturbed(step=step, row_ids=row_ids(experience, draw)):
             yield
 
     def step(self, step: int, minibatch: Experience) -> StepResult:
@@ -124,10 +126,11 @@ class Updater:
         completions = minibatch.completions
         num_tokens, num_sequences = self.world.sum([float(completions.mask.sum()), float(len(minibatch.advantages))])
         self.optimiser.zero_grad(set_to_none=True)
+        draws = 1 if self.handle is None else self.config.draws
         parts = []
-        for part in minibatch.split(self.config.micro_batch):
-            with self.perturbed(step, part):
-                out = self.loss(part, num_tokens, num_sequences)
+        for part, draw in itertools.product(minibatch.split(self.config.micro_batch), range(draws)):
+            with self.perturbed(step, part, draw):
+                out = self.loss(part, num_tokens * draws, num_sequences * draws, draw)
                 torch.autograd.backward(out.loss)
             parts.append(out)
         self.world.sum_gradients(self.parameters)
@@ -138,14 +141,14 @@ class Updater:
         stats = Stats.cat([out.stats for out in parts])
         return StepResult(stats, torch.stack([out.loss.detach() for out in parts]).sum(), grad_norm)
 
-    def loss(self, part: Experience, num_tokens: float, num_sequences: float) -> LossOutput:
+    def loss(self, part: Experience, num_tokens: float, num_sequences: float, draw: int = 0) -> LossOutput:
         """The method's loss of a micro-batch, as its share of the whole batch's."""
         completions, head = part.completions, output_head(self.model)
         keep = completions.mask.shape[1]
         hidden = hidden_states(self.model, completions.tokens, completions.attention_mask, keep)
         logit_noise = None
         if self.config.layers == "logits" and self.handle is not None:
-            ids = row_ids(part)[:, -keep:].reshape(-1)
+            ids = row_ids(part, draw)[:, -keep:].reshape(-1)
             logit_noise = self.handle.logit_noise(len(ids), ids)
         return fused_alp_loss(
             hidden,
