@@ -10,12 +10,14 @@ from typing import Annotated
 
 import tyro
 
-from .config import TrainConfig
+from .config import EvalConfig, TrainConfig
 from .errors import UserError, nearest
 from .presets import PRESETS, Preset, arms_of, contrasts_of
 
 _Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 _DEFAULT = TrainConfig()
+_EvalConfig = Annotated[EvalConfig, tyro.conf.arg(name="")]
+_EVAL_DEFAULT = EvalConfig()
 
 
 def train(config: _Config = _DEFAULT, *, resume: Path | None = None) -> None:
@@ -96,12 +98,23 @@ def _preset_in(arguments: list[str]) -> Preset:
     return _preset_called(parser.parse_known_args(arguments)[0].preset)
 
 
-def evaluate(model: tyro.conf.Positional[str], config: _Config = _DEFAULT) -> None:
-    """Accuracy of a run's model, or of any Hugging Face model: sampled on both numerical paths, and greedy.
+def evaluate(
+    model: tyro.conf.Positional[str], settings: _EvalConfig = _EVAL_DEFAULT, config: _Config = _DEFAULT
+) -> None:
+    """Accuracy of a run's model, or of any Hugging Face model: as before and after training, or on benchmarks.
+
+    Without --on: the task's own problems, sampled on both numerical paths, and greedy.
 
     Args:
         model: A run folder (its own task and paths are then used), a model directory, or a name on the hub.
     """
+    if settings.on:
+        from .benchmark import evaluate_on
+
+        evaluate_on(model, config, settings)
+        return
+    if settings != _EVAL_DEFAULT:
+        raise UserError("samples, temperature, top_p, max_new_tokens and json belong to --on TASK ...")
     from .evaluate import evaluate_named
 
     for name, value in evaluate_named(model, config).items():

@@ -36,11 +36,15 @@ class TaskConfig:
     name: str = "mod_chain"
     """A reasoning-gym dataset: "mod_chain" is the built-in one. Ignored where `path` is given."""
     options: tuple[str, ...] = ()
-    """Fields of the dataset's configuration, as key=value (for example: max_word_len=6)."""
+    """Fields of the dataset's configuration, as key=value (for example: max_word_len=6). With `path`: the columns
+    question=NAME and answer=NAME, and for `datasets` subset=NAME, split=NAME, eval_split=NAME."""
     path: Path | None = None
-    """A JSONL file of prompt/answer, question/answer (GSM8K) or problem/solution (MATH), scored by math-verify."""
+    """A JSONL, JSON, parquet or CSV file, or a name or folder of the `datasets` library: questions with an answer, or
+    with a solution that boxes it (MATH) or ends in #### (GSM8K); scored by math-verify."""
     eval_path: Path | None = None
-    """Such a file for evaluation; without it every tenth line of `path` is held out."""
+    """Such problems for evaluation; without it the test or validation split, or every tenth problem of `path`."""
+    system: str | None = None
+    """System prompt, through the chat template; before the question where the model has no place for one."""
     suffix: str = ""
     """Text after every question, for example an instruction on how to write the answer."""
 
@@ -50,8 +54,11 @@ class ModelConfig:
     """The built-in small decoder, or any Hugging Face causal language model."""
 
     path: str = "tiny"
-    """ "tiny", a model directory, or a name on the hub."""
+    """ "tiny", a directory of a model or of a LoRA adapter, or a name on the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: int | None = None
+    """Rank of adapters on all linear layers, trained in place of the weights; needs a `path`."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     hidden_size: int = 96
     """Of the tiny model, as the next three."""
     intermediate_size: int = 256
@@ -78,8 +85,13 @@ class WarmupConfig:
 class RolloutConfig:
     """How completions are sampled, and how far the sampling engine is from the trained weights."""
 
-    path: Literal["same", "bf16", "int8"] = "int8"
-    """Inference path: the training path itself, bfloat16, or 8-bit activations by `bits`-bit weights."""
+    path: Literal[
+        "same", "bf16", "int8", "ao-int8", "ao-int8-weights", "ao-fp8", "ao-fp8-weights", "ao-int4-weights", "vllm"
+    ] = "int8"
+    """Inference path: the training path itself, bfloat16, 8-bit activations by `bits`-bit weights, torchao's
+    quantisation of both or of weights alone, or vLLM."""
+    server: str | None = None
+    """URL of a vLLM server; None: vLLM inside this process."""
     bits: int = 5
     """Bits of a weight on the int8 path (symmetric, one scale per output channel)."""
     lag: int = 2
@@ -203,6 +215,26 @@ class TrainConfig:
             ("update.sigma", update.sigma, update.sigma > 0, "a number > 0 (bypass-* are the methods without noise)"),
             ("update.sigma_lr", update.sigma_lr, update.sigma_lr >= 0, "0 or more (0: sigma stays as it is)"),
             ("update.draws", update.draws, 1 <= update.draws <= 16, "1 to 16"),
+            ("model.lora", model.lora, model.lora is None or model.lora >= 1, "1 or more"),
+            (
+                "model.lora",
+                model.lora,
+                model.lora is None or model.path != "tiny",
+                "a model.path: adapters need a base",
+            ),
+            (
+                "model.dtype",
+                model.dtype,
+                model.attn_implementation != "flash_attention_2" or model.dtype == "bfloat16",
+                "bfloat16 with model.attn_implementation=flash_attention_2",
+            ),
+            (
+                "rollout.server",
+                rollout.server,
+                rollout.server is None
+                or (rollout.path == "vllm" and rollout.server.startswith(("http://", "https://"))),
+                "http://HOST:PORT, and rollout.path vllm",
+            ),
             ("warmup.accuracy", warmup.accuracy, 0 <= warmup.accuracy <= 1, "a number in [0, 1]"),
             ("warmup.max_steps", warmup.max_steps, warmup.max_steps >= 1, "1 or more"),
             ("warmup.error", warmup.error, 0 <= warmup.error < 1, "a number in [0, 1)"),
@@ -239,6 +271,33 @@ class TrainConfig:
             raise UserError(f"{path} is not the config.json of a run: {error}") from None
         assert isinstance(config, TrainConfig)
         return config
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `alp eval --on` measures."""
+
+    on: tuple[str, ...] = ()
+    """Files, `datasets` names (all problems of each) or reasoning-gym datasets (eval_prompts problems): avg@n and
+    pass@k. None: the run's own task, as before and after training."""
+    samples: int = 8
+    """Completions of each problem, n."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    """None: as the run's completions, or 256."""
+    json: Path | None = None
+    """Write the table to this file, too."""
+
+    def __post_init__(self) -> None:
+        for name, holds, fits in (
+            ("samples", self.samples >= 1, "1 or more"),
+            ("temperature", self.temperature > 0, "a number > 0"),
+            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
+            ("max_new_tokens", (self.max_new_tokens or 1) >= 1, "1 or more"),
+        ):
+            if not holds:
+                raise UserError(f"{name}={getattr(self, name)!r}; it needs {fits}")
 
 
 def _from_dict(kind: type, data: dict[str, Any], where: str) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .inference import Weights
+from .adapters import Weights, snapshot
 from .parallel import World
 from .update import Experience, Updater, score_clean
 
@@ -35,7 +35,7 @@ def diagnose(
     now = experience.old_logp
     if now is None:
         now = score_clean(model, experience, temperature, micro_batch)
-    current = {name: p.detach().clone() for name, p in model.named_parameters()}
+    current = snapshot(model)
     _load(updater, sampling_weights)
     try:
         then = score_clean(model, experience, temperature, micro_batch)
@@ -61,4 +61,5 @@ def diagnose(
 
 def _load(updater: Updater, weights: dict[str, Tensor]) -> None:
     for name, p in updater.model.named_parameters():
-        p.copy_(weights[name])
+        if p.requires_grad:
+            p.copy_(weights[name])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .config import RolloutConfig, TrainConfig, UserError
-from .inference import InferenceEngine
+from .inference import make_engine
 from .models import Policy, load_policy
 from .rollout import sample, uniforms
 from .tasks import Task, make_task
@@ -31,20 +31,23 @@ def evaluate(
     problems = [task.problem("eval", i) for i in range(num_problems)]
     prompts = [policy.encode_prompt(problem.question) for problem in problems]
     u = uniforms(num_problems * _SAMPLES, max_new_tokens, seed, _EVAL_STREAM)
-    engine = InferenceEngine(policy.model, dataclasses.replace(config, lag=0))
+    engine = make_engine(policy.model, dataclasses.replace(config, lag=0))
     was_training = policy.model.training
     policy.model.eval()
     report: dict[str, float] = {}
-    for name, model in (("train", policy.model), ("rollout", engine.model), ("greedy", policy.model)):
+    for name in ("train", "rollout", "greedy"):
         is_greedy = name == "greedy"
-        completions = sample(
-            Policy(model, policy.tokenizer),
-            prompts,
-            1 if is_greedy else _SAMPLES,
-            max_new_tokens,
-            u=None if is_greedy else u,
-            chunk=config.chunk,
-        )
+        if name == "rollout":
+            completions = engine.sample(policy, prompts, _SAMPLES, max_new_tokens, u=u)
+        else:
+            completions = sample(
+                policy,
+                prompts,
+                1 if is_greedy else _SAMPLES,
+                max_new_tokens,
+                u=None if is_greedy else u,
+                chunk=config.chunk,
+            )
         per_problem = 1 if is_greedy else _SAMPLES
         scores = [problems[i // per_problem].score(text) for i, text in enumerate(completions.texts)]
         report[name] = sum(score.correct for score in scores) / len(scores)
@@ -58,17 +61,24 @@ def evaluate(
     return report
 
 
+def resolve(name: str, config: TrainConfig) -> tuple[TrainConfig, str]:
+    """The configuration that counts and the model's path, of a run folder or a Hugging Face model."""
+    run = Path(name)
+    if not ((run / "config.json").is_file() and (run / "metrics.jsonl").is_file()):
+        return config, name
+    if config != TrainConfig():
+        raise UserError(f"{run} is a run and is evaluated with its own config.json; drop the other options")
+    if not (run / "model").is_dir():
+        raise UserError(f"{run} has no model yet: it is written at the run's end; alp train --resume {run}")
+    return TrainConfig.load(run / "config.json"), str(run / "model")
+
+
 def evaluate_named(name: str, config: TrainConfig) -> dict[str, float]:
     """`evaluate` for a run folder, whose own configuration is then used, or for a Hugging Face model."""
-    run = Path(name)
-    if (run / "config.json").is_file() and (run / "metrics.jsonl").is_file():
-        if config != TrainConfig():
-            raise UserError(f"{run} is a run and is evaluated with its own config.json; drop the other options")
-        config, name = TrainConfig.load(run / "config.json"), str(run / "model")
-        if not Path(name).is_dir():
-            raise UserError(f"{run} has no model yet: it is written at the run's end; alp train --resume {run}")
+    config, path = resolve(name, config)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    policy = load_policy(dataclasses.replace(config.model, path=name), device)
+    policy = load_policy(dataclasses.replace(config.model, path=path, lora=None), device)
+    policy = policy._replace(system=config.task.system)
     task = make_task(config.task, config.seed)
     return evaluate(
         policy,

@@ -4,6 +4,8 @@
     bf16   weights and activations in bfloat16
     int8   8-bit activations (one scale a token) times b-bit weights (one scale an output channel), both symmetric;
            the integer products are summed exactly. Embeddings, norms and the output head stay as they are.
+    ao-*   torchao's quantisation of the same layers (alp/torchao_linear.py)
+    vllm   vLLM, in this process or as a server (alp/vllm_engine.py)
 
 Between what such an engine samples from and what is trained lie quantisation and staleness: the mismatch ALP is for.
 """
@@ -12,23 +14,20 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .adapters import Weights, served, snapshot, strip
 from .config import RolloutConfig
+from .models import Policy
+from .rollout import Completions, sample
 
 ACTIVATION_MAX = 127  # symmetric int8
 _FLOAT32_EXACT = 1 << 24
 _FLOAT64_EXACT = 1 << 53
-
-Weights = dict[str, Tensor]
-"""A model's parameters by name, detached copies."""
-
-
-def snapshot(model: nn.Module) -> Weights:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def quantise(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -77,23 +76,52 @@ class QuantisedLinear(nn.Module):
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
 
-class InferenceEngine:
-    """Samples with the weights of `lag` rollout batches ago; the first batches have no such past and use the oldest."""
+class Engine(Protocol):
+    """What the loop asks of an inference engine."""
 
-    def __init__(self, model: PreTrainedModel, config: RolloutConfig) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._config = config
-        self.history: deque[Weights] = deque(maxlen=config.lag + 1)
-        if config.path == "bf16":
-            for p in self.model.parameters():  # not .to(): rotary frequencies are buffers and stay in float32
-                p.data = p.data.to(torch.bfloat16)
-        if config.path == "int8":
-            head = self.model.get_output_embeddings()
-            for name, module in list(self.model.named_modules()):
-                if isinstance(module, nn.Linear) and module is not head:
-                    parent, _, child = name.rpartition(".")
-                    setattr(self.model.get_submodule(parent), child, QuantisedLinear(module, config.bits))
-        self.push(model)
+    history: deque[Weights]
+
+    @property
+    def weights(self) -> Weights: ...
+
+    def push(self, model: nn.Module) -> None: ...
+
+    def restore(self, history: list[Weights]) -> None: ...
+
+    def sample(
+        self,
+        policy: Policy,
+        prompts: list[list[int]],
+        num_samples: int,
+        max_new_tokens: int,
+        *,
+        u: Tensor | None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Completions:
+        """As `rollout.sample`, with the engine's weights; of `policy` the tokenizer counts."""
+        ...
+
+
+def make_engine(model: PreTrainedModel, config: RolloutConfig) -> Engine:
+    """The engine that `config.path` names, with the model's weights."""
+    if config.path == "vllm":
+        from .vllm_engine import VllmEngine
+
+        return VllmEngine(model, config)
+    return InferenceEngine(model, config)
+
+
+class History:
+    """The weights of the last batches, of which the oldest sample; the first batches have no such past."""
+
+    def __init__(self, lag: int) -> None:
+        self.history: deque[Weights] = deque(maxlen=lag + 1)
+
+    @property
+    def weights(self) -> Weights:
+        """Those in use, before quantisation."""
+        return self.history[0]
 
     def push(self, model: nn.Module) -> None:
         """Note the weights after a batch's updates, and load those that are `lag` batches old."""
@@ -102,20 +130,78 @@ class InferenceEngine:
 
     def restore(self, history: list[Weights]) -> None:
         """Continue from a checkpoint's history, oldest first."""
-        device = next(self.model.parameters()).device
+        device = next(iter(self.weights.values())).device
         self.history.clear()
         self.history.extend({name: value.to(device) for name, value in weights.items()} for weights in history)
         self._load(self.weights)
 
-    @property
-    def weights(self) -> Weights:
-        """Those in use, before quantisation."""
-        return self.history[0]
+    def _load(self, weights: Weights) -> None:
+        raise NotImplementedError
+
+
+class InferenceEngine(History):
+    """A copy of the model in this process. Adapters are merged into the weights, but on the training path's own."""
+
+    def __init__(self, model: PreTrainedModel, config: RolloutConfig) -> None:
+        super().__init__(config.lag)
+        self._config, self._trained = config, model
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        if config.path != "same":
+            strip(self.model)
+        if config.path == "bf16":
+            for p in self.model.parameters():  # not .to(): rotary frequencies are buffers and stay in float32
+                p.data = p.data.to(torch.bfloat16)
+        head = self.model.get_output_embeddings()
+        linear = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+        self._torchao: list[str] = list(linear) if config.path.startswith("ao-") else []
+        if config.path == "int8":
+            for name, module in linear.items():
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, QuantisedLinear(module, config.bits))
+        self.push(model)
+
+    def sample(
+        self,
+        policy: Policy,
+        prompts: list[list[int]],
+        num_samples: int,
+        max_new_tokens: int,
+        *,
+        u: Tensor | None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Completions:
+        return sample(
+            Policy(self.model, policy.tokenizer),
+            prompts,
+            num_samples,
+            max_new_tokens,
+            u=u,
+            temperature=temperature,
+            top_p=top_p,
+            chunk=self._config.chunk,
+        )
 
     @torch.no_grad()
     def _load(self, weights: Weights) -> None:
+        if self._config.path == "same":
+            for name, parameter in self.model.named_parameters():
+                if name in weights:  # a frozen one is as it was copied
+                    parameter.copy_(weights[name])
+            return
+        plain = served(self._trained, weights)
         for name, module in self.model.named_modules():
             if isinstance(module, QuantisedLinear):
-                module.load(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+                module.load(plain[f"{name}.weight"], plain.get(f"{name}.bias"))
+        if self._torchao:
+            from .torchao_linear import quantise_layers
+
+            quantise_layers(self.model, self._torchao, plain, self._config.path)
+        quantised = {f"{name}.weight" for name in self._torchao}
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(weights[name])
+            if name not in quantised:
+                parameter.copy_(plain[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import torch
 import transformers
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils import is_flash_attn_2_available
 
+from .adapters import add_lora, require_peft, train_adapters
 from .config import ModelConfig, UserError
 
 TINY = "tiny"
@@ -35,6 +38,8 @@ class Policy(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    system: str | None = None
+    """Said before every question."""
 
     @property
     def eos_ids(self) -> list[int]:
@@ -51,11 +56,25 @@ class Policy(NamedTuple):
 
     def encode_prompt(self, question: str) -> list[int]:
         """Token ids of a question, through the tokenizer's chat template where it has one."""
-        if getattr(self.tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": question}]
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return list(self.tokenizer.encode(text, add_special_tokens=False))
-        return list(self.tokenizer.encode(question))
+        joined = question if self.system is None else f"{self.system}\n\n{question}"
+        if not getattr(self.tokenizer, "chat_template", None):
+            return list(self.tokenizer.encode(joined))
+        text = None if self.system is None else self._chat(question, self.system)
+        if text is None:
+            text = self._chat(joined, None)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _chat(self, question: str, system: str | None) -> str | None:
+        """The template filled in; None where it has no place for the system's words: some refuse, some drop them."""
+        messages = [{"role": "user", "content": question}]
+        if system is None:
+            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        messages = [{"role": "system", "content": system}, *messages]
+        try:
+            text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except jinja2.TemplateError:
+            return None
+        return text if system.strip() in text else None
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -115,28 +134,48 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor
 
 def load_policy(config: ModelConfig, device: torch.device) -> Policy:
     """The Hugging Face model that `config.path` names: a directory, or a name on the hub (its local cache first)."""
-    dtype = getattr(torch, config.dtype)
     path = config.path
+    is_adapter = (Path(path) / "adapter_config.json").is_file()
+    if is_adapter or config.lora is not None:
+        require_peft()
+    options = {"dtype": getattr(torch, config.dtype)} | attention(config)
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise UserError(f"model.path={path!r}: there is no such directory")
     try:
         try:  # what is here first: without a network the hub's retries take a minute
-            tokenizer, model = _from_pretrained(path, dtype, local_files_only=True)
+            tokenizer, model = _from_pretrained(path, options, local_files_only=True)
         except OSError:
-            tokenizer, model = _from_pretrained(path, dtype, local_files_only=Path(path).is_dir())
-    except (OSError, ValueError) as error:
+            tokenizer, model = _from_pretrained(path, options, local_files_only=Path(path).is_dir())
+    except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.path={path!r} cannot be loaded: {reason}") from None
+    if Path(path).is_dir():
+        model.name_or_path = str(Path(path).resolve())  # an adapter notes its base: it must load from any folder
+    if config.lora is not None:
+        add_lora(model, config.lora)
+    elif is_adapter:
+        train_adapters(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return Policy(model.to(device).train(), tokenizer)
 
 
+def attention(config: ModelConfig) -> dict[str, str]:
+    """transformers' argument for another attention than its own choice, which is sdpa where a model has it."""
+    chosen = config.attn_implementation
+    if chosen == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserError(
+            "model.attn_implementation=flash_attention_2 needs a GPU and flash-attn, which is not installed: "
+            "pip install 'alp-kernels[flash]'"
+        )
+    return {} if chosen == "sdpa" else {"attn_implementation": chosen}
+
+
 def _from_pretrained(
-    path: str, dtype: torch.dtype, local_files_only: bool
+    path: str, options: dict[str, Any], local_files_only: bool
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local_files_only)
+    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=local_files_only, **options)
     return tokenizer, model
 
 

@@ -59,6 +59,7 @@ def sample(
     *,
     u: Tensor | None,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     chunk: int = 512,
 ) -> Completions:
     """Complete each prompt `num_samples` times.
@@ -67,6 +68,7 @@ def sample(
         prompts: token ids, of any lengths.
         u: (P * num_samples, max_new_tokens) in [0, 1) picks the tokens; None: the most probable token each time.
         temperature: divides the logits, in what is sampled from and in the log-probabilities returned.
+        top_p: keep the most probable tokens that hold this much probability together; it enters both likewise.
         chunk: completions sampled together.
     """
     width = max(map(len, prompts))
@@ -75,7 +77,7 @@ def sample(
     for start in range(0, len(prompts), per_chunk):
         some = prompts[start : start + per_chunk]
         rows = None if u is None else u[start * num_samples : (start + len(some)) * num_samples]
-        parts.append(_sample_chunk(policy, some, width, num_samples, max_new_tokens, rows, temperature))
+        parts.append(_sample_chunk(policy, some, width, num_samples, max_new_tokens, rows, temperature, top_p))
     tokens, attention_mask, mask, logp, truncated = (torch.cat(columns) for columns in zip(*parts, strict=True))
     lengths = mask.sum(dim=1).tolist()
     texts = [policy.decode(row[:n]) for row, n in zip(tokens[:, width:].tolist(), lengths, strict=True)]
@@ -90,6 +92,7 @@ def _sample_chunk(
     max_new_tokens: int,
     u: Tensor | None,
     temperature: float,
+    top_p: float,
 ) -> tuple[Tensor, ...]:
     model, device = policy.model, policy.model.device
     ids = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
@@ -121,6 +124,8 @@ def _sample_chunk(
     for t in range(max_new_tokens):
         scaled = logits.float() if temperature == 1 else logits.float() / temperature
         log_probs = scaled.log_softmax(dim=-1)
+        if top_p < 1:
+            log_probs = _nucleus(log_probs, top_p)
         token = log_probs.argmax(dim=-1) if u is None else _pick(log_probs, u[:, t])
         tokens[:, t] = torch.where(alive, token, policy.pad_id)
         mask[:, t] = alive
@@ -179,6 +184,14 @@ def _for_samples(layer: DynamicLayer, num_samples: int, num_tokens: int) -> Dyna
         return room.flatten(0, 1)
 
     return _RoomyLayer(with_room(layer.keys), with_room(layer.values), layer.keys.shape[2])
+
+
+def _nucleus(log_probs: Tensor, top_p: float) -> Tensor:
+    """The distribution without its tail, normalised: the fewest tokens that hold `top_p`, the first always."""
+    ordered, order = log_probs.sort(dim=-1, descending=True)
+    before = ordered.exp().cumsum(dim=-1) - ordered.exp()
+    out = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    return log_probs.masked_fill(out, -torch.inf).log_softmax(dim=-1)
 
 
 def _pick(log_probs: Tensor, u: Tensor) -> Tensor:

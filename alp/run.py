@@ -1,4 +1,4 @@
-"""A run's folder: config.json, commit.txt, metrics.jsonl, outcome.json, tensorboard/, checkpoints/, plots/, model/.
+"""A run's folder: config.json, commit.txt, metrics.jsonl, mismatch.json, outcome.json, checkpoints/, plots/, model/ ...
 
 Whatever must survive a kill is written beside its place, synced and renamed: a file is the old one or the new one.
 """
@@ -150,6 +150,11 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(beside, folder)
         return folder
+
+    def save_mismatch(self, measured: dict[str, float]) -> None:
+        """mismatch.json: the inference engine against the training path before the first step."""
+        text = json.dumps(measured, indent=2)
+        write_whole(self.folder / "mismatch.json", lambda file: file.write(text.encode()))
 
     def save_outcome(self, before: dict[str, float], after: dict[str, float]) -> None:
         """outcome.json: the evaluations before and after the run."""

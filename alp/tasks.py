@@ -1,4 +1,4 @@
-"""Problems with checkable answers: reasoning-gym datasets by name, or your own JSONL scored by math-verify.
+"""Problems with checkable answers: reasoning-gym datasets by name, or your own files scored by math-verify.
 
 A problem is a pure function of (seed, split, index): a resumed run and every rank ask for the same one. "train" and
 "eval" never share a seed (datasets) or a line (files); nor do they with "warmup", but for files, which have one text.
@@ -13,11 +13,12 @@ import hashlib
 import importlib.util
 import json
 import random
+import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from .config import TaskConfig, UserError, nearest
+from .data import Line, read_problems
 
 Split = Literal["warmup", "train", "eval"]
 _SPLITS: tuple[Split, ...] = ("warmup", "train", "eval")
@@ -25,6 +26,7 @@ _SPLIT_BITS = 30  # reasoning-gym seeds item i with seed + i: a split owns a ran
 _INDEX_BITS = 24
 # These make or list all their items at once, so they keep reasoning-gym's own size and start again at its end
 _OF_OWN_SIZE = {"acre", "composite", "gsm_symbolic", "list_functions", "word_ladder"}
+_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?![\w.])")
 _HOLDOUT = 10  # without an eval file, one line in so many is kept for evaluation
 
 
@@ -160,78 +162,7 @@ def _garble(answer: str, rng: random.Random, error: float) -> str:
     return "".join(rng.choice(alphabet) if rng.random() < error else c for c in answer)
 
 
-# ------------------------------------------------------------------ JSONL
-
-
-class Line(NamedTuple):
-    question: str
-    answer: str
-
-
-def read_jsonl(path: Path) -> list[Line]:
-    """Problems of {prompt, answer}, {question, answer} (GSM8K: after ####) or {problem, solution} (MATH: \\boxed).
-
-    Raises a UserError with file and line number for a line that cannot be read. Blank lines are skipped.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"task.path: {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"task.path: {path} cannot be read: {error}") from None
-    lines = []
-    for number, raw in enumerate(text.split("\n"), start=1):
-        if raw.strip():
-            try:
-                lines.append(_read_line(raw))
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: {error}") from None
-    if not lines:
-        raise UserError(f"task.path: {path} holds no problem")
-    return lines
-
-
-def _read_line(raw: str) -> Line:
-    """One line's question and final answer; a ValueError says what is wrong with it."""
-    try:
-        record = json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a {type(record).__name__}, not an object")
-    for question_key, answer_key in (("prompt", "answer"), ("question", "answer"), ("problem", "solution")):
-        if question_key in record and answer_key in record:
-            question, answer = record[question_key], record[answer_key]
-            break
-    else:
-        raise ValueError(
-            f"has the keys {sorted(record)}; it needs prompt and answer, question and answer, or problem and solution"
-        )
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
-    if not isinstance(question, str) or not isinstance(answer, str):
-        raise ValueError(f"{question_key} and {answer_key} must be text")
-    if answer_key == "solution":
-        answer = last_boxed(answer)
-    elif "####" in answer:
-        answer = answer.rsplit("####", 1)[1]
-    answer = answer.strip()
-    if not question.strip() or not answer:
-        raise ValueError(f"{question_key if answer else answer_key} is empty")
-    return Line(question, answer)
-
-
-def last_boxed(solution: str) -> str:
-    """The content of the last \\boxed{...} of a MATH solution, braces balanced."""
-    start = solution.rfind("\\boxed{")
-    if start < 0:
-        raise ValueError("solution has no \\boxed{...}")
-    depth, begin = 0, start + len("\\boxed")
-    for end in range(begin, len(solution)):
-        depth += {"{": 1, "}": -1}.get(solution[end], 0)
-        if depth == 0:
-            return solution[begin + 1 : end]
-    raise ValueError("the braces of \\boxed{...} do not close")
+# ------------------------------------------------------------------ files
 
 
 class JsonlTask:
@@ -242,9 +173,11 @@ class JsonlTask:
         if importlib.util.find_spec("math_verify") is None:
             raise UserError("the task needs math-verify, which is not installed: pip install 'alp-kernels[train]'")
         self.name, self.suffix, self._seed = config.path.stem, config.suffix, seed
-        lines = read_jsonl(config.path)
+        lines, held_out = read_problems(config.path, config.options)
         if config.eval_path is not None:
-            self._lines = {"train": lines, "eval": read_jsonl(config.eval_path)}
+            held_out = read_problems(config.eval_path, config.options).train
+        if held_out is not None:
+            self._lines = {"train": lines, "eval": held_out}
         else:
             if len(lines) < 2:
                 raise UserError(f"task.path: {config.path} holds one problem; training and evaluation need one each")
@@ -257,8 +190,14 @@ class JsonlTask:
     def problem(self, split: Split, index: int) -> Problem:
         lines = self._lines["eval" if split == "eval" else "train"]
         epoch, position = divmod(index, len(lines))
-        line = lines[_shuffled(len(lines), f"{self._seed}/{split}/{epoch}")[position]]
+        return self._of(lines[_shuffled(len(lines), f"{self._seed}/{split}/{epoch}")[position]])
+
+    def _of(self, line: Line) -> Problem:
         return Problem(line.question + self.suffix, line.answer, functools.partial(verify, line.answer))
+
+    def problems(self) -> list[Problem]:
+        """Every problem for evaluation once, in the file's order."""
+        return [self._of(line) for line in self._lines["eval"]]
 
     def demonstration(self, index: int, error: float) -> tuple[str, str]:
         problem = self.problem("warmup", index)
@@ -280,7 +219,12 @@ def _shuffled(length: int, key: str) -> list[int]:
 def _parse_gold(answer: str) -> tuple[Any, ...]:
     from math_verify import parse
 
-    return tuple(parse(f"\\boxed{{{answer}}}"))
+    return tuple(parse(f"\\boxed{{{_powers(answer)}}}"))
+
+
+def _powers(text: str) -> str:
+    """3e8 -> 3 \\times 10^{8}: math-verify reads an e between digits as Euler's number."""
+    return _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
 
 
 def verify(answer: str, completion: str) -> Score:
@@ -290,7 +234,7 @@ def verify(answer: str, completion: str) -> Score:
 
     if "####" in completion:  # GSM8K's own way to end
         completion = completion.rsplit("####", 1)[1]
-    found = parse(completion)
+    found = parse(_powers(completion))
     if not found:
         return Score(float(completion.strip() == answer), parsed=completion.strip() == answer)
     return Score(float(equal(list(_parse_gold(answer)), found)))

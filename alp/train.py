@@ -23,18 +23,20 @@ import torch
 
 from alp_kernels import Stats
 
+from .adapters import load_trained_state, trained_state
 from .advantage import centre
 from .config import TrainConfig
 from .diagnostics import diagnose
 from .errors import UserError
 from .evaluate import evaluate
-from .inference import InferenceEngine
+from .inference import make_engine
 from .measure import clean_metrics, clean_stats, step_kl
+from .mismatch import describe, measure_mismatch
 from .models import Policy
 from .parallel import World
 from .plots import save_plots
 from .progress import Reporter, in_short, outcome
-from .rollout import Completions, sample, uniforms
+from .rollout import Completions, uniforms
 from .run import Metrics, Run, create_run
 from .tasks import Problem, Score, Task, make_task
 from .update import Experience, StepResult, Updater, score_clean
@@ -60,7 +62,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World, policy: Policy, task: Task) -> None:
         self.config, self.world, self.policy, self.task = config, world, policy, task
         self.max_new_tokens = new_tokens(config, policy, task)
-        self.engine = InferenceEngine(policy.model, config.rollout)
+        self.engine = make_engine(policy.model, config.rollout)
         self.updater = Updater(policy.model, config.update, config.rollout.temperature, config.seed, world)
         self.before: dict[str, float] = {}
         self.num_steps = 0
@@ -103,14 +105,13 @@ class Trainer:
         """G samples of each of this rank's prompts, from the inference engine."""
         rollout = self.config.rollout
         u = uniforms(rollout.prompts * rollout.samples, self.max_new_tokens, self.config.seed, self.num_steps)
-        return sample(
-            Policy(self.engine.model, self.policy.tokenizer),
+        return self.engine.sample(
+            self.policy,
             [self.policy.encode_prompt(problem.question) for problem in self.problems],
             rollout.samples,
             self.max_new_tokens,
             u=u.view(rollout.prompts, rollout.samples, -1)[self.prompt_ids].flatten(0, 1),
             temperature=rollout.temperature,
-            chunk=rollout.chunk,
         )
 
     def score(self, completions: Completions) -> list[Score]:
@@ -204,6 +205,18 @@ class Trainer:
 
     # -------------------------------------------------------------- outcome and state
 
+    def measure_mismatch(self) -> dict[str, float]:
+        """The engine against the training path with the same weights; on every rank, and the same there."""
+        return measure_mismatch(
+            self.engine,
+            self.policy,
+            self.task,
+            self.config.rollout,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.config.seed,
+            micro_batch=self.config.update.micro_batch,
+        )
+
     def evaluate_now(self) -> Metrics:
         """Every so many steps: accuracies as eval/NAME."""
         every = self.config.eval_every
@@ -231,7 +244,7 @@ class Trainer:
         return {
             "num_steps": self.num_steps,
             "before": self.before,
-            "model": self.policy.model.state_dict(),
+            "model": trained_state(self.policy.model),
             "optimiser": self.updater.optimiser.state_dict(),
             "noise": None if handle is None else handle.state_dict(),
             "sampling_weights": list(self.engine.history),
@@ -241,7 +254,7 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.num_steps, self.before = state["num_steps"], state["before"]
-        self.policy.model.load_state_dict(state["model"])
+        load_trained_state(self.policy.model, state["model"])
         self.updater.optimiser.load_state_dict(state["optimiser"])
         if self.updater.handle is not None:
             self.updater.handle.load_state_dict(state["noise"])
@@ -278,8 +291,12 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
     trainer = Trainer(config, world, policy, task)
     if checkpoint is not None:
         trainer.load_state(checkpoint)
-    elif world.is_main:
-        trainer.before = trainer.evaluate()
+    else:
+        mismatch = trainer.measure_mismatch()
+        if world.is_main:
+            run.save_mismatch(mismatch)
+            print(describe(mismatch, config.rollout), flush=True)
+            trainer.before = trainer.evaluate()
     if world.is_main:
         run.keep_metrics(trainer.num_steps)
         print(f"run folder: {run.folder}", flush=True)

@@ -91,7 +91,7 @@ class Updater:
         self.model, self.config, self.temperature, self.world = model, config, temperature, world
         method = METHODS[config.method]
         self.method: Method = method.with_clips(config.clip_low, config.clip_high, config.dual_clip)
-        self.weights = list(model.parameters())
+        self.weights = [p for p in model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": self.weights, "weight_decay": config.weight_decay}]
         self.handle: Perturbation | None = None
         if method.perturbed:

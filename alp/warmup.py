@@ -23,7 +23,7 @@ from transformers import Qwen2ForCausalLM
 
 from . import chain, models, tasks
 from .config import TrainConfig, UserError
-from .models import TINY, Policy, hidden_states, load_policy, make_tiny
+from .models import TINY, Policy, attention, hidden_states, load_policy, make_tiny
 from .parallel import World
 from .progress import Reporter
 from .rollout import sample
@@ -46,7 +46,8 @@ Report = Callable[[int, float, float], None]
 def make_policy(config: TrainConfig, task: Task, world: World, is_resumed: bool) -> Policy:
     """The model to train: loaded, or the tiny one, which rank 0 warms up first; a resumed run's weights come later."""
     if config.model.path != TINY:
-        return load_policy(config.model, world.device)
+        torch.manual_seed(config.seed)  # fresh adapters are the same on every rank
+        return load_policy(config.model, world.device)._replace(system=config.task.system)
     if is_resumed:
         policy = make_tiny(config.model)
     else:
@@ -62,7 +63,9 @@ def make_policy(config: TrainConfig, task: Task, world: World, is_resumed: bool)
             print(line, flush=True)
             world.barrier()
     policy.model.to(device=world.device, dtype=getattr(torch, config.model.dtype))
-    return policy
+    for name in attention(config.model).values():
+        policy.model.set_attn_implementation(name)
+    return policy._replace(system=config.task.system)
 
 
 def new_tokens(config: TrainConfig, policy: Policy, task: Task) -> int:

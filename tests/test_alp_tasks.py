@@ -8,7 +8,8 @@ import reasoning_gym
 
 from alp import chain
 from alp.config import TaskConfig, UserError
-from alp.tasks import last_boxed, make_task, read_jsonl, verify
+from alp.data import last_boxed, read_jsonl
+from alp.tasks import make_task, verify
 
 
 def test_chain_reads_left_to_right_and_writes_every_result() -> None:
@@ -98,8 +99,8 @@ def test_jsonl_reads_three_shapes(tmp_path: Path) -> None:
     [
         ('{"prompt": "a", ', "not JSON"),
         ("[1, 2]", "a list, not an object"),
-        ({"prompt": "a", "label": "b"}, "it needs prompt and answer"),
-        ({"prompt": "a", "answer": ["b"]}, "must be text"),
+        ({"prompt": "a", "label": "b"}, "it needs prompt or question or problem, and answer"),
+        ({"prompt": "a", "answer": {"b": 1}}, "must be text"),
         ({"prompt": "a", "answer": " "}, "answer is empty"),
         ({"problem": "a", "solution": "no box"}, "no .boxed"),
         ({"problem": "a", "solution": "\\boxed{1"}, "do not close"),
