@@ -111,9 +111,11 @@ def _collapsed(cell: Cell, grid: Grid) -> float | None:
 
 
 def _spikes(reduce: Callable[[list[float]], float], cell: Cell, grid: Grid) -> float | None:
-    _, values = series(cell, "clean/k3_kl")
+    steps, values = series(cell, "clean/k3_kl")
+    if not steps or 2 * len(steps) < len(cell.metrics):
+        return None  # recorded now and then: a jump from step to step cannot be seen
     lag = grid.arms[cell.arm].get("rollout", {}).get("lag", 0)
-    return reduce(spikes(values, start=lag)) if values else None
+    return reduce(spikes(values, start=sum(step <= lag for step in steps)))
 
 
 def _number_of(found: list[float]) -> float:

@@ -174,6 +174,16 @@ def test_a_failed_run_keeps_its_last_accuracy_and_reward() -> None:
     assert values["reward_area"] == pytest.approx((0.2 + 0.6 + 8 * 1.0) / 10)
 
 
+def test_spikes_need_a_kl_at_every_step_and_wait_for_the_lag() -> None:
+    kl = [0.01, 0.04, 0.09, 0.16, 0.25, 1.0] + [0.2] * 8 + [0.8]
+    for every, lag, expected in ((1, 0, 2), (1, 6, 1), (10, 0, None)):
+        steps: list[dict[str, Any]] = [
+            {"step": i + 1} | ({"clean/k3_kl": k} if i % every == 0 else {}) for i, k in enumerate(kl)
+        ]
+        grid = Grid("", "", {"a": {"rollout": {"lag": lag}}}, [0], [], [Cell("a", 0, steps, None, None)], {})
+        assert measure(grid)["a", 0].get("kl_spikes") == expected
+
+
 def test_collapse_is_seen_in_greedy_or_sampled_accuracy() -> None:
     def ended(train: float, greedy: float) -> bool:
         before = {"train": 0.4, "greedy": 0.9}
