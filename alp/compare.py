@@ -129,7 +129,7 @@ class Comparison:
             for seed in seeds:
                 self.cells.append(dataclasses.replace(config, seed=seed, name=f"{arm}-s{seed}"))
         self.cells.sort(key=lambda cell: cell.seed)  # the arms of a seed one after the other: whole pairs come early
-        self.description = {
+        self.description: dict[str, Any] = {
             "name": folder.name,
             "about": about,
             "arms": resolved,
@@ -139,20 +139,24 @@ class Comparison:
         }
 
     def open(self) -> None:
-        """Write grid.json, or find the same grid there; another grid in the folder is a UserError."""
+        """Write grid.json, or find the same grid there; more seeds extend it, another grid is a UserError."""
         path = self.folder / "grid.json"
+        provenance = _provenance()
         if path.is_file():
             found = json.loads(path.read_text())
             differing = [key for key, value in self.description.items() if found.get(key) != value]
-            if differing:
+            if differing == ["seeds"] and set(found["seeds"]) < set(self.description["seeds"]):
+                provenance = found["provenance"]
+            elif differing:
                 raise UserError(
                     f"{self.folder} holds another comparison: its {' and '.join(differing)} differ; give another --out, "
-                    "or repeat the command that began it"
+                    "or repeat the command that began it (more --seeds are welcome)"
                 )
-            return
-        if self.folder.exists() and any(entry.name != ".lock" for entry in self.folder.iterdir()):
+            else:
+                return
+        elif self.folder.exists() and any(entry.name != ".lock" for entry in self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is no comparison: it has no grid.json; give another --out")
-        text = json.dumps(self.description | {"provenance": _provenance()}, indent=2)
+        text = json.dumps(self.description | {"provenance": provenance}, indent=2)
         write_whole(path, lambda file: file.write(text.encode()))
 
     def run(self, jobs: int, devices: list[str]) -> list[str]:

@@ -160,13 +160,25 @@ def test_divergence_is_an_outcome_and_a_fault_is_not(cache: Path, tmp_path: Path
 
 def test_a_folder_keeps_its_comparison(whole: Path, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another comparison: its seeds differ"):
-        compare(grid(whole, base(cache), seeds=(0, 1, 2)), jobs=1)
+        compare(grid(whole, base(cache), seeds=(0, 2)), jobs=1)
     with pytest.raises(UserError, match="its arms differ"):
         compare(grid(whole, base(cache, steps=7)), jobs=1)
     assert compare(grid(whole, base(cache)), jobs=1) == []
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(UserError, match="is no comparison"):
         compare(grid(tmp_path, base(cache)), jobs=1)
+
+
+def test_a_comparison_takes_more_seeds(cache: Path, tmp_path: Path) -> None:
+    arms = arms_of(("bypass-token",))
+    config = base(cache, steps=1, eval_every=0)
+    assert compare(grid(tmp_path / "grid", config, arms, seeds=(1,)), jobs=1) == []
+    began = json.loads((tmp_path / "grid" / "grid.json").read_text())["provenance"]
+    assert compare(grid(tmp_path / "grid", config, arms, seeds=(0, 1)), jobs=1) == []
+    grown = json.loads((tmp_path / "grid" / "grid.json").read_text())
+    assert grown["seeds"] == [0, 1]
+    assert grown["provenance"] == began
+    assert (tmp_path / "grid" / "runs" / "bypass-token-s0" / "outcome.json").is_file()
 
 
 @pytest.mark.parametrize(
