@@ -264,7 +264,9 @@ def _setting(value: Any) -> str:
 def _how() -> list[str]:
     text = (
         f"Bootstrap: the mean of {RESAMPLES} resamples of the pairs, with a fixed seed, at percentiles expanded for few "
-        "pairs (Hesterberg, arXiv 1411.5279); it cannot reach beyond the smallest and largest difference. Effect: mean "
+        "pairs (Hesterberg, arXiv 1411.5279). It cannot reach beyond the smallest and largest difference: for normal ones "
+        "it covers the truth in 96 % of cases with ten pairs, 91 % with five, 76 % with three; Student's interval is in "
+        "contrasts.csv. No interval knows of a rare collapse that none of the seeds met. Effect: mean "
         "over standard deviation of the differences (d_z) with Hedges' correction; of logarithms for quotients. p (t): "
         "paired Student test. p (sign flip): permutation, exact to 14 pairs. Where all differences are equal there is no "
         "spread to measure by, and the sign-flip p is corrected instead. A failed run enters with what it recorded: its "
