@@ -15,6 +15,7 @@ from alp_kernels import Objective, Stats, policy_loss
 
 from .parallel import World
 from .run import Metrics
+from .statistics import hill
 from .update import Experience
 
 _KEPT = ("k1_kl", "k3_kl", "ess_frac", "chi2_token", "chi2_sequence", "token_ratio/", "sequence_ratio/")
@@ -44,8 +45,9 @@ def clean_metrics(stats: Stats, with_shape: bool) -> Metrics:
         "sequence": stats.sequence_log_ratio[stats.is_last].double().numpy(),
     }
     for name, log_ratio in log_ratios.items():
-        index = tail_index(log_ratio, _TAIL[name])
-        if index is not None:
+        num_largest = math.ceil(_TAIL[name] * len(log_ratio))
+        index = hill(np.exp(log_ratio), num_largest)
+        if num_largest >= _SMALLEST_TAIL and not math.isnan(index):
             metrics[f"clean/hill_{name}"] = index
     if with_shape:
         metrics["clean/envelope"] = stats.envelope()
@@ -54,19 +56,6 @@ def clean_metrics(stats: Stats, with_shape: bool) -> Metrics:
             for name, values in log_ratios.items()
         }
     return metrics
-
-
-def tail_index(log_values: np.ndarray, share: float) -> float | None:
-    """Hill's estimate of alpha in P(X > x) ~ x^-alpha, from logarithms of X and the `share` of its largest values.
-
-    Smaller means heavier. None where the tail has fewer than five values, or all of them are equal.
-    """
-    count = math.ceil(share * len(log_values))
-    if count < _SMALLEST_TAIL or count >= len(log_values):
-        return None
-    largest = np.sort(log_values)[-count - 1 :]
-    excess = float((largest[1:] - largest[0]).mean())
-    return 1 / excess if excess > 0 else None
 
 
 def step_kl(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, world: World) -> float:

@@ -110,8 +110,8 @@ def _collapsed(cell: Cell, grid: Grid) -> float | None:
     return float(is_collapsed(cell)) if cell.metrics or cell.failure is not None else None
 
 
-def _spikes(reduce: Callable[[list[float]], float], cell: Cell, grid: Grid) -> float | None:
-    steps, values = series(cell, "clean/k3_kl")
+def _spikes(reduce: Callable[[list[float]], float], key: str, cell: Cell, grid: Grid) -> float | None:
+    steps, values = series(cell, key)
     if not steps or 2 * len(steps) < len(cell.metrics):
         return None  # recorded now and then: a jump from step to step cannot be seen
     lag = grid.arms[cell.arm].get("rollout", {}).get("lag", 0)
@@ -125,6 +125,11 @@ def _number_of(found: list[float]) -> float:
 def _variance(key: str, cell: Cell, grid: Grid) -> float | None:
     _, values = series(cell, key)
     return _mean([value * value for value in values]) if values else None
+
+
+def _share_above(threshold: float, key: str, cell: Cell, grid: Grid) -> float | None:
+    _, values = series(cell, key)
+    return _mean([float(value > threshold) for value in values]) if values else None
 
 
 def _sigma(cell: Cell, grid: Grid) -> float | None:
@@ -166,11 +171,20 @@ class Quantity:
         return f"{self.prefix} {self.label}".strip()
 
 
+ABOVE = {"token": (4.0, 0.1), "sequence": (4.0, 1.0)}
+"""Thresholds of the ratio's maximum, ALP's own upper clip, and of its variance, the same for all arms."""
+
+
 def _ratio_quantities(level: str) -> tuple[Quantity, ...]:
     folder, name = f"clean/{level}_ratio", f"{level} ratio"
 
     def quantity(key: str, label: str, of: Callable[[Cell, Grid], float | None], how: str) -> Quantity:
         return Quantity(f"{level}_{key}", label, of, how, is_ratio=True, prefix=name)
+
+    large, wide = ABOVE[level]
+
+    def share(key: str, label: str, of: Callable[[Cell, Grid], float | None]) -> Quantity:
+        return Quantity(f"{level}_{key}", label, of, "share of the steps in which it is", prefix=name)
 
     quantiles = ("q01", "q05", "q50", "q95", "q99", "q99.9")
     hill = partial(_reduced, median, f"clean/hill_{level}")
@@ -182,6 +196,8 @@ def _ratio_quantities(level: str) -> tuple[Quantity, ...]:
         quantity("min", "min", partial(_reduced, min, f"{folder}/min"), "smallest of any step"),
         quantity("max", "max", partial(_reduced, max, f"{folder}/max"), "largest of any step"),
         quantity("variance", "variance", partial(_variance, f"{folder}/std"), "in each step, mean over steps"),
+        share("max_above", f"max above {large:g}", partial(_share_above, large, f"{folder}/max")),
+        share("variance_above", f"variance above {wide:g}", partial(_share_above, wide**0.5, f"{folder}/std")),
         quantity("hill", "tail index", hill, "Hill's estimate in each step, median over steps; small is heavy"),
     )
 
@@ -218,20 +234,21 @@ GROUPS: dict[str, tuple[Quantity, ...]] = {
     ),
     "Divergence of the clean policy from the rollout engine (nats per token)": (
         Quantity("k3_max", "k3 KL, max", partial(_reduced, max, "clean/k3_kl"), "largest of any step", True),
+        Quantity("k3_mean", "k3 KL, mean", partial(_reduced, _mean, "clean/k3_kl"), "mean over steps", True),
         Quantity("k3_end", "k3 KL, end", partial(_reduced, _end, "clean/k3_kl"), f"mean of the last {LAST}", True),
         Quantity("k1_max", "k1 KL, max", partial(_reduced, max, "clean/k1_kl"), "largest of any step"),
         Quantity("k1_end", "k1 KL, end", partial(_reduced, _end, "clean/k1_kl"), f"mean of the last {LAST}"),
         Quantity(
             "kl_spikes",
             "KL spikes",
-            partial(_spikes, _number_of),
+            partial(_spikes, _number_of, "clean/k3_kl"),
             "jumps of the k3 KL to over twice the median of the 5 steps before and by 0.01 or more, after the lag's ramp",
             is_count=True,
         ),
         Quantity(
             "kl_spike_size",
             "largest spike",
-            partial(_spikes, partial(max, default=0.0)),
+            partial(_spikes, partial(max, default=0.0), "clean/k3_kl"),
             "its height above that median; 0 without one",
         ),
         Quantity(
@@ -247,6 +264,13 @@ GROUPS: dict[str, tuple[Quantity, ...]] = {
             partial(_reduced, _mean, "step_kl"),
             "the same, mean over steps",
             True,
+        ),
+        Quantity(
+            "step_kl_spikes",
+            "step KL spikes",
+            partial(_spikes, _number_of, "step_kl"),
+            "jumps of the step KL, by the same rule",
+            is_count=True,
         ),
     ),
     "Ratio of the clean policy to the rollout engine, by token": _ratio_quantities("token"),
@@ -271,7 +295,7 @@ GROUPS: dict[str, tuple[Quantity, ...]] = {
     ),
 }
 QUANTITIES = {quantity.key: quantity for group in GROUPS.values() for quantity in group}
-MAIN = ("final_accuracy", "reward_area", "k3_max", "token_max")
+MAIN = ("final_accuracy", "reward_area", "k3_mean", "k3_max", "token_max")
 """What the page and the evidence put into sentences; the tables have all."""
 
 

@@ -18,7 +18,7 @@ from alp import cli
 from alp.compare import Comparison, compare, cross, locked
 from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, WarmupConfig
 from alp.errors import UserError
-from alp.measure import step_kl, tail_index
+from alp.measure import step_kl
 from alp.methods import METHODS, register
 from alp.parallel import World
 from alp.presets import PRESETS, arms_of, change, contrasts_of
@@ -263,18 +263,6 @@ def test_a_method_keeps_its_name() -> None:
     register("grpo", METHODS["grpo"].objective)
     with pytest.raises(ValueError, match="another objective"):
         register("grpo", Objective("sequence"))
-
-
-def test_hills_estimate_finds_the_exponent_of_a_pareto_tail() -> None:
-    alpha, count = 2.5, 200_000
-    values = np.random.default_rng(0).pareto(alpha, count) + 1
-    found = tail_index(np.log(values), 0.05)
-    assert found is not None
-    assert abs(found - alpha) < 4 * alpha / np.sqrt(
-        0.05 * count
-    )  # the estimate's standard deviation is alpha / sqrt(k)
-    assert tail_index(np.zeros(1000), 0.05) is None
-    assert tail_index(np.log(values[:50]), 0.05) is None
 
 
 def test_step_kl_of_a_known_change() -> None:
