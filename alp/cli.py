@@ -1,7 +1,8 @@
-"""The commands: `alp train`, `alp eval`, `alp report`, `alp doctor`. Heavy imports wait until a command needs them."""
+"""The commands `alp train`, `compare`, `eval`, `report` and `doctor`. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Annotated
 
 import tyro
 
-from .config import EvalConfig, TrainConfig, UserError
+from .config import EvalConfig, TrainConfig
+from .errors import UserError, nearest
+from .presets import PRESETS, Preset, arms_of, contrasts_of
 
 _Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 _DEFAULT = TrainConfig()
@@ -28,6 +31,71 @@ def train(config: _Config = _DEFAULT, *, resume: Path | None = None) -> None:
     from .train import train as run_training
 
     run_training(config, resume)
+
+
+def _compare_from(preset: Preset) -> Callable[..., None]:
+    """The command `alp compare` with that preset's configuration as what the options change."""
+
+    def compare(
+        config: _Config = preset.base,
+        *,
+        preset: str | None = None,
+        methods: tuple[str, ...] = (),
+        vary: tuple[str, ...] = (),
+        contrasts: tuple[str, ...] = (),
+        seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+        jobs: int | None = None,
+        threads: int = 1,
+        out: Path | None = None,
+    ) -> None:
+        """Compare methods over seeds on equal terms; the same command again goes on where it stopped.
+
+        Args:
+            preset: One of lag, stress, mismatch, clip, ablation, settle, search; the other options change it.
+            methods: Arms: rows of alp/methods.py. Default: the preset's arms.
+            vary: Settings that every arm meets, as FIELD=VALUE,VALUE: --vary update.sigma=1e-3,1e-2 rollout.lag=0,8.
+            contrasts: Pairs to test, as ARM:BASELINE. Default: the preset's, or ALP against Bypass and all against GRPO.
+            seeds: Each is one run of every arm, from one warmed-up model.
+            jobs: Cells at a time. Default: one for each GPU, or for each core over `threads`.
+            threads: Threads of a cell on the CPU; results depend on it, so a comparison keeps the number it began with.
+            out: The comparison's folder. Default: runs/PRESET, or runs/compare.
+        """
+        from .compare import Comparison, cross
+        from .compare import compare as run_comparison
+
+        chosen = _preset_called(preset)
+        arms, pairs = (arms_of(methods), contrasts_of(methods)) if methods else (chosen.arms, chosen.contrasts)
+        if contrasts:
+            if any(text.count(":") != 1 for text in contrasts):
+                raise UserError(f"contrasts={contrasts}; it needs pairs like alp-sequence:bypass-sequence")
+            pairs = tuple((text.split(":")[0], text.split(":")[1]) for text in contrasts)
+        arms, pairs = cross(arms, pairs, vary)
+        for name, value, fits in (("jobs", jobs, "1 or more"), ("threads", threads, "1 or more")):
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}; it needs {fits}")
+        folder = out or Path("runs") / (preset or "compare")
+        faults = run_comparison(Comparison(folder, chosen.about, config, arms, seeds, pairs, threads), jobs)
+        if faults:
+            logs = f"see {folder / 'logs'}; the same command runs them again"
+            raise UserError(f"{len(faults)} cells stopped on a fault: {', '.join(faults)}; {logs}")
+        print(f"compared {len(arms)} arms on {len(seeds)} seeds: alp report {folder}")
+
+    return compare
+
+
+def _preset_called(name: str | None) -> Preset:
+    if name is None:
+        return Preset("methods on the default task", TrainConfig(measure_clean=True), {}, ())
+    if name not in PRESETS:
+        raise UserError(f"preset={name!r} is not one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def _preset_in(arguments: list[str]) -> Preset:
+    """The preset that the command line names, which the other options change: known before they are read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    return _preset_called(parser.parse_known_args(arguments)[0].preset)
 
 
 def evaluate(
@@ -75,13 +143,23 @@ def doctor() -> None:
 
 def run() -> int:
     """Run the command that sys.argv names; returns the exit code."""
-    commands: dict[str, Callable[..., None]] = {"train": train, "eval": evaluate, "report": report, "doctor": doctor}
     try:
+        is_compare = sys.argv[1:2] == ["compare"]
+        commands: dict[str, Callable[..., None]] = {
+            "train": train,
+            "compare": _compare_from(_preset_in(sys.argv[2:] if is_compare else [])),
+            "eval": evaluate,
+            "report": report,
+            "doctor": doctor,
+        }
         tyro.extras.subcommand_cli_from_dict(commands, prog="alp")
     except UserError as error:
         print(f"alp: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("alp: interrupted; a run continues from its last checkpoint with alp train --resume RUN", file=sys.stderr)
+        again = (
+            "the same command goes on" if is_compare else "alp train --resume RUN continues from the last checkpoint"
+        )
+        print(f"alp: interrupted; {again}", file=sys.stderr)
         return 130
     return 0

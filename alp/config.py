@@ -7,7 +7,6 @@ A field arrives when a second value has proved useful.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
@@ -15,11 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .errors import UserError, nearest
 from .methods import METHODS
-
-
-class UserError(Exception):
-    """Something the caller can put right; the command line prints it as one line and exits with code 2."""
+from .plugins import load_plugins
 
 
 def layers_of(text: str) -> str | list[int]:
@@ -30,12 +27,6 @@ def layers_of(text: str) -> str | list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise UserError(f'update.layers={text!r}; it needs "all", "final", "logits" or numbers like "0,3"') from None
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """The suggestion that ends an error about an unknown name: "; did you mean 'x'?" or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @dataclass(frozen=True)
@@ -136,11 +127,15 @@ class UpdateConfig:
     dual_clip: float | None = 3.0
     """One cap for all methods that have a dual clip, so that they compare."""
     sigma: float = 1e-2
-    """Noise at the perturbed layers' inputs; only methods that perturb read these four."""
+    """Noise at the perturbed layers' inputs; only methods that perturb read these six."""
     sigma_lr: float = 5e-4
     layers: str = "all"
     """ "all", "final", "logits" or layer numbers like "0,3"."""
     scale: Literal["absolute", "rms"] = "absolute"
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of the perturbed hidden states in 16 bits: nearest loses noise far below the bfloat16 step."""
+    draws: int = 1
+    """Independent noise samples that the loss of a step is averaged over; each costs a forward and a backward."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +154,29 @@ class TrainConfig:
     """Problems of the evaluations before and after."""
     diagnose_every: int = 10
     """Steps between reports that tell engine mismatch, staleness and perturbation apart; 0: never."""
+    measure_clean: bool = False
+    """Every step, the unperturbed policy against the rollout engine: KL, ratios and their tail. Costs a forward where
+    the method does without one."""
+    measure_step_kl: bool = False
+    """Every step, the KL from the policy before its updates to the one after them. Costs one or two forwards."""
+    eval_every: int = 0
+    """Steps between evaluations during training; 0: none."""
     checkpoint_every: int = 20
     """Steps between checkpoints; the last two are kept."""
     runs: Path = Path("runs")
-    """Folder that receives the run's folder, and cache/ for warmed-up models."""
+    """Folder that receives the run's folder."""
+    cache: Path | None = None
+    """Folder for warmed-up models; None: cache/ in `runs`."""
     name: str | None = None
     """Name of the run's folder; None: from task, method, seed and time."""
     device: str | None = None
     """None: cuda where there is one, else cpu."""
+    plugins: tuple[str, ...] = ()
+    """Python files or modules to import first: they register methods (alp.methods.register) and reasoning-gym tasks."""
 
     def __post_init__(self) -> None:
         """Raise a UserError that names the field, what came and what fits."""
+        load_plugins(self.plugins)
         rollout, update, warmup, model = self.rollout, self.update, self.warmup, self.model
         if update.method not in METHODS:
             known = ", ".join(METHODS)
@@ -183,6 +190,7 @@ class TrainConfig:
             ("seed", self.seed, 0 <= self.seed < 1 << 32, "an int in [0, 2^32)"),
             ("eval_prompts", self.eval_prompts, self.eval_prompts >= 1, "1 or more"),
             ("diagnose_every", self.diagnose_every, self.diagnose_every >= 0, "0 or more"),
+            ("eval_every", self.eval_every, self.eval_every >= 0, "0 or more"),
             ("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "1 or more"),
             ("rollout.bits", rollout.bits, 2 <= rollout.bits <= 8, "2 to 8"),
             ("rollout.lag", rollout.lag, rollout.lag >= 0, "0 or more"),
@@ -206,6 +214,7 @@ class TrainConfig:
             ("update.dual_clip", update.dual_clip, update.dual_clip is None or update.dual_clip > 1, "a number > 1"),
             ("update.sigma", update.sigma, update.sigma > 0, "a number > 0 (bypass-* are the methods without noise)"),
             ("update.sigma_lr", update.sigma_lr, update.sigma_lr >= 0, "0 or more (0: sigma stays as it is)"),
+            ("update.draws", update.draws, 1 <= update.draws <= 16, "1 to 16"),
             ("model.lora", model.lora, model.lora is None or model.lora >= 1, "1 or more"),
             (
                 "model.lora",

@@ -32,7 +32,9 @@ def diagnose(
 ) -> dict[str, float]:
     """The k1 and k3 KL estimates and the mean absolute log-ratio of each difference, over all ranks."""
     model, temperature = updater.model, updater.temperature
-    now = score_clean(model, experience, temperature, micro_batch)
+    now = experience.old_logp
+    if now is None:
+        now = score_clean(model, experience, temperature, micro_batch)
     current = snapshot(model)
     _load(updater, sampling_weights)
     try:

@@ -2,6 +2,13 @@
 
 numerator    clean, or perturbed (ALP)
 denominator  Objective.denominator: the rollout engine's log-probabilities, or the trainer's, recomputed ("old")
+
+A method of your own is one more row, from a file named by --plugins:
+
+    from alp.methods import register
+    from alp_kernels import Objective
+
+    register("tight-bypass", Objective("sequence", clip_low=0.1, clip_high=0.1))
 """
 
 from __future__ import annotations
@@ -38,3 +45,10 @@ class Method:
 METHODS: dict[str, Method] = {
     name: Method(objective, perturbed=name.startswith("alp-")) for name, objective in PRESETS.items()
 }
+
+
+def register(name: str, objective: Objective, *, perturbed: bool = False) -> None:
+    """Add a row to the table; the same row again is no change, another one under a name that is taken a ValueError."""
+    method = Method(objective, perturbed)
+    if METHODS.setdefault(name, method) != method:
+        raise ValueError(f"register: the method {name!r} exists with another objective; it needs a name of its own")

@@ -21,7 +21,8 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from .adapters import add_lora, require_peft, train_adapters
-from .config import ModelConfig, UserError
+from .config import ModelConfig
+from .errors import UserError
 
 TINY = "tiny"
 _ALPHABET = "\n" + "".join(map(chr, range(32, 127)))

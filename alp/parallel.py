@@ -7,6 +7,8 @@ is the one-process gradient, whatever each rank's share of the tokens. (DDP woul
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,6 +78,13 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
+
+    def peak_mib(self) -> float:
+        """Peak memory of this rank: what torch allocated on its GPU, else the process's resident set; MiB."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
     def barrier(self) -> None:
         if self.size > 1:

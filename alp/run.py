@@ -71,7 +71,7 @@ def create_run(config: TrainConfig) -> Path:
     except OSError as error:
         raise UserError(f"runs={config.runs}: {error.strerror}") from None
     write_whole(folder / "config.json", lambda file: file.write(config.to_json().encode()))
-    (folder / "commit.txt").write_text(_commit())
+    (folder / "commit.txt").write_text(commit())
     return folder
 
 
@@ -162,7 +162,7 @@ class Run:
         write_whole(self.folder / "outcome.json", lambda file: file.write(text.encode()))
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the code and its uncommitted diff, where the code is in a git checkout."""
     here = Path(__file__).parent
 

@@ -25,10 +25,12 @@ from alp_kernels import Stats
 
 from .adapters import load_trained_state, trained_state
 from .advantage import centre
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .diagnostics import diagnose
+from .errors import UserError
 from .evaluate import evaluate
 from .inference import make_engine
+from .measure import clean_metrics, clean_stats, step_kl
 from .mismatch import describe, measure_mismatch
 from .models import Policy
 from .parallel import World
@@ -64,10 +66,11 @@ class Trainer:
         self.updater = Updater(policy.model, config.update, config.rollout.temperature, config.seed, world)
         self.before: dict[str, float] = {}
         self.num_steps = 0
+        self._evaluated: tuple[int, dict[str, float]] | None = None  # at which step, and what came out
 
     def step(self) -> Metrics:
         """One rollout batch and the optimiser steps it feeds; returns what to record."""
-        clock = Clock()
+        clock, start = Clock(), time.monotonic()
         with clock("rollout"):
             completions = self.roll_out()
         with clock("score"):
@@ -75,13 +78,16 @@ class Trainer:
         with clock("update"):
             experience = self.centre(completions, scores)
         with clock("diagnose"):
-            metrics = self.diagnose(experience)
+            metrics = self.diagnose(experience) | self.measure(experience)
         with clock("update"):
             results = self.update(experience)
+        with clock("diagnose"):
+            metrics |= self.measure_change(experience)
         with clock("push"):
             self.engine.push(self.policy.model)
         self.num_steps += 1
-        return {"step": self.num_steps} | self.report(completions, scores, results) | metrics | clock.seconds
+        seconds = clock.seconds | {"step_s": time.monotonic() - start}
+        return {"step": self.num_steps} | self.report(completions, scores, results) | metrics | seconds
 
     # -------------------------------------------------------------- roll out, score, centre, update
 
@@ -124,7 +130,7 @@ class Trainer:
             sample_ids=(groups + torch.arange(num_samples, device=device)).flatten(),
             old_logp=None,
         )
-        if self.updater.method.needs_old_logp:
+        if self.updater.method.needs_old_logp or config.measure_clean or config.measure_step_kl:
             old_logp = score_clean(self.policy.model, experience, config.rollout.temperature, config.update.micro_batch)
             experience = dataclasses.replace(experience, old_logp=old_logp)
         return experience
@@ -140,12 +146,30 @@ class Trainer:
 
     def diagnose(self, experience: Experience) -> Metrics:
         """Every so many steps: engine mismatch, staleness and perturbation shift, apart."""
-        every = self.config.diagnose_every
-        if every == 0 or self.num_steps % every:
+        if not self.diagnoses_now:
             return {}
         return diagnose(
             self.updater, self.engine.weights, experience, self.num_steps, self.config.update.micro_batch, self.world
         )
+
+    def measure(self, experience: Experience) -> Metrics:
+        """Every step where asked for: the unperturbed policy against the rollout engine."""
+        return clean_metrics(clean_stats(experience), self.diagnoses_now) if self.config.measure_clean else {}
+
+    def measure_change(self, experience: Experience) -> Metrics:
+        """Every step where asked for: how far the step's updates moved the policy."""
+        if not self.config.measure_step_kl:
+            return {}
+        assert experience.old_logp is not None
+        after = score_clean(
+            self.policy.model, experience, self.config.rollout.temperature, self.config.update.micro_batch
+        )
+        return {"step_kl": step_kl(experience.old_logp, after, experience.completions.mask, self.world)}
+
+    @property
+    def diagnoses_now(self) -> bool:
+        every = self.config.diagnose_every
+        return every > 0 and self.num_steps % every == 0
 
     def report(self, completions: Completions, scores: list[Score], results: list[StepResult]) -> Metrics:
         """The step's figures over all ranks; method.md's list, rewards, noise and counts."""
@@ -173,6 +197,7 @@ class Trainer:
         handle = self.updater.handle
         if handle is not None:
             metrics |= {"sigma": handle.sigma.tolist(), "realised_noise": handle.realised()["rms_over_nominal"]}
+        metrics["peak_mib"] = self.world.peak_mib()
         every = self.config.diagnose_every
         if every and (self.num_steps - 1) % every == 0:
             metrics["envelope"] = stats.envelope()
@@ -192,15 +217,26 @@ class Trainer:
             micro_batch=self.config.update.micro_batch,
         )
 
+    def evaluate_now(self) -> Metrics:
+        """Every so many steps: accuracies as eval/NAME."""
+        every = self.config.eval_every
+        if every == 0 or self.num_steps % every:
+            return {}
+        return {f"eval/{name}": value for name, value in self.evaluate().items()}
+
     def evaluate(self) -> dict[str, float]:
-        return evaluate(
-            self.policy,
-            self.task,
-            self.config.rollout,
-            num_problems=self.config.eval_prompts,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.config.seed,
-        )
+        """Accuracies of the policy as it is now; computed once a step."""
+        if self._evaluated is None or self._evaluated[0] != self.num_steps:
+            report = evaluate(
+                self.policy,
+                self.task,
+                self.config.rollout,
+                num_problems=self.config.eval_prompts,
+                max_new_tokens=self.max_new_tokens,
+                seed=self.config.seed,
+            )
+            self._evaluated = (self.num_steps, report)
+        return self._evaluated[1]
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs to continue bit for bit; data and sampling follow from the number of steps."""
@@ -228,7 +264,7 @@ class Trainer:
             torch.cuda.set_rng_state_all([value.cpu() for value in state["random_cuda"]])
 
 
-def train(config: TrainConfig, resume: Path | None = None) -> Path:
+def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool = True) -> Path:
     """Run, or continue, a training run; returns its folder."""
     start = time.monotonic()
     if resume is not None:
@@ -240,12 +276,12 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path:
             f"{config.update.minibatches} times the number of processes, {world.size}"
         )
     try:
-        return _train(config, resume, world, start)
+        return _train(config, resume, world, start, with_plots)
     finally:
         world.close()
 
 
-def _train(config: TrainConfig, resume: Path | None, world: World, start: float) -> Path:
+def _train(config: TrainConfig, resume: Path | None, world: World, start: float, with_plots: bool) -> Path:
     task = make_task(config.task, config.seed)
     # the folder before the warm-up: a name that is taken is known at once, and a run killed while warming up resumes
     folder = resume or Path(world.broadcast(str(create_run(config)) if world.is_main else None))
@@ -270,7 +306,7 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float)
         while trainer.num_steps < config.steps:
             metrics = trainer.step()
             if world.is_main:
-                run.record(metrics)
+                run.record(metrics | trainer.evaluate_now())
                 if trainer.num_steps % config.checkpoint_every == 0 or trainer.num_steps == config.steps:
                     run.save_checkpoint(trainer.num_steps, trainer.state())
             progress(trainer.num_steps, in_short(metrics))
@@ -279,7 +315,8 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float)
         after = trainer.evaluate()
         run.save_model(trainer.policy.save)
         run.save_outcome(trainer.before, after)
-        save_plots(run.folder.name, run.metrics, run.folder / "plots")
+        if with_plots:
+            save_plots(run.folder.name, run.metrics, run.folder / "plots")
         run.close()
         path, seconds = config.rollout.path, time.monotonic() - start
         print(f"learned in {seconds:.0f} s: {outcome(trainer.before, after, run.metrics, path)}; ", end="")

@@ -6,6 +6,7 @@ B sequences of this rank's minibatch, T response tokens, W + T tokens with the p
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,13 +17,15 @@ from transformers import PreTrainedModel
 
 from alp_kernels import LossOutput, Perturbation, Stats, attach, fused_alp_loss, linear_logprob
 
-from .config import UpdateConfig, UserError, layers_of
+from .config import UpdateConfig, layers_of
+from .errors import Diverged, UserError
 from .methods import METHODS, Method
 from .models import hidden_states, output_head, positions
 from .parallel import World
 from .rollout import Completions
 
-_POSITION_BITS = 20  # of a row's identity; the sample's number stands above
+_POSITION_BITS = 20  # of a row's identity; the sample's number stands above, and above that the noise draw's
+_DRAW_BIT = 44  # row ids end at 48 bits
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Experience:
     completions: Completions
     advantages: Tensor  # (B,) float32
     sample_ids: Tensor  # (B,) int64: number in the whole rollout batch, on all ranks; names the rows' noise
-    old_logp: Tensor | None  # (B, T), clean, before this batch's updates; for methods that recompute it
+    old_logp: Tensor | None  # (B, T), clean, before this batch's updates; for methods and measurements that need it
 
     def rows(self, index: slice) -> Experience:
         old = None if self.old_logp is None else self.old_logp[index]
@@ -50,10 +53,10 @@ class StepResult(NamedTuple):
     grad_norm: Tensor  # () of the whole batch's gradient, before clipping
 
 
-def row_ids(experience: Experience) -> Tensor:
+def row_ids(experience: Experience, draw: int = 0) -> Tensor:
     """(B, W + T - 1): identities of the rows the forward reads, whatever the padding, order, rank or micro-batch."""
     where = positions(experience.completions.attention_mask[:, :-1])
-    return (experience.sample_ids[:, None] << _POSITION_BITS) | where
+    return (experience.sample_ids[:, None] << _POSITION_BITS) | where | draw << _DRAW_BIT
 
 
 @torch.no_grad()
@@ -100,6 +103,7 @@ class Updater:
                     learnable=config.sigma_lr > 0,
                     seed=seed,
                     scale=config.scale,
+                    rounding=config.rounding,
                 )
             except (ValueError, TypeError) as error:
                 raise UserError(f"update.layers={config.layers!r}: {error}") from None
@@ -109,12 +113,12 @@ class Updater:
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
 
     @contextlib.contextmanager
-    def perturbed(self, step: int, experience: Experience) -> Iterator[None]:
+    def perturbed(self, step: int, experience: Experience, draw: int = 0) -> Iterator[None]:
         """Noise on, for methods that perturb."""
         if self.handle is None:
             yield
             return
-        with self.handle.perturbed(step=step, row_ids=row_ids(experience)):
+        with self.handle.perturbed(step=step, row_ids=row_ids(experience, draw)):
             yield
 
     def step(self, step: int, minibatch: Experience) -> StepResult:
@@ -122,28 +126,29 @@ class Updater:
         completions = minibatch.completions
         num_tokens, num_sequences = self.world.sum([float(completions.mask.sum()), float(len(minibatch.advantages))])
         self.optimiser.zero_grad(set_to_none=True)
+        draws = 1 if self.handle is None else self.config.draws
         parts = []
-        for part in minibatch.split(self.config.micro_batch):
-            with self.perturbed(step, part):
-                out = self.loss(part, num_tokens, num_sequences)
+        for part, draw in itertools.product(minibatch.split(self.config.micro_batch), range(draws)):
+            with self.perturbed(step, part, draw):
+                out = self.loss(part, num_tokens * draws, num_sequences * draws, draw)
                 torch.autograd.backward(out.loss)
             parts.append(out)
         self.world.sum_gradients(self.parameters)
         grad_norm = nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip)
         if not grad_norm.isfinite():
-            raise UserError(f"optimiser step {step}: the gradient's norm is {float(grad_norm)}; lower update.lr")
+            raise Diverged(f"optimiser step {step}: the gradient's norm is {float(grad_norm)}; lower update.lr")
         self.optimiser.step()
         stats = Stats.cat([out.stats for out in parts])
         return StepResult(stats, torch.stack([out.loss.detach() for out in parts]).sum(), grad_norm)
 
-    def loss(self, part: Experience, num_tokens: float, num_sequences: float) -> LossOutput:
+    def loss(self, part: Experience, num_tokens: float, num_sequences: float, draw: int = 0) -> LossOutput:
         """The method's loss of a micro-batch, as its share of the whole batch's."""
         completions, head = part.completions, output_head(self.model)
         keep = completions.mask.shape[1]
         hidden = hidden_states(self.model, completions.tokens, completions.attention_mask, keep)
         logit_noise = None
         if self.config.layers == "logits" and self.handle is not None:
-            ids = row_ids(part)[:, -keep:].reshape(-1)
+            ids = row_ids(part, draw)[:, -keep:].reshape(-1)
             logit_noise = self.handle.logit_noise(len(ids), ids)
         return fused_alp_loss(
             hidden,
@@ -158,7 +163,7 @@ class Updater:
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             logit_noise=logit_noise,
-            old_logp=part.old_logp,
+            old_logp=part.old_logp if self.method.needs_old_logp else None,
             turn_ends=last_token(completions.mask) if self.method.objective.level == "cum-turn" else None,
             num_tokens=num_tokens,
             num_sequences=num_sequences,

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .adapters import Weights, served
-from .config import RolloutConfig, UserError
+from .config import RolloutConfig
+from .errors import UserError
 from .inference import History
 from .models import Policy
 from .rollout import Completions

@@ -83,7 +83,7 @@ def completion_length(policy: Policy, task: Task) -> int:
 
 def warmed_up(config: TrainConfig, task: Task, report: Report) -> tuple[Policy, str]:
     """The tiny model after its warm-up, from the cache where it is there; and a line on what happened."""
-    folder = config.runs / "cache" / f"tiny-{task.name}-{_key(config, task)}"
+    folder = (config.cache or config.runs / "cache") / f"tiny-{task.name}-{_key(config, task)}"
     if folder.is_dir():
         model = Qwen2ForCausalLM.from_pretrained(folder)
         return Policy(model.train(), models.character_tokenizer()), f"warm-up: taken from {folder}"
@@ -106,7 +106,7 @@ def _key(config: TrainConfig, task: Task) -> str:
     parts = [
         task.identity(),
         dataclasses.asdict(config.warmup),
-        dataclasses.asdict(config.model),
+        dataclasses.asdict(dataclasses.replace(config.model, dtype="float32")),  # converted after the warm-up
         config.seed,
         torch.__version__,
         transformers.__version__,

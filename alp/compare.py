@@ -1,0 +1,347 @@
+"""`alp compare`: methods x settings x seeds on equal terms, each cell a normal run folder, in parallel, resumable.
+
+    GRID/grid.json        arms (resolved configurations), seeds, contrasts, provenance; written once
+    GRID/runs/ARM-sSEED/  run folders; outcome.json: finished, failure.txt: diverged, otherwise unfinished
+    GRID/logs/            what each cell printed
+
+Equal terms: the cells of a seed share the warmed-up model, the problems in their order and the random numbers of
+sampling; everything else follows from the arm's configuration. Every cell runs on the same number of threads, which
+grid.json holds, since float sums depend on it: the number of cells at a time does not change a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import TrainConfig
+from .errors import Diverged, UserError
+from .plugins import load_plugins
+from .presets import Changes, Contrast, change
+from .progress import Reporter
+from .run import commit, read_metrics, write_whole
+
+_POLL_S = 0.5
+_PLACE = ("runs", "cache", "name", "seed", "device")
+"""Fields that say where a cell runs, or which of the arm's it is: no part of what the arm is."""
+_DIVERGED, _USER_ERROR = 3, 2
+
+
+def cross(
+    arms: dict[str, Changes], contrasts: tuple[Contrast, ...], vary: tuple[str, ...]
+) -> tuple[dict[str, Changes], tuple[Contrast, ...]]:
+    """Every arm, and every contrast, at every setting of `vary`: ("update.sigma=1e-3,1e-2", ...); names gain _FIELD=VALUE."""
+    axes = []
+    for text in vary:
+        name, equals, values = text.partition("=")
+        if not equals or not values:
+            raise UserError(f"vary: {text!r} is not of the form FIELD=VALUE,VALUE")
+        axes.append([(name, value) for value in values.split(",")])
+    settings = {
+        "".join(f"_{name.rpartition('.')[2]}={value}" for name, value in setting): {
+            name: _typed(name, value) for name, value in setting
+        }
+        for setting in itertools.product(*axes)
+    }
+    crossed = {arm + label: changes | more for arm, changes in arms.items() for label, more in settings.items()}
+    return crossed, tuple((a + label, b + label) for label in settings for a, b in contrasts)
+
+
+def _typed(name: str, text: str) -> Any:
+    """A value for the field of that dotted name, by the type of its default."""
+    default: Any = TrainConfig()
+    for part in name.split("."):
+        if not dataclasses.is_dataclass(default) or part not in {f.name for f in dataclasses.fields(default)}:
+            raise UserError(f"vary: {name!r} is not a field of the configuration, like update.sigma or rollout.lag")
+        default = getattr(default, part)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if default is None:
+        return value
+    if isinstance(default, str | Path):
+        return type(default)(text)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise UserError(f"vary: {name}={text!r}; it needs a value of type {type(default).__name__}")
+    return value
+
+
+class Task(NamedTuple):
+    """What a worker process does: warm up the cell's model, or run the cell."""
+
+    config: TrainConfig
+    is_warmup: bool
+
+    @property
+    def folder(self) -> Path:
+        assert self.config.name is not None
+        return self.config.runs / self.config.name
+
+    @property
+    def steps_done(self) -> int:
+        return 0 if self.is_warmup else len(read_metrics(self.folder / "metrics.jsonl"))
+
+
+class Comparison:
+    """A grid on disk, and what is left of it to run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        about: str,
+        base: TrainConfig,
+        arms: dict[str, Changes],
+        seeds: tuple[int, ...],
+        contrasts: tuple[Contrast, ...],
+        threads: int,
+    ) -> None:
+        self.folder, self.threads = folder, threads
+        _check(base, arms, seeds, contrasts)
+        cache = base.cache or folder.parent / "cache"
+        self.cells: list[TrainConfig] = []
+        resolved = {}
+        for arm, changes in arms.items():
+            config = change(base, {"runs": folder / "runs", "cache": cache} | changes)
+            resolved[arm] = {k: v for k, v in json.loads(config.to_json()).items() if k not in _PLACE}
+            for seed in seeds:
+                self.cells.append(dataclasses.replace(config, seed=seed, name=f"{arm}-s{seed}"))
+        self.cells.sort(key=lambda cell: cell.seed)  # the arms of a seed one after the other: whole pairs come early
+        self.description = {
+            "name": folder.name,
+            "about": about,
+            "arms": resolved,
+            "seeds": list(seeds),
+            "contrasts": [list(pair) for pair in contrasts],
+            "threads": threads,
+        }
+
+    def open(self) -> None:
+        """Write grid.json, or find the same grid there; another grid in the folder is a UserError."""
+        path = self.folder / "grid.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            differing = [key for key, value in self.description.items() if found.get(key) != value]
+            if differing:
+                raise UserError(
+                    f"{self.folder} holds another comparison: its {' and '.join(differing)} differ; give another --out, "
+                    "or repeat the command that began it"
+                )
+            return
+        if self.folder.exists() and any(entry.name != ".lock" for entry in self.folder.iterdir()):
+            raise UserError(f"{self.folder} exists and is no comparison: it has no grid.json; give another --out")
+        text = json.dumps(self.description | {"provenance": _provenance()}, indent=2)
+        write_whole(path, lambda file: file.write(text.encode()))
+
+    def run(self, jobs: int, devices: list[str]) -> list[str]:
+        """Run what is unfinished, `jobs` cells at a time; returns the names of cells that a fault stopped."""
+        unfinished = [cell for cell in self.cells if _state(cell) is None]
+        faults: list[str] = []
+        if not unfinished:
+            return faults
+        warmups = {cell.seed: Task(cell, is_warmup=True) for cell in reversed(unfinished) if cell.model.path == "tiny"}
+        total = sum(cell.steps for cell in self.cells)
+        pool = _Pool(jobs, devices, self.threads, self.folder / "logs")
+        with Reporter("compare", total, start=self._steps_done()) as report:
+
+            def on_progress(running: list[Task]) -> None:
+                done = sum(_state(cell) is not None for cell in self.cells)
+                names = ", ".join(f"{t.config.name}{' (warm-up)' if t.is_warmup else ''}" for t in running)
+                report(self._steps_done(), f"{done}/{len(self.cells)} cells  {names}")
+
+            for tasks in (list(warmups.values()), [Task(cell, is_warmup=False) for cell in unfinished]):
+                faults += pool.run(tasks, on_progress)
+                if faults and tasks and tasks[0].is_warmup:
+                    raise UserError(f"the warm-up of {', '.join(faults)} failed: see {self.folder / 'logs'}")
+        return faults
+
+    def _steps_done(self) -> int:
+        return sum(
+            cell.steps if _state(cell) is not None else Task(cell, is_warmup=False).steps_done for cell in self.cells
+        )
+
+
+def _check(
+    base: TrainConfig, arms: dict[str, Changes], seeds: tuple[int, ...], contrasts: tuple[Contrast, ...]
+) -> None:
+    if not arms:
+        raise UserError("compare: no arms came; name a --preset or --methods")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds={seeds}; it needs at least one, none twice")
+    if base.name is not None:
+        raise UserError(f"name={base.name!r} names a single run; --out says where the comparison goes")
+    for arm in arms:
+        if Path(arm).name != arm:
+            raise UserError(f"the arm {arm!r} cannot name a folder")
+    for pair in contrasts:
+        missing = [arm for arm in pair if arm not in arms]
+        if missing:
+            raise UserError(f"contrasts: {missing[0]!r} is not an arm; the arms are {', '.join(arms)}")
+
+
+def _state(cell: TrainConfig) -> str | None:
+    """ "finished", "diverged", or None: still to be run."""
+    folder = Task(cell, is_warmup=False).folder
+    if (folder / "outcome.json").is_file():
+        return "finished"
+    return "diverged" if (folder / "failure.txt").is_file() else None
+
+
+def _provenance() -> dict[str, str]:
+    packages = ("torch", "transformers", "numpy")
+    return {
+        "commit": commit().splitlines()[0],
+        "is_modified": str(len(commit().splitlines()) > 1),
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors",
+        "python": platform.python_version(),
+        "began": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def compare(comparison: Comparison, jobs: int | None) -> list[str]:
+    """Begin or go on with a comparison; returns the names of the cells that a fault stopped. jobs None: what fits."""
+    device = comparison.cells[0].device or ("cuda" if torch.cuda.is_available() else "cpu")
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
+    jobs = jobs or (len(devices) if device != "cpu" else max(1, (os.cpu_count() or 1) // comparison.threads))
+    with locked(comparison.folder):
+        comparison.open()
+        return comparison.run(jobs, devices)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process works on a grid; the system lets go of the lock when that one dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another alp compare is at work on it") from None
+        yield
+
+
+# ------------------------------------------------------------------ worker processes
+
+
+class _Pool:
+    """One process for each task, forked from a server that has imported everything; a task's end is its exit code."""
+
+    def __init__(self, jobs: int, devices: list[str], threads: int, logs: Path) -> None:
+        self.jobs, self.devices, self.threads, self.logs = jobs, devices, threads, logs
+        self.context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["alp.train"])
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def run(self, tasks: list[Task], on_progress: Any) -> list[str]:
+        """Run the tasks in their order; the names of those that ended in a fault."""
+        waiting, faults = list(reversed(tasks)), []
+        running: dict[int, tuple[Task, ForkServerProcess, Connection]] = {}
+        try:
+            while waiting or running:
+                for slot in range(self.jobs):
+                    if slot not in running and waiting:
+                        task = waiting.pop()
+                        running[slot] = (task, *self._start(task, self.devices[slot % len(self.devices)]))
+                time.sleep(_POLL_S)
+                for slot, (task, process, guard) in list(running.items()):
+                    if process.exitcode is not None:
+                        process.join()
+                        guard.close()
+                        del running[slot]
+                        if process.exitcode not in (0, _DIVERGED):
+                            assert task.config.name is not None
+                            faults.append(task.config.name)
+                on_progress([task for task, _, _ in running.values()])
+        finally:
+            for _, process, guard in running.values():
+                guard.close()  # the worker sees its end and stops
+                process.join()
+        return faults
+
+    def _start(self, task: Task, device: str) -> tuple[ForkServerProcess, Connection]:
+        # the worker holds one end of a pipe: when this process goes, however it goes, the other end closes
+        theirs, ours = self.context.Pipe(duplex=False)
+        name = f"{task.config.name}{'-warmup' if task.is_warmup else ''}.log"
+        config = dataclasses.replace(task.config, device=device)
+        process = self.context.Process(
+            target=_work, args=(config, task.is_warmup, self.logs / name, self.threads, theirs)
+        )
+        process.start()
+        theirs.close()
+        return process, ours
+
+
+def _work(config: TrainConfig, is_warmup: bool, log: Path, threads: int, parent: Connection) -> None:
+    """In the worker: one task, its output in a log file, its end as an exit code."""
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    with log.open("a", buffering=1) as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+        torch.set_num_threads(threads)
+        try:
+            load_plugins(config.plugins)  # unpickling a configuration does not check it
+            _warm_up(config) if is_warmup else _run_cell(config)
+        except Diverged as error:
+            print(f"diverged: {error}", file=file)
+            sys.exit(_DIVERGED)
+        except UserError as error:
+            print(f"alp: {error}", file=file)
+            sys.exit(_USER_ERROR)
+        except Exception:
+            traceback.print_exc(file=file)
+            sys.exit(1)
+
+
+def _die_with(parent: Connection) -> None:
+    try:
+        parent.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _warm_up(config: TrainConfig) -> None:
+    from .tasks import make_task
+    from .warmup import warmed_up
+
+    _, line = warmed_up(config, make_task(config.task, config.seed), lambda step, loss, accuracy: None)
+    print(line)
+
+
+def _run_cell(config: TrainConfig) -> None:
+    from .train import train
+
+    folder = Task(config, is_warmup=False).folder
+    if not (folder / "config.json").is_file():  # a kill between the folder and its first file
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        train(config, folder if folder.is_dir() else None, with_plots=False)
+    except Diverged as error:
+        reason = f"{error}\n"
+        write_whole(folder / "failure.txt", lambda file: file.write(reason.encode()))
+        raise
+    finally:
+        if _state(config) is not None:  # the outcome is on record: what only serves to resume can go
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -1,0 +1,79 @@
+"""What only compared runs measure: the unperturbed policy against the rollout engine, and against itself a step later.
+
+The ratio in the loss has another denominator in every method, and in ALP it holds its own noise; these figures do not,
+so they compare. All are of the sampled tokens, before the step's updates, exact over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from alp_kernels import Objective, Stats, policy_loss
+
+from .parallel import World
+from .run import Metrics
+from .update import Experience
+
+_KEPT = ("k1_kl", "k3_kl", "ess_frac", "chi2_token", "chi2_sequence", "token_ratio/", "sequence_ratio/")
+_TAIL = {"token": 0.01, "sequence": 0.05}
+"""Share of the largest ratios that the tail index looks at."""
+_SMALLEST_TAIL = 5
+HISTOGRAM = {"token": (-4.0, 4.0), "sequence": (-10.0, 10.0)}
+"""Range of the log-ratio's histograms; what lies outside is counted in the end bins."""
+_BINS = 80
+
+
+def clean_stats(experience: Experience) -> Stats:
+    """Ratios of the unperturbed policy, before this batch's updates, over the rollout engine; over all ranks."""
+    assert experience.old_logp is not None
+    completions = experience.completions
+    out = policy_loss(
+        experience.old_logp, completions.logp, experience.advantages, completions.mask, objective=Objective("token")
+    )
+    return out.stats.gather()
+
+
+def clean_metrics(stats: Stats, with_shape: bool) -> Metrics:
+    """clean/: KL, effective sample size, ratio quantiles, tail index; with_shape adds the envelope and histograms."""
+    metrics: Metrics = {f"clean/{key}": v for key, v in stats.summary().items() if key.startswith(_KEPT)}
+    log_ratios = {
+        "token": stats.log_ratio.double().numpy(),
+        "sequence": stats.sequence_log_ratio[stats.is_last].double().numpy(),
+    }
+    for name, log_ratio in log_ratios.items():
+        index = tail_index(log_ratio, _TAIL[name])
+        if index is not None:
+            metrics[f"clean/hill_{name}"] = index
+    if with_shape:
+        metrics["clean/envelope"] = stats.envelope()
+        metrics["clean/histogram"] = {
+            name: np.histogram(np.clip(values, *HISTOGRAM[name]), bins=_BINS, range=HISTOGRAM[name])[0].tolist()
+            for name, values in log_ratios.items()
+        }
+    return metrics
+
+
+def tail_index(log_values: np.ndarray, share: float) -> float | None:
+    """Hill's estimate of alpha in P(X > x) ~ x^-alpha, from logarithms of X and the `share` of its largest values.
+
+    Smaller means heavier. None where the tail has fewer than five values, or all of them are equal.
+    """
+    count = math.ceil(share * len(log_values))
+    if count < _SMALLEST_TAIL or count >= len(log_values):
+        return None
+    largest = np.sort(log_values)[-count - 1 :]
+    excess = float((largest[1:] - largest[0]).mean())
+    return 1 / excess if excess > 0 else None
+
+
+def step_kl(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, world: World) -> float:
+    """k3 estimate of KL(before || after), nats a token, from (B, T) log-probabilities of the rollouts' tokens.
+
+    The tokens come from the rollout engine, so this is the change where the data lie, not an unbiased KL.
+    """
+    r = (after - before)[mask].double()
+    count, total = world.sum([float(len(r)), float((torch.expm1(r) - r).sum())])
+    return total / count

@@ -1,0 +1,180 @@
+"""The comparisons that this library runs on itself, each by one line: `alp compare --preset lag`.
+
+A preset is a base configuration, the arms as changes to it, and the contrasts its report tests. All share a decoder of
+three layers on mod_chain that one core trains in half a minute, so that five seeds of eight methods are affordable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import ModelConfig, RolloutConfig, TrainConfig, UpdateConfig
+
+Changes = dict[str, Any]
+"""Fields by dotted name, as on the command line: {"update.clip_low": 0.99}."""
+Contrast = tuple[str, str]
+"""An arm and its baseline."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One comparison; `about` says what varies."""
+
+    about: str
+    base: TrainConfig
+    arms: dict[str, Changes]
+    contrasts: tuple[Contrast, ...]
+
+
+def change(config: Any, changes: Changes) -> Any:
+    """The configuration with some fields, by dotted name, replaced."""
+    for name, value in changes.items():
+        group, _, field = name.rpartition(".")
+        if group:
+            value = dataclasses.replace(getattr(config, group), **{field: value})
+        config = dataclasses.replace(config, **{group or field: value})
+    return config
+
+
+METHODS_COMPARED = (
+    "grpo",
+    "gspo",
+    "tis-token",
+    "mis",
+    "bypass-token",
+    "bypass-sequence",
+    "alp-token",
+    "alp-sequence",
+)
+
+
+def arms_of(methods: tuple[str, ...]) -> dict[str, Changes]:
+    """One arm for each method, named like it."""
+    return {method: {"update.method": method} for method in methods}
+
+
+def contrasts_of(arms: tuple[str, ...]) -> tuple[Contrast, ...]:
+    """ALP against Bypass at the same level, and both against GRPO: what the paper's claim rests on."""
+    pairs = [(f"alp-{level}", f"bypass-{level}") for level in ("token", "sequence")]
+    pairs += [(method, "grpo") for method in arms if method != "grpo"]
+    return tuple(pair for pair in pairs if set(pair) <= set(arms))
+
+
+_BASE = TrainConfig(
+    model=ModelConfig(hidden_size=64, intermediate_size=168, num_layers=3, num_heads=4),
+    rollout=RolloutConfig(path="int8", bits=5, lag=8, prompts=16, samples=8),
+    update=UpdateConfig(lr=1e-4),
+    steps=60,
+    eval_prompts=256,
+    eval_every=20,
+    measure_clean=True,
+    cache=Path("runs/cache"),
+)
+
+
+def _methods(about: str, **changes: Any) -> Preset:
+    base = change(_BASE, {name.replace("__", "."): value for name, value in changes.items()})
+    return Preset(about, base, arms_of(METHODS_COMPARED), contrasts_of(METHODS_COMPARED))
+
+
+def _clip() -> Preset:
+    arms = {
+        f"{method}_{low}": {"update.method": method, "update.clip_low": low}
+        for method in ("bypass-sequence", "alp-sequence")
+        for low in (0.5, 0.99)
+    }
+    contrasts = [(f"{method}_0.99", f"{method}_0.5") for method in ("bypass-sequence", "alp-sequence")]
+    contrasts += [(f"alp-sequence_{low}", f"bypass-sequence_{low}") for low in (0.5, 0.99)]
+    return Preset(
+        "the lower clip, 0.5 against 0.99, with weights of 4 bits in the rollout engine: a low clip deletes the "
+        "gradient of bad tokens that the engine already made unlikely",
+        change(_BASE, {"rollout.bits": 4, "rollout.lag": 2}),
+        arms,
+        tuple(contrasts),
+    )
+
+
+def _ablation() -> Preset:
+    """sigma 1e-2 in all three layers is the centre; one layer at equal total noise has sigma sqrt(3) as large."""
+    alp: Changes = {"update.method": "alp-sequence", "update.sigma_lr": 0.0}
+    equal_total = 1e-2 * 3**0.5
+    arms: dict[str, Changes] = {"bypass": {"update.method": "bypass-sequence"}, "all": alp}
+    for layer, name in enumerate(("early", "middle", "late")):
+        arms[name] = alp | {"update.layers": str(layer)}
+        arms[f"{name}_equal-total"] = arms[name] | {"update.sigma": equal_total}
+    arms["final"] = alp | {"update.layers": "final"}
+    arms["logits"] = alp | {"update.layers": "logits"}
+    arms["logits_sigma-0.3"] = arms["logits"] | {"update.sigma": 0.3}
+    for sigma in (1e-6, 1e-3, 3e-3, 3e-2, 1e-1):
+        arms[f"sigma-{sigma:g}"] = alp | {"update.sigma": sigma}
+    arms["learned"] = alp | {"update.sigma_lr": 5e-4}
+    arms["learned_lr-2e-2"] = alp | {"update.sigma_lr": 2e-2}
+    arms["rms"] = alp | {"update.scale": "rms"}
+    arms["rms_sigma-3e-2"] = arms["rms"] | {"update.sigma": 3e-2}
+    arms["bf16"] = alp | {"model.dtype": "bfloat16", "update.sigma": 1e-3}
+    arms["bf16_stochastic"] = arms["bf16"] | {"update.rounding": "stochastic"}
+    contrasts = [(name, "bypass") for name in arms if name != "bypass"]
+    contrasts.remove(("bf16_stochastic", "bypass"))  # their model computes in other numerics
+    contrasts.remove(("bf16", "bypass"))
+    return Preset(
+        "where the noise goes and how large it is, on alp-sequence with sigma 1e-2 held fixed in all layers",
+        _BASE,
+        arms,
+        (*contrasts, ("bf16_stochastic", "bf16")),
+    )
+
+
+def _settle() -> Preset:
+    methods = ("bypass-token", "alp-token", "bypass-sequence", "alp-sequence")
+    return Preset(
+        "with and without the noise: is the ratio's maximum and variance above the same thresholds, and does the KL "
+        "between consecutive policies jump",
+        change(_BASE, {"update.lr": 2e-4, "steps": 120, "measure_step_kl": True, "eval_every": 30}),
+        arms_of(methods),
+        contrasts_of(methods),
+    )
+
+
+def _search() -> Preset:
+    """Settings in which the noise could matter more than in `lag`, each with its own Bypass beside it."""
+    settings: dict[str, Changes] = {
+        "sharp": {"update.lr": 4e-4},
+        "stale": {"rollout.lag": 16, "update.lr": 2e-4},
+        "coarse": {"rollout.bits": 3, "rollout.lag": 0},
+        "coarse-stale": {"rollout.bits": 4, "update.lr": 2e-4},
+    }
+    token: Changes = {"update.method": "alp-token"}
+    variants: dict[str, Changes] = {
+        "alp-token": token,
+        "alp-token_sigma-3e-2": token | {"update.sigma": 3e-2},
+        "alp-token_rms": token | {"update.scale": "rms"},
+        "alp-token_two-draws": token | {"update.draws": 2},
+        "alp-sequence": {"update.method": "alp-sequence"},
+        "alp-sequence_sigma-3e-2": {"update.method": "alp-sequence", "update.sigma": 3e-2},
+    }
+    arms = arms_of(("bypass-token", "bypass-sequence")) | variants
+    return Preset(
+        "settings and forms of the noise in which ALP might beat Bypass: higher learning rate, longer lag, coarser "
+        "quantisation; larger sigma, sigma relative to the row's RMS, two noise draws",
+        _BASE,
+        {f"{setting}_{arm}": changes | more for setting, more in settings.items() for arm, changes in arms.items()},
+        tuple(
+            (f"{setting}_{arm}", f"{setting}_bypass-{'token' if 'token' in arm else 'sequence'}")
+            for setting in settings
+            for arm in variants
+        ),
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    "lag": _methods("weights of eight batches ago in the rollout engine, 5-bit weights and 8-bit activations"),
+    "stress": _methods("the setting of `lag` at twice the learning rate", update__lr=2e-4),
+    "mismatch": _methods("no lag, weights of 4 bits in the rollout engine", rollout__lag=0, rollout__bits=4),
+    "clip": _clip(),
+    "ablation": _ablation(),
+    "settle": _settle(),
+    "search": _search(),
+}

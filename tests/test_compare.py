@@ -1,0 +1,291 @@
+"""A comparison: equal terms, faults and divergence told apart, resumed after a kill as if never stopped."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from alp import cli
+from alp.compare import Comparison, compare, cross, locked
+from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, WarmupConfig
+from alp.errors import UserError
+from alp.measure import step_kl, tail_index
+from alp.methods import METHODS, register
+from alp.parallel import World
+from alp.presets import PRESETS, arms_of, change, contrasts_of
+from alp.run import read_metrics
+from alp_kernels import Objective
+
+ROOT = Path(__file__).parent.parent
+ARMS = arms_of(("bypass-sequence", "alp-sequence"))
+TIMES = ("_s", "peak_mib")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def base(cache: Path, **changes: Any) -> TrainConfig:
+    """One addition modulo 10: a cell takes a second."""
+    config = TrainConfig(
+        task=TaskConfig(options=("num_steps=1", "operators=+")),
+        model=ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2),
+        warmup=WarmupConfig(batch=64, error=0.5),
+        rollout=RolloutConfig(prompts=8, samples=8, lag=1),
+        update=UpdateConfig(lr=1e-3, minibatches=2),
+        steps=6,
+        eval_prompts=16,
+        eval_every=3,
+        diagnose_every=3,
+        checkpoint_every=2,
+        measure_clean=True,
+        measure_step_kl=True,
+        cache=cache,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def grid(folder: Path, config: TrainConfig, arms: Any = ARMS, seeds: tuple[int, ...] = (0, 1)) -> Comparison:
+    return Comparison(folder, "a test", config, arms, seeds, contrasts_of(tuple(arms)), threads=1)
+
+
+def steps(folder: Path, cell: str) -> list[dict[str, Any]]:
+    lines = read_metrics(folder / "runs" / cell / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """Two methods, two seeds, two cells at a time, nothing in the way."""
+    folder = tmp_path_factory.mktemp("grids") / "whole"
+    assert compare(grid(folder, base(cache)), jobs=2) == []
+    return folder
+
+
+def test_cells_of_a_seed_start_on_equal_terms(whole: Path) -> None:
+    for seed in (0, 1):
+        first = [steps(whole, f"{arm}-s{seed}")[0] for arm in ARMS]
+        measured = [key for key in first[0] if key.startswith("clean/")]
+        assert len(measured) > 20
+        for key in ("reward", "accuracy", "num_tokens", *measured):
+            assert first[0][key] == first[1][key], key  # the same rollouts from the same weights
+    assert steps(whole, "alp-sequence-s0")[0]["reward"] != steps(whole, "alp-sequence-s1")[0]["reward"]
+    assert steps(whole, "alp-sequence-s0")[-1] != steps(whole, "bypass-sequence-s0")[-1]
+
+
+def test_a_finished_cell_holds_evaluations_and_no_checkpoint(whole: Path) -> None:
+    folder = whole / "runs" / "alp-sequence-s0"
+    metrics = steps(whole, "alp-sequence-s0")
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert [m["step"] for m in metrics if "eval/train" in m] == [3, 6]
+    assert metrics[-1]["eval/train"] == outcome["after"]["train"]
+    assert all(m["step_kl"] > 0 for m in metrics)
+    assert sum(metrics[0]["clean/histogram"]["token"]) == metrics[0]["num_tokens"]
+    assert sum(metrics[0]["clean/histogram"]["sequence"]) == metrics[0]["num_sequences"]
+    assert not (folder / "checkpoints").exists()
+    assert (folder / "model" / "config.json").is_file()
+
+
+def test_a_comparison_names_its_arms_and_where_it_was_made(whole: Path) -> None:
+    description = json.loads((whole / "grid.json").read_text())
+    assert list(description["arms"]) == list(ARMS)
+    assert description["arms"]["alp-sequence"]["update"]["method"] == "alp-sequence"
+    assert description["seeds"] == [0, 1]
+    assert ["alp-sequence", "bypass-sequence"] in description["contrasts"]
+    assert {"commit", "torch", "began", "machine"} <= set(description["provenance"])
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.test_compare import base, grid
+from alp.compare import compare
+if __name__ == "__main__":
+    compare(grid(Path({folder!r}), base(Path({cache!r}))), jobs=1)
+"""
+
+
+def test_a_comparison_killed_in_the_middle_ends_as_if_never_stopped(whole: Path, cache: Path, tmp_path: Path) -> None:
+    folder, script = tmp_path / "killed", tmp_path / "command.py"
+    script.write_text(COMMAND.format(root=str(ROOT), folder=str(folder), cache=str(cache)))
+    process = subprocess.Popen(
+        [sys.executable, str(script)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+    )
+    middle = folder / "runs" / "bypass-sequence-s0" / "metrics.jsonl"
+    wait_until(lambda: len(read_metrics(middle)) >= 3)
+    os.kill(process.pid, signal.SIGKILL)  # the command alone: its workers must notice
+    process.wait()
+    with pytest.raises(UserError, match="at work on it"), locked(whole), locked(whole):
+        pass
+    time.sleep(1.0)
+    done = len(read_metrics(middle))
+    time.sleep(1.0)
+    assert len(read_metrics(middle)) == done  # nobody goes on in the background
+    assert compare(grid(folder, base(cache)), jobs=2) == []
+    for arm in ARMS:
+        for seed in (0, 1):
+            assert steps(folder, f"{arm}-s{seed}") == steps(whole, f"{arm}-s{seed}")
+
+
+def wait_until(holds: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_divergence_is_an_outcome_and_a_fault_is_not(cache: Path, tmp_path: Path) -> None:
+    diverging = {"update.method": "bypass-token", "update.lr": 1e30}
+    faulty = {"update.method": "alp-token", "update.layers": "7"}  # there are two
+    arms = {"diverging": diverging, "faulty": faulty, **arms_of(("bypass-sequence",))}
+    comparison = grid(tmp_path / "grid", base(cache), arms, seeds=(0,))
+    assert compare(comparison, jobs=1) == ["faulty-s0"]
+    runs = tmp_path / "grid" / "runs"
+    assert "norm is" in (runs / "diverging-s0" / "failure.txt").read_text()
+    assert not (runs / "faulty-s0" / "outcome.json").exists()
+    assert "update.layers" in (tmp_path / "grid" / "logs" / "faulty-s0.log").read_text()
+    assert (runs / "bypass-sequence-s0" / "outcome.json").is_file()
+
+
+def test_a_folder_keeps_its_comparison(whole: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="another comparison: its seeds differ"):
+        compare(grid(whole, base(cache), seeds=(0, 1, 2)), jobs=1)
+    with pytest.raises(UserError, match="its arms differ"):
+        compare(grid(whole, base(cache, steps=7)), jobs=1)
+    assert compare(grid(whole, base(cache)), jobs=1) == []
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="is no comparison"):
+        compare(grid(tmp_path, base(cache)), jobs=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": ()}, "seeds"),
+        ({"seeds": (1, 1)}, "none twice"),
+        ({"arms": {}}, "no arms"),
+        ({"arms": {"a/b": {}}}, "cannot name a folder"),
+        ({"contrasts": (("alp-sequence", "grpo"),)}, "'grpo' is not an arm"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    arguments = {"arms": ARMS, "seeds": (0,), "contrasts": ()} | changes
+    with pytest.raises(UserError, match=message):
+        Comparison(tmp_path, "", TrainConfig(), **arguments, threads=1)
+
+
+def test_settings_cross_arms_and_contrasts() -> None:
+    pairs = contrasts_of(tuple(ARMS))
+    arms, crossed = cross(ARMS, pairs, ("update.sigma=1e-3,1e-2", "rollout.lag=0,4"))
+    assert len(arms) == 2 * 4
+    assert arms["alp-sequence_sigma=1e-3_lag=4"] == {
+        "update.method": "alp-sequence",
+        "update.sigma": 1e-3,
+        "rollout.lag": 4,
+    }
+    assert crossed[0] == ("alp-sequence_sigma=1e-3_lag=0", "bypass-sequence_sigma=1e-3_lag=0")
+    assert len(crossed) == 4
+    with pytest.raises(UserError, match="not a field"):
+        cross(ARMS, (), ("update.sgima=1",))
+    with pytest.raises(UserError, match="FIELD=VALUE"):
+        cross(ARMS, (), ("update.sigma",))
+    with pytest.raises(UserError, match="of type float"):
+        cross(ARMS, (), ("update.sigma=big",))
+    with pytest.raises(UserError, match="of type int"):
+        cross(ARMS, (), ("rollout.lag=0.5",))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_names_configurations_that_exist(name: str) -> None:
+    preset = PRESETS[name]
+    configs = {arm: change(preset.base, changes) for arm, changes in preset.arms.items()}
+    assert len({config.to_json() for config in configs.values()}) == len(configs)  # no two arms are the same
+    assert all(set(pair) <= set(configs) for pair in preset.contrasts)
+    assert all(config.measure_clean for config in configs.values())
+
+
+def test_one_layer_at_equal_total_noise_has_the_variance_of_all() -> None:
+    arms = {name: change(PRESETS["ablation"].base, changes) for name, changes in PRESETS["ablation"].arms.items()}
+    layers = arms["all"].model.num_layers
+    assert arms["early_equal-total"].update.sigma ** 2 == pytest.approx(layers * arms["all"].update.sigma ** 2)
+    assert arms["early"].update.sigma == arms["all"].update.sigma
+
+
+PLUGIN = """
+from alp.methods import register
+from alp_kernels import Objective
+register("tight-alp", Objective("sequence", clip_low=0.1, clip_high=0.1), perturbed=True)
+"""
+
+
+def test_a_method_of_the_users_own_is_a_file_of_three_lines(cache: Path, tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(PLUGIN)
+    config = base(cache, plugins=(str(plugin),), steps=1)
+    assert compare(grid(tmp_path / "grid", config, arms_of(("tight-alp",)), seeds=(0,)), jobs=1) == []
+    assert "sigma" in steps(tmp_path / "grid", "tight-alp-s0")[0]
+    METHODS.pop("tight-alp")
+
+
+def test_plugins_that_cannot_be_imported_are_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0\n")
+    with pytest.raises(UserError, match=r"broken.py' cannot be imported: ZeroDivisionError"):
+        TrainConfig(plugins=(str(broken),))
+    with pytest.raises(UserError, match="no_such_module"):
+        TrainConfig(plugins=("no_such_module",))
+
+
+def test_a_method_keeps_its_name() -> None:
+    register("grpo", METHODS["grpo"].objective)
+    with pytest.raises(ValueError, match="another objective"):
+        register("grpo", Objective("sequence"))
+
+
+def test_hills_estimate_finds_the_exponent_of_a_pareto_tail() -> None:
+    alpha, count = 2.5, 200_000
+    values = np.random.default_rng(0).pareto(alpha, count) + 1
+    found = tail_index(np.log(values), 0.05)
+    assert found is not None
+    assert abs(found - alpha) < 4 * alpha / np.sqrt(
+        0.05 * count
+    )  # the estimate's standard deviation is alpha / sqrt(k)
+    assert tail_index(np.zeros(1000), 0.05) is None
+    assert tail_index(np.log(values[:50]), 0.05) is None
+
+
+def test_step_kl_of_a_known_change() -> None:
+    before = torch.tensor([[-1.0, -2.0, -3.0]])
+    after = before + torch.tensor([[0.1, -0.2, 5.0]])
+    mask = torch.tensor([[True, True, False]])
+    expected = (np.expm1(0.1) - 0.1 + np.expm1(-0.2) + 0.2) / 2
+    assert step_kl(before, after, mask, World("cpu")) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_command_refuses_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in [
+        (["--preset", "lga"], "preset='lga' is not one of lag"),
+        (["--preset", "lag", "--methods", "grop"], "update.method='grop'"),
+        (["--preset", "lag", "--contrasts", "alp-token"], "pairs like"),
+        (["--preset", "lag", "--jobs", "0"], "jobs=0"),
+        (["--name", "x", "--methods", "grpo"], "name='x'"),
+        ([], "no arms"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["alp", "compare", *arguments])
+        assert cli.run() == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
