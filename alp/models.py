@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,22 +61,20 @@ class Policy(NamedTuple):
         joined = question if self.system is None else f"{self.system}\n\n{question}"
         if not getattr(self.tokenizer, "chat_template", None):
             return list(self.tokenizer.encode(joined))
-        text = None if self.system is None else self._chat(question, self.system)
-        if text is None:
-            text = self._chat(joined, None)
+        text = ""
+        if self.system is not None:
+            # some templates refuse the system's words, some drop them
+            with contextlib.suppress(jinja2.TemplateError):
+                text = self._chat({"role": "system", "content": self.system}, {"role": "user", "content": question})
+        if self.system is None or self.system.strip() not in text:
+            try:
+                text = self._chat({"role": "user", "content": joined})
+            except jinja2.TemplateError as error:
+                raise UserError(f"model.path: its chat template refuses a question: {error}") from None
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _chat(self, question: str, system: str | None) -> str | None:
-        """The template filled in; None where it has no place for the system's words: some refuse, some drop them."""
-        messages = [{"role": "user", "content": question}]
-        if system is None:
-            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        messages = [{"role": "system", "content": system}, *messages]
-        try:
-            text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except jinja2.TemplateError:
-            return None
-        return text if system.strip() in text else None
+    def _chat(self, *messages: dict[str, str]) -> str:
+        return str(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -179,5 +179,5 @@ def test_a_runs_own_options_are_not_changed_when_it_is_measured(tmp_path: Path) 
     (tmp_path / "config.json").write_text(TrainConfig().to_json())
     (tmp_path / "metrics.jsonl").write_text("")
     changed = dataclasses.replace(TrainConfig(), seed=1)
-    with pytest.raises(UserError, match="evaluated with its own config.json"):
+    with pytest.raises(UserError, match=r"evaluated with its own config.json"):
         evaluate_on(str(tmp_path), changed, EvalConfig(on=("mod_chain",)))
