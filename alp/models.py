@@ -138,6 +138,7 @@ def load_policy(config: ModelConfig, device: torch.device) -> Policy:
     is_adapter = (Path(path) / "adapter_config.json").is_file()
     if is_adapter or config.lora is not None:
         require_peft()
+    transformers.utils.logging.disable_progress_bar()
     options = {"dtype": getattr(torch, config.dtype)} | attention(config)
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise UserError(f"model.path={path!r}: there is no such directory")
@@ -156,8 +157,13 @@ def load_policy(config: ModelConfig, device: torch.device) -> Policy:
     elif is_adapter:
         train_adapters(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
     return Policy(model.to(device).train(), tokenizer)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """By the name that transformers gives it from 5.x on, or by its older one."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def attention(config: ModelConfig) -> dict[str, str]:
@@ -200,7 +206,7 @@ def make_tiny(config: ModelConfig) -> Policy:
         )
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
     return Policy(model.train(), tokenizer)
 
 
