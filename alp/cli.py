@@ -121,17 +121,16 @@ def evaluate(
         print(f"{name:>10}  {value:.4f}")
 
 
-def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> None:
-    """Write one self-contained HTML page about one or several runs.
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
+    """Write one self-contained HTML page about one or several runs, or about a grid with its tables beside it.
 
     Args:
-        runs: Run folders.
-        out: The page to write.
+        runs: Run folders; or one folder of a grid, or an export of one.
+        out: The page to write; by default report.html, of a grid in its folder. It replaces no other kind of file.
     """
     from .report import write_report
 
-    write_report(list(runs), out)
-    print(f"wrote {out}")
+    print(f"wrote {write_report(list(runs), out)}")
 
 
 def doctor() -> None:

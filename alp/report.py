@@ -1,4 +1,7 @@
-"""One self-contained HTML page about one or several runs: a table of first and last values, and the plots embedded."""
+"""One self-contained HTML page about one or several runs: a table of first and last values, and the plots embedded.
+
+A grid of runs has a page of its own, alp/grid_report.py.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from .config import TrainConfig, UserError
+from .grid import load_grid
+from .grid_report import HEAD, write_grid_report, write_page
 from .plots import PLOTS, Series, draw
-from .run import Metrics, read_metrics, write_whole
+from .run import Metrics, read_metrics
 
 _ROWS = {
     "reward": "reward",
@@ -43,10 +48,26 @@ _STYLE = (
 )
 
 
-def write_report(folders: list[Path], out: Path) -> None:
-    """Read the runs and write the page; a folder that is no run, or has no step yet, is a UserError."""
+def write_report(folders: list[Path], out: Path | None = None) -> Path:
+    """Write the page of one grid, or of the runs, and return where: report.html in the grid's folder, or here.
+
+    A folder that is neither, or has no step yet, is a UserError.
+    """
     if not folders:
-        raise UserError("report: name at least one run folder")
+        raise UserError("report: name at least one run folder, or a grid")
+    grids = [folder for folder in folders if (folder / "grid.json").exists()]
+    if grids and len(folders) > 1:
+        raise UserError(f"report: {grids[0]} is a grid; it needs a page of its own")
+    if grids:
+        out = out or grids[0] / "report.html"
+        write_grid_report(load_grid(grids[0]), out)
+    else:
+        out = out or Path("report.html")
+        write_page(out, _page(folders))
+    return out
+
+
+def _page(folders: list[Path]) -> str:
     runs: Series = {}
     configs: dict[str, TrainConfig] = {}
     for folder in folders:
@@ -62,12 +83,7 @@ def write_report(folders: list[Path], out: Path) -> None:
     for name, config in configs.items():
         parts.append(f"<details><summary>configuration of {html.escape(name)}</summary>")
         parts.append(f"<pre>{html.escape(config.to_json())}</pre></details>")
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>alp</title><style>{_STYLE}</style>'
-    page = f"{head}{''.join(parts)}</html>"
-    try:
-        write_whole(out, lambda file: file.write(page.encode()))
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}") from None
+    return f"{HEAD}</title><style>{_STYLE}</style>{''.join(parts)}</html>"
 
 
 def _summary(config: TrainConfig, folder: Path) -> str:
