@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .config import UserError
+from .errors import UserError
 
 Weights = dict[str, Tensor]
 """A model's parameters by name, detached."""

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .config import EvalConfig, TaskConfig, TrainConfig, UserError
+from .config import EvalConfig, TaskConfig, TrainConfig
+from .errors import UserError
 from .evaluate import resolve
 from .inference import Engine, make_engine
 from .models import Policy, load_policy

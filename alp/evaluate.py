@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .config import RolloutConfig, TrainConfig, UserError
+from .config import RolloutConfig, TrainConfig
+from .errors import UserError
 from .inference import make_engine
 from .models import Policy, load_policy
 from .rollout import sample, uniforms

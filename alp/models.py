@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from .adapters import add_lora, require_peft, train_adapters
-from .config import ModelConfig, UserError
+from .config import ModelConfig
+from .errors import UserError
 
 TINY = "tiny"
 _ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
@@ -59,22 +61,20 @@ class Policy(NamedTuple):
         joined = question if self.system is None else f"{self.system}\n\n{question}"
         if not getattr(self.tokenizer, "chat_template", None):
             return list(self.tokenizer.encode(joined))
-        text = None if self.system is None else self._chat(question, self.system)
-        if text is None:
-            text = self._chat(joined, None)
+        text = ""
+        if self.system is not None:
+            # some templates refuse the system's words, some drop them
+            with contextlib.suppress(jinja2.TemplateError):
+                text = self._chat({"role": "system", "content": self.system}, {"role": "user", "content": question})
+        if self.system is None or self.system.strip() not in text:
+            try:
+                text = self._chat({"role": "user", "content": joined})
+            except jinja2.TemplateError as error:
+                raise UserError(f"model.path: its chat template refuses a question: {error}") from None
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _chat(self, question: str, system: str | None) -> str | None:
-        """The template filled in; None where it has no place for the system's words: some refuse, some drop them."""
-        messages = [{"role": "user", "content": question}]
-        if system is None:
-            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        messages = [{"role": "system", "content": system}, *messages]
-        try:
-            text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except jinja2.TemplateError:
-            return None
-        return text if system.strip() in text else None
+    def _chat(self, *messages: dict[str, str]) -> str:
+        return str(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -138,6 +138,7 @@ def load_policy(config: ModelConfig, device: torch.device) -> Policy:
     is_adapter = (Path(path) / "adapter_config.json").is_file()
     if is_adapter or config.lora is not None:
         require_peft()
+    transformers.utils.logging.disable_progress_bar()
     options = {"dtype": getattr(torch, config.dtype)} | attention(config)
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise UserError(f"model.path={path!r}: there is no such directory")
@@ -156,8 +157,13 @@ def load_policy(config: ModelConfig, device: torch.device) -> Policy:
     elif is_adapter:
         train_adapters(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
     return Policy(model.to(device).train(), tokenizer)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """By the name that transformers gives it from 5.x on, or by its older one."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def attention(config: ModelConfig) -> dict[str, str]:
@@ -200,7 +206,7 @@ def make_tiny(config: ModelConfig) -> Policy:
         )
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
     return Policy(model.train(), tokenizer)
 
 

@@ -17,8 +17,9 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
-from .config import TaskConfig, UserError, nearest
+from .config import TaskConfig
 from .data import Line, read_problems
+from .errors import UserError, nearest
 
 Split = Literal["warmup", "train", "eval"]
 _SPLITS: tuple[Split, ...] = ("warmup", "train", "eval")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import UserError
+from .errors import UserError
 
 _GROUP = 32  # weights that share a scale in ao-int4-weights
 _FP8_CAPABILITY = (8, 9)

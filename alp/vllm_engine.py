@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .adapters import Weights, served
-from .config import RolloutConfig, UserError
+from .config import RolloutConfig
+from .errors import UserError
 from .inference import History
 from .models import Policy
 from .rollout import Completions
@@ -53,6 +55,8 @@ class VllmEngine(History):
     """The weights of `lag` batches ago, sent when they are first sampled from."""
 
     def __init__(self, model: PreTrainedModel, config: RolloutConfig) -> None:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise UserError("rollout.path='vllm' serves one training process: ranks would send it weights in between")
         super().__init__(config.lag)
         self._trained = model
         self._backend = connect(config.server) if config.server is not None else in_process(model)
