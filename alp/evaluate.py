@@ -13,8 +13,9 @@ import torch
 from .config import RolloutConfig, TrainConfig, UserError
 from .inference import InferenceEngine
 from .models import Policy, load_policy
-from .rollout import sample, uniforms
+from .rollout import uniforms
 from .tasks import Task, make_task
+from .tool_task import sampler_of, with_tools
 from .warmup import new_tokens
 
 _EVAL_STREAM = (1 << 32) - 1  # a batch number that training never reaches
@@ -37,7 +38,7 @@ def evaluate(
     report: dict[str, float] = {}
     for name, model in (("train", policy.model), ("rollout", engine.model), ("greedy", policy.model)):
         is_greedy = name == "greedy"
-        completions = sample(
+        completions = sampler_of(task)(
             Policy(model, policy.tokenizer),
             prompts,
             1 if is_greedy else _SAMPLES,
@@ -69,7 +70,7 @@ def evaluate_named(name: str, config: TrainConfig) -> dict[str, float]:
             raise UserError(f"{run} has no model yet: it is written at the run's end; alp train --resume {run}")
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     policy = load_policy(dataclasses.replace(config.model, path=name), device)
-    task = make_task(config.task, config.seed)
+    task = with_tools(make_task(config.task, config.seed), config)
     return evaluate(
         policy,
         task,

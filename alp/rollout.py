@@ -5,6 +5,7 @@ Token ids are kept end to end and never tokenised again. B = P prompts * G sampl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +19,31 @@ _PICKED_AT_ONCE = 1 << 24  # float64 probabilities in memory while tokens are pi
 
 
 @dataclass(frozen=True)
+class Turns:
+    """What a rollout of several turns with a tool knows beside its tokens; alp/turns.py."""
+
+    ends: Tensor  # (B, T) bool; the last token of each turn
+    figures: dict[str, Tensor]  # (B,) each; turns.FIGURES
+    tool_s: float  # seconds that the whole rollout waited for the tool
+
+    def rows(self, index: slice) -> Turns:
+        return Turns(self.ends[index], {name: x[index] for name, x in self.figures.items()}, self.tool_s)
+
+
+@dataclass(frozen=True)
 class Completions:
-    """Prompts padded on the left to width W, completions of at most T tokens on the right."""
+    """Prompts padded on the left to width W, completions of at most T tokens on the right.
+
+    What a tool printed stands among a completion's tokens, in the attention mask but not in the mask.
+    """
 
     tokens: Tensor  # (B, W + T) int64
     attention_mask: Tensor  # (B, W + T) int64; 0: padding
-    mask: Tensor  # (B, T) bool; completion tokens, the one that ends it included
+    mask: Tensor  # (B, T) bool; sampled tokens, the one that ends the completion included: those with a loss
     logp: Tensor  # (B, T) float32, of the engine that sampled, at the sampling temperature; 0 outside the mask
     texts: list[str]
-    truncated: Tensor  # (B,) bool; ran into the length limit
+    truncated: Tensor  # (B,) bool; ran into the length limit, or out of turns
+    turns: Turns | None = None  # None: one turn, without tools
 
     @property
     def targets(self) -> Tensor:
@@ -41,6 +58,7 @@ class Completions:
             self.logp[index],
             self.texts[index],
             self.truncated[index],
+            None if self.turns is None else self.turns.rows(index),
         )
 
 
@@ -60,6 +78,7 @@ def sample(
     u: Tensor | None,
     temperature: float = 1.0,
     chunk: int = 512,
+    stop: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Completions:
     """Complete each prompt `num_samples` times.
 
@@ -68,6 +87,7 @@ def sample(
         u: (P * num_samples, max_new_tokens) in [0, 1) picks the tokens; None: the most probable token each time.
         temperature: divides the logits, in what is sampled from and in the log-probabilities returned.
         chunk: completions sampled together.
+        stop: given a chunk's tokens so far (R, t) and which rows go on (R,): the rows to end here as at an end token.
     """
     width = max(map(len, prompts))
     per_chunk = max(1, chunk // num_samples)
@@ -75,7 +95,7 @@ def sample(
     for start in range(0, len(prompts), per_chunk):
         some = prompts[start : start + per_chunk]
         rows = None if u is None else u[start * num_samples : (start + len(some)) * num_samples]
-        parts.append(_sample_chunk(policy, some, width, num_samples, max_new_tokens, rows, temperature))
+        parts.append(_sample_chunk(policy, some, width, num_samples, max_new_tokens, rows, temperature, stop))
     tokens, attention_mask, mask, logp, truncated = (torch.cat(columns) for columns in zip(*parts, strict=True))
     lengths = mask.sum(dim=1).tolist()
     texts = [policy.decode(row[:n]) for row, n in zip(tokens[:, width:].tolist(), lengths, strict=True)]
@@ -90,6 +110,7 @@ def _sample_chunk(
     max_new_tokens: int,
     u: Tensor | None,
     temperature: float,
+    stop: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> tuple[Tensor, ...]:
     model, device = policy.model, policy.model.device
     ids = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
@@ -126,6 +147,8 @@ def _sample_chunk(
         mask[:, t] = alive
         logp[:, t] = torch.where(alive, log_probs.gather(1, token[:, None]).squeeze(1), 0.0)
         alive = alive & ~torch.isin(token, eos_ids)
+        if stop is not None:
+            alive = alive & ~stop(tokens[:, : t + 1], alive)
         if t == max_new_tokens - 1 or not alive.any():
             break
         attending = torch.cat([attending, attending.new_ones(num_rows, 1)], dim=1)
