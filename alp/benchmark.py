@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .parallel import World
 from .rollout import sample, uniforms
 from .run import write_whole
 from .tasks import JsonlTask, Problem, Task, make_task
+from .tool_task import ToolTask, roll_out, with_tools
 from .warmup import new_tokens
 
 _STREAM = 1 << 31  # and the problem's number: training's batch numbers stay below
@@ -43,6 +45,7 @@ def _powers_of_two(n: int) -> list[int]:
 def benchmark(
     policy: Policy,
     engine: Engine | None,
+    task: Task,
     problems: list[Problem],
     settings: EvalConfig,
     *,
@@ -64,21 +67,17 @@ def benchmark(
         some = mine[start : start + per_chunk]
         prompts = [policy.encode_prompt(problems[i].question) for i in some]
         u = torch.cat([uniforms(n, max_new_tokens, seed, _STREAM | i) for i in some])
-        if engine is None:
-            completions = sample(
-                policy,
-                prompts,
-                n,
-                max_new_tokens,
-                u=u,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                chunk=chunk,
-            )
-        else:
-            completions = engine.sample(
-                policy, prompts, n, max_new_tokens, u=u, temperature=settings.temperature, top_p=settings.top_p
-            )
+        sampler = functools.partial(sample, chunk=chunk) if engine is None else engine.sample
+        completions = roll_out(
+            task,
+            functools.partial(sampler, top_p=settings.top_p),
+            policy,
+            prompts,
+            n,
+            max_new_tokens,
+            u=u,
+            temperature=settings.temperature,
+        )
         for row, text in enumerate(completions.texts):
             score = problems[some[row // n]].score(text)
             right[some[row // n]] += score.correct
@@ -120,6 +119,7 @@ def evaluate_on(name: str, config: TrainConfig, settings: EvalConfig) -> dict[st
             table[task_name] = benchmark(
                 policy,
                 engine,
+                task,
                 problems,
                 settings,
                 max_new_tokens=settings.max_new_tokens or new_tokens(config, policy, task),
@@ -149,10 +149,13 @@ def _problems(item: str, config: TrainConfig) -> tuple[Task, list[Problem]]:
     if item in DATASETS:
         options = config.task.options if item == config.task.name and config.task.path is None else ()
         task = make_task(TaskConfig(name=item, options=options, suffix=config.task.suffix), config.seed)
+        task = with_tools(task, config)
         return task, [task.problem("eval", i) for i in range(config.eval_prompts)]
     path = Path(item)
     whole = JsonlTask(TaskConfig(path=path, eval_path=path, suffix=config.task.suffix), config.seed)
-    return whole, whole.problems()
+    task = with_tools(whole, config)
+    problems = whole.problems()
+    return task, [task.asked(p) for p in problems] if isinstance(task, ToolTask) else problems
 
 
 def table_of(results: dict[str, dict[str, float]]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import types
 import typing
+import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,17 @@ def layers_of(text: str) -> str | list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise UserError(f'update.layers={text!r}; it needs "all", "final", "logits" or numbers like "0,3"') from None
+
+
+def _is_service(tools: ToolsConfig) -> bool:
+    """Whether tools.url is what tools.tool needs; a password in it would be written to config.json."""
+    if tools.url is None or tools.tool != "http":
+        return tools.url is None and tools.tool != "http"
+    try:
+        url = urllib.parse.urlsplit(tools.url)
+        return url.scheme in ("http", "https") and bool(url.hostname) and "@" not in url.netloc and url.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,29 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class ToolsConfig:
+    """Turns in which the model writes code and reads what it printed; docs/tools.md."""
+
+    max_turns: int | None = None
+    """Turns the model may take, the answer's included; 0: no tools. None: what the task needs (tool_chain), else 0."""
+    tool: Literal["monty", "http"] = "monty"
+    """A pool of sandboxed interpreters on this machine, or a SandboxFusion-compatible service at `url`."""
+    url: str | None = None
+    """Of the service. The value of its Authorization header is read from ALP_TOOLS_AUTHORIZATION."""
+    timeout: float = 2.0
+    """Seconds a script may run."""
+    memory_mib: int = 128
+    """Memory a script may use (monty; a service has its own limit)."""
+    workers: int | None = None
+    """Scripts that run at once; None: one a core (monty), 32 (http)."""
+    observation_tokens: int = 256
+    """Tokens of a script's output that the model reads; the rest is cut."""
+    void: Literal["failure", "exclude"] = "failure"
+    """A trajectory that ends in a turn with neither code nor answer fails, or also stays out of the loss (the paper's
+    code), while its reward still counts in its group's mean."""
+
+
+@dataclass(frozen=True)
 class UpdateConfig:
     """One optimiser step."""
 
@@ -147,6 +182,7 @@ class TrainConfig:
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
     steps: int = 120
     """Rollout batches."""
     seed: int = 0
@@ -178,6 +214,7 @@ class TrainConfig:
         """Raise a UserError that names the field, what came and what fits."""
         load_plugins(self.plugins)
         rollout, update, warmup, model = self.rollout, self.update, self.warmup, self.model
+        tools = self.tools
         if update.method not in METHODS:
             known = ", ".join(METHODS)
             raise UserError(f"update.method={update.method!r} is not one of {known}{nearest(update.method, METHODS)}")
@@ -235,6 +272,12 @@ class TrainConfig:
                 or (rollout.path == "vllm" and rollout.server.startswith(("http://", "https://"))),
                 "http://HOST:PORT, and rollout.path vllm",
             ),
+            ("tools.max_turns", tools.max_turns, (tools.max_turns or 0) >= 0, "0 or more"),
+            ("tools.url", tools.url, _is_service(tools), "http(s)://HOST..., without a password, and tools.tool=http"),
+            ("tools.timeout", tools.timeout, 0 < tools.timeout <= 600, "a number in (0, 600]"),
+            ("tools.memory_mib", tools.memory_mib, tools.memory_mib >= 16, "16 or more"),
+            ("tools.workers", tools.workers, tools.workers is None or tools.workers >= 1, "1 or more"),
+            ("tools.observation_tokens", tools.observation_tokens, tools.observation_tokens >= 8, "8 or more"),
             ("warmup.accuracy", warmup.accuracy, 0 <= warmup.accuracy <= 1, "a number in [0, 1]"),
             ("warmup.max_steps", warmup.max_steps, warmup.max_steps >= 1, "1 or more"),
             ("warmup.error", warmup.error, 0 <= warmup.error < 1, "a number in [0, 1)"),

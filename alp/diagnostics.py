@@ -55,6 +55,7 @@ def diagnose(
         count, k1, k3, absolute = world.sum(
             [float(len(r)), float(-r.sum()), float((torch.expm1(r) - r).sum()), float(r.abs().sum())]
         )
+        count = max(count, 1.0)  # every trajectory may be void and out of the loss
         report |= {f"{name}/k1_kl": k1 / count, f"{name}/k3_kl": k3 / count, f"{name}/mean_abs": absolute / count}
     return report
 

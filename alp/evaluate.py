@@ -6,6 +6,7 @@ Greedy accuracy starts saturated after the warm-up and only serves to see collap
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from .inference import make_engine
 from .models import Policy, load_policy
 from .rollout import sample, uniforms
 from .tasks import Task, make_task
+from .tool_task import roll_out, with_tools
 from .warmup import new_tokens
 
 _EVAL_STREAM = (1 << 32) - 1  # a batch number that training never reaches
@@ -38,17 +40,15 @@ def evaluate(
     report: dict[str, float] = {}
     for name in ("train", "rollout", "greedy"):
         is_greedy = name == "greedy"
-        if name == "rollout":
-            completions = engine.sample(policy, prompts, _SAMPLES, max_new_tokens, u=u)
-        else:
-            completions = sample(
-                policy,
-                prompts,
-                1 if is_greedy else _SAMPLES,
-                max_new_tokens,
-                u=None if is_greedy else u,
-                chunk=config.chunk,
-            )
+        completions = roll_out(
+            task,
+            engine.sample if name == "rollout" else functools.partial(sample, chunk=config.chunk),
+            policy,
+            prompts,
+            1 if is_greedy else _SAMPLES,
+            max_new_tokens,
+            u=None if is_greedy else u,
+        )
         per_problem = 1 if is_greedy else _SAMPLES
         scores = [problems[i // per_problem].score(text) for i, text in enumerate(completions.texts)]
         report[name] = sum(score.correct for score in scores) / len(scores)
@@ -80,7 +80,7 @@ def evaluate_named(name: str, config: TrainConfig) -> dict[str, float]:
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     policy = load_policy(dataclasses.replace(config.model, path=path, lora=None), device)
     policy = policy._replace(system=config.task.system)
-    task = make_task(config.task, config.seed)
+    task = with_tools(make_task(config.task, config.seed), config)
     return evaluate(
         policy,
         task,

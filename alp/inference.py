@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from .adapters import Weights, served, snapshot, strip
 from .config import RolloutConfig
 from .models import Policy
-from .rollout import Completions, sample
+from .rollout import Completions, Stop, sample
 
 ACTIVATION_MAX = 127  # symmetric int8
 _FLOAT32_EXACT = 1 << 24
@@ -98,6 +98,7 @@ class Engine(Protocol):
         u: Tensor | None,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        stop: Stop | None = None,
     ) -> Completions:
         """As `rollout.sample`, with the engine's weights; of `policy` the tokenizer counts."""
         ...
@@ -174,6 +175,7 @@ class InferenceEngine(History):
         u: Tensor | None,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        stop: Stop | None = None,
     ) -> Completions:
         return sample(
             Policy(self.model, policy.tokenizer),
@@ -184,6 +186,7 @@ class InferenceEngine(History):
             temperature=temperature,
             top_p=top_p,
             chunk=self._config.chunk,
+            stop=stop,
         )
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from .inference import Engine
 from .models import Policy
 from .rollout import uniforms
 from .tasks import Task
+from .tool_task import roll_out
 from .update import Experience, score_clean
 
 _PROMPTS, _SAMPLES = 8, 4
@@ -34,7 +35,9 @@ def measure_mismatch(
     """mean_abs, k1_kl, k3_kl and max_ratio of the clean training path over the engine, and the number of tokens."""
     prompts = [policy.encode_prompt(task.problem("train", i).question) for i in range(_PROMPTS)]
     u = uniforms(_PROMPTS * _SAMPLES, max_new_tokens, seed, _STREAM)
-    completions = engine.sample(policy, prompts, _SAMPLES, max_new_tokens, u=u, temperature=config.temperature)
+    completions = roll_out(
+        task, engine.sample, policy, prompts, _SAMPLES, max_new_tokens, u=u, temperature=config.temperature
+    )
     rows = len(completions.mask)
     experience = Experience(completions, torch.zeros(rows), torch.arange(rows), old_logp=None)
     was_training = policy.model.training

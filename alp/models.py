@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,9 +186,9 @@ def _from_pretrained(
     return tokenizer, model
 
 
-def make_tiny(config: ModelConfig) -> Policy:
+def make_tiny(config: ModelConfig, pieces: tuple[str, ...] = ()) -> Policy:
     """An untrained Qwen2 decoder of a few hundred thousand parameters; its weights follow torch's global seed."""
-    tokenizer = character_tokenizer()
+    tokenizer = character_tokenizer(pieces)
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -210,14 +211,16 @@ def make_tiny(config: ModelConfig) -> Policy:
     return Policy(model.train(), tokenizer)
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each printable ASCII character and the line break; others become <unk>."""
+def character_tokenizer(pieces: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """One token for each printable ASCII character, the line break and each of `pieces`; others become <unk>."""
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import WordLevel
 
-    vocabulary = {token: i for i, token in enumerate([*_SPECIAL.values(), *_ALPHABET])}
+    vocabulary = {token: i for i, token in enumerate([*_SPECIAL.values(), *_ALPHABET, *pieces])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=_SPECIAL["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex("|".join([*map(re.escape, pieces), r"[\s\S]"])), behavior="isolated"
+    )
     tokenizer.decoder = decoders.Fuse()
     special: dict[str, Any] = dict(_SPECIAL)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)

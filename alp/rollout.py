@@ -5,7 +5,9 @@ Token ids are kept end to end and never tokenised again. B = P prompts * G sampl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,15 +20,31 @@ _PICKED_AT_ONCE = 1 << 24  # float64 probabilities in memory while tokens are pi
 
 
 @dataclass(frozen=True)
+class Turns:
+    """What a rollout of several turns with a tool knows beside its tokens; alp/turns.py."""
+
+    ends: Tensor  # (B, T) bool; the last token of each turn
+    figures: dict[str, Tensor]  # (B,) each; turns.FIGURES
+    tool_s: float  # seconds that the whole rollout waited for the tool
+
+    def rows(self, index: slice) -> Turns:
+        return Turns(self.ends[index], {name: x[index] for name, x in self.figures.items()}, self.tool_s)
+
+
+@dataclass(frozen=True)
 class Completions:
-    """Prompts padded on the left to width W, completions of at most T tokens on the right."""
+    """Prompts padded on the left to width W, completions of at most T tokens on the right.
+
+    What a tool printed stands among a completion's tokens, in the attention mask but not in the mask.
+    """
 
     tokens: Tensor  # (B, W + T) int64
     attention_mask: Tensor  # (B, W + T) int64; 0: padding
-    mask: Tensor  # (B, T) bool; completion tokens, the one that ends it included
+    mask: Tensor  # (B, T) bool; sampled tokens, the one that ends the completion included: those with a loss
     logp: Tensor  # (B, T) float32, of the engine that sampled, at the sampling temperature; 0 outside the mask
     texts: list[str]
-    truncated: Tensor  # (B,) bool; ran into the length limit
+    truncated: Tensor  # (B,) bool; ran into the length limit, or out of turns
+    turns: Turns | None = None  # None: one turn, without tools
 
     @property
     def targets(self) -> Tensor:
@@ -41,7 +59,28 @@ class Completions:
             self.logp[index],
             self.texts[index],
             self.truncated[index],
+            None if self.turns is None else self.turns.rows(index),
         )
+
+
+Stop = Callable[[Tensor, Tensor], Tensor]
+"""Given a chunk's tokens so far (R, t) and which rows go on (R,): the rows to end here as at an end token, (R,) bool."""
+
+
+class Sampler(Protocol):
+    """`sample`, or the same of an inference engine."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: list[list[int]],
+        num_samples: int,
+        max_new_tokens: int,
+        *,
+        u: Tensor | None,
+        temperature: float = 1.0,
+        stop: Stop | None = None,
+    ) -> Completions: ...
 
 
 def uniforms(num_rows: int, num_tokens: int, seed: int, batch: int) -> Tensor:
@@ -61,6 +100,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     chunk: int = 512,
+    stop: Stop | None = None,
 ) -> Completions:
     """Complete each prompt `num_samples` times.
 
@@ -70,6 +110,7 @@ def sample(
         temperature: divides the logits, in what is sampled from and in the log-probabilities returned.
         top_p: keep the most probable tokens that hold this much probability together; it enters both likewise.
         chunk: completions sampled together.
+        stop: ends rows before their end token.
     """
     width = max(map(len, prompts))
     per_chunk = max(1, chunk // num_samples)
@@ -77,11 +118,33 @@ def sample(
     for start in range(0, len(prompts), per_chunk):
         some = prompts[start : start + per_chunk]
         rows = None if u is None else u[start * num_samples : (start + len(some)) * num_samples]
-        parts.append(_sample_chunk(policy, some, width, num_samples, max_new_tokens, rows, temperature, top_p))
+        parts.append(_sample_chunk(policy, some, width, num_samples, max_new_tokens, rows, temperature, top_p, stop))
     tokens, attention_mask, mask, logp, truncated = (torch.cat(columns) for columns in zip(*parts, strict=True))
     lengths = mask.sum(dim=1).tolist()
     texts = [policy.decode(row[:n]) for row, n in zip(tokens[:, width:].tolist(), lengths, strict=True)]
     return Completions(tokens, attention_mask, mask, logp, texts, truncated)
+
+
+def cut_off(policy: Policy, completions: Completions, stop: Stop) -> Completions:
+    """What `sample` would have ended at `stop`, from completions that went on: a prefix is sampled like the whole."""
+    targets, mask = completions.targets, completions.mask.clone()
+    truncated, alive = completions.truncated.clone(), mask.any(dim=1)
+    for t in range(1, mask.shape[1] + 1):
+        alive = alive & mask[:, t - 1]
+        stopped = stop(targets[:, :t], alive)
+        mask[stopped, t:] = False
+        truncated &= ~stopped
+        alive &= ~stopped
+    width = completions.tokens.shape[1] - mask.shape[1]
+    kept = [row[:n] for row, n in zip(targets.tolist(), mask.sum(dim=1).tolist(), strict=True)]
+    return Completions(
+        torch.cat([completions.tokens[:, :width], targets.masked_fill(~mask, policy.pad_id)], dim=1),
+        torch.cat([completions.attention_mask[:, :width], mask.long()], dim=1),
+        mask,
+        completions.logp.masked_fill(~mask, 0.0),
+        [policy.decode(row) for row in kept],
+        truncated,
+    )
 
 
 def _sample_chunk(
@@ -93,6 +156,7 @@ def _sample_chunk(
     u: Tensor | None,
     temperature: float,
     top_p: float,
+    stop: Stop | None,
 ) -> tuple[Tensor, ...]:
     model, device = policy.model, policy.model.device
     ids = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
@@ -131,6 +195,8 @@ def _sample_chunk(
         mask[:, t] = alive
         logp[:, t] = torch.where(alive, log_probs.gather(1, token[:, None]).squeeze(1), 0.0)
         alive = alive & ~torch.isin(token, eos_ids)
+        if stop is not None:
+            alive = alive & ~stop(tokens[:, : t + 1], alive)
         if t == max_new_tokens - 1 or not alive.any():
             break
         attending = torch.cat([attending, attending.new_ones(num_rows, 1)], dim=1)

@@ -99,7 +99,7 @@ class GymTask:
             raise UserError("the task needs reasoning-gym, which is not installed: pip install 'alp-kernels[train]'")
         from reasoning_gym.factory import DATASETS, create_dataset
 
-        from . import chain
+        from . import chain, toolchain
 
         if config.name not in DATASETS:
             raise UserError(f"task.name={config.name!r} is not a reasoning-gym dataset{nearest(config.name, DATASETS)}")
@@ -118,6 +118,7 @@ class GymTask:
         except (AssertionError, TypeError, ValueError) as error:
             raise UserError(f"task.options: {config.name} refuses {self._options}: {error}") from None
         self._is_chain = chain.ModChainDataset.is_chain if config.name == chain.DATASET_NAME else None
+        self.is_tool_chain = config.name == toolchain.DATASET_NAME
 
     def entry(self, split: Split, index: int) -> dict[str, Any]:
         """The dataset's own item; past the end of a small dataset its items come again."""

@@ -39,6 +39,7 @@ from .progress import Reporter, in_short, outcome
 from .rollout import Completions, uniforms
 from .run import Metrics, Run, create_run
 from .tasks import Problem, Score, Task, make_task
+from .tool_task import excluding_void, roll_out, sums_of, tool_metrics, with_tools
 from .update import Experience, StepResult, Updater, score_clean
 from .warmup import make_policy, new_tokens
 
@@ -105,7 +106,9 @@ class Trainer:
         """G samples of each of this rank's prompts, from the inference engine."""
         rollout = self.config.rollout
         u = uniforms(rollout.prompts * rollout.samples, self.max_new_tokens, self.config.seed, self.num_steps)
-        return self.engine.sample(
+        return roll_out(
+            self.task,
+            self.engine.sample,
             self.policy,
             [self.policy.encode_prompt(problem.question) for problem in self.problems],
             rollout.samples,
@@ -124,6 +127,8 @@ class Trainer:
         num_samples = config.rollout.samples
         rewards_PG = torch.tensor([score.reward for score in scores], device=device).view(-1, num_samples)
         groups = torch.tensor(self.prompt_ids, device=device)[:, None] * num_samples
+        if completions.turns is not None and config.tools.void == "exclude":
+            completions = excluding_void(completions)
         experience = Experience(
             completions,
             advantages=centre(rewards_PG, config.update.normalise_std).flatten(),
@@ -173,6 +178,7 @@ class Trainer:
 
     def report(self, completions: Completions, scores: list[Score], results: list[StepResult]) -> Metrics:
         """The step's figures over all ranks; method.md's list, rewards, noise and counts."""
+        of_tools = sums_of(completions)
         sums = self.world.sum(
             [
                 float(len(scores)),
@@ -181,15 +187,18 @@ class Trainer:
                 float(sum(not score.parsed for score in scores)),
                 float(completions.truncated.sum()),
                 float(sum(result.loss for result in results)),
+                *of_tools.values(),
             ]
         )
-        count, reward, correct, unparsed, truncated, loss = sums
+        count, reward, correct, unparsed, truncated, loss = sums[:6]
+        of_tools = dict(zip(of_tools, sums[6:], strict=True))
         stats = Stats.cat([result.stats for result in results]).gather()
         metrics: Metrics = {
             "reward": reward / count,
             "accuracy": correct / count,
             "unparsed": unparsed / count,
             "truncated": truncated / count,
+            **tool_metrics(of_tools, count, self.world.size),
             "loss": loss / len(results),
             "grad_norm": float(torch.stack([result.grad_norm for result in results]).mean()),
             "grad_norm_max": float(torch.stack([result.grad_norm for result in results]).max()),
@@ -282,7 +291,7 @@ def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool =
 
 
 def _train(config: TrainConfig, resume: Path | None, world: World, start: float, with_plots: bool) -> Path:
-    task = make_task(config.task, config.seed)
+    task = with_tools(make_task(config.task, config.seed), config)
     # the folder before the warm-up: a name that is taken is known at once, and a run killed while warming up resumes
     folder = resume or Path(world.broadcast(str(create_run(config)) if world.is_main else None))
     run = Run(folder)

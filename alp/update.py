@@ -125,6 +125,7 @@ class Updater:
         """One optimiser step on a minibatch; `step` counts them over the whole run and names the noise."""
         completions = minibatch.completions
         num_tokens, num_sequences = self.world.sum([float(completions.mask.sum()), float(len(minibatch.advantages))])
+        num_tokens = max(num_tokens, 1.0)  # every trajectory may be void and out of the loss
         self.optimiser.zero_grad(set_to_none=True)
         draws = 1 if self.handle is None else self.config.draws
         parts = []
@@ -164,12 +165,17 @@ class Updater:
             logit_scale=head.logit_scale,
             logit_noise=logit_noise,
             old_logp=part.old_logp if self.method.needs_old_logp else None,
-            turn_ends=last_token(completions.mask) if self.method.objective.level == "cum-turn" else None,
+            turn_ends=turn_ends(completions) if self.method.objective.level == "cum-turn" else None,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
         )
 
 
+def turn_ends(completions: Completions) -> Tensor:
+    """(B, T) bool: the last token of each turn; without tools a response is one turn."""
+    return last_token(completions.mask) if completions.turns is None else completions.turns.ends
+
+
 def last_token(mask: Tensor) -> Tensor:
-    """(B, T) bool: the last token of each response. One response is one turn here."""
+    """(B, T) bool: the last token of each response."""
     return mask & (mask.long().cumsum(dim=1) == mask.long().sum(dim=1, keepdim=True))

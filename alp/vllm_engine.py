@@ -27,7 +27,7 @@ from .config import RolloutConfig
 from .errors import UserError
 from .inference import History
 from .models import Policy
-from .rollout import Completions
+from .rollout import Completions, Stop, cut_off
 
 _CONCURRENT = 64  # requests on their way at once
 _TIMEOUT_S = 3600.0  # of one request: a long completion under load
@@ -86,8 +86,9 @@ class VllmEngine(History):
         u: Tensor | None,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        stop: Stop | None = None,
     ) -> Completions:
-        """As `rollout.sample`; of `u` each prompt's first number seeds its request."""
+        """As `rollout.sample`; of `u` each prompt's first number seeds its request. What follows a stop is dropped."""
         self._send()
         shared = {
             "n": num_samples,
@@ -105,7 +106,9 @@ class VllmEngine(History):
         if u is not None:
             params = [shared | {"seed": int(first * (1 << 31))} for first in u[::num_samples, 0].tolist()]
         groups = self._backend.generate(prompts, params)
-        return _completions(policy, prompts, [one for group in groups for one in group], num_samples, max_new_tokens)
+        sampled = [one for group in groups for one in group]
+        completions = _completions(policy, prompts, sampled, num_samples, max_new_tokens)
+        return completions if stop is None else cut_off(policy, completions, stop)
 
 
 def _completions(

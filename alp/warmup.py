@@ -21,13 +21,14 @@ import transformers
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
-from . import chain, models, tasks
+from . import chain, models, tasks, tool_task, toolchain, turns
 from .config import TrainConfig, UserError
 from .models import TINY, Policy, attention, hidden_states, load_policy, make_tiny
 from .parallel import World
 from .progress import Reporter
 from .rollout import sample
 from .tasks import Task
+from .tool_task import ToolTask, encode_demonstration, pieces_of, roll_out
 
 logger = logging.getLogger("alp")
 
@@ -37,7 +38,7 @@ _LR_WARMUP = 20  # steps
 _MUON_LR_RATIO = 10 / 3  # Muon's learning rate over AdamW's
 _SLACK = 2  # tokens a completion may have beyond the longest demonstration seen
 _LENGTH_PROBE = 512  # demonstrations looked at for that
-_DEFAULT_NEW_TOKENS = 256
+_DEFAULT_NEW_TOKENS = 256  # a turn
 
 Report = Callable[[int, float, float], None]
 """Called with step, loss and greedy accuracy."""
@@ -49,7 +50,7 @@ def make_policy(config: TrainConfig, task: Task, world: World, is_resumed: bool)
         torch.manual_seed(config.seed)  # fresh adapters are the same on every rank
         return load_policy(config.model, world.device)._replace(system=config.task.system)
     if is_resumed:
-        policy = make_tiny(config.model)
+        policy = make_tiny(config.model, pieces_of(task))
     else:
         if not world.is_main:
             world.barrier()  # rank 0 fills the cache
@@ -69,15 +70,17 @@ def make_policy(config: TrainConfig, task: Task, world: World, is_resumed: bool)
 
 
 def new_tokens(config: TrainConfig, policy: Policy, task: Task) -> int:
-    """The length limit of a completion: as configured, else what demonstrations need (tiny model), else 256."""
+    """The length limit of a completion: as configured, else what demonstrations need (tiny model), else 256 a turn."""
     if config.rollout.max_new_tokens is not None:
         return config.rollout.max_new_tokens
-    return completion_length(policy, task) if config.model.path == TINY else _DEFAULT_NEW_TOKENS
+    if config.model.path == TINY:
+        return completion_length(policy, task)
+    return _DEFAULT_NEW_TOKENS * (task.max_turns if isinstance(task, ToolTask) else 1)
 
 
 def completion_length(policy: Policy, task: Task) -> int:
     """Tokens that the longest of many demonstrations needs, the end token included, and a little slack."""
-    lengths = [len(policy.tokenizer.encode(task.demonstration(i, 0.0)[1])) for i in range(_LENGTH_PROBE)]
+    lengths = [len(encode_demonstration(policy.tokenizer, task, i, 0.0)[1]) for i in range(_LENGTH_PROBE)]
     return max(lengths) + 1 + (0 if min(lengths) == max(lengths) else _SLACK)
 
 
@@ -86,10 +89,10 @@ def warmed_up(config: TrainConfig, task: Task, report: Report) -> tuple[Policy, 
     folder = (config.cache or config.runs / "cache") / f"tiny-{task.name}-{_key(config, task)}"
     if folder.is_dir():
         model = Qwen2ForCausalLM.from_pretrained(folder)
-        return Policy(model.train(), models.character_tokenizer()), f"warm-up: taken from {folder}"
+        return Policy(model.train(), models.character_tokenizer(pieces_of(task))), f"warm-up: taken from {folder}"
     start = time.monotonic()
     torch.manual_seed(config.seed)
-    policy = make_tiny(config.model)
+    policy = make_tiny(config.model, pieces_of(task))
     if config.warmup.accuracy == 0:
         return policy, "warm-up: skipped (warmup.accuracy=0)"
     steps, accuracy = _train(policy, config, task, report)
@@ -102,7 +105,7 @@ def warmed_up(config: TrainConfig, task: Task, report: Report) -> tuple[Policy, 
 
 def _key(config: TrainConfig, task: Task) -> str:
     """A digest of everything that determines the warmed-up weights."""
-    sources = [Path(str(module.__file__)).read_text() for module in (chain, models, tasks)]
+    sources = [Path(str(module.__file__)).read_text() for module in (chain, models, tasks, tool_task, toolchain, turns)]
     parts = [
         task.identity(),
         dataclasses.asdict(config.warmup),
@@ -149,10 +152,7 @@ def _train(policy: Policy, config: TrainConfig, task: Task, report: Report) -> t
     max_new_tokens = completion_length(policy, task)
     accuracy = 0.0
     for step in range(1, warmup.max_steps + 1):
-        demonstrations = [
-            task.demonstration(i, warmup.error) for i in range((step - 1) * warmup.batch, step * warmup.batch)
-        ]
-        loss = _loss(policy, demonstrations)
+        loss = _loss(policy, task, range((step - 1) * warmup.batch, step * warmup.batch), warmup.error)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser, ramp in zip(optimisers, ramps, strict=True):
@@ -170,18 +170,20 @@ def _train(policy: Policy, config: TrainConfig, task: Task, report: Report) -> t
     )
 
 
-def _loss(policy: Policy, demonstrations: list[tuple[str, str]]) -> Tensor:
-    """Cross-entropy of the answers and their end token; prompts and padding carry none."""
+def _loss(policy: Policy, task: Task, indices: range, error: float) -> Tensor:
+    """Cross-entropy of demonstrated answers and their end token; prompts, tools' outputs and padding carry none."""
     eos = policy.eos_ids[0]
-    prompts = [policy.encode_prompt(question) for question, _ in demonstrations]
-    answers = [[*policy.tokenizer.encode(answer), eos] for _, answer in demonstrations]
+    demonstrations = [encode_demonstration(policy.tokenizer, task, i, error) for i in indices]
+    prompts = [policy.encode_prompt(question) for question, _, _ in demonstrations]
+    answers = [[*ids, eos] for _, ids, _ in demonstrations]
+    are_written = [[*is_written, True] for _, _, is_written in demonstrations]
     width, length = max(map(len, prompts)), max(map(len, answers))
     tokens, attending, labels = [], [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer, is_written in zip(prompts, answers, are_written, strict=True):
         before, after = width - len(prompt), length - len(answer)
         tokens.append([policy.pad_id] * before + prompt + answer + [policy.pad_id] * after)
         attending.append([0] * before + [1] * (len(prompt) + len(answer)) + [0] * after)
-        labels.append(answer + [-100] * after)
+        labels.append([t if w else -100 for t, w in zip(answer, is_written, strict=True)] + [-100] * after)
     device = policy.model.device
     token_ids, attention_mask, targets = (torch.tensor(x, device=device) for x in (tokens, attending, labels))
     logits = policy.model.get_output_embeddings()(hidden_states(policy.model, token_ids, attention_mask, length))
@@ -192,6 +194,6 @@ def _greedy_accuracy(policy: Policy, task: Task, max_new_tokens: int) -> float:
     """Of problems that no split but this one has: the warm-up's demonstrations never reach these indices."""
     problems = [task.problem("warmup", (1 << 23) + i) for i in range(_EVAL_PROBLEMS)]
     prompts = [policy.encode_prompt(problem.question) for problem in problems]
-    completions = sample(policy, prompts, 1, max_new_tokens, u=None)
+    completions = roll_out(task, sample, policy, prompts, 1, max_new_tokens, u=None)
     scores = [problem.score(text) for problem, text in zip(problems, completions.texts, strict=True)]
     return sum(score.correct for score in scores) / len(scores)

@@ -57,6 +57,7 @@ def even_length(text: str) -> Score:
     return Score(float(len(text) % 2 == 0), parsed=len(text) > 3)
 
 
+TASK = make_task(TaskConfig(), seed=0)
 PROBLEMS = [Problem(f"{i}+{i * i}=", "", even_length) for i in range(11)]
 
 
@@ -74,7 +75,7 @@ class Rank(World):
 
 def run(policy: Policy, world: World, chunk: int = 512, **changes: Any) -> dict[str, float]:
     settings = EvalConfig(**{"samples": 4, **changes})
-    return benchmark(policy, None, PROBLEMS, settings, max_new_tokens=8, seed=3, world=world, chunk=chunk)
+    return benchmark(policy, None, TASK, PROBLEMS, settings, max_new_tokens=8, seed=3, world=world, chunk=chunk)
 
 
 def test_chunks_and_ranks_change_nothing_and_drop_no_problem(policy: Policy) -> None:
