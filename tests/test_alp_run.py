@@ -50,7 +50,7 @@ def small(runs: Path, **changes: Any) -> TrainConfig:
 
 def without_durations(folder: Path) -> list[dict[str, Any]]:
     lines = read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.endswith("_s") and k != "peak_mib"} for line in lines]
 
 
 def load(folder: Path) -> dict[str, Any]:
