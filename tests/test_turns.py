@@ -26,7 +26,7 @@ from alp.config import (
 )
 from alp.models import Policy, character_tokenizer, hidden_states, make_tiny
 from alp.parallel import World
-from alp.rollout import Completions, sample, uniforms
+from alp.rollout import Completions, cut_off, sample, uniforms
 from alp.run import Run, read_metrics
 from alp.tasks import make_task
 from alp.tool_task import INSTRUCTION, ToolTask, encode_demonstration, excluding_void, with_tools
@@ -240,6 +240,23 @@ def test_a_response_is_turns_and_what_the_tool_said_of_their_code() -> None:
     calls = int(out.turns.figures["calls"].sum())
     assert calls == len(tool.codes) and set(asked) <= set(tool.codes)
     assert sum(out.turns.figures[status].sum() for status in STATUSES) == calls
+
+
+def test_cutting_off_afterwards_is_stopping_in_time() -> None:
+    policy = babbler()
+    asked = [policy.encode_prompt(text) for text in ("1+2=", "34*5=")]
+    u = uniforms(32, 40, 5, 6)
+
+    def stop(tokens: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+        return alive & (tokens[:, -1] % 7 == 3)
+
+    whole = sample(policy, asked, 16, 40, u=u)
+    in_time, afterwards = sample(policy, asked, 16, 40, u=u, stop=stop), cut_off(policy, whole, stop)
+    assert 0 < int(in_time.mask.sum()) < int(whole.mask.sum())
+    for name in ("tokens", "attention_mask", "mask", "truncated"):
+        assert torch.equal(getattr(afterwards, name), getattr(in_time, name)), name
+    assert torch.equal(afterwards.logp, in_time.logp)
+    assert afterwards.texts == in_time.texts
 
 
 def test_trajectories_do_not_depend_on_chunks_padding_or_company() -> None:
