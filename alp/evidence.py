@@ -21,7 +21,18 @@ from .config import UserError
 from .grid import Grid, export_grid, load_grid
 from .grid_plots import Picture, pictures
 from .grid_report import write_text
-from .summary import MAIN, QUANTITIES, contrast, entry_text, is_collapsed, measure, status, summarise
+from .summary import (
+    MAIN,
+    QUANTITIES,
+    Contrast,
+    contrast,
+    entry_text,
+    is_collapsed,
+    measure,
+    short,
+    status,
+    summarise,
+)
 from .svg import sheet
 
 PAGE = Path("docs/evidence.md")
@@ -40,13 +51,23 @@ _COLUMNS = (
     "token_hill",
     "step_s",
 )
+_THRESHOLDS = (
+    "token_max_above",
+    "token_variance_above",
+    "sequence_max_above",
+    "sequence_variance_above",
+    "step_kl_mean",
+    "step_kl_max",
+    "step_kl_spikes",
+)
+"""Of grids that measure the KL between consecutive policies."""
 _PICTURES = ("accuracy", "k3", "step_kl", "histogram_token", "envelope", "sigma")
 
 
 def to_markdown(grid: Grid, place: str) -> str:
     """The part of a page about one grid, whose pictures lie in `place`."""
     values = measure(grid)
-    return "\n".join([*_table(grid, summarise(grid, values)), *_sentences(grid, values), *_images(grid, place)])
+    return "\n".join([*_table(grid, summarise(grid, values)), *_contrasts(grid, values), *_images(grid, place)])
 
 
 def to_svg(grid: Grid) -> dict[str, str]:
@@ -64,15 +85,13 @@ def _legend(picture: Picture) -> list[tuple[str, str]]:
 
 
 def _table(grid: Grid, entries: dict) -> Iterator[str]:
-    columns = [QUANTITIES[key] for key in _COLUMNS if any(key in mine for mine in entries.values())]
     finished = sum(status(cell) == "finished" for cell in grid.cells)
     origin = "; ".join(f"{key} {value}" for key, value in grid.provenance.items())
     seeds = ", ".join(map(str, grid.seeds))
-    yield f"\n{_plain(grid.about)} Seeds {seeds}; {finished} of {len(grid.cells)} runs finished. {_plain(origin)}.\n"
-    yield "| " + " | ".join(["mean ± sd", *(q.name for q in columns)]) + " |"
-    yield "| " + " | ".join(["---"] * (len(columns) + 1)) + " |"
-    for arm, mine in entries.items():
-        yield "| " + " | ".join([arm, *(entry_text(q, mine.get(q.key), len(grid.seeds)) for q in columns)]) + " |"
+    yield f"\nVaries: {_plain(grid.about)}. Seeds {seeds}; {finished} of {len(grid.cells)} runs finished. *{_plain(origin)}.*"
+    yield from _columns(grid, entries, _COLUMNS)
+    if any("step_kl_max" in mine for mine in entries.values()):
+        yield from _columns(grid, entries, _THRESHOLDS)
     lost = [cell for cell in grid.cells if is_collapsed(cell)]
     if lost:
         yield "\nFailed or collapsed:\n"
@@ -81,14 +100,39 @@ def _table(grid: Grid, entries: dict) -> Iterator[str]:
         yield f"- {cell.arm}, seed {cell.seed}, after {len(cell.metrics)} steps: {reason}"
 
 
-def _sentences(grid: Grid, values: dict) -> Iterator[str]:
-    contrasts = contrast(grid, values)
-    for key in MAIN:
-        mine = [c for c in contrasts if c.quantity.key == key]
-        if mine:
-            yield f"\n{mine[0].quantity.name[0].upper()}{mine[0].quantity.name[1:]} ({mine[0].quantity.how}):\n"
-        for c in mine:
-            yield f"- {c.sentence}"
+def _columns(grid: Grid, entries: dict, keys: tuple[str, ...]) -> Iterator[str]:
+    columns = [QUANTITIES[key] for key in keys if any(key in mine for mine in entries.values())]
+    yield "\n| mean ± sd | " + " | ".join(q.name for q in columns) + " |"
+    yield "| " + " | ".join(["---"] * (len(columns) + 1)) + " |"
+    for arm, mine in entries.items():
+        yield "| " + " | ".join([arm, *(entry_text(q, mine.get(q.key), len(grid.seeds)) for q in columns)]) + " |"
+
+
+def _contrasts(grid: Grid, values: dict) -> Iterator[str]:
+    """A row for each contrast; what can be told apart is in bold, and nothing else is."""
+    found = {(c.arm, c.baseline, c.quantity.key): c for c in contrast(grid, values)}
+    if not found:
+        return
+    columns = [QUANTITIES[key] for key in MAIN if any(key == known for *_, known in found)]
+    yield "\n| paired by seed | " + " | ".join(q.name for q in columns) + " |"
+    yield "| " + " | ".join(["---"] * (len(columns) + 1)) + " |"
+    for arm, baseline in grid.contrasts:
+        cells = [_cell(found.get((arm, baseline, q.key))) for q in columns]
+        yield "| " + " | ".join([f"{arm} against {baseline}", *cells]) + " |"
+    yield (
+        "\n*Differences, or quotients (x), with 95 % bootstrap intervals. **Higher** or **lower**: the paired t test's p, "
+        "corrected by Holm over the column, is below 0.05 and the interval leaves no difference out. All others cannot be told apart.*"
+    )
+
+
+def _cell(found: Contrast | None) -> str:
+    if found is None or found.paired.n == 0:
+        return "-"
+    size, low, high = (short(value, signed=not found.is_ratio, digits=2) for value in found.sizes)
+    text = f"{'x ' if found.is_ratio else ''}{size}"
+    if found.paired.n > 1:
+        text += f" [{low}, {high}]"
+    return f"**{found.verdict}** {text}" if found.verdict in ("higher", "lower") else text
 
 
 def _images(grid: Grid, place: str) -> Iterator[str]:

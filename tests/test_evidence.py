@@ -36,7 +36,7 @@ def test_a_pages_parts_are_made_again_and_its_prose_stays(tmp_path: Path, capsys
     text = page.read_text()
     assert "## lag" in text and "![Sampled accuracy](evidence/lag/accuracy.svg)" in text
     assert "- gspo, seed 1, after 10 steps: failed, non-finite gradient" in text
-    assert "| grpo | 0." in text and "- gspo - grpo: final accuracy" in text and (export / "k3.svg").is_file()
+    assert "| grpo | 0." in text and "| gspo against grpo | " in text and (export / "k3.svg").is_file()
     page.write_text(text.replace("## lag", "## lag\n\nWhat this shows.").replace("| grpo | 0.", "| grpo | 9."))
     assert evidence.main(arguments) == 0
     assert page.read_text() == text.replace("## lag", "## lag\n\nWhat this shows.")
