@@ -121,7 +121,8 @@ def _contrasts(grid: Grid, values: dict) -> Iterator[str]:
         yield "| " + " | ".join([f"{arm} against {baseline}", *cells]) + " |"
     yield (
         "\n*Differences, or quotients (x), with 95 % bootstrap intervals. **Higher** or **lower**: the paired t test's p, "
-        "corrected by Holm over the column, is below 0.05 and the interval leaves no difference out. All others cannot be told apart.*"
+        "corrected by Holm over the column, is below 0.05 and the interval leaves no difference out. "
+        "All others cannot be told apart.*"
     )
 
 
