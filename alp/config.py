@@ -160,7 +160,7 @@ class TrainConfig:
     measure_step_kl: bool = False
     """Every step, the KL from the policy before its updates to the one after them. Costs one or two forwards."""
     eval_every: int = 0
-    """Steps between evaluations during training; 0: none."""
+    """Steps between evaluations during training; 0: none. The best model so far is kept in best/."""
     checkpoint_every: int = 20
     """Steps between checkpoints; the last two are kept."""
     runs: Path = Path("runs")

@@ -33,11 +33,12 @@ from .inference import make_engine
 from .measure import clean_metrics, clean_stats, step_kl
 from .mismatch import describe, measure_mismatch
 from .models import Policy
-from .parallel import World
+from .parallel import World, random_state, set_random_state
 from .plots import save_plots
 from .progress import Reporter, in_short, outcome
 from .rollout import Completions, uniforms
 from .run import Metrics, Run, create_run
+from .signals import Stopped, StopRequest
 from .tasks import Problem, Score, Task, make_task
 from .update import Experience, StepResult, Updater, score_clean
 from .warmup import make_policy, new_tokens
@@ -219,10 +220,12 @@ class Trainer:
 
     def evaluate_now(self) -> Metrics:
         """Every so many steps: accuracies as eval/NAME."""
+        return {f"eval/{name}": value for name, value in self.evaluate().items()} if self.evaluates_now else {}
+
+    @property
+    def evaluates_now(self) -> bool:
         every = self.config.eval_every
-        if every == 0 or self.num_steps % every:
-            return {}
-        return {f"eval/{name}": value for name, value in self.evaluate().items()}
+        return every > 0 and self.num_steps % every == 0
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies of the policy as it is now; computed once a step."""
@@ -239,8 +242,11 @@ class Trainer:
         return self._evaluated[1]
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs to continue bit for bit; data and sampling follow from the number of steps."""
-        handle = self.updater.handle
+        """All that a resumed run needs to continue bit for bit; data and sampling follow from the number of steps.
+
+        A collective call.
+        """
+        handle, world = self.updater.handle, self.world
         return {
             "num_steps": self.num_steps,
             "before": self.before,
@@ -248,20 +254,19 @@ class Trainer:
             "optimiser": self.updater.optimiser.state_dict(),
             "noise": None if handle is None else handle.state_dict(),
             "sampling_weights": list(self.engine.history),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.world.device.type == "cuda" else [],
+            "random": world.gather(random_state(world.device)),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from rank 0's `state`, on any number of ranks; with as many as it had, bit for bit."""
         self.num_steps, self.before = state["num_steps"], state["before"]
         load_trained_state(self.policy.model, state["model"])
         self.updater.optimiser.load_state_dict(state["optimiser"])
         if self.updater.handle is not None:
             self.updater.handle.load_state_dict(state["noise"])
         self.engine.restore(state["sampling_weights"])
-        torch.set_rng_state(state["random"].cpu())
-        if state["random_cuda"]:
-            torch.cuda.set_rng_state_all([value.cpu() for value in state["random_cuda"]])
+        if self.world.rank < len(state["random"]):
+            set_random_state(state["random"][self.world.rank], self.world.device)
 
 
 def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool = True) -> Path:
@@ -288,6 +293,7 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
     run = Run(folder)
     checkpoint = run.load_checkpoint(world.device)
     policy = make_policy(config, task, world, is_resumed=checkpoint is not None)
+    torch.manual_seed(config.seed + world.rank)  # a model's dropout, if it has any, differs between the ranks
     trainer = Trainer(config, world, policy, task)
     if checkpoint is not None:
         trainer.load_state(checkpoint)
@@ -298,18 +304,30 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
             print(describe(mismatch, config.rollout), flush=True)
             trainer.before = trainer.evaluate()
     if world.is_main:
+        run.tidy()
         run.keep_metrics(trainer.num_steps)
         print(f"run folder: {run.folder}", flush=True)
     world.barrier()
 
-    with Reporter("train", config.steps, start=trainer.num_steps, quiet=not world.is_main) as progress:
+    reporter = Reporter("train", config.steps, start=trainer.num_steps, quiet=not world.is_main)
+    with StopRequest(quiet=not world.is_main) as request, reporter as progress:
         while trainer.num_steps < config.steps:
             metrics = trainer.step()
             if world.is_main:
-                run.record(metrics | trainer.evaluate_now())
-                if trainer.num_steps % config.checkpoint_every == 0 or trainer.num_steps == config.steps:
-                    run.save_checkpoint(trainer.num_steps, trainer.state())
+                evaluated = trainer.evaluate_now()
+                run.record(metrics | evaluated)
+                if evaluated:
+                    run.keep_best(trainer.num_steps, evaluated["eval/train"], trainer.policy.save)
+            signum = world.max(request.signum)  # every rank stops after the same step
+            if trainer.num_steps % config.checkpoint_every == 0 or trainer.num_steps == config.steps or signum:
+                state = trainer.state()
+                if world.is_main:
+                    run.save_checkpoint(trainer.num_steps, state)
             progress(trainer.num_steps, in_short(metrics))
+            if signum:
+                world.barrier()  # the checkpoint is there before a launcher sees any rank end
+                line = f"stopped after step {trainer.num_steps}; continue with alp train --resume {folder}"
+                raise Stopped(signum, line if world.is_main else "")
 
     if world.is_main:
         after = trainer.evaluate()
