@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import UserError
 
@@ -65,11 +66,13 @@ class World:
         return int(largest)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the ranks, in one collective for each dtype."""
+        """Replace every gradient by its sum over the ranks, in one collective for each dtype; FSDP sums its own."""
         if self.size == 1:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for p in parameters:
+            if isinstance(p, DTensor):
+                continue
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             by_dtype.setdefault(p.dtype, []).append(p.grad)

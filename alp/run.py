@@ -162,13 +162,16 @@ class Run:
         """Oldest first."""
         return sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest, or None where the run was stopped before its first: it then starts again."""
+    def load_checkpoint(self, device: torch.device, mmap: bool = False) -> dict[str, Any] | None:
+        """The newest, or None where the run was stopped before its first: it then starts again.
+
+        mmap: read only what is used of it, from the disk, when it is used; device must be the CPU.
+        """
         found = self.checkpoints()
         if not found:
             return None
         try:
-            state = torch.load(found[-1], map_location=device, weights_only=True)
+            state = torch.load(found[-1], map_location=device, weights_only=True, mmap=mmap)
         except Exception as error:  # the unpickler raises anything on a damaged file
             older = f"; delete it to continue from {found[-2].name}" if len(found) > 1 else ""
             raise UserError(f"{found[-1]} cannot be read ({type(error).__name__}: {error}){older}") from error

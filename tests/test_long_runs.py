@@ -122,32 +122,33 @@ def one_rank(runs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(runs: Path) -> Path:
-    """The same on two ranks."""
-    done = launch(runs, 2, *arguments(runs, "two_ranks"), draws="whole")
+def sharded(runs: Path) -> Path:
+    """The same on two sharded ranks."""
+    done = launch(runs, 2, *arguments(runs, "sharded", parallel="fsdp"), draws="whole")
     assert [code for code, _ in done] == [0, 0], done
-    return runs / "two_ranks"
+    return runs / "sharded"
 
 
 @pytest.fixture(scope="module")
 def stopped(runs: Path) -> Path:
     """The same, where rank 1 alone is sent SIGINT after the second step."""
-    done = launch(runs, 2, *arguments(runs, "stopped"), signalled="SIGINT 1", draws="parts")
+    done = launch(runs, 2, *arguments(runs, "stopped", parallel="fsdp"), signalled="SIGINT 1", draws="parts")
     assert [code for code, _ in done] == [128 + signal.SIGINT] * 2, done
     assert "alp: stopped after step 2; continue with alp train --resume" in done[0][1]
     assert "Traceback" not in done[0][1] + done[1][1] and "stopped after" not in done[1][1]
     return runs / "stopped"
 
 
-def test_a_two_ranks_run_is_that_of_one_process(two_ranks: Path, one_rank: Path) -> None:
-    for two, one in zip(without_durations(two_ranks), without_durations(one_rank), strict=True):
+def test_a_sharded_run_is_that_of_one_process(sharded: Path, one_rank: Path) -> None:
+    assert TrainConfig.load(sharded / "config.json").parallel == "fsdp"
+    for two, one in zip(without_durations(sharded), without_durations(one_rank), strict=True):
         assert two.keys() == one.keys()
         for key in ("reward", "num_tokens", "loss", "grad_norm", "k3_kl", "sequence_ratio/max", "sigma"):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
-    two, one = newest(two_ranks), newest(one_rank)
+    two, one = newest(sharded), newest(one_rank)
     assert two.keys() == one.keys() and two["model"].keys() == one["model"].keys()
-    assert [path.name for path in (two_ranks / "model").iterdir()] == [p.name for p in (one_rank / "model").iterdir()]
-    saved = load_policy(ModelConfig(path=str(two_ranks / "model")), torch.device("cpu")).model.state_dict()
+    assert [path.name for path in (sharded / "model").iterdir()] == [p.name for p in (one_rank / "model").iterdir()]
+    saved = load_policy(ModelConfig(path=str(sharded / "model")), torch.device("cpu")).model.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in two["model"].items())
 
 
@@ -158,20 +159,18 @@ def test_ranks_stop_after_the_same_step_when_one_is_signalled(stopped: Path) -> 
     assert not torch.equal(first[0], second[0]), "each rank's random state is its own"
 
 
-def test_a_stopped_two_ranks_run_resumes_bit_for_bit_on_as_many_ranks(
-    runs: Path, stopped: Path, two_ranks: Path
-) -> None:
+def test_a_stopped_sharded_run_resumes_bit_for_bit_on_as_many_ranks(runs: Path, stopped: Path, sharded: Path) -> None:
     again = runs / "again"
     shutil.copytree(stopped, again)
     done = launch(runs, 2, "--resume", str(again), draws="parts")
     assert [code for code, _ in done] == [0, 0], done
-    assert without_durations(again) == without_durations(two_ranks)
-    assert_same_state(newest(again), newest(two_ranks))
+    assert without_durations(again) == without_durations(sharded)
+    assert_same_state(newest(again), newest(sharded))
     for rank in range(2):
         assert (runs / f"parts-{rank}").read_text() == (runs / f"whole-{rank}").read_text()
 
 
-def test_a_stopped_two_ranks_run_resumes_on_one_rank(runs: Path, stopped: Path, one_rank: Path) -> None:
+def test_a_stopped_sharded_run_resumes_on_one_rank(runs: Path, stopped: Path, one_rank: Path) -> None:
     again = runs / "on-one"
     shutil.copytree(stopped, again)
     train(TrainConfig(), resume=again)
