@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .errors import UserError
 
 Weights = dict[str, Tensor]
-"""A model's parameters by name, detached."""
+"""A model's parameters by name, detached; of a sharded model its shards."""
 
 _ADAPTER = "default"  # peft's and transformers' name for the only one
 _ALPHA = 2  # times the rank: s = alpha / r = 2
@@ -68,7 +68,8 @@ def snapshot(model: nn.Module) -> Weights:
 def trained_state(model: nn.Module) -> dict[str, Any]:
     """The state_dict without frozen parameters: what a checkpoint must hold."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+    state = model.state_dict(keep_vars=True)  # tied weights are one object, by which a gathering of shards knows them
+    return {name: value for name, value in state.items() if name not in frozen}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Any]) -> None:

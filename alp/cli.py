@@ -13,6 +13,7 @@ import tyro
 from .config import EvalConfig, TrainConfig
 from .errors import UserError, nearest
 from .presets import PRESETS, Preset, arms_of, contrasts_of
+from .signals import Stopped
 
 _Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 _DEFAULT = TrainConfig()
@@ -155,6 +156,10 @@ def run() -> int:
     except UserError as error:
         print(f"alp: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        if str(stop):
+            print(f"alp: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         again = (
             "the same command goes on" if is_compare else "alp train --resume RUN continues from the last checkpoint"

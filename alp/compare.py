@@ -40,6 +40,7 @@ from .plugins import load_plugins
 from .presets import Changes, Contrast, change
 from .progress import Reporter
 from .run import commit, read_metrics, write_whole
+from .signals import Stopped
 
 _POLL_S = 0.5
 _PLACE = ("runs", "cache", "name", "seed", "device")
@@ -314,6 +315,8 @@ def _work(config: TrainConfig, is_warmup: bool, log: Path, threads: int, parent:
         except UserError as error:
             print(f"alp: {error}", file=file)
             sys.exit(_USER_ERROR)
+        except Stopped as stop:
+            sys.exit(stop.exit_code)
         except Exception:
             traceback.print_exc(file=file)
             sys.exit(1)

@@ -196,9 +196,13 @@ class TrainConfig:
     measure_step_kl: bool = False
     """Every step, the KL from the policy before its updates to the one after them. Costs one or two forwards."""
     eval_every: int = 0
-    """Steps between evaluations during training; 0: none."""
+    """Steps between evaluations during training; 0: none. The best model so far is kept in best/."""
     checkpoint_every: int = 20
     """Steps between checkpoints; the last two are kept."""
+    parallel: Literal["data", "fsdp"] = "data"
+    """Under torchrun: every rank with the whole model, or FSDP2's shards of weights, gradients and optimiser state."""
+    compute_dtype: Literal["bfloat16"] | None = None
+    """With parallel="fsdp": bfloat16 forward and backward while weights are kept in model.dtype; None: as kept."""
     runs: Path = Path("runs")
     """Folder that receives the run's folder."""
     cache: Path | None = None
@@ -229,6 +233,13 @@ class TrainConfig:
             ("diagnose_every", self.diagnose_every, self.diagnose_every >= 0, "0 or more"),
             ("eval_every", self.eval_every, self.eval_every >= 0, "0 or more"),
             ("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "1 or more"),
+            ("compute_dtype", self.compute_dtype, not self.compute_dtype or self.parallel == "fsdp", "parallel='fsdp'"),
+            (
+                "parallel",
+                self.parallel,
+                self.parallel == "data" or rollout.path != "vllm",
+                "data for rollout.path='vllm'",
+            ),
             ("rollout.bits", rollout.bits, 2 <= rollout.bits <= 8, "2 to 8"),
             ("rollout.lag", rollout.lag, rollout.lag >= 0, "0 or more"),
             ("rollout.prompts", rollout.prompts, rollout.prompts >= 1, "1 or more"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .adapters import Weights, snapshot
 from .parallel import World
+from .shard import reshard
 from .update import Experience, Updater, score_clean
 
 # Diagnostics draw noise that no update uses: its optimiser steps stay below this bit
@@ -48,6 +49,7 @@ def diagnose(
         for part in experience.split(micro_batch):
             with updater.perturbed(_STEP_BIT | step, part):
                 parts.append(updater.loss(part, 1.0, 1.0).logp)
+        reshard(model)
         differences["perturbation"] = torch.cat(parts) - now
     report: dict[str, float] = {}
     for name, difference in differences.items():

@@ -24,6 +24,7 @@ from .adapters import Weights, served, snapshot, strip
 from .config import RolloutConfig
 from .models import Policy
 from .rollout import Completions, Stop, sample
+from .shard import full
 
 ACTIVATION_MAX = 127  # symmetric int8
 _FLOAT32_EXACT = 1 << 24
@@ -191,15 +192,17 @@ class InferenceEngine(History):
 
     @torch.no_grad()
     def _load(self, weights: Weights) -> None:
+        """Shards are made whole one tensor at a time, on every rank."""
         if self._config.path == "same":
             for name, parameter in self.model.named_parameters():
                 if name in weights:  # a frozen one is as it was copied
-                    parameter.copy_(weights[name])
+                    parameter.copy_(full(weights[name]))
             return
         plain = served(self._trained, weights)
         for name, module in self.model.named_modules():
             if isinstance(module, QuantisedLinear):
-                module.load(plain[f"{name}.weight"], plain.get(f"{name}.bias"))
+                bias = plain.get(f"{name}.bias")
+                module.load(full(plain[f"{name}.weight"]), None if bias is None else full(bias))
         if self._torchao:
             from .torchao_linear import quantise_layers
 
@@ -207,4 +210,4 @@ class InferenceEngine(History):
         quantised = {f"{name}.weight" for name in self._torchao}
         for name, parameter in self.model.named_parameters():
             if name not in quantised:
-                parameter.copy_(plain[name])
+                parameter.copy_(full(plain[name]))

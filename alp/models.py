@@ -124,7 +124,9 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor
     The last token itself is not read: it predicts nothing that was sampled.
     """
     attention_mask = attention_mask[:, :-1]
-    out = decoder_of(model)(
+    # a sharded model's decoder runs through a method that gathers what lies around it (shard.py)
+    decoder = getattr(model, "sharded_decoder", None) or decoder_of(model)
+    out = decoder(
         input_ids=tokens[:, :-1],
         attention_mask=attention_mask,
         position_ids=positions(attention_mask),

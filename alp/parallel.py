@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import UserError
 
@@ -56,12 +57,22 @@ class World:
         dist.all_reduce(total)
         return list(total.tolist())
 
+    def max(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the ranks, in one collective for each dtype."""
+        """Replace every gradient by its sum over the ranks, in one collective for each dtype; FSDP sums its own."""
         if self.size == 1:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for p in parameters:
+            if isinstance(p, DTensor):
+                continue
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             by_dtype.setdefault(p.dtype, []).append(p.grad)
@@ -79,6 +90,13 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def peak_mib(self) -> float:
         """Peak memory of this rank: what torch allocated on its GPU, else the process's resident set; MiB."""
         if self.device.type == "cuda":
@@ -93,3 +111,14 @@ class World:
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """Torch's random state of this rank: the CPU's, and its GPU's."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1].cpu(), device)

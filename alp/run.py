@@ -1,11 +1,13 @@
 """A run's folder: config.json, commit.txt, metrics.jsonl, mismatch.json, outcome.json, checkpoints/, plots/, model/ ...
 
 Whatever must survive a kill is written beside its place, synced and renamed: a file is the old one or the new one.
+Its size is bounded: two checkpoints, best/ and model/, and one of these once more while it is being written.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
 from .config import TrainConfig, UserError
@@ -43,6 +46,25 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` make a folder beside `folder`, then put it in place; on a full disk `folder` stays, with a UserError.
+
+    A kill between the two renames leaves the old one as .NAME-old: `Run.tidy` puts it back.
+    """
+    beside, old = folder.with_name(f".{folder.name}"), folder.with_name(f".{folder.name}-old")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        fill(beside)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        again = f"make room, then alp train --resume {folder.parent}"
+        raise UserError(f"{folder} cannot be written: {error}; what was there before is intact; {again}") from error
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(beside, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_metrics(path: Path) -> list[Metrics]:
@@ -82,6 +104,17 @@ class Run:
         self.folder = folder
         self._metrics = folder / "metrics.jsonl"
         self._writer: SummaryWriter | None = None
+
+    def tidy(self) -> None:
+        """After a kill: remove what was half written, put back what was half replaced."""
+        for torn in (self.folder / "checkpoints").glob(".*.pt-*"):
+            torn.unlink()
+        for name in ("model", "best"):
+            shutil.rmtree(self.folder / f".{name}", ignore_errors=True)
+            folder, old = self.folder / name, self.folder / f".{name}-old"
+            if old.exists() and not folder.exists():
+                os.rename(old, folder)
+            shutil.rmtree(old, ignore_errors=True)
 
     # -------------------------------------------------------------- metrics
 
@@ -129,13 +162,16 @@ class Run:
         """Oldest first."""
         return sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest, or None where the run was stopped before its first: it then starts again."""
+    def load_checkpoint(self, device: torch.device, mmap: bool = False) -> dict[str, Any] | None:
+        """The newest, or None where the run was stopped before its first: it then starts again.
+
+        mmap: read only what is used of it, from the disk, when it is used; device must be the CPU.
+        """
         found = self.checkpoints()
         if not found:
             return None
         try:
-            state = torch.load(found[-1], map_location=device, weights_only=True)
+            state = torch.load(found[-1], map_location=device, weights_only=True, mmap=mmap)
         except Exception as error:  # the unpickler raises anything on a damaged file
             older = f"; delete it to continue from {found[-2].name}" if len(found) > 1 else ""
             raise UserError(f"{found[-1]} cannot be read ({type(error).__name__}: {error}){older}") from error
@@ -144,12 +180,27 @@ class Run:
 
     def save_model(self, save: Callable[[Path], None]) -> Path:
         """Write the trained model in Hugging Face form to model/, whole or not at all."""
-        folder, beside = self.folder / "model", self.folder / ".model"
-        shutil.rmtree(beside, ignore_errors=True)  # a kill may have left one
-        save(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(beside, folder)
-        return folder
+        write_folder(self.folder / "model", save)
+        return self.folder / "model"
+
+    # -------------------------------------------------------------- the best so far
+
+    @property
+    def best(self) -> float:
+        """The evaluation that best/ stands for; -inf where there is none yet."""
+        path = self.folder / "best" / "best.json"
+        return float(json.loads(path.read_text())["value"]) if path.is_file() else -math.inf
+
+    def keep_best(self, step: int, value: float, save: Callable[[Path], None]) -> None:
+        """Write the model to best/ in Hugging Face form, and best.json with its step and value, if none was better."""
+        if not value > self.best:
+            return
+
+        def fill(folder: Path) -> None:
+            save(folder)
+            (folder / "best.json").write_text(json.dumps({"step": step, "value": value}) + "\n")
+
+        write_folder(self.folder / "best", fill)
 
     def save_mismatch(self, measured: dict[str, float]) -> None:
         """mismatch.json: the inference engine against the training path before the first step."""

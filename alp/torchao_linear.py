@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .shard import full
 
 _GROUP = 32  # weights that share a scale in ao-int4-weights
 _FP8_CAPABILITY = (8, 9)
@@ -59,7 +60,7 @@ def quantise_layers(model: nn.Module, names: list[str], weights: Mapping[str, Te
     from torchao.quantization import quantize_
 
     for name in names:
-        weight = weights[f"{name}.weight"]
+        weight = full(weights[f"{name}.weight"])
         if path == "ao-int4-weights" and weight.shape[1] % _GROUP:
             raise UserError(
                 f"rollout.path={path!r} needs layers whose width is a multiple of {_GROUP}; {name} has {weight.shape[1]}"

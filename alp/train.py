@@ -23,7 +23,7 @@ import torch
 
 from alp_kernels import Stats
 
-from .adapters import load_trained_state, trained_state
+from .adapters import load_trained_state, snapshot, trained_state
 from .advantage import centre
 from .config import TrainConfig
 from .diagnostics import diagnose
@@ -33,11 +33,13 @@ from .inference import make_engine
 from .measure import clean_metrics, clean_stats, step_kl
 from .mismatch import describe, measure_mismatch
 from .models import Policy
-from .parallel import World
+from .parallel import World, random_state, set_random_state
 from .plots import save_plots
 from .progress import Reporter, in_short, outcome
 from .rollout import Completions, uniforms
 from .run import Metrics, Run, create_run
+from .shard import Whole, gather, reshard, shard, shard_like, shard_optimiser_state
+from .signals import Stopped, StopRequest
 from .tasks import Problem, Score, Task, make_task
 from .tool_task import excluding_void, roll_out, sums_of, tool_metrics, with_tools
 from .update import Experience, StepResult, Updater, score_clean
@@ -63,7 +65,16 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World, policy: Policy, task: Task) -> None:
         self.config, self.world, self.policy, self.task = config, world, policy, task
         self.max_new_tokens = new_tokens(config, policy, task)
-        self.engine = make_engine(policy.model, config.rollout)
+        rollout = config.rollout
+        if config.compute_dtype and rollout.path == "same":
+            rollout = dataclasses.replace(rollout, path="bf16")  # which is then the training path's arithmetic
+        self.engine = make_engine(policy.model, rollout)
+        self.whole: Whole | None = None
+        if config.parallel == "fsdp" and world.size > 1:  # after the engine: it is a copy, and stays in one piece
+            compute_dtype = getattr(torch, config.compute_dtype) if config.compute_dtype else None
+            self.whole = Whole(policy.model, compute_dtype, world)
+            shard(policy.model, compute_dtype, world)
+            self.engine.restore([snapshot(policy.model)])
         self.updater = Updater(policy.model, config.update, config.rollout.temperature, config.seed, world)
         self.before: dict[str, float] = {}
         self.num_steps = 0
@@ -214,6 +225,15 @@ class Trainer:
 
     # -------------------------------------------------------------- outcome and state
 
+    def gather(self) -> None:
+        """Before `evaluate` and `save`, which are for rank 0 alone: what is sharded is made whole there."""
+        if self.whole is not None:
+            self.whole.fill(self.policy.model)
+
+    def save(self, folder: Path) -> None:
+        """Write the policy in Hugging Face form."""
+        (self.policy if self.whole is None else self.policy._replace(model=self.whole.model)).save(folder)
+
     def measure_mismatch(self) -> dict[str, float]:
         """The engine against the training path with the same weights; on every rank, and the same there."""
         return measure_mismatch(
@@ -228,16 +248,18 @@ class Trainer:
 
     def evaluate_now(self) -> Metrics:
         """Every so many steps: accuracies as eval/NAME."""
+        return {f"eval/{name}": value for name, value in self.evaluate().items()} if self.evaluates_now else {}
+
+    @property
+    def evaluates_now(self) -> bool:
         every = self.config.eval_every
-        if every == 0 or self.num_steps % every:
-            return {}
-        return {f"eval/{name}": value for name, value in self.evaluate().items()}
+        return every > 0 and self.num_steps % every == 0
 
     def evaluate(self) -> dict[str, float]:
         """Accuracies of the policy as it is now; computed once a step."""
         if self._evaluated is None or self._evaluated[0] != self.num_steps:
             report = evaluate(
-                self.policy,
+                self.policy if self.whole is None else self.policy._replace(model=self.whole.as_computed()),
                 self.task,
                 self.config.rollout,
                 num_problems=self.config.eval_prompts,
@@ -248,29 +270,37 @@ class Trainer:
         return self._evaluated[1]
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs to continue bit for bit; data and sampling follow from the number of steps."""
-        handle = self.updater.handle
-        return {
+        """All that a resumed run needs to continue bit for bit; data and sampling follow from the number of steps.
+
+        A collective call; rank 0's is whole, and the same whether the run was sharded or not.
+        """
+        handle, world = self.updater.handle, self.world
+        reshard(self.policy.model)
+        state = {
             "num_steps": self.num_steps,
             "before": self.before,
             "model": trained_state(self.policy.model),
             "optimiser": self.updater.optimiser.state_dict(),
             "noise": None if handle is None else handle.state_dict(),
             "sampling_weights": list(self.engine.history),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.world.device.type == "cuda" else [],
+            "random": world.gather(random_state(world.device)),
         }
+        return dict(gather(state, keep=world.is_main))
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from rank 0's `state`, on any number of ranks; with as many as it had, bit for bit."""
         self.num_steps, self.before = state["num_steps"], state["before"]
-        load_trained_state(self.policy.model, state["model"])
-        self.updater.optimiser.load_state_dict(state["optimiser"])
+        model, optimiser = self.policy.model, self.updater.optimiser
+        own = dict(model.state_dict(keep_vars=True))
+        load_trained_state(model, {name: shard_like(value, own[name]) for name, value in state["model"].items()})
+        optimiser.load_state_dict(shard_optimiser_state(state["optimiser"], optimiser))
         if self.updater.handle is not None:
             self.updater.handle.load_state_dict(state["noise"])
-        self.engine.restore(state["sampling_weights"])
-        torch.set_rng_state(state["random"].cpu())
-        if state["random_cuda"]:
-            torch.cuda.set_rng_state_all([value.cpu() for value in state["random_cuda"]])
+        self.engine.restore(
+            [{name: shard_like(value, own[name]) for name, value in old.items()} for old in state["sampling_weights"]]
+        )
+        if self.world.rank < len(state["random"]):
+            set_random_state(state["random"][self.world.rank], self.world.device)
 
 
 def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool = True) -> Path:
@@ -279,6 +309,8 @@ def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool =
     if resume is not None:
         config = TrainConfig.load(resume / "config.json")
     world = World(config.device)
+    if config.compute_dtype and world.size == 1:
+        raise UserError(f"compute_dtype={config.compute_dtype!r}: one process shards nothing; it needs torchrun")
     if config.rollout.prompts % (config.update.minibatches * world.size):
         raise UserError(
             f"rollout.prompts={config.rollout.prompts}; it needs a multiple of update.minibatches="
@@ -295,34 +327,52 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
     # the folder before the warm-up: a name that is taken is known at once, and a run killed while warming up resumes
     folder = resume or Path(world.broadcast(str(create_run(config)) if world.is_main else None))
     run = Run(folder)
-    checkpoint = run.load_checkpoint(world.device)
+    is_sharded = config.parallel == "fsdp" and world.size > 1  # a rank then reads its shards alone
+    checkpoint = run.load_checkpoint(torch.device("cpu") if is_sharded else world.device, mmap=is_sharded)
     policy = make_policy(config, task, world, is_resumed=checkpoint is not None)
+    torch.manual_seed(config.seed + world.rank)  # a model's dropout, if it has any, differs between the ranks
     trainer = Trainer(config, world, policy, task)
     if checkpoint is not None:
         trainer.load_state(checkpoint)
     else:
         mismatch = trainer.measure_mismatch()
+        trainer.gather()
         if world.is_main:
             run.save_mismatch(mismatch)
             print(describe(mismatch, config.rollout), flush=True)
             trainer.before = trainer.evaluate()
     if world.is_main:
+        run.tidy()
         run.keep_metrics(trainer.num_steps)
         print(f"run folder: {run.folder}", flush=True)
     world.barrier()
 
-    with Reporter("train", config.steps, start=trainer.num_steps, quiet=not world.is_main) as progress:
+    reporter = Reporter("train", config.steps, start=trainer.num_steps, quiet=not world.is_main)
+    with StopRequest(quiet=not world.is_main) as request, reporter as progress:
         while trainer.num_steps < config.steps:
             metrics = trainer.step()
+            if trainer.evaluates_now:
+                trainer.gather()
             if world.is_main:
-                run.record(metrics | trainer.evaluate_now())
-                if trainer.num_steps % config.checkpoint_every == 0 or trainer.num_steps == config.steps:
-                    run.save_checkpoint(trainer.num_steps, trainer.state())
+                evaluated = trainer.evaluate_now()
+                run.record(metrics | evaluated)
+                if evaluated:
+                    run.keep_best(trainer.num_steps, evaluated["eval/train"], trainer.save)
+            signum = world.max(request.signum)  # every rank stops after the same step
+            if trainer.num_steps % config.checkpoint_every == 0 or trainer.num_steps == config.steps or signum:
+                state = trainer.state()
+                if world.is_main:
+                    run.save_checkpoint(trainer.num_steps, state)
             progress(trainer.num_steps, in_short(metrics))
+            if signum:
+                world.barrier()  # the checkpoint is there before a launcher sees any rank end
+                line = f"stopped after step {trainer.num_steps}; continue with alp train --resume {folder}"
+                raise Stopped(signum, line if world.is_main else "")
 
+    trainer.gather()
     if world.is_main:
         after = trainer.evaluate()
-        run.save_model(trainer.policy.save)
+        run.save_model(trainer.save)
         run.save_outcome(trainer.before, after)
         if with_plots:
             save_plots(run.folder.name, run.metrics, run.folder / "plots")

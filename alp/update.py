@@ -23,6 +23,7 @@ from .methods import METHODS, Method
 from .models import hidden_states, output_head, positions
 from .parallel import World
 from .rollout import Completions
+from .shard import full, reshard
 
 _POSITION_BITS = 20  # of a row's identity; the sample's number stands above, and above that the noise draw's
 _DRAW_BIT = 44  # row ids end at 48 bits
@@ -62,13 +63,16 @@ def row_ids(experience: Experience, draw: int = 0) -> Tensor:
 @torch.no_grad()
 def score_clean(model: PreTrainedModel, experience: Experience, temperature: float, micro_batch: int | None) -> Tensor:
     """(B, T) log-probabilities of the completions' tokens under the unperturbed model, on the training path."""
-    return torch.cat([_forward_logp(model, part, temperature) for part in experience.split(micro_batch)])
+    logp = torch.cat([_forward_logp(model, part, temperature) for part in experience.split(micro_batch)])
+    reshard(model)
+    return logp
 
 
 def _forward_logp(model: PreTrainedModel, part: Experience, temperature: float) -> Tensor:
-    completions, head = part.completions, output_head(model)
+    completions = part.completions
     keep = completions.mask.shape[1]
     hidden = hidden_states(model, completions.tokens, completions.attention_mask, keep)
+    head = output_head(model)  # after the forward: a sharded model's is whole now
     logp, _ = linear_logprob(
         hidden,
         head.weight,
@@ -135,7 +139,7 @@ class Updater:
                 torch.autograd.backward(out.loss)
             parts.append(out)
         self.world.sum_gradients(self.parameters)
-        grad_norm = nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip)
+        grad_norm = full(nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip))
         if not grad_norm.isfinite():
             raise Diverged(f"optimiser step {step}: the gradient's norm is {float(grad_norm)}; lower update.lr")
         self.optimiser.step()
@@ -144,9 +148,10 @@ class Updater:
 
     def loss(self, part: Experience, num_tokens: float, num_sequences: float, draw: int = 0) -> LossOutput:
         """The method's loss of a micro-batch, as its share of the whole batch's."""
-        completions, head = part.completions, output_head(self.model)
+        completions = part.completions
         keep = completions.mask.shape[1]
         hidden = hidden_states(self.model, completions.tokens, completions.attention_mask, keep)
+        head = output_head(self.model)  # after the forward: a sharded model's is whole now
         logit_noise = None
         if self.config.layers == "logits" and self.handle is not None:
             ids = row_ids(part, draw)[:, -keep:].reshape(-1)
