@@ -52,7 +52,7 @@ def _compare_from(preset: Preset) -> Callable[..., None]:
         """Compare methods over seeds on equal terms; the same command again goes on where it stopped.
 
         Args:
-            preset: One of lag, stress, mismatch, clip, ablation, settle, search; the other options change it.
+            preset: One of lag, stress, mismatch, clip, ablation, settle, search, tools; the other options change it.
             methods: Arms: rows of alp/methods.py. Default: the preset's arms.
             vary: Settings that every arm meets, as FIELD=VALUE,VALUE: --vary update.sigma=1e-3,1e-2 rollout.lag=0,8.
             contrasts: Pairs to test, as ARM:BASELINE. Default: the preset's, or ALP against Bypass and all against GRPO.

@@ -169,6 +169,17 @@ def _search() -> Preset:
     )
 
 
+def _tools() -> Preset:
+    methods = ("grpo", "bypass-token", "bypass-sequence", "alp-token", "alp-sequence", "alp-cum-turn")
+    changes = {"task.name": "tool_chain", "model": ModelConfig(), "rollout.lag": 4, "steps": 40}
+    return Preset(
+        "methods where the model calls a tool over several turns, weights of four batches ago in the rollout engine",
+        change(_BASE, changes),
+        arms_of(methods),
+        (*contrasts_of(methods), ("alp-cum-turn", "alp-sequence")),
+    )
+
+
 PRESETS: dict[str, Preset] = {
     "lag": _methods("weights of eight batches ago in the rollout engine, 5-bit weights and 8-bit activations"),
     "stress": _methods("the setting of `lag` at twice the learning rate", update__lr=2e-4),
@@ -177,4 +188,5 @@ PRESETS: dict[str, Preset] = {
     "ablation": _ablation(),
     "settle": _settle(),
     "search": _search(),
+    "tools": _tools(),
 }
