@@ -143,7 +143,7 @@ def evaluate_on(name: str, config: TrainConfig, settings: EvalConfig) -> dict[st
 
 
 def _problems(item: str, config: TrainConfig) -> tuple[Task, list[Problem]]:
-    """Every problem of a file or `datasets` name, or as many as eval_prompts of a reasoning-gym dataset."""
+    """All of a file, of the held-out split of a `datasets` name, or eval_prompts problems of a reasoning-gym dataset."""
     from reasoning_gym.factory import DATASETS
 
     if item in DATASETS:
@@ -152,7 +152,8 @@ def _problems(item: str, config: TrainConfig) -> tuple[Task, list[Problem]]:
         task = with_tools(task, config)
         return task, [task.problem("eval", i) for i in range(config.eval_prompts)]
     path = Path(item)
-    whole = JsonlTask(TaskConfig(path=path, eval_path=path, suffix=config.task.suffix), config.seed)
+    options = config.task.options if path == config.task.path else ()
+    whole = JsonlTask(TaskConfig(path=path, eval_path=path, options=options, suffix=config.task.suffix), config.seed)
     task = with_tools(whole, config)
     problems = whole.problems()
     return task, [task.asked(p) for p in problems] if isinstance(task, ToolTask) else problems

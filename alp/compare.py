@@ -24,6 +24,8 @@ import sys
 import threading
 import time
 import traceback
+import types
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -69,25 +71,29 @@ def cross(
 
 
 def _typed(name: str, text: str) -> Any:
-    """A value for the field of that dotted name, by the type of its default."""
-    default: Any = TrainConfig()
+    """A value for the field of that dotted name, of one of the types it takes."""
+    kind: Any = TrainConfig
     for part in name.split("."):
-        if not dataclasses.is_dataclass(default) or part not in {f.name for f in dataclasses.fields(default)}:
-            raise UserError(f"vary: {name!r} is not a field of the configuration, like update.sigma or rollout.lag")
-        default = getattr(default, part)
+        fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in fields or part in _PLACE:
+            raise UserError(f"vary: {name!r} is not a setting of an arm, like update.sigma or rollout.lag")
+        kind = fields[part]
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    if default is None:
-        return value
-    if isinstance(default, str | Path):
-        return type(default)(text)
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if type(value) is not type(default):
-        raise UserError(f"vary: {name}={text!r}; it needs a value of type {type(default).__name__}")
-    return value
+    kinds = typing.get_args(kind) if typing.get_origin(kind) is types.UnionType else (kind,)
+    for one in kinds:
+        if typing.get_origin(one) is typing.Literal and text in typing.get_args(one):
+            return text
+        if one is float and type(value) in (int, float):
+            return float(value)
+        if one in (int, bool, types.NoneType) and type(value) is one:
+            return value
+    for one in (str, Path):
+        if one in kinds:
+            return one(text)
+    raise UserError(f"vary: {name}={text!r}; it needs {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
 
 
 class Task(NamedTuple):
@@ -155,7 +161,7 @@ class Comparison:
                 )
             else:
                 return
-        elif self.folder.exists() and any(entry.name != ".lock" for entry in self.folder.iterdir()):
+        elif self.folder.exists() and any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is no comparison: it has no grid.json; give another --out")
         text = json.dumps(self.description | {"provenance": provenance}, indent=2)
         write_whole(path, lambda file: file.write(text.encode()))
@@ -163,9 +169,8 @@ class Comparison:
     def run(self, jobs: int, devices: list[str]) -> list[str]:
         """Run what is unfinished, `jobs` cells at a time; returns the names of cells that a fault stopped."""
         unfinished = [cell for cell in self.cells if _state(cell) is None]
-        faults: list[str] = []
         if not unfinished:
-            return faults
+            return []
         warmups = {cell.seed: Task(cell, is_warmup=True) for cell in reversed(unfinished) if cell.model.path == "tiny"}
         total = sum(cell.steps for cell in self.cells)
         pool = _Pool(jobs, devices, self.threads, self.folder / "logs")
@@ -176,10 +181,10 @@ class Comparison:
                 names = ", ".join(f"{t.config.name}{' (warm-up)' if t.is_warmup else ''}" for t in running)
                 report(self._steps_done(), f"{done}/{len(self.cells)} cells  {names}")
 
-            for tasks in (list(warmups.values()), [Task(cell, is_warmup=False) for cell in unfinished]):
-                faults += pool.run(tasks, on_progress)
-                if faults and tasks and tasks[0].is_warmup:
-                    raise UserError(f"the warm-up of {', '.join(faults)} failed: see {self.folder / 'logs'}")
+            faults = pool.run(list(warmups.values()), on_progress)
+            cold = {seed for seed, task in warmups.items() if task.config.name in faults}
+            tasks = [Task(cell, is_warmup=False) for cell in unfinished if cell.seed not in cold]
+            faults += pool.run(tasks, on_progress)
         return faults
 
     def _steps_done(self) -> int:
@@ -331,9 +336,11 @@ def _die_with(parent: Connection) -> None:
 
 def _warm_up(config: TrainConfig) -> None:
     from .tasks import make_task
+    from .tool_task import with_tools
     from .warmup import warmed_up
 
-    _, line = warmed_up(config, make_task(config.task, config.seed), lambda step, loss, accuracy: None)
+    task = with_tools(make_task(config.task, config.seed), config)
+    _, line = warmed_up(config, task, lambda step, loss, accuracy: None)
     print(line)
 
 

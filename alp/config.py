@@ -280,8 +280,12 @@ class TrainConfig:
                 "rollout.server",
                 rollout.server,
                 rollout.server is None
-                or (rollout.path == "vllm" and rollout.server.startswith(("http://", "https://"))),
-                "http://HOST:PORT, and rollout.path vllm",
+                or (
+                    rollout.path == "vllm"
+                    and rollout.server.startswith(("http://", "https://"))
+                    and "@" not in rollout.server
+                ),
+                "http://HOST:PORT without a password, and rollout.path vllm",
             ),
             ("tools.max_turns", tools.max_turns, (tools.max_turns or 0) >= 0, "0 or more"),
             ("tools.url", tools.url, _is_service(tools), "http(s)://HOST..., without a password, and tools.tool=http"),
@@ -332,8 +336,8 @@ class EvalConfig:
     """What `alp eval --on` measures."""
 
     on: tuple[str, ...] = ()
-    """Files, `datasets` names (all problems of each) or reasoning-gym datasets (eval_prompts problems): avg@n and
-    pass@k. None: the run's own task, as before and after training."""
+    """Files (all problems), `datasets` names (their test or validation split, else all) or reasoning-gym datasets
+    (eval_prompts problems): avg@n and pass@k. None: the run's own task, as before and after training."""
     samples: int = 8
     """Completions of each problem, n."""
     temperature: float = 1.0

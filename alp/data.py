@@ -21,6 +21,7 @@ _QUESTIONS = ("prompt", "question", "problem")
 _ANSWERS = ("answer", "final_answer", "solution")
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 _OPTIONS = ("question", "answer", "subset", "split", "eval_split")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+([^\s{$]+))")
 _EVAL_SPLITS = ("test", "validation")
 
 
@@ -179,13 +180,18 @@ def read_record(record: Record, columns: Columns = Columns()) -> Line:  # noqa: 
     if not question.strip():
         raise ValueError(f"{question_key} is empty")
     # an answer column that is empty does not hide the solution beside it
-    filled = [key for key in answer_keys if record[key] not in (None, "", [])]
+    filled = [key for key in answer_keys if not _is_empty(record[key])]
     if not filled:
         raise ValueError(f"{answer_keys[0]} is empty")
     answer = final_answer(record[filled[0]], filled[0])
     if not answer:
         raise ValueError(f"{filled[0]} is empty")
     return Line(question, answer)
+
+
+def _is_empty(value: Any) -> bool:
+    """Also the hole that a table of numbers has: nan."""
+    return value is None or value == [] or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _present(record: Record, names: tuple[str, ...]) -> list[Any]:
@@ -212,7 +218,7 @@ def final_answer(value: Any, key: str) -> str:
         raise ValueError(f"{key} must be text, a number or a list of them, not a {type(value).__name__}")
     if "####" in value:  # GSM8K
         value = value.rsplit("####", 1)[1]
-    elif "\\boxed{" in value or key.lower() == "solution":  # MATH
+    elif _BOX.search(value) or key.lower() == "solution":  # MATH
         value = last_boxed(value)
     value = value.strip()
     dollars = re.fullmatch(r"\$+([^$]+)\$+", value)  # OlympiadBench writes its answers as formulas
@@ -220,11 +226,13 @@ def final_answer(value: Any, key: str) -> str:
 
 
 def last_boxed(solution: str) -> str:
-    """The content of the last \\boxed{...} of a MATH solution, braces balanced."""
-    start = solution.rfind("\\boxed{")
-    if start < 0:
+    """The content of the last \\boxed{...} or \\fbox{...} of a MATH solution, braces balanced; of "\\boxed 4" the 4."""
+    *_, last = [None, *_BOX.finditer(solution)]
+    if last is None:
         raise ValueError("solution has no \\boxed{...}")
-    depth, begin = 0, start + len("\\boxed")
+    if last[1] is not None:
+        return last[1]
+    depth, begin = 0, last.end() - 1
     for end in range(begin, len(solution)):
         depth += {"{": 1, "}": -1}.get(solution[end], 0)
         if depth == 0:

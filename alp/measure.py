@@ -46,7 +46,7 @@ def clean_metrics(stats: Stats, with_shape: bool) -> Metrics:
     }
     for name, log_ratio in log_ratios.items():
         num_largest = math.ceil(_TAIL[name] * len(log_ratio))
-        index = hill(np.exp(log_ratio), num_largest)
+        index = hill(np.exp(log_ratio - log_ratio.max(initial=-np.inf)), num_largest)  # scale does not matter to it
         if num_largest >= _SMALLEST_TAIL and not math.isnan(index):
             metrics[f"clean/hill_{name}"] = index
     if with_shape:
@@ -65,4 +65,4 @@ def step_kl(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, world
     """
     r = (after - before)[mask].double()
     count, total = world.sum([float(len(r)), float((torch.expm1(r) - r).sum())])
-    return total / count
+    return total / max(count, 1.0)  # every trajectory may be void and out of the loss

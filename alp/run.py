@@ -109,6 +109,8 @@ class Run:
         """After a kill: remove what was half written, put back what was half replaced."""
         for torn in (self.folder / "checkpoints").glob(".*.pt-*"):
             torn.unlink()
+        for torn in self.folder.glob(".*.json*-[0-9]*"):
+            torn.unlink()
         for name in ("model", "best"):
             shutil.rmtree(self.folder / f".{name}", ignore_errors=True)
             folder, old = self.folder / name, self.folder / f".{name}-old"

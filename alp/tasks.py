@@ -177,7 +177,10 @@ class JsonlTask:
         self.name, self.suffix, self._seed = config.path.stem, config.suffix, seed
         lines, held_out = read_problems(config.path, config.options)
         if config.eval_path is not None:
-            held_out = read_problems(config.eval_path, config.options).train
+            # `split` names the training split: of an evaluation source the held-out one counts, where it has one
+            options = tuple(option for option in config.options if not option.startswith("split="))
+            only, held_out = read_problems(config.eval_path, options)
+            held_out = only if held_out is None else held_out
         if held_out is not None:
             self._lines = {"train": lines, "eval": held_out}
         else:
@@ -234,7 +237,7 @@ def verify(answer: str, completion: str) -> Score:
     from math_verify import parse
     from math_verify import verify as equal
 
-    if "####" in completion:  # GSM8K's own way to end
+    if "####" in completion and "\\boxed" not in completion:  # GSM8K's own way to end; a heading in markdown, too
         completion = completion.rsplit("####", 1)[1]
     found = parse(_powers(completion))
     if not found:

@@ -27,7 +27,7 @@ from .adapters import load_trained_state, snapshot, trained_state
 from .advantage import centre
 from .config import TrainConfig
 from .diagnostics import diagnose
-from .errors import UserError
+from .errors import Diverged, UserError
 from .evaluate import evaluate
 from .inference import make_engine
 from .measure import clean_metrics, clean_stats, step_kl
@@ -85,6 +85,8 @@ class Trainer:
         clock, start = Clock(), time.monotonic()
         with clock("rollout"):
             completions = self.roll_out()
+        if self.world.max(int(not completions.logp.isfinite().all())):
+            raise Diverged(f"step {self.num_steps}: log-probabilities of the rollouts are not finite; lower update.lr")
         with clock("score"):
             scores = self.score(completions)
         with clock("update"):

@@ -116,6 +116,7 @@ def _key(config: TrainConfig, task: Task) -> str:
         torch.get_num_threads(),
         sources,
         Path(__file__).read_text(),
+        [Path(name).read_text() for name in config.plugins if name.endswith(".py")],
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -114,10 +114,14 @@ def test_an_unreadable_line_is_named_by_file_and_number(tmp_path: Path, line: ob
 
 def test_math_verify_compares_values_not_texts() -> None:
     assert verify("1,072", "so we get\n#### 1072").correct
+    assert verify("5", "so \\boxed{5}\n#### Check\n2+3 is 7 - 2").correct  # a heading
     assert verify(r"\frac{1}{2}", r"Therefore \boxed{0.5}").correct
     assert verify("42", "The answer is 41.") == (0.0, True)
     assert verify("42", "no idea") == (0.0, False)
     assert last_boxed(r"\boxed{1} and \boxed{\sqrt{2}}") == r"\sqrt{2}"
+    assert last_boxed(r"first \boxed{3} then \boxed {4}") == "4"
+    assert last_boxed(r"so $\boxed 5$ and \fbox{7}") == "7"
+    assert last_boxed(r"so $\boxed 5$") == "5"
 
 
 def test_held_out_lines_are_never_trained_on(tmp_path: Path) -> None:

@@ -15,14 +15,18 @@ import pytest
 import torch
 
 from alp import cli
-from alp.compare import Comparison, compare, cross, locked
+from alp.compare import Comparison, _warm_up, compare, cross, locked
 from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, WarmupConfig
-from alp.errors import UserError
+from alp.errors import Diverged, UserError
 from alp.measure import step_kl
 from alp.methods import METHODS, register
+from alp.models import make_tiny
 from alp.parallel import World
 from alp.presets import PRESETS, arms_of, change, contrasts_of
 from alp.run import read_metrics
+from alp.tasks import make_task
+from alp.tool_task import ToolTask
+from alp.train import Trainer
 from alp_kernels import Objective
 
 ROOT = Path(__file__).parent.parent
@@ -208,14 +212,54 @@ def test_settings_cross_arms_and_contrasts() -> None:
     }
     assert crossed[0] == ("alp-sequence_sigma=1e-3_lag=0", "bypass-sequence_sigma=1e-3_lag=0")
     assert len(crossed) == 4
-    with pytest.raises(UserError, match="not a field"):
+    with pytest.raises(UserError, match="not a setting of an arm"):
         cross(ARMS, (), ("update.sgima=1",))
     with pytest.raises(UserError, match="FIELD=VALUE"):
         cross(ARMS, (), ("update.sigma",))
-    with pytest.raises(UserError, match="of type float"):
+    with pytest.raises(UserError, match="it needs float"):
         cross(ARMS, (), ("update.sigma=big",))
-    with pytest.raises(UserError, match="of type int"):
+    with pytest.raises(UserError, match="it needs int"):
         cross(ARMS, (), ("rollout.lag=0.5",))
+
+
+def test_settings_take_values_of_the_fields_own_types() -> None:
+    arms, _ = cross(ARMS, (), ("rollout.max_new_tokens=8,null", "task.path=a.jsonl", "update.scale=rms"))
+    assert [changes["rollout.max_new_tokens"] for changes in arms.values()] == [8, None] * 2
+    assert all(changes["task.path"] == Path("a.jsonl") for changes in arms.values())
+    for wrong in (
+        "rollout.max_new_tokens=abc",
+        "update.scale=row",
+        "measure_clean=1",
+        "seed=7,8",
+        "name=x",
+        "device=cpu",
+    ):
+        with pytest.raises(UserError, match="vary"):
+            cross(ARMS, (), (wrong,))
+
+
+def test_what_a_kill_left_half_written_does_not_spoil_a_folder(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / ".grid.json-123").write_text("{")
+    comparison = grid(tmp_path, base(cache), arms_of(("bypass-token",)), seeds=(0,))
+    comparison.open()
+    assert json.loads((tmp_path / "grid.json").read_text())["seeds"] == [0]
+
+
+def test_a_tools_warm_up_is_that_of_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[Any] = []
+    monkeypatch.setattr("alp.warmup.warmed_up", lambda config, task, report: (warmed.append(task), "")[::-1])
+    _warm_up(PRESETS["tools"].base)
+    assert isinstance(warmed[0], ToolTask)
+
+
+def test_a_policy_that_is_no_longer_a_number_has_diverged(cache: Path, tmp_path: Path) -> None:
+    config = base(cache, runs=tmp_path)
+    task, world = make_task(config.task, config.seed), World("cpu")
+    trainer = Trainer(config, world, make_tiny(config.model), task)
+    with torch.no_grad():
+        next(trainer.engine.model.parameters()).fill_(float("nan"))
+    with pytest.raises(Diverged, match="not finite"):
+        trainer.step()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -271,6 +315,7 @@ def test_step_kl_of_a_known_change() -> None:
     mask = torch.tensor([[True, True, False]])
     expected = (np.expm1(0.1) - 0.1 + np.expm1(-0.2) + 0.2) / 2
     assert step_kl(before, after, mask, World("cpu")) == pytest.approx(expected, abs=1e-6)
+    assert step_kl(before, after, torch.zeros_like(mask), World("cpu")) == 0
 
 
 def test_the_command_refuses_in_words(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import alp.train as loop
 from alp.adapters import served, snapshot, strip
-from alp.benchmark import evaluate_on
+from alp.benchmark import _problems, evaluate_on
 from alp.config import EvalConfig, ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig
 from alp.data import read_jsonl, read_problems, read_record
 from alp.errors import UserError
@@ -150,6 +150,10 @@ def test_datasets_come_from_disk_by_split_and_by_file(tmp_path: Path) -> None:
         assert len(lines) == 6 and held_out is None
     task = make_task(TaskConfig(path=tmp_path / "dd"), seed=0)
     assert {task.problem("eval", i).question for i in range(4)} == {"4?", "5?"}
+    # an evaluation source with splits of its own is asked for its held-out one, and `split` is the training data's
+    apart = TaskConfig(path=tmp_path / "one", eval_path=tmp_path / "dd", options=("split=train",))
+    for task in (make_task(apart, seed=0), _problems(str(tmp_path / "dd"), TrainConfig(task=apart))[0]):
+        assert {task.problem("eval", i).question for i in range(4)} == {"4?", "5?"}
     with pytest.raises(UserError, match=r"split=tset; .* has train, test; did you mean 'test'"):
         read_problems(tmp_path / "dd", ("split=tset",))
 
