@@ -89,9 +89,9 @@ def _clip() -> Preset:
     contrasts = [(f"{method}_0.99", f"{method}_0.5") for method in ("bypass-sequence", "alp-sequence")]
     contrasts += [(f"alp-sequence_{low}", f"bypass-sequence_{low}") for low in (0.5, 0.99)]
     return Preset(
-        "the lower clip, 0.5 against 0.99, with weights of 4 bits in the rollout engine: a low clip deletes the "
+        "the lower clip, 0.5 against 0.99, with weights of 3 bits in the rollout engine: a low clip deletes the "
         "gradient of bad tokens that the engine already made unlikely",
-        change(_BASE, {"rollout.bits": 4, "rollout.lag": 2}),
+        change(_BASE, {"rollout.bits": 3, "rollout.lag": 2}),
         arms,
         tuple(contrasts),
     )
