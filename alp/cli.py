@@ -71,6 +71,10 @@ def _compare_from(preset: Preset) -> Callable[..., None]:
                 raise UserError(f"contrasts={contrasts}; it needs pairs like alp-sequence:bypass-sequence")
             pairs = tuple((text.split(":")[0], text.split(":")[1]) for text in contrasts)
         arms, pairs = cross(arms, pairs, vary)
+        if len(set(methods)) < len(methods):
+            raise UserError(f"methods={methods}; none twice")
+        if config.update.method != chosen.base.update.method or config.seed != chosen.base.seed:
+            raise UserError("update.method and seed belong to a single run; a comparison takes --methods and --seeds")
         for name, value, fits in (("jobs", jobs, "1 or more"), ("threads", threads, "1 or more")):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}; it needs {fits}")

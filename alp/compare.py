@@ -38,6 +38,7 @@ import torch
 
 from .config import TrainConfig
 from .errors import Diverged, UserError
+from .methods import METHODS
 from .plugins import load_plugins
 from .presets import Changes, Contrast, change
 from .progress import Reporter
@@ -59,6 +60,8 @@ def cross(
         name, equals, values = text.partition("=")
         if not equals or not values:
             raise UserError(f"vary: {text!r} is not of the form FIELD=VALUE,VALUE")
+        if len(set(values.split(","))) < len(values.split(",")):
+            raise UserError(f"vary: {text!r} names a value twice")
         axes.append([(name, value) for value in values.split(",")])
     settings = {
         "".join(f"_{name.rpartition('.')[2]}={value}" for name, value in setting): {
@@ -75,7 +78,7 @@ def _typed(name: str, text: str) -> Any:
     kind: Any = TrainConfig
     for part in name.split("."):
         fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        if part not in fields or part in _PLACE:
+        if part not in fields or part in _PLACE or name == "update.method":
             raise UserError(f"vary: {name!r} is not a setting of an arm, like update.sigma or rollout.lag")
         kind = fields[part]
     try:
@@ -129,10 +132,11 @@ class Comparison:
         _check(base, arms, seeds, contrasts)
         cache = base.cache or folder.parent / "cache"
         self.cells: list[TrainConfig] = []
-        resolved = {}
+        resolved, objectives = {}, {}
         for arm, changes in arms.items():
             config = change(base, {"runs": folder / "runs", "cache": cache} | changes)
             resolved[arm] = {k: v for k, v in json.loads(config.to_json()).items() if k not in _PLACE}
+            objectives[arm] = dataclasses.asdict(METHODS[config.update.method])  # a plugin may change what a name means
             for seed in seeds:
                 self.cells.append(dataclasses.replace(config, seed=seed, name=f"{arm}-s{seed}"))
         self.cells.sort(key=lambda cell: cell.seed)  # the arms of a seed one after the other: whole pairs come early
@@ -140,6 +144,7 @@ class Comparison:
             "name": folder.name,
             "about": about,
             "arms": resolved,
+            "objectives": objectives,
             "seeds": list(seeds),
             "contrasts": [list(pair) for pair in contrasts],
             "threads": threads,

@@ -143,7 +143,8 @@ def load_policy(config: ModelConfig, device: torch.device) -> Policy:
         require_peft()
     transformers.utils.logging.disable_progress_bar()
     options = {"dtype": getattr(torch, config.dtype)} | attention(config)
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+    is_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
+    if not Path(path).is_dir() and is_local:
         raise UserError(f"model.path={path!r}: there is no such directory")
     try:
         try:  # what is here first: without a network the hub's retries take a minute

@@ -292,6 +292,11 @@ def test_a_method_of_the_users_own_is_a_file_of_three_lines(cache: Path, tmp_pat
     assert compare(grid(tmp_path / "grid", config, arms_of(("tight-alp",)), seeds=(0,)), jobs=1) == []
     assert "sigma" in steps(tmp_path / "grid", "tight-alp-s0")[0]
     METHODS.pop("tight-alp")
+    plugin.write_text(PLUGIN.replace("clip_low=0.1", "clip_low=0.2"))
+    del sys.modules[next(name for name in sys.modules if name.startswith("alp_plugin_"))]
+    with pytest.raises(UserError, match="its objectives differ"):
+        compare(grid(tmp_path / "grid", dataclasses.replace(config), arms_of(("tight-alp",)), seeds=(0,)), jobs=1)
+    METHODS.pop("tight-alp")
 
 
 def test_plugins_that_cannot_be_imported_are_named(tmp_path: Path) -> None:
@@ -327,6 +332,11 @@ def test_the_command_refuses_in_words(
         (["--preset", "lag", "--methods", "grop"], "update.method='grop'"),
         (["--preset", "lag", "--contrasts", "alp-token"], "pairs like"),
         (["--preset", "lag", "--jobs", "0"], "jobs=0"),
+        (["--methods", "grpo", "--seed", "3"], "--methods and --seeds"),
+        (["--methods", "grpo", "--update.method", "mis"], "--methods and --seeds"),
+        (["--methods", "grpo", "grpo"], "none twice"),
+        (["--methods", "grpo", "--vary", "update.lr=1,1"], "a value twice"),
+        (["--methods", "grpo", "--vary", "update.method=mis"], "vary: 'update.method'"),
         (["--name", "x", "--methods", "grpo"], "name='x'"),
         ([], "no arms"),
     ]:
