@@ -87,23 +87,6 @@ class Policy(NamedTuple):
         self.tokenizer.save_pretrained(folder)
 
 
-class OutputHead(NamedTuple):
-    """How hidden states become logits: cap(logit_scale * (weight h + bias)); the arguments of the fused loss."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-
-def output_head(model: PreTrainedModel) -> OutputHead:
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return OutputHead(head.weight, getattr(head, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
-
-
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The part of the model that maps token ids to the hidden states the output head reads."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alp_kernels import LossOutput, Perturbation, Stats, attach, fused_alp_loss, linear_logprob
+from alp_kernels.integrations.hugging_face import output_head
 
 from .config import UpdateConfig, layers_of
 from .errors import Diverged, UserError
 from .methods import METHODS, Method
-from .models import hidden_states, output_head, positions
+from .models import hidden_states, positions
 from .parallel import World
 from .rollout import Completions
 from .shard import full, reshard
@@ -74,14 +75,12 @@ def _forward_logp(model: PreTrainedModel, part: Experience, temperature: float) 
     hidden = hidden_states(model, completions.tokens, completions.attention_mask, keep)
     head = output_head(model)  # after the forward: a sharded model's is whole now
     logp, _ = linear_logprob(
-        hidden,
+        head.inputs(hidden),
         head.weight,
         completions.targets,
         mask=completions.mask,
-        bias=head.bias,
         temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
+        **head.options,
     )
     return logp
 
@@ -157,22 +156,20 @@ class Updater:
             ids = row_ids(part, draw)[:, -keep:].reshape(-1)
             logit_noise = self.handle.logit_noise(len(ids), ids)
         return fused_alp_loss(
-            hidden,
+            head.inputs(hidden),
             head.weight,
             completions.targets,
             completions.logp,
             part.advantages,
             completions.mask,
             objective=self.method.objective,
-            bias=head.bias,
             temperature=self.temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
             logit_noise=logit_noise,
             old_logp=part.old_logp if self.method.needs_old_logp else None,
             turn_ends=turn_ends(completions) if self.method.objective.level == "cum-turn" else None,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
+            **head.options,
         )
 
 

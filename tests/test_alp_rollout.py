@@ -9,8 +9,9 @@ from transformers import AutoTokenizer
 
 from alp.config import ModelConfig, RolloutConfig
 from alp.inference import InferenceEngine, QuantisedLinear, integer_matmul, quantise
-from alp.models import Policy, character_tokenizer, hidden_states, make_tiny, output_head
+from alp.models import Policy, character_tokenizer, hidden_states, make_tiny
 from alp.rollout import sample, uniforms
+from alp_kernels.integrations.hugging_face import output_head
 
 SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
 

@@ -11,10 +11,11 @@ from alp.config import ModelConfig, UpdateConfig, UserError
 from alp.diagnostics import diagnose
 from alp.inference import snapshot
 from alp.methods import METHODS
-from alp.models import Policy, hidden_states, make_tiny, output_head
+from alp.models import Policy, hidden_states, make_tiny
 from alp.parallel import World
 from alp.rollout import sample, uniforms
 from alp.update import Experience, Updater, last_token, score_clean
+from alp_kernels.integrations.hugging_face import output_head
 
 SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
 CALM = UpdateConfig(grad_clip=1e9, sigma=0.05)

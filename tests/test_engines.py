@@ -21,11 +21,12 @@ from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, Upda
 from alp.errors import UserError
 from alp.inference import InferenceEngine, make_engine
 from alp.mismatch import K3_BOUND, describe, measure_mismatch
-from alp.models import Policy, hidden_states, load_policy, output_head
+from alp.models import Policy, hidden_states, load_policy
 from alp.rollout import Completions, sample, uniforms
 from alp.run import read_metrics
 from alp.tasks import Task, make_task
 from alp.train import train
+from alp_kernels.integrations.hugging_face import output_head
 
 from .tiny_models import write_llama, write_sums
 

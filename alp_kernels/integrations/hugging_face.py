@@ -55,7 +55,7 @@ class OutputHead(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def unwrapped(model: nn.Module) -> Any:
+def unwrapped(model: Any) -> Any:
     """The Hugging Face model inside a PeftModel; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
