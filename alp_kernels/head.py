@@ -58,6 +58,10 @@ def _check_head(
             raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor")
         if hasattr(value, "full_tensor"):
             raise TypeError(f"{where}: {name} is a DTensor, one rank's shard of it; give {name}.full_tensor()")
+        if type(value).__module__.startswith("torchao."):
+            raise TypeError(
+                f"{where}: {name} is a {type(value).__name__}, quantised by torchao; give {name}.dequantize()"
+            )
     if hidden.device.type == "meta":
         raise ValueError(f"{where}: hidden is on the meta device and holds no values")
     if torch.is_autocast_enabled(hidden.device.type):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alp_kernels import Objective, attach, fused_alp_loss, policy_loss
+from alp_kernels import Objective, attach, fused_alp_loss, linear_logprob, policy_loss
 
 peft = pytest.importorskip("peft", minversion="0.18")
 
@@ -272,3 +272,59 @@ def test_adapters_added_and_merged_while_attached_are_perturbed_all_along():
     with torch.no_grad():
         assert not torch.allclose(noisy, merged(ids()).logits)
     handle.detach()
+
+
+# ------------------------------------------------------------------ a quantised base
+
+
+def quantised(bits, *, names):
+    """A model whose linear layers with these endings hold weights of so many bits, by torchao."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = make_model()
+    if bits == 8:
+        config = quantization.Int8WeightOnlyConfig()
+    else:
+        from torchao.quantization import PerGroup
+
+        config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16))
+    quantization.quantize_(model, config, filter_fn=lambda module, name: name.endswith(names))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_adapters_and_sigma_train_on_a_quantised_base(bits):
+    base = quantised(bits, names=("q_proj", "up_proj"))
+    assert type(base.model.layers[0].self_attn.q_proj.weight).__module__.startswith("torchao.")
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    )
+    handle = attach(model, sigma=0.05)
+    targets, *rest = batch()
+    with handle.perturbed(step=0):
+        hidden = backbone(model)(ids()).last_hidden_state
+        head = output_head(model)
+        fused_alp_loss(hidden, head.weight, targets, *rest, objective=Objective.preset("alp-token")).loss.backward()
+    assert set(gradients(model)) == {n for n, p in model.named_parameters() if "lora_" in n}
+    assert all(g.abs().max() > 0 for g in gradients(model).values())
+    assert (handle.log_sigma.grad != 0).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_quantised_head_comes_dequantised(has_adapter):
+    model = quantised(8, names=("lm_head",))
+    weight = model.lm_head.weight
+    if has_adapter:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    head = output_head(model)
+    assert torch.equal(head.weight[:, :32], weight.dequantize())
+    assert head.weight.requires_grad is has_adapter
+    check_head(model, input_ids=ids())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_tensor_as_the_weight_is_refused():
+    weight = quantised(8, names=("lm_head",)).lm_head.weight
+    with pytest.raises(TypeError, match=r"weight is a Int8Tensor, quantised by torchao; give weight.dequantize\(\)"):
+        linear_logprob(torch.randn(2, 5, 32), weight, ids())
