@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ from .grid import load_grid
 from .grid_report import HEAD, write_grid_report, write_page
 from .plots import PLOTS, Series, draw
 from .run import Metrics, read_metrics
+from .summary import status
 
 _ROWS = {
     "reward": "reward",
@@ -60,7 +62,10 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
         raise UserError(f"report: {grids[0]} is a grid; it needs a page of its own")
     if grids:
         out = out or grids[0] / "report.html"
-        write_grid_report(load_grid(grids[0]), out)
+        grid = load_grid(grids[0])
+        write_grid_report(grid, out)
+        counts = Counter(status(cell) for cell in grid.cells)
+        print(f"{len(grid.cells)} runs: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     else:
         out = out or Path("report.html")
         write_page(out, _page(folders))
