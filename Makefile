@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test bench lint clean
+.PHONY: train test bench docs lint clean
 
 train:
 	@$(PYTHON) scripts/environment.py train
@@ -16,6 +16,10 @@ test:
 bench:
 	@$(PYTHON) scripts/environment.py bench
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+docs:
+	@$(PYTHON) scripts/environment.py docs
+	$(BIN)/mkdocs build --strict
 
 lint:
 	@$(PYTHON) scripts/environment.py dev
