@@ -13,6 +13,11 @@ test:
 	@$(PYTHON) scripts/environment.py test
 	$(BIN)/python -m pytest $(ARGS)
 
+# Other versions of transformers, and trainers whose pins conflict: each in .venv-NAME, on top of .venv.
+test-%:
+	@$(PYTHON) scripts/environment.py test --overlay $*
+	.venv-$*/bin/python -m pytest $(tests-$*) $(ARGS)
+
 bench:
 	@$(PYTHON) scripts/environment.py bench
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)

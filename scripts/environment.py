@@ -1,14 +1,14 @@
 """Make .venv and install this checkout into it; does nothing where that is done already. Standard library only.
 
     python3 scripts/environment.py EXTRA
-    python3 scripts/environment.py EXTRA --overlay NAME REQUIREMENT...
+    python3 scripts/environment.py EXTRA --overlay NAME
 
 EXTRA is an optional-dependency group of pyproject.toml. Where no PyTorch is in the environment yet, the build that fits
 this machine comes first: the CPU build where there is no GPU, so that no CUDA packages are fetched for nothing.
 
 An overlay is an environment .venv-NAME whose own packages win over those of .venv, which it sees: another version of
-transformers, or a trainer whose pins conflict. Its requirements are installed with --no-deps and so are the whole list:
-what a trainer pins, torch above all, never replaces what is there.
+transformers, or a trainer whose pins conflict. requirements/NAME.txt is the whole list, installed with --no-deps: what a
+trainer pins, torch above all, never replaces what is there.
 """
 
 import argparse
@@ -98,10 +98,12 @@ def make_base(extra: str) -> None:
     say("ready")
 
 
-def make_overlay(name: str, requirements: list[str]) -> None:
+def make_overlay(name: str) -> None:
     """.venv-NAME on top of .venv."""
-    folder = VENV.with_name(f".venv-{name}")
-    stamp, wanted = folder / "installed", fingerprint(name, *requirements)
+    folder, requirements = VENV.with_name(f".venv-{name}"), ROOT / "requirements" / f"{name}.txt"
+    if not requirements.is_file():
+        sys.exit(f"environment: there is no {requirements.relative_to(ROOT)}")
+    stamp, wanted = folder / "installed", fingerprint(name, requirements.read_text())
     if is_ready(stamp, wanted):
         return
     say(f"making {folder.name}")
@@ -109,7 +111,7 @@ def make_overlay(name: str, requirements: list[str]) -> None:
     base, own = (next(env.glob("lib/python*/site-packages")).resolve() for env in (VENV, folder))
     # addsitedir, not a bare path: the checkout itself is in .venv by a .pth file, which a bare path would not read
     (own / "base.pth").write_text(f"import site; site.addsitedir({str(base)!r})\n")
-    run(PYTHON, "-m", "pip", "--python", folder / "bin/python", "install", "--quiet", "--no-deps", *requirements)
+    run(PYTHON, "-m", "pip", "--python", folder / "bin/python", "install", "--quiet", "--no-deps", "-r", requirements)
     write_stamp(stamp, wanted)
     say(f"{folder.name} is ready")
 
@@ -121,11 +123,11 @@ def main() -> None:
         )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("extra")
-    parser.add_argument("--overlay", nargs="+", metavar=("NAME", "REQUIREMENT"))
+    parser.add_argument("--overlay", metavar="NAME")
     arguments = parser.parse_args()
     make_base(arguments.extra)
     if arguments.overlay:
-        make_overlay(arguments.overlay[0], arguments.overlay[1:])
+        make_overlay(arguments.overlay)
 
 
 if __name__ == "__main__":
