@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from .config import TrainConfig, UserError
 from .grid import load_grid
 from .grid_report import HEAD, write_grid_report, write_page
-from .plots import PLOTS, Series, draw
+from .plots import Series, draw, plots_of
 from .run import Metrics, read_metrics
 from .summary import status
 
@@ -84,7 +84,7 @@ def _page(folders: list[Path]) -> str:
     parts = [f"<h1>alp: {html.escape(', '.join(runs))}</h1>"]
     for folder, name in zip(folders, runs, strict=True):
         parts += [f"<h2>{html.escape(name)}</h2>", _summary(configs[name], folder), _table(runs[name])]
-    parts += ["<h2>Plots</h2>", *(f"<figure>{_svg(plot, runs)}</figure>" for plot in PLOTS)]
+    parts += ["<h2>Plots</h2>", *(f"<figure>{_svg(plot, runs)}</figure>" for plot in plots_of(runs))]
     for name, config in configs.items():
         parts.append(f"<details><summary>configuration of {html.escape(name)}</summary>")
         parts.append(f"<pre>{html.escape(config.to_json())}</pre></details>")
