@@ -39,6 +39,7 @@ class _Forward(NamedTuple):
     step: int
     row_start: int
     row_ids: Tensor | None
+    ran: set[int]  # layers
 
 
 class _Hook:
@@ -234,7 +235,7 @@ class Perturbation(nn.Module):
                 )
             start = self._take_rows(num_rows) if row_ids is None else 0
             row_ids = None if row_ids is None else row_ids.to(device)
-            self._current = _Forward(self._forwards, self._step, start, row_ids)
+            self._current = _Forward(self._forwards, self._step, start, row_ids, set())
             self._forwards += 1
         return self._current
 
@@ -260,6 +261,13 @@ class Perturbation(nn.Module):
         return self._begin(hidden.numel() // hidden.shape[-1], hidden.device)
 
     def _add(self, position: int, index: int, hidden: Tensor, forward: _Forward) -> Tensor:
+        if not _in_backward():
+            if index in forward.ran:
+                raise RuntimeError(
+                    f"perturbed: layer {index} ran twice in one forward of its decoder, and both runs would meet the same "
+                    "noise; attach with path=... to a module that runs each of its layers once"
+                )
+            forward.ran.add(index)
         u = perturb(
             hidden,
             self.log_sigma[position].to(hidden.device),

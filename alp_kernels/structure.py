@@ -45,6 +45,8 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
     decoder = getattr(model, "get_decoder", lambda: model)()
     if id(decoder) not in names:
         decoder = model
+    if not _outermost_lists(decoder):  # its output head, where a model calls that its decoder
+        decoder = model
     prefix = names[id(decoder)]
     sizes = {
         ".".join(filter(None, (prefix, name))): sum(p.numel() for p in layers.parameters())

@@ -32,9 +32,9 @@ def config(kind, **changes):
     return getattr(transformers, f"{kind}Config")(**{**shared, **extra, **changes})
 
 
-def make_model(kind="Qwen2"):
+def make_model(kind="Qwen2", **changes):
     torch.manual_seed(0)
-    return getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config(kind))
+    return getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config(kind, **changes))
 
 
 class Toy(nn.Module):

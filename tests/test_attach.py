@@ -335,6 +335,26 @@ def test_a_model_without_layers_or_with_several_lists_asks_for_a_path():
     assert attach(two, path="b.blocks").layers == (0, 1, 2)
 
 
+def test_a_layer_that_runs_twice_in_a_forward_is_an_error():
+    class Rounds(Toy):
+        rounds = 2
+
+        def forward(self, ids):
+            hidden = self.embed(ids)
+            for block in [*self.blocks] * self.rounds:
+                hidden = block(hidden)
+            return hidden
+
+    model = Rounds()
+    handle = attach(model)
+    with handle.perturbed(step=0), pytest.raises(RuntimeError, match="layer 0 ran twice in one forward of its decoder"):
+        model(ids())
+    model(ids())  # a clean forward may
+    model.rounds = 1
+    with handle.perturbed(step=0):
+        assert not torch.equal(model(ids()), model(ids())), "two forwards have noise of their own"
+
+
 def test_peft_adapters_are_perturbed():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))

@@ -1,0 +1,185 @@
+"""What output head a Hugging Face model has, PEFT adapters included: the arguments of `fused_alp_loss`.
+
+    hidden = backbone(model)(input_ids).last_hidden_state
+    head = output_head(model)
+    out = fused_alp_loss(head.inputs(hidden), head.weight, targets, ..., **head.options)
+
+A LoRA adapter on the head, logits = W h + s B A h, becomes a head of D + r channels: weight [W, s B], inputs [h, A h].
+Adding s B A to W instead would round small adapters away where W has 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..structure import find_layers
+
+_MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse, Falcon-H1
+_DIVIDE = ("logits_scaling",)  # Granite
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+_APPLIED_BESIDE_VISION = (
+    *("gemma3n", "gemma4", "gemma4_unified", "granite4_vision", "granite_docling", "hyperclovax_vision_v2"),
+    *("mistral_large4", "muse_glimmer", "muse_spark", "paligemma"),
+)
+"""Models with a vision tower that do to their logits what their text decoder's configuration says; the others do not."""
+
+
+class OutputHead(NamedTuple):
+    """logits = cap(logit_scale (weight x + bias)) with x = inputs(hidden)."""
+
+    weight: Tensor  # (V, D), or (V, D + r) with adapters of together r ranks; differentiable where it is trained
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+    adapters: tuple[nn.Module, ...] = ()  # D -> rank each
+
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> what `weight` is multiplied with: hidden itself but for adapters on the head."""
+        if not self.adapters:
+            return hidden
+        dtypes = [next(adapter.parameters()).dtype for adapter in self.adapters]
+        parts = [adapter(hidden.to(dtype)) for adapter, dtype in zip(self.adapters, dtypes, strict=True)]
+        return torch.cat([hidden, *(part.to(hidden.dtype) for part in parts)], dim=-1)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords of `fused_alp_loss` and `linear_logprob`."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All of them, (..., V): for checks."""
+        logits = nn.functional.linear(self.inputs(hidden), self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The Hugging Face model inside a PeftModel; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of the model, adapters in place, whose `last_hidden_state` the output head reads.
+
+    Raises:
+        ValueError: the model has no such part.
+    """
+    inner = unwrapped(model)
+    found: nn.Module = inner.base_model
+    if found is inner:  # Llama 4 has a prefix that is not its decoder's name
+        found = find_layers(inner).parent
+    if found is inner:
+        raise ValueError(f"backbone: {type(inner).__name__} has no part apart from its output head")
+    return found
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """The output head of a Hugging Face causal language model, PeftModel or not, with the adapters that are active now.
+
+    Call it anew each step, after the forward: it reads the weights as they are. A frozen head comes as it is, so that the
+    fused loss forms no gradient for it; one with adapters is a copy of V x (D + r), and so is its gradient. A quantised
+    weight (torchao) comes dequantised, a copy of V x D.
+
+    Raises:
+        ValueError, TypeError: a head that is no linear layer, or adapters that are not LoRA or DoRA, by name.
+    """
+    inner = unwrapped(model)
+    head = inner.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"output_head: {type(inner).__name__} has no output embeddings")
+    weight, bias, adapters = _linear(head)
+    text = inner.config.get_text_config()
+    is_plain = text is not inner.config and inner.config.model_type not in _APPLIED_BESIDE_VISION
+    scale, softcap = (1.0, None) if is_plain else _scale_and_cap(text)
+    return OutputHead(weight, bias, scale, softcap, adapters)
+
+
+def check_head(model: nn.Module, **inputs: Any) -> None:
+    """Compare the head's logits with those of the model's own forward on `inputs`; worth a line before the first step.
+
+    Raises:
+        ValueError: they differ: the model does something to its logits that `output_head` does not know.
+    """
+    was_training = model.training
+    model.eval()  # no dropout
+    try:
+        with torch.no_grad():
+            logits = model(**inputs).logits.float()
+            ours = output_head(model).logits(backbone(model)(**inputs).last_hidden_state).float()
+    finally:
+        model.train(was_training)
+    worst, size = float((ours - logits).abs().max()), float(logits.abs().max())
+    half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    if not worst <= (0.05 if half else 1e-3) * max(size, 1e-6):
+        raise ValueError(
+            f"check_head: {type(unwrapped(model)).__name__} has logits up to {size:.3g}; weight, bias, scale and softcap give "
+            f"others, by up to {worst:.3g}"
+        )
+
+
+def _scale_and_cap(config: Any) -> tuple[float, float | None]:
+    scale = 1.0
+    for name in (*_MULTIPLY, *_DIVIDE):
+        value = getattr(config, name, None)
+        if not isinstance(value, int | float) or value == 1:
+            continue
+        multiplies = name in _MULTIPLY or config.model_type.startswith("hyperclovax")
+        scale = scale * value if multiplies else scale / value
+    caps = [cap for name in _CAPS if (cap := getattr(config, name, None)) is not None]
+    return scale, float(caps[0]) if caps else None
+
+
+def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None, tuple[nn.Module, ...]]:
+    """Weight, bias and adapters of a linear layer, a copy of one that PEFT trains, or one with LoRA."""
+    if hasattr(module, "modules_to_save"):
+        wrapper: Any = module
+        is_on = wrapper.active_adapters and not wrapper.disable_adapters
+        return _linear(wrapper.modules_to_save[wrapper.active_adapters[0]] if is_on else wrapper.original_module)
+    if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+        return _lora(module)
+    if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+        raise TypeError(
+            f"output_head: the head is a {type(module).__module__}.{type(module).__name__}; of PEFT's adapters LoRA, DoRA and "
+            "modules_to_save can be on it"
+        )
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise TypeError(f"output_head: the head is a {type(module).__name__}; it needs a matrix as its weight")
+    if type(weight).__module__.startswith("torchao."):
+        weight = weight.dequantize()
+    elif not weight.is_floating_point():
+        raise TypeError(
+            f"output_head: the head's weight is a {type(weight).__name__} of {weight.dtype}; keep the head unquantised"
+        )
+    return weight, getattr(module, "bias", None), ()
+
+
+def _lora(layer: Any) -> tuple[Tensor, Tensor | None, tuple[nn.Module, ...]]:
+    weight, bias, adapters = _linear(layer.base_layer)
+    if layer.disable_adapters or layer.merged:
+        return weight, bias, adapters
+    columns, found, magnitude = [weight], list(adapters), None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in active:
+        a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        dropout = layer.lora_dropout[name]
+        columns.append((scaling * b.weight).to(weight.dtype))
+        found.append(nn.Sequential(dropout, a))
+        if b.bias is not None:
+            bias = (0 if bias is None else bias) + (scaling * b.bias).to(weight.dtype)
+        variant = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else None
+        if variant not in (None, "DoraLinearVariant"):
+            raise TypeError(f"output_head: adapter {name!r} on the head is a {variant}; LoRA and DoRA can be on it")
+        if variant is not None:
+            if len(active) > 1 or (layer.training and getattr(dropout, "p", 0.0) > 0):
+                raise ValueError(
+                    f"output_head: adapter {name!r} on the head is DoRA; that goes alone and with lora_dropout=0"
+                )
+            # the norm is held constant (arXiv 2402.09353, section 4.3)
+            with torch.no_grad():
+                norm = torch.linalg.norm(weight.to(a.weight.dtype) + scaling * (b.weight @ a.weight), dim=1)
+            magnitude = layer.lora_magnitude_vector[name].weight / norm
+    joined = torch.cat(columns, dim=1) if found else weight
+    return joined if magnitude is None else (magnitude[:, None] * joined).to(weight.dtype), bias, tuple(found)
