@@ -156,6 +156,13 @@ class Comparison:
         provenance = _provenance()
         if path.is_file():
             found = json.loads(path.read_text())
+            changed = [
+                f"{key} {found['provenance'].get(key)} -> {provenance[key]}"
+                for key in _DECISIVE
+                if found["provenance"].get(key) != provenance[key]
+            ]
+            if changed and any(_state(cell) is None for cell in self.cells):
+                print(f"going on with other code than this comparison began with: {', '.join(changed)}", flush=True)
             differing = [key for key, value in self.description.items() if found.get(key) != value]
             if differing == ["seeds"] and set(found["seeds"]) < set(self.description["seeds"]):
                 provenance = found["provenance"]
@@ -222,6 +229,9 @@ def _state(cell: TrainConfig) -> str | None:
     if (folder / "outcome.json").is_file():
         return "finished"
     return "diverged" if (folder / "failure.txt").is_file() else None
+
+
+_DECISIVE = ("commit", "torch", "transformers")  # of the provenance: numbers may differ with them
 
 
 def _provenance() -> dict[str, str]:

@@ -30,6 +30,8 @@ class Cell:
     """evaluate() "before" and "after" the run; None: it did not end well, or not yet."""
     failure: str | None
     """Why it stopped."""
+    before: dict[str, float] | None = None
+    """evaluate() before the run, where it has no outcome."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def export_grid(grid: Grid, path: Path) -> None:
 
 def _cell(runs: Path, arm: str, seed: int) -> Cell:
     folder = runs / f"{arm}-s{seed}"
-    outcome, failure = folder / "outcome.json", folder / "failure.txt"
+    outcome, failure, before = folder / "outcome.json", folder / "failure.txt", folder / "before.json"
     is_finished = outcome.is_file()
     return Cell(
         arm,
@@ -95,6 +97,7 @@ def _cell(runs: Path, arm: str, seed: int) -> Cell:
         metrics=read_metrics(folder / "metrics.jsonl"),
         outcome=json.loads(outcome.read_text()) if is_finished else None,
         failure=failure.read_text().strip() if failure.is_file() and not is_finished else None,
+        before=json.loads(before.read_text()) if before.is_file() and not is_finished else None,
     )
 
 

@@ -69,6 +69,7 @@ def pictures(grid: Grid) -> list[Picture]:
             _of("step_kl"),
             is_log=True,
         ),
+        _curves(grid, "tool_ok", "Tool calls that ran well", f"Fraction of calls. {band}", _of("tool/ok")),
         _cost(grid),
         _histograms(grid, "token"),
         _histograms(grid, "sequence"),

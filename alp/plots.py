@@ -79,6 +79,11 @@ def _envelope(axes: Axes, runs: Series) -> None:
         axes.legend(fontsize=7)
 
 
+def _tools(axes: Axes, runs: Series) -> None:
+    axes.set_title("Tool calls: a trajectory, and the fraction that ran well")
+    _lines(axes, runs, {"tool/calls": "calls", "tool/ok": "ran well", "void": "void trajectories"})
+
+
 PLOTS: dict[str, Callable[[Axes, Series], None]] = {
     "reward": _reward,
     "ratio_tail": _ratio_tail,
@@ -86,7 +91,14 @@ PLOTS: dict[str, Callable[[Axes, Series], None]] = {
     "sources": _sources,
     "sigma": _sigma,
     "envelope": _envelope,
+    "tools": _tools,
 }
+
+
+def plots_of(runs: Series) -> list[str]:
+    """Those of PLOTS that the runs have something for: without a tool there is none of its calls."""
+    has_tool = any("tool/calls" in m for metrics in runs.values() for m in metrics)
+    return [name for name in PLOTS if name != "tools" or has_tool]
 
 
 def draw(name: str, runs: Series) -> Figure:
@@ -104,7 +116,7 @@ def draw(name: str, runs: Series) -> Figure:
 def save_plots(name: str, metrics: list[Metrics], folder: Path) -> None:
     """One PNG for each plot of one run."""
     folder.mkdir(exist_ok=True)
-    for plot in PLOTS:
+    for plot in plots_of({name: metrics}):
         figure = draw(plot, {name: metrics})
         figure.savefig(folder / f"{plot}.png", dpi=120)
         plt.close(figure)

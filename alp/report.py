@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,8 +16,9 @@ import matplotlib.pyplot as plt
 from .config import TrainConfig, UserError
 from .grid import load_grid
 from .grid_report import HEAD, write_grid_report, write_page
-from .plots import PLOTS, Series, draw
+from .plots import Series, draw, plots_of
 from .run import Metrics, read_metrics
+from .summary import status
 
 _ROWS = {
     "reward": "reward",
@@ -60,7 +62,10 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
         raise UserError(f"report: {grids[0]} is a grid; it needs a page of its own")
     if grids:
         out = out or grids[0] / "report.html"
-        write_grid_report(load_grid(grids[0]), out)
+        grid = load_grid(grids[0])
+        write_grid_report(grid, out)
+        counts = Counter(status(cell) for cell in grid.cells)
+        print(f"{len(grid.cells)} runs: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     else:
         out = out or Path("report.html")
         write_page(out, _page(folders))
@@ -79,7 +84,7 @@ def _page(folders: list[Path]) -> str:
     parts = [f"<h1>alp: {html.escape(', '.join(runs))}</h1>"]
     for folder, name in zip(folders, runs, strict=True):
         parts += [f"<h2>{html.escape(name)}</h2>", _summary(configs[name], folder), _table(runs[name])]
-    parts += ["<h2>Plots</h2>", *(f"<figure>{_svg(plot, runs)}</figure>" for plot in PLOTS)]
+    parts += ["<h2>Plots</h2>", *(f"<figure>{_svg(plot, runs)}</figure>" for plot in plots_of(runs))]
     for name, config in configs.items():
         parts.append(f"<details><summary>configuration of {html.escape(name)}</summary>")
         parts.append(f"<pre>{html.escape(config.to_json())}</pre></details>")

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, commit.txt, metrics.jsonl, mismatch.json, outcome.json, checkpoints/, plots/, model/ ...
+"""A run's folder: config.json, commit.txt, metrics.jsonl, mismatch.json, before.json, outcome.json, checkpoints/, model/ ...
 
 Whatever must survive a kill is written beside its place, synced and renamed: a file is the old one or the new one.
 Its size is bounded: two checkpoints, best/ and model/, and one of these once more while it is being written.
@@ -208,6 +208,10 @@ class Run:
         """mismatch.json: the inference engine against the training path before the first step."""
         text = json.dumps(measured, indent=2)
         write_whole(self.folder / "mismatch.json", lambda file: file.write(text.encode()))
+
+    def save_before(self, before: dict[str, float]) -> None:
+        """before.json: the evaluation before the run, for one that has no outcome because it diverged."""
+        write_whole(self.folder / "before.json", lambda file: file.write(json.dumps(before, indent=2).encode()))
 
     def save_outcome(self, before: dict[str, float], after: dict[str, float]) -> None:
         """outcome.json: the evaluations before and after the run."""

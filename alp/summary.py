@@ -50,8 +50,8 @@ def accuracies(cell: Cell, key: str = "train") -> tuple[list[float], list[float]
     """Steps and evaluated accuracies in order: before the run, every eval/..., after it."""
     steps, values = series(cell, f"eval/{key}")
     last = cell.metrics[-1]["step"] if cell.metrics else 0
-    outcome = cell.outcome or {}
-    if key in outcome.get("before", {}) and (not steps or steps[0] > 0):
+    outcome = cell.outcome or {"before": cell.before or {}}
+    if key in outcome["before"] and (not steps or steps[0] > 0):
         steps, values = [0, *steps], [outcome["before"][key], *values]
     if key in outcome.get("after", {}):
         if steps and steps[-1] == last > 0:  # the same model, evaluated again

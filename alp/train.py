@@ -343,6 +343,7 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
             run.save_mismatch(mismatch)
             print(describe(mismatch, config.rollout), flush=True)
             trainer.before = trainer.evaluate()
+            run.save_before(trainer.before)
     if world.is_main:
         run.tidy()
         run.keep_metrics(trainer.num_steps)

@@ -1,9 +1,10 @@
 """`python -m bench.table [results.jsonl ...]`: Markdown from saved records, by default the newest of each kind of device.
 
-    --update README.md      rewrite what stands there between the two comments that mark it
+    --update README.md docs/performance.md      rewrite what stands there between the two comments that mark it
 
-The opening comment names the files, `<!-- bench.table: bench/results/FILE.jsonl -->`; a test makes the part again from
-them and compares. Nothing is imported here that records do not need, so that any Python can print them.
+The opening comment names the files, `<!-- bench.table: bench/results/FILE.jsonl -->`, or, for the loss head and the noise
+alone, `<!-- bench.table, in short: FILES -->`; a test makes the parts again and compares. Nothing is imported here that
+records do not need, so that any Python can print them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-MARKED = re.compile(r"(<!-- bench\.table: )(.*?)( -->\n)(.*?)(<!-- end of bench\.table -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- bench\.table(, in short)?: )(.*?)( -->\n)(.*?)(<!-- end of bench\.table -->)", re.DOTALL)
 ENGINES = {"cpu": "native", "cuda": "triton"}
 
 
@@ -107,15 +108,15 @@ def read(paths: Iterable[Path]) -> list[Record]:
 # ------------------------------------------------------------------ Markdown
 
 
-def markdown(records: Sequence[Record]) -> str:
-    """For each device: its tables, and what the numbers need beside them."""
-    return "\n".join(
-        line for device in dict.fromkeys(r["device_type"] for r in records) for line in _device(records, device)
-    )
+def markdown(records: Sequence[Record], *, in_short: bool = False) -> str:
+    """For each device: its tables, and what the numbers need beside them. `in_short`: loss head and noise alone."""
+    main = {op for layout in LAYOUTS[:2] for op in layout.ops}
+    kept = [r for r in records if r["op"] not in DRAWN and (r["op"] in main or not in_short)]
+    return "\n".join(line for device in dict.fromkeys(r["device_type"] for r in kept) for line in _device(kept, device))
 
 
 def _device(records: Sequence[Record], device: str) -> Iterator[str]:
-    mine = [r for r in records if r["device_type"] == device and r["op"] not in DRAWN]
+    mine = [r for r in records if r["device_type"] == device]
     if not mine:
         return
     for layout in LAYOUTS:
@@ -209,36 +210,37 @@ def _origin(records: list[Record]) -> Iterator[str]:
 
 
 def named(text: str) -> list[str]:
-    """The files a README's part says it was made from; none where it has no such part."""
+    """The files a page's part says it was made from; none where it has no such part."""
     found = MARKED.search(text)
-    return found[2].split() if found else []
+    return found[3].split() if found else []
 
 
-def replaced(text: str, names: Sequence[str], body: str) -> str:
-    """`text` with `body` as its part, made from `names`."""
+def replaced(text: str, names: Sequence[str], records: Sequence[Record]) -> str:
+    """`text` with the tables of `records` as its part, made from `names`."""
     if not MARKED.search(text):
         raise ValueError("no part to rewrite: it needs <!-- bench.table: FILES --> and <!-- end of bench.table -->")
-    return MARKED.sub(lambda m: f"{m[1]}{' '.join(names)}{m[3]}\n{body}{m[5]}", text)
+    return MARKED.sub(lambda m: f"{m[1]}{' '.join(names)}{m[4]}\n{markdown(records, in_short=bool(m[2]))}{m[6]}", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.table", description="Markdown tables from saved records.")
     parser.add_argument("results", nargs="*", type=Path, help="JSON lines; by default the newest of each device")
-    parser.add_argument("--update", type=Path, metavar="README.md", help="rewrite the marked part of this file")
+    parser.add_argument("--update", type=Path, nargs="+", metavar="PAGE", help="rewrite the marked part of these pages")
     options = parser.parse_args(arguments)
     paths = options.results or newest()
     if not paths:
         parser.error(f"no records in {RESULTS}; `pytest bench/ --benchmark-only --save-results` writes some")
     try:
-        body = markdown(read(paths))
+        records = read(paths)
+        body = markdown(records)
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{', '.join(map(str, paths))}: no records of this version of the benchmark ({error!r})")
     if options.update is None:
         print(body)
         return
-    root = options.update.resolve().parent
-    names = [path.resolve().relative_to(root).as_posix() for path in paths]
-    options.update.write_text(replaced(options.update.read_text(), names, body))
+    names = [path.resolve().relative_to(RESULTS.parent.parent).as_posix() for path in paths]
+    for page in options.update:
+        page.write_text(replaced(page.read_text(), names, records))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def test_a_run_folder_holds_what_a_reader_needs(reference: Path) -> None:
         "sigma.png",
         "envelope.png",
     }
+    assert not (reference / "plots" / "tools.png").exists()  # it has none
     assert list((reference / "tensorboard").iterdir()) and (reference / "model" / "config.json").is_file()
     metrics = read_metrics(reference / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]

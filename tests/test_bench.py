@@ -196,21 +196,26 @@ def test_each_column_of_the_tables_is_a_variant():
 
 
 def test_a_file_with_the_markers_is_rewritten_between_them_only():
-    text = "before\n<!-- bench.table: none -->\nold\n<!-- end of bench.table -->\nafter\n"
-    new = table.replaced(text, ["a.jsonl", "b.jsonl"], "| table |\n")
-    assert table.named(new) == ["a.jsonl", "b.jsonl"]
-    assert new.startswith("before\n") and new.endswith("<!-- end of bench.table -->\nafter\n")
-    assert "| table |" in new and "old" not in new
+    text = "before\n<!-- bench.table: none -->\nstale\n<!-- end of bench.table -->\nafter\n"
+    records = table.read(table.newest())
+    whole, short = (
+        table.replaced(t, ["a.jsonl", "b.jsonl"], records) for t in (text, text.replace(": none", ", in short: none"))
+    )
+    for new in (whole, short):
+        assert table.named(new) == ["a.jsonl", "b.jsonl"]
+        assert new.startswith("before\n") and new.endswith("<!-- end of bench.table -->\nafter\n")
+        assert "`fused_alp_loss` token" in new and "`perturb`" in new and "stale" not in new
+    assert "`perturb_rms_norm`" in whole and "`perturb_rms_norm`" not in short
     with pytest.raises(ValueError, match="no part to rewrite"):
-        table.replaced("before", [], "")
+        table.replaced("before", [], records)
 
 
-def test_readme_shows_what_its_records_say():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_a_page_shows_what_its_records_say(page):
+    text = (ROOT / page).read_text()
     names = table.named(text)
-    if not names:
-        pytest.skip("README.md has no generated tables")
-    assert text == table.replaced(text, names, table.markdown(table.read(ROOT / name for name in names)))
+    assert names
+    assert text == table.replaced(text, names, table.read(ROOT / name for name in names))
 
 
 @pytest.mark.slow

@@ -18,12 +18,14 @@ from alp import cli
 from alp.compare import Comparison, _warm_up, compare, cross, locked
 from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, WarmupConfig
 from alp.errors import Diverged, UserError
+from alp.grid import load_grid
 from alp.measure import step_kl
 from alp.methods import METHODS, register
 from alp.models import make_tiny
 from alp.parallel import World
 from alp.presets import PRESETS, arms_of, change, contrasts_of
 from alp.run import read_metrics
+from alp.summary import accuracies
 from alp.tasks import make_task
 from alp.tool_task import ToolTask
 from alp.train import Trainer
@@ -157,6 +159,10 @@ def test_divergence_is_an_outcome_and_a_fault_is_not(cache: Path, tmp_path: Path
     assert compare(comparison, jobs=1) == ["faulty-s0"]
     runs = tmp_path / "grid" / "runs"
     assert "norm is" in (runs / "diverging-s0" / "failure.txt").read_text()
+    cells = {cell.arm: cell for cell in load_grid(tmp_path / "grid").cells}
+    other = cells["bypass-sequence"].outcome
+    assert other is not None
+    assert accuracies(cells["diverging"]) == ([0], [other["before"]["train"]])  # judged by what it was evaluated at
     assert not (runs / "faulty-s0" / "outcome.json").exists()
     assert "update.layers" in (tmp_path / "grid" / "logs" / "faulty-s0.log").read_text()
     assert (runs / "bypass-sequence-s0" / "outcome.json").is_file()
@@ -173,12 +179,15 @@ def test_a_folder_keeps_its_comparison(whole: Path, cache: Path, tmp_path: Path)
         compare(grid(tmp_path, base(cache)), jobs=1)
 
 
-def test_a_comparison_takes_more_seeds(cache: Path, tmp_path: Path) -> None:
+def test_a_comparison_takes_more_seeds(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arms = arms_of(("bypass-token",))
     config = base(cache, steps=1, eval_every=0)
     assert compare(grid(tmp_path / "grid", config, arms, seeds=(1,)), jobs=1) == []
-    began = json.loads((tmp_path / "grid" / "grid.json").read_text())["provenance"]
+    path = tmp_path / "grid" / "grid.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"provenance": {"commit": "0", "torch": "1.0"}}))
+    began = json.loads(path.read_text())["provenance"]
     assert compare(grid(tmp_path / "grid", config, arms, seeds=(0, 1)), jobs=1) == []
+    assert "going on with other code than this comparison began with: commit 0 -> " in capsys.readouterr().out
     grown = json.loads((tmp_path / "grid" / "grid.json").read_text())
     assert grown["seeds"] == [0, 1]
     assert grown["provenance"] == began

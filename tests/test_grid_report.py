@@ -368,7 +368,8 @@ def test_the_command_takes_a_grid_or_an_export(
     for folder in ("grid", "export"):
         monkeypatch.setattr(sys, "argv", ["alp", "report", str(tmp_path / folder)])
         assert cli.run() == 0
-        assert f"wrote {tmp_path / folder / 'report.html'}" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"wrote {tmp_path / folder / 'report.html'}" in said and "4 runs: 4 finished" in said
         assert all((tmp_path / folder / name).is_file() for name in TABLES)
     monkeypatch.setattr(sys, "argv", ["alp", "report", str(tmp_path / "grid"), str(tmp_path / "export")])
     assert cli.run() == 2

@@ -1,0 +1,378 @@
+"""Adaptive Layerwise Perturbation in TRL: ALPGRPOConfig and ALPGRPOTrainer, used like GRPOConfig and GRPOTrainer.
+
+Of TRL's trainer three things change. The update's forward, and no other, is perturbed. The ratio's denominator is what the
+engine that sampled reported, or for transformers' own generation one clean forward of the weights that sampled. And the loss
+is one of alp_kernels' objectives, from hidden states where the output head allows. docs/trl.md has options and traps.
+
+B sequences of a micro-batch, T completion tokens, P + T tokens with the prompt, D channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import LossOutput, Objective, fused_alp_loss, policy_loss
+from ..objective import kl_estimate
+from .trl_head import add_policy_loss_head
+from .trl_sigma import SigmaMixin, sigma_fields_fit
+
+try:
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.models.utils import disable_gradient_checkpointing
+except ImportError as error:
+    raise ImportError(f"alp_kernels.integrations.trl needs TRL 1.16: pip install 'trl==1.16.*' ({error})") from error
+
+_AGGREGATION = {
+    "dapo": "token-mean",
+    "bnpo": "token-mean",
+    "grpo": "seq-mean-token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+    "luspo": "seq-mean-token-sum",
+}
+"""TRL's loss_type, as far as it says how token losses become one number. The others are surrogates of their own."""
+
+_MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+"""What a batch holds beside text, by the names that TRL's forward takes."""
+
+_POSITION_BITS = 20  # of a row's identity; the sample's number stands above, and above that the pass over it
+_PASS_BIT = 44  # row ids end at 48 bits
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ALPGRPOConfig(GRPOConfig):
+    """GRPOConfig with the perturbation's options. Fields of TRL that an objective cannot honour are refused by name.
+
+    `epsilon`, `epsilon_high` and `delta` replace the objective's clip_low, clip_high and dual_clip where they are given;
+    `loss_type` sets the aggregation, `beta` the k3 KL to the reference, `entropy_coef` the entropy bonus.
+    """
+
+    epsilon: float | None = _help("clip_low of the objective; None: its own (ALP 0.5).", None)
+    epsilon_high: float | None = _help("clip_high; None: `epsilon` where given, else the objective's (ALP 3.0).", None)
+    delta: float | None = _help("dual_clip; None: the objective's own (ALP 10).", None)
+    importance_sampling_level: str | None = _help("Leave it unset: `alp_objective` names the level.", None)
+    vllm_importance_sampling_correction: bool = _help("Leave it off: it would multiply the ratio again.", False)
+    use_bias_correction_kl: bool = _help("Leave it off: the KL term is the plain k3 estimate.", False)
+
+    alp_objective: str = _help(
+        "A preset of alp_kernels.Objective. alp-token, alp-sequence, alp-cum-token, alp-cum-turn are perturbed; "
+        "bypass-*, grpo, gspo, tis-*, mis are not.",
+        "alp-sequence",
+    )
+    alp_sigma: float = _help("Standard deviation of the noise at first, at every perturbed layer's input.", 1e-2)
+    alp_sigma_learning_rate: float = _help("Of log sigma, scaled by the scheduler; 0: sigma stays as it is.", 5e-4)
+    alp_layers: str = _help('"all", "final" (the decoder\'s output) or numbers like "0,3".', "all")
+    alp_path: str | None = _help("Path of the decoder's list of layers, where it cannot be told.", None)
+    alp_scale: str = _help('"absolute", or "rms": sigma counts in units of each row\'s root mean square.', "absolute")
+    alp_rounding: str = _help('"nearest" or "stochastic": the store of perturbed hidden states in 16 bits.', "nearest")
+    alp_seed: int | None = _help("Of the noise; None: `seed`.", None)
+    alp_fused_head: bool | None = _help(
+        "The loss straight from hidden states (fused_alp_loss); None: where the model allows.", None
+    )
+    alp_nonfinite: str = _help('Rollout log-probabilities that are NaN or inf: "mask" and count, or "raise".', "mask")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        claims: list[tuple[str, bool, str]] = [
+            ("loss_type", self.loss_type in _AGGREGATION, f"one of {', '.join(_AGGREGATION)}"),
+            (
+                "importance_sampling_level",
+                self.importance_sampling_level is None,
+                "None: `alp_objective` has the level",
+            ),
+            (
+                "vllm_importance_sampling_correction",
+                not self.vllm_importance_sampling_correction,
+                "False: the objective's ratio, or weight, is over the rollout engine already and would be corrected twice",
+            ),
+            ("use_bias_correction_kl", not self.use_bias_correction_kl, "False: the KL term is the plain k3 estimate"),
+            ("off_policy_mask_threshold", self.off_policy_mask_threshold is None, "None: the clip bounds the ratio"),
+            ("top_entropy_quantile", self.top_entropy_quantile == 1.0, "1.0: all tokens are in the loss"),
+            ("use_adaptive_entropy", not self.use_adaptive_entropy, "False, and a fixed entropy_coef"),
+            ("alp_nonfinite", self.alp_nonfinite in ("mask", "raise"), "'mask' or 'raise'"),
+            *sigma_fields_fit(self),
+        ]
+        for option, holds, fits in claims:
+            if not holds:
+                raise ValueError(f"{name}: {option}={getattr(self, option)!r}; it needs {fits}")
+        self.objective()  # names and ranges: its own errors
+
+    def objective(self) -> Objective:
+        """`alp_objective` with TRL's own fields: loss_type, clips, beta, entropy_coef."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        clips = {"clip_low": self.epsilon, "clip_high": high, "dual_clip": self.delta}
+        return Objective.preset(
+            self.alp_objective,
+            aggregation=_AGGREGATION[self.loss_type],
+            norm_length=self.max_completion_length if self.loss_type == "dr_grpo" else None,
+            kl="k3" if self.beta != 0 else None,
+            kl_coef=self.beta,
+            entropy_coef=self.entropy_coef,
+            **{name: value for name, value in clips.items() if value is not None},
+        )
+
+
+class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
+    """GRPOTrainer with alp_kernels' objectives and a perturbed update; the same constructor, with an ALPGRPOConfig.
+
+    `perturbation` is the handle (`alp_kernels.Perturbation`): sigma, and what `attach` can do; None where the objective is
+    not an alp-* one.
+    """
+
+    _tag_names: ClassVar[list[str]] = [*GRPOTrainer._tag_names, "alp"]
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: ALPGRPOConfig | None = None,
+        *others: Any,
+        **named: Any,
+    ) -> None:
+        if args is None:
+            path = model if isinstance(model, str) else model.config._name_or_path
+            args = ALPGRPOConfig(f"{path.split('/')[-1]}-GRPO")
+        if not isinstance(args, ALPGRPOConfig):
+            raise TypeError(f"ALPGRPOTrainer: args is a {type(args).__name__}; it needs an ALPGRPOConfig")
+        self._skips_old_forward = False
+        super().__init__(model, reward_funcs, args, *others, **named)
+        self.objective = args.objective()
+        self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high
+        has_engine = self.use_vllm or self.rollout_func is not None
+        if self.objective.weight is not None and not has_engine:
+            raise ValueError(
+                f"ALPGRPOTrainer: alp_objective={args.alp_objective!r} weighs by the rollout engine's log-probabilities, and "
+                "transformers' own generation reports none; it needs use_vllm=True or a rollout_func"
+            )
+        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
+            check_logprobs_mode(self.vllm_generation.vllm_client.get_server_info())
+        self.init_sigma(args, args.alp_objective.startswith("alp-"))
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        reason = self._why_not_fused(base)
+        if reason is not None and args.alp_fused_head:
+            raise ValueError(f"ALPGRPOTrainer: alp_fused_head=True cannot be had: {reason}")
+        self.fuses_head = reason is None and args.alp_fused_head is not False
+        if self.fuses_head:
+            add_policy_loss_head(base)
+
+    def _why_not_fused(self, model: Any) -> str | None:
+        head = model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return f"the output head is a {type(head).__name__} without a weight in floating point"
+        if self.aux_loss_enabled:
+            return "the router's auxiliary loss needs TRL's own forward (router_aux_loss_coef=0.0 switches it off)"
+        if self.is_deepspeed_enabled:
+            return "under DeepSpeed the head's weight may be partitioned while the loss is computed"
+        return None
+
+    # -------------------------------------------------------------- rollout: the denominator
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        # where generation and updates are out of step TRL scores the samples again, a forward that is then repeated or unused
+        every = self.args.steps_per_generation * self.num_iterations
+        self._skips_old_forward = self.args.gradient_accumulation_steps % every != 0
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self._skips_old_forward:
+            raise RuntimeError(
+                "ALPGRPOTrainer: this TRL scores rollouts otherwise than 1.16 does; it needs trl==1.16.*"
+            )
+        sampled = output.get("sampling_per_token_logps")
+        if sampled is None and (self.use_vllm or self.rollout_func is not None):
+            raise ValueError(
+                "ALPGRPOTrainer: the rollouts came without log-probabilities, the ratio's denominator; a rollout_func must "
+                "return those of each completion's tokens as `logprobs`"
+            )
+        needs_old = self.objective.denominator == "old"
+        clean = self._score(output) if sampled is None or needs_old else None
+        if needs_old:
+            output["old_per_token_logps"] = clean
+        output["sampling_per_token_logps"] = clean if sampled is None else sampled.float()
+        self._check_sampled(output)
+        size = len(output["completion_ids"])
+        # several generations can feed one optimizer step: number their samples on
+        first = (self._step % self.args.gradient_accumulation_steps) * self.accelerator.num_processes
+        first = (first + self.accelerator.process_index) * size
+        output["sample_ids"] = torch.arange(first, first + size, device=output["completion_ids"].device)
+        return output
+
+    @torch.no_grad()
+    def _score(self, batch: dict[str, Any]) -> Tensor:
+        """(B, T) log-probabilities of the completions under the weights as they are now, unperturbed."""
+        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logp, _, _ = self._get_per_token_logps_and_entropies(
+                self.model, *_tokens(batch), batch_size=size, **_multimodal(batch)
+            )
+        return logp.float()
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **named: Any) -> Any:
+        if self._skips_old_forward:  # TRL's first call after generating, before the reference model's
+            self._skips_old_forward = False
+            return None, None, None
+        return super()._get_per_token_logps_and_entropies(*args, **named)
+
+    def _check_sampled(self, batch: dict[str, Any]) -> None:
+        """Refuse rollout log-probabilities that cannot be a denominator; policy_loss masks and counts the few that cannot."""
+        mask = _loss_mask(batch).bool()
+        bad = mask & ~batch["sampling_per_token_logps"].isfinite()
+        num_bad, num_tokens = torch.stack([bad.sum(), mask.sum()]).tolist()
+        if num_bad and (num_bad == num_tokens or self.args.alp_nonfinite == "raise"):
+            hint = "" if num_bad == num_tokens else "; alp_nonfinite='mask' takes them out of the loss and counts them"
+            raise ValueError(
+                f"ALPGRPOTrainer: {num_bad} of the rollouts' {num_tokens} log-probabilities are NaN or inf{hint}"
+            )
+
+    # -------------------------------------------------------------- the update
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mask = _loss_mask(inputs)
+        # a turn ends where a tool's output begins, or with the completion
+        turn_ends = mask.bool() & ~nn.functional.pad(mask[:, 1:], (0, 1)).bool()
+        compute = {
+            "rollout_logp": inputs["sampling_per_token_logps"],
+            "advantages": inputs["advantages"],
+            "mask": mask,
+            "objective": self.objective,
+            "old_logp": inputs.get("old_per_token_logps"),
+            "ref_logp": inputs.get("ref_per_token_logps"),
+            "turn_ends": turn_ends if self.objective.level == "cum-turn" else None,
+            "nonfinite": self.args.alp_nonfinite,
+        } | self._counts(inputs, mask)
+        with self.noise(functools.partial(self._row_ids, inputs)):
+            if self.fuses_head:
+                out, loss = self._fused_loss(model, inputs, compute)
+            else:
+                out, loss = self._logp_loss(model, inputs, compute)
+        self.keep_stats(out.stats)
+        if self.beta != 0:
+            live = mask.bool()
+            kl = kl_estimate(out.logp, inputs["ref_per_token_logps"].float(), "k3")
+            self.keep_mean("kl", torch.where(live, kl, 0.0).sum(), live.sum())
+        if not self.in_update:
+            self.flush_stats("eval")
+        return loss
+
+    def _fused_loss(self, model: Any, inputs: dict[str, Any], compute: dict[str, Any]) -> tuple[LossOutput, Tensor]:
+        """The loss inside the model's forward, where its head is whole (FSDP) and autocast as TRL sets it."""
+        targets = inputs["completion_ids"]
+        outs: list[LossOutput] = []
+        losses: list[Tensor] = []
+
+        def policy_loss_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, **logits: Any) -> LossOutput:
+            keep = targets.shape[1]
+            hidden = hidden[:, -keep - 1 : -1]  # a position predicts the next one's token
+            context: Any = contextlib.nullcontext()
+            if self.args.cast_lm_head_to_fp32:
+                hidden, weight = hidden.float(), weight.float()
+                bias = None if bias is None else bias.float()
+                context = torch.autocast(hidden.device.type, enabled=False)
+            with context:
+                out = fused_alp_loss(
+                    hidden,
+                    weight,
+                    targets,
+                    bias=bias,
+                    temperature=self.temperature,
+                    **logits,
+                    **compute,
+                )
+            outs.append(out)
+            return out
+
+        def forward(**named: Any) -> Any:
+            named.pop("labels")
+            output = model(**named, policy_loss_head=policy_loss_head)
+            losses.append(output.loss)  # as it left the wrappers' forward (DDP, FSDP): backward must come through them
+            return output
+
+        self._get_per_token_logps_and_entropies(forward, *_tokens(inputs), compute_entropy=True, **_multimodal(inputs))
+        return outs[0], losses[0]
+
+    def _logp_loss(self, model: Any, inputs: dict[str, Any], compute: dict[str, Any]) -> tuple[LossOutput, Tensor]:
+        """The same from the log-probabilities of TRL's own head."""
+        logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            *_tokens(inputs),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **_multimodal(inputs),
+        )
+        out = policy_loss(logp.float(), entropy=entropy.float(), **compute)
+        loss = out.loss
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / self._num_accumulated
+            self.keep_mean("aux_loss", aux_loss.detach(), torch.ones_like(aux_loss))
+        return out, loss
+
+    @property
+    def _num_accumulated(self) -> int:
+        return int(self.current_gradient_accumulation_steps) if self.in_update else 1
+
+    def _counts(self, inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
+        """num_tokens, num_sequences that normalise as TRL's loss_type does; ranks' gradients are averaged after."""
+        count = self._num_accumulated
+        if self.loss_type == "bnpo":
+            return {"num_tokens": mask.sum().clamp(min=1) * count}
+        if self.loss_type != "dapo":
+            return {"num_sequences": len(mask) * count}
+        num_tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        if self.in_update:  # that counts the generation batch; of it one accumulation window is in the step
+            num_tokens = num_tokens * count / self.args.steps_per_generation
+        return {"num_tokens": num_tokens}
+
+    def _row_ids(self, inputs: dict[str, Any]) -> Tensor | None:
+        """(B, P + T) identities of the rows the layers read: the same however the batch is padded, split or spread."""
+        if self.numbers_rows:
+            return None
+        attending = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        position = (attending.cumsum(dim=1) - 1).clamp(min=0)
+        number = self._step // self.args.steps_per_generation % self.num_iterations % (1 << 48 - _PASS_BIT)
+        return inputs["sample_ids"][:, None] << _POSITION_BITS | position | number << _PASS_BIT
+
+
+def check_logprobs_mode(server_info: dict[str, Any]) -> None:
+    """Refuse a vLLM server whose log-probabilities are not those it sampled from."""
+    mode = server_info["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ValueError(
+            f"ALPGRPOTrainer: the vLLM server reports {mode}, from before temperature and logit processing; as the ratio's "
+            "denominator it needs --logprobs-mode processed_logprobs"
+        )
+
+
+def _loss_mask(batch: dict[str, Any]) -> Tensor:
+    mask: Tensor = batch["completion_mask"]
+    return mask if batch.get("tool_mask") is None else mask * batch["tool_mask"]
+
+
+def _tokens(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """input_ids and attention_mask (B, P + T), and T."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    return ids, mask, batch["completion_ids"].shape[1]
+
+
+def _multimodal(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: batch.get(name) for name in _MULTIMODAL}

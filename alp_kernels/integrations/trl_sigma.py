@@ -1,0 +1,235 @@
+"""What ALPGRPOTrainer and ALPAsyncGRPOTrainer share: sigma and its noise in a Hugging Face Trainer, and our statistics.
+
+Sigma is no parameter of the model: what is pushed to vLLM and what `save_model` writes never holds it. It is a group of its
+own in the trainer's optimizer, without weight decay, with a learning rate that the scheduler scales. A checkpoint has it,
+with its optimizer state and the noise's position, in a file of its own: what saves FSDP's shards knows the model's parameters
+alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import Perturbation, Stats, attach
+from ..noise import FINAL_LAYER, MAX_SEED
+from ..perturb import ROUNDINGS, SCALES
+
+STATE_NAME = "alp.pt"
+"""The file in a checkpoint that holds sigma."""
+
+
+def sigma_fields_fit(config: Any) -> list[tuple[str, bool, str]]:
+    """(field, whether its value fits, what fits) of a config's options for the perturbation."""
+    seed = config.alp_seed
+    return [
+        ("alp_sigma", config.alp_sigma > 0, "a number > 0 (for no noise: alp_objective='bypass-token', ...)"),
+        ("alp_sigma_learning_rate", config.alp_sigma_learning_rate >= 0, "0 or more (0: sigma stays as it is)"),
+        ("alp_layers", _layers(config.alp_layers) is not None, '"all", "final" or numbers like "0,3"'),
+        ("alp_scale", config.alp_scale in SCALES, f"one of {SCALES}"),
+        ("alp_rounding", config.alp_rounding in ROUNDINGS, f"one of {ROUNDINGS}"),
+        ("alp_seed", seed is None or 0 <= seed <= MAX_SEED, f"None or an int in [0, {MAX_SEED}]"),
+    ]
+
+
+def _layers(text: str) -> str | list[int] | None:
+    if text in ("all", "final"):
+        return text
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        return None
+
+
+class SigmaMixin:
+    """Goes before a transformers.Trainer among the bases; `init_sigma` comes after the trainer's own `__init__`."""
+
+    args: Any
+    model: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    state: Any
+    is_deepspeed_enabled: bool
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def init_sigma(self, config: Any, is_perturbed: bool) -> None:
+        """Attach the perturbation to `self.model`, or none where the objective has no noise."""
+        self.perturbation: Perturbation | None = None
+        self.in_update = False
+        self._is_first_of_step = True
+        self._stats: list[Stats] = []
+        self._sums: dict[str, list[Tensor]] = {}
+        if not is_perturbed:
+            return
+        name, is_learned = type(self).__name__, config.alp_sigma_learning_rate > 0
+        if is_learned and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"{name}: alp_sigma_learning_rate={config.alp_sigma_learning_rate} under DeepSpeed, whose optimizer takes the "
+                "model's parameters alone; it needs 0, a fixed sigma, or FSDP or DDP"
+            )
+        if is_learned and self.lr_scheduler is not None:
+            raise ValueError(
+                f"{name}: optimizers=(optimizer, scheduler) has a scheduler without sigma's group; it needs (optimizer, None), "
+                "or alp_sigma_learning_rate=0"
+            )
+        layers = _layers(config.alp_layers)
+        assert layers is not None  # the config's own check
+        self.perturbation = attach(
+            self.model,
+            config.alp_sigma,
+            layers=layers,
+            learnable=is_learned,
+            seed=config.seed if config.alp_seed is None else config.alp_seed,
+            scale=config.alp_scale,
+            rounding=config.alp_rounding,
+            path=config.alp_path,
+        ).to(self.accelerator.device)
+
+    @property
+    def numbers_rows(self) -> bool:
+        """Whether rows have no identity from the batch: prompt-learning adapters put rows of their own before it."""
+        return any(config.is_prompt_learning for config in getattr(self.model, "peft_config", {}).values())
+
+    # -------------------------------------------------------------- the scope
+
+    @contextlib.contextmanager
+    def noise(self, row_ids: Callable[[], Tensor | None]) -> Iterator[None]:
+        """Around the loss's forward: noise in the update, of this optimizer step; none in evaluation."""
+        if self.perturbation is None or not self.in_update:
+            yield
+            return
+        with self.perturbation.perturbed(step=self.state.global_step, row_ids=row_ids()):
+            yield
+
+    def training_step(self, *args: Any, **named: Any) -> Tensor:
+        log_sigma = self._log_sigma
+        if log_sigma is not None and self._is_first_of_step:
+            log_sigma.grad = None  # Trainer clears the model's gradients, which sigma's is not among
+        # Not the scope yet: the step begins with generation and the reference's forward. It opens around the loss's forward;
+        # backward, and what is recomputed in it, meets that forward's noise wherever it runs.
+        self.in_update = True
+        try:
+            loss: Tensor = super().training_step(*args, **named)  # type: ignore[misc]
+        finally:
+            self.in_update = False
+        self._is_first_of_step = self.accelerator.sync_gradients
+        if self._is_first_of_step:
+            self._average_gradient()
+            self.flush_stats("train")
+        return loss
+
+    @property
+    def _log_sigma(self) -> nn.Parameter | None:
+        """Where it is learned."""
+        if self.perturbation is None or not isinstance(self.perturbation.log_sigma, nn.Parameter):
+            return None
+        return self.perturbation.log_sigma
+
+    def _average_gradient(self) -> None:
+        """Over ranks, as DDP and FSDP average the model's. It is left out of max_grad_norm's norm, and not clipped."""
+        log_sigma = self._log_sigma
+        if log_sigma is None or self.perturbation is None or not dist.is_initialized():
+            return
+        self.perturbation.sum_gradient()
+        assert log_sigma.grad is not None
+        log_sigma.grad /= dist.get_world_size()
+
+    # -------------------------------------------------------------- the optimizer's group, and checkpoints
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        # Here and not in create_optimizer: between the two, accelerate swaps an optimizer's parameters for FSDP2's shards and
+        # fails at one that is not the model's.
+        self._is_first_of_step = True
+        if self.perturbation is not None and self._log_sigma is not None and self._group() is None:
+            self.optimizer.add_param_group(self.perturbation.param_group(self.args.alp_sigma_learning_rate))
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+    def _group(self) -> int | None:
+        """Which of the optimizer's groups is sigma's."""
+        groups = self.optimizer.param_groups
+        return next((i for i, g in enumerate(groups) if any(p is self._log_sigma for p in g["params"])), None)
+
+    @contextlib.contextmanager
+    def _without_group(self) -> Iterator[dict[str, Any]]:
+        """The optimizer without sigma, while it is saved or loaded; yields sigma's group and state."""
+        index = self._group()
+        if index is None:
+            yield {}
+            return
+        log_sigma = self._log_sigma
+        group = self.optimizer.param_groups.pop(index)
+        apart = {"group": group, "state": self.optimizer.state.pop(log_sigma, {})}
+        try:
+            yield apart
+        finally:
+            self.optimizer.param_groups.insert(index, apart["group"])
+            if apart["state"]:
+                self.optimizer.state[log_sigma] = apart["state"]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._without_group() as apart:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.perturbation is None or not self.args.should_save:
+            return
+        state: dict[str, Any] = {"perturbation": self.perturbation.state_dict()}
+        if apart:
+            options = {name: value for name, value in apart["group"].items() if name != "params"}
+            state |= {"group": options, "state": apart["state"]}
+        torch.save(state, os.path.join(output_dir, STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._without_group() as apart:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            if checkpoint is None or self.perturbation is None:
+                return
+            path = os.path.join(checkpoint, STATE_NAME)
+            if not os.path.isfile(path):
+                raise FileNotFoundError(
+                    f"{type(self).__name__}: {checkpoint} has no {STATE_NAME}: it was written without a perturbation. To go on "
+                    "from its weights, give them as the model"
+                )
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self.perturbation.load_state_dict(state["perturbation"])
+            if apart and "group" in state:
+                apart["group"].update(state["group"])
+                apart["state"] = state["state"]
+
+    # -------------------------------------------------------------- statistics
+
+    def keep_stats(self, stats: Stats) -> None:
+        """Of one micro-batch, until `flush_stats`; on the device."""
+        self._stats.append(stats)
+
+    def keep_mean(self, name: str, total: Tensor, count: Tensor) -> None:
+        """One micro-batch's share of the metric `name`, a mean over the optimizer step; on the device."""
+        self._sums.setdefault(name, []).append(torch.stack([total.detach().float(), count.float()]))
+
+    def flush_stats(self, mode: str) -> None:
+        """Into the trainer's metrics: exact over the micro-batches and ranks of the step; a collective call."""
+        metrics, handle = self._metrics[mode], self.perturbation
+        parts, self._stats = self._stats, []
+        sums, self._sums = self._sums, {}
+        summary = Stats.cat(parts).gather().summary()
+        for name, value in summary.items():
+            metrics[f"alp/{name}"].append(value)
+        for name, micro_batches in sums.items():
+            total, count = self.accelerator.reduce(torch.stack(micro_batches).sum(dim=0), reduction="sum").tolist()
+            metrics[name].append(total / max(count, 1.0))
+        if "clip_low_frac" in summary:  # under TRL's names, too
+            low, high = summary["clip_low_frac"], summary["clip_high_frac"]
+            for name, value in (("low", low), ("high", high), ("region", low + high)):
+                metrics[f"clip_ratio/{name}_mean"].append(value)
+            metrics["entropy"].append(summary["entropy"])
+        if handle is not None and mode == "train":
+            for layer, sigma in zip(handle.layers, handle.sigma.tolist(), strict=True):
+                metrics["alp/sigma/final" if layer == FINAL_LAYER else f"alp/sigma/layer_{layer}"].append(sigma)
+            realised = handle.realised()["rms_over_nominal"]
+            metrics["alp/realised_noise/min"].append(min(realised))
+            metrics["alp/realised_noise/max"].append(max(realised))
