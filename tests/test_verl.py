@@ -380,3 +380,33 @@ def test_two_ranks_make_the_update_of_one(model_path, tmp_path):
     torch.testing.assert_close(got["log_sigma"], log_sigma, rtol=1e-5, atol=1e-6)
     for name, value in got["state"].items():
         torch.testing.assert_close(value, state[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_the_recipe_is_a_configuration_that_verl_composes(model_path):
+    from hydra import compose, initialize_config_dir
+    from verl.utils.config import omega_conf_to_dataclass
+
+    env = {"TRAIN": "train.parquet", "VAL": "val.parquet", "MODEL": model_path}
+    script = (
+        (ROOT / "examples" / "verl_alp.sh").read_text().replace("python3 -m verl.trainer.main_ppo", "printf '%s\\n'")
+    )
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=os.environ | env, check=True)
+    overrides = shown.stdout.split()
+    import verl
+
+    folder = str(Path(verl.__file__).parent / "trainer" / "config")
+    with initialize_config_dir(config_dir=folder, version_base=None):
+        config = compose("ppo_trainer", overrides=overrides)
+    assert config.algorithm.rollout_correction.bypass_mode and config.actor_rollout_ref.rollout.calculate_log_probs
+    assert config.actor_rollout_ref.actor.policy_loss.loss_mode in LOSS_MODES
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.clip_ratio_c) == (0.5, 3.0, 10.0)
+    model = config.actor_rollout_ref.model
+    assert model.external_lib == verl_engine.__name__
+
+    class Model:
+        override_config = model.override_config
+        hf_config = Qwen2Config(alp_sigma=0.01, alp_sigma_lr=5e-4)
+
+    assert verl_engine.Settings.take(Model) == verl_engine.Settings(sigma=0.01, sigma_lr=5e-4)
+    assert not hasattr(Model.hf_config, "alp_sigma")
