@@ -327,8 +327,8 @@ def test_sigma_has_its_own_group_without_decay_and_follows_the_schedule(one_rank
     engine = verl_cpu.make_engine(model_path)
     weights, sigma = engine.optimizer.param_groups
     assert sigma["params"] == [engine.alp.log_sigma] and sigma["lr"] == 1e-2 and sigma["weight_decay"] == 0
-    assert weights["lr"] == 1e-3 and weights["weight_decay"] == 0.1
-    assert engine.lr_scheduler.base_lrs == [1e-3, 1e-2]
+    assert weights["lr"] == 0.05 and weights["weight_decay"] == 0.1
+    assert engine.lr_scheduler.base_lrs == [0.05, 1e-2]
     fixed = verl_cpu.make_engine(model_path, settings={"alp_sigma": 0.05, "alp_sigma_lr": 0})
     train(fixed, verl_cpu.make_batch(), verl_cpu.make_loss())
     assert len(fixed.optimizer.param_groups) == 1

@@ -57,7 +57,14 @@ def make_engine(path: str, *, strategy="fsdp2", settings=None, engine_class=None
     engine = engine_class(
         model_config=model,
         engine_config=FSDPEngineConfig(strategy=strategy, use_torch_compile=False, mixed_precision=fp32),
-        optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, clip_grad=1e9, weight_decay=0.1),
+        optimizer_config=FSDPOptimizerConfig(  # not Adam, whose first step does not see how large a gradient is
+            optimizer="SGD",
+            override_optimizer_config={"momentum": 0.9},
+            lr=0.05,
+            total_training_steps=10,
+            clip_grad=1e9,
+            weight_decay=0.1,
+        ),
         checkpoint_config=CheckpointConfig(),
     )
     engine.initialize()
@@ -131,7 +138,7 @@ def update_by_hand(path: str, parts: list[tuple[TensorDict, int]], preset: str):
 
     model = Qwen2ForCausalLM.from_pretrained(path)
     handle = attach(model, sigma=0.05)
-    optimizer = torch.optim.AdamW([{"params": model.parameters()}, handle.param_group(1e-2)], lr=1e-3, weight_decay=0.1)
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, handle.param_group(1e-2)], lr=0.05, weight_decay=0.1)
     num_tokens = sum(int(batch["response_mask"].sum()) for batch, _ in parts)
     total = 0.0
     for batch, row in parts:
