@@ -460,16 +460,23 @@ class Perturbation(nn.Module):
             )
         return {"rms_over_nominal": ratio, "changed_frac": values[:, 1].tolist()}
 
-    def sum_gradient(self, group: dist.ProcessGroup | None = None) -> None:
-        """Sum log_sigma's gradient over data-parallel ranks, after backward; a collective call.
+    def sum_gradient(self, group: dist.ProcessGroup | None = None, *, average: bool = False) -> None:
+        """Sum log_sigma's gradient over data-parallel ranks, once a step, after its last backward; a collective call.
 
-        DDP and FSDP do not know log_sigma: without this its values drift apart. It sums, as losses with the whole batch's
-        counts need; where the model's gradients are averaged instead, divide by the number of ranks.
+        DDP and FSDP do not know log_sigma: without this its values drift apart. Treat it as they treat the weights: DDP and
+        FSDP divide the sum by the number of ranks unless told otherwise, and so does average=True.
         """
+        if hasattr(self.log_sigma, "full_tensor"):
+            raise RuntimeError(
+                "sum_gradient: log_sigma is a DTensor: fully_shard took it for a weight and reduces it; keep the handle out of "
+                "the module that is wrapped"
+            )
         if self.log_sigma.requires_grad and dist.is_initialized():
             if self.log_sigma.grad is None:
                 self.log_sigma.grad = torch.zeros_like(self.log_sigma)
             dist.all_reduce(self.log_sigma.grad, group=group)
+            if average:
+                self.log_sigma.grad /= dist.get_world_size(group)
 
     def extra_repr(self) -> str:
         return f"layers={list(self.layers)}, scale={self.scale!r}, rounding={self.rounding!r}, seed={self.seed}"
