@@ -97,9 +97,7 @@ def average_gradient(handle: Perturbation, group: dist.ProcessGroup | None = Non
     """Average log_sigma's gradient over ranks, as the trainers' engines average the weights'; a collective call."""
     if handle.log_sigma.grad is None:
         raise RuntimeError("no gradient reached log_sigma: the loss did not come from the perturbed forward")
-    if dist.is_initialized():
-        handle.sum_gradient(group)
-        handle.log_sigma.grad.div_(dist.get_world_size(group))
+    handle.sum_gradient(group, average=True)
 
 
 def clipped_fractions(stats: Stats) -> tuple[Tensor, Tensor]:
