@@ -236,11 +236,19 @@ class SigmaMixin:
                     f"{type(self).__name__}: {checkpoint} has no {STATE_NAME}: it was written without a perturbation. To go on "
                     "from its weights, give them as the model"
                 )
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             self.perturbation.load_state_dict(state["perturbation"])
             if apart and "group" in state:
                 apart["group"].update(state["group"])
-                apart["state"] = state["state"]
+                apart["state"] = {
+                    name: self._placed(name, value, state["group"]) for name, value in state["state"].items()
+                }
+
+    def _placed(self, name: str, value: Any, group: dict[str, Any]) -> Any:
+        """A value of sigma's optimizer state where torch keeps it: `step` stays on the CPU but for fused and captured steps."""
+        stays = name == "step" and not (group.get("fused") or group.get("capturable"))
+        assert self.perturbation is not None
+        return value if stays or not isinstance(value, Tensor) else value.to(self.perturbation.log_sigma.device)
 
     # -------------------------------------------------------------- statistics
 
