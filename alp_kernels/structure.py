@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+_TEXT = frozenset(["language_model", "text_model", "text_decoder", "decoder"])
+"""What models with several towers call the one that writes."""
+
 
 class DecoderLayers(NamedTuple):
     path: str  # of the list inside the model, "model.layers"
@@ -57,6 +60,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
             f"attach: {type(model).__name__} has no ModuleList of layers with parameters below "
             f"{repr(prefix) if prefix else 'its root'}; name it with path='...'"
         )
+    sizes = {name: size for name, size in sizes.items() if _TEXT & set(name.split("."))} or sizes
     ranked = sorted(sizes, key=lambda name: -sizes[name])
     if len(ranked) > 1 and sizes[ranked[1]] * 2 > sizes[ranked[0]]:
         raise ValueError(

@@ -59,6 +59,8 @@ class Architecture(NamedTuple):
     is_vision: bool = False
     idle: tuple[int, ...] = ()  # layers that these inputs do not reach
     has_linear_head: bool = True
+    since: str = "4.57"
+    """The version of transformers (of those we test) from which on the model itself trains, or takes this configuration."""
 
     @property
     def model_type(self) -> str:
@@ -73,11 +75,18 @@ def _config(name: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add(
-    kind: str, names: str, *, remark: str = "", path: str | None = None, linear_head: bool = True, **changes: Any
+    kind: str,
+    names: str,
+    *,
+    remark: str = "",
+    path: str | None = None,
+    linear_head: bool = True,
+    since: str = "4.57",
+    **changes: Any,
 ) -> None:
     for name in names.split():
         ARCHITECTURES[name] = Architecture(
-            kind, _config(name, changes), remark=remark, path=path, has_linear_head=linear_head
+            kind, _config(name, changes), remark=remark, path=path, has_linear_head=linear_head, since=since
         )
 
 
@@ -86,10 +95,11 @@ def _add(
 _add(
     "dense",
     "apertus arcee bitnet bloom cohere cohere2 cwm diffllama doge ernie4_5 exaone4 gemma gemma2 glm glm4 gpt2 "
-    "gpt_bigcode gpt_neox gpt_neox_japanese helium hunyuan_v1_dense jais2 llama ministral ministral3 mistral "
+    "gpt_neox gpt_neox_japanese helium hunyuan_v1_dense jais2 llama ministral ministral3 mistral "
     "mpt nanochat nemotron olmo olmo2 olmo3 openai-gpt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 "
     "stablelm starcoder2 vaultgemma",
 )
+_add("dense", "gpt_bigcode", since="5.0")  # before, its checkpointing runs nothing again
 _add("dense", "granite hyperclovax", logits_scaling=4.0)
 _add("dense", "gemma3_text", final_logit_softcapping=2.0)
 _add(
@@ -99,7 +109,7 @@ _add(
     remark="a dense layer and a norm lie before its head: take `policy_loss` of its logits",
 )
 _add("dense", "falcon", head_dim=None, num_key_value_heads=None)
-_add("dense", "gpt_neo", **{**GPT, "attention_types": [[["global", "local"], 1]], "window_size": 4})
+_add("dense", "gpt_neo", num_layers=2, **{**GPT, "attention_types": [[["global", "local"], 1]], "window_size": 4})
 _add("dense", "gptj codegen", **GPT)
 _add("dense", "opt", ffn_dim=24, word_embed_proj_dim=16)
 _add("dense", "xglm", d_model=16, ffn_dim=24, num_layers=2, attention_heads=4)
@@ -139,13 +149,14 @@ _add(
 _add(
     "MoE",
     "afmoe aria_text cohere2_moe dots1 exaone_moe ernie4_5_moe flex_olmo glm4_moe gpt_oss granitemoe granitemoeshared "
-    "hunyuan_v1_moe jetmoe llama4_text mimo_v2_flash minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe solar_open",
+    "hunyuan_v1_moe jetmoe llama4_text mimo_v2_flash minimax_m2 mixtral olmoe qwen2_moe qwen3_moe solar_open",
     **EXPERTS,
     moe_num_experts=4,
     moe_k=2,
     moe_num_shared_experts=1,
     sliding_window=8,
 )
+_add("MoE", "phimoe", since="5.0", **EXPERTS)  # before, its router draws at random in training
 _add("MoE, latent attention", "deepseek_v2 deepseek_v3 glm4_moe_lite", **EXPERTS | LATENT)
 _add(
     "MoE, latent attention",
@@ -165,7 +176,7 @@ _add(
     n_layers=2,
     max_seq_len=64,
     attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-    ffn_config={"ffn_hidden_size": 8, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16},
+    ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim")),
 )
 
@@ -206,6 +217,7 @@ _add(
 _add(
     "hybrid, state space and shared attention",
     "zamba",
+    since="5.23",  # before, reentrant checkpointing passes its shared inputs twice
     layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
     num_hidden_layers=4,
     n_mamba_heads=2,
@@ -219,6 +231,7 @@ _add(
 _add(
     "hybrid, state space and shared attention",
     "zamba2",
+    since="5.23",  # before, reentrant checkpointing passes its shared inputs twice
     layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
     num_hidden_layers=4,
     n_mamba_heads=4,
@@ -252,6 +265,7 @@ _add(
 _add(
     "hybrid, recurrence and attention",
     "recurrent_gemma",
+    since="5.0",  # before, it keeps a state from one forward to the next
     num_hidden_layers=3,
     block_types=["recurrent", "recurrent", "attention"],
     attention_window_size=8,
@@ -261,7 +275,7 @@ _add(
 _add("state space", "mamba falcon_mamba", state_size=4, time_step_rank=4)
 _add("state space", "mamba2", state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4)
 _add("recurrent", "rwkv", attention_hidden_size=16, context_length=64)
-_add("recurrent", "xlstm", num_heads=2, num_blocks=2, head_dim=None, chunk_size=4)
+_add("recurrent", "xlstm", since="5.5", num_heads=2, num_blocks=2, head_dim=None, chunk_size=4)
 
 # ------------------------------------------------------------------ vision and language
 
@@ -315,15 +329,32 @@ def _add_vision(
     *,
     idle: tuple[int, ...] = (),
     remark: str = "",
+    since: str = "4.57",
+    is_typed: bool = False,
     **others: Any,
 ) -> None:
-    """A model with a vision tower: with text alone and with an image. `idle`: layers that text alone does not run."""
+    """A model with a vision tower: with text alone and with an image.
+
+    idle: layers that text alone does not run; is_typed: it asks which tokens are an image's.
+    """
+
+    def typed(inputs: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        return lambda: (found := inputs()) | {"token_type_ids": (found["input_ids"] == IMAGE).long()}
+
     words = {k: v for k, v in (DENSE | text_config).items() if v is not None}
     config = {"model_type": name, "text_config": words, "vision_config": vision_config, "tie_word_embeddings": False}
     config |= SPECIAL | others
-    ARCHITECTURES[name] = Architecture("vision and language", config, is_vision=True, idle=idle, remark=remark)
-    if image is not None:
-        ARCHITECTURES[f"{name} + image"] = Architecture("vision and language", config, image, is_vision=True)
+    for key, inputs in ((name, text), (f"{name} + image", image)):
+        if inputs is not None:
+            ARCHITECTURES[key] = Architecture(
+                "vision and language",
+                config,
+                typed(inputs) if is_typed else inputs,
+                since=since,
+                is_vision=True,
+                idle=idle if inputs is text else (),
+                remark=remark if inputs is text else "",
+            )
 
 
 _siglip = VISION | {"model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 16}
@@ -335,12 +366,14 @@ _add_vision(
     {"model_type": "gemma3_text", "sliding_window": 8, "final_logit_softcapping": 2.0},
     _siglip,
     mm_tokens_per_image=4,
+    is_typed=True,
 )
 _add_vision(
     "paligemma",
     pixels(16, 3, 16, 16),
     {"model_type": "gemma"},
     _siglip,
+    is_typed=True,
     projection_dim=16,
     hidden_size=16,
     vocab_size=VOCAB,
@@ -380,6 +413,7 @@ _add_vision(
     VISION
     | {"attention_heads": 2, "num_global_layers": 1, "max_num_tiles": 1, "intermediate_layers_indices": [0],
        "vision_output_dim": 32, "supported_aspect_ratios": [[1, 1]]},
+    since="5.0",
     idle=(1,),
     remark="text alone skips the cross-attention layers: they get no noise, and their sigma no gradient",
 )  # fmt: skip
@@ -390,4 +424,4 @@ _deep = PATCHES | {"deepstack_visual_indexes": [0, 1]}
 _add_vision("qwen3_vl", patches(4, 96), {"model_type": "qwen3_vl_text", **_rope}, _deep)
 _add_vision("qwen3_vl_moe", patches(4, 96), {"model_type": "qwen3_vl_moe_text", **_rope} | EXPERTS, _deep)
 _add_vision("qwen3_5", patches(4, 96), {"model_type": "qwen3_5_text", **_rope, **DELTA, **LINEAR_FULL}, PATCHES)
-_add_vision("glm4v", patches(4, 96), {"model_type": "glm4v_text", **_rope}, PATCHES)
+_add_vision("glm4v", patches(4, 96), {"model_type": "glm4v_text", **_rope}, PATCHES, since="5.0")

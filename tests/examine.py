@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -64,8 +65,11 @@ class Double(TorchFunctionMode):
 
 
 def available(name: str) -> bool:
-    """Whether the installed transformers knows the architecture."""
-    return ARCHITECTURES[name].model_type in CONFIG_MAPPING
+    """Whether the installed transformers knows the architecture, and trains it."""
+    architecture = ARCHITECTURES[name]
+    return architecture.model_type in CONFIG_MAPPING and Version(transformers.__version__) >= Version(
+        architecture.since
+    )
 
 
 def make(architecture: Architecture) -> nn.Module:
@@ -74,6 +78,8 @@ def make(architecture: Architecture) -> nn.Module:
     config = CONFIG_MAPPING[config.pop("model_type")](**config)
     parts = [config, *(part for part in vars(config).values() if isinstance(part, transformers.PretrainedConfig))]
     for part in parts:
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
         for key, value in list(vars(part).items()):
             if ("dropout" in key or "pdrop" in key or "jitter" in key) and isinstance(value, float):
                 setattr(part, key, 0.0)
@@ -97,10 +103,10 @@ def examine(name: str) -> Findings:
     architecture = ARCHITECTURES[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, inputs = make(architecture), architecture.inputs() | {"use_cache": False}
+        model, inputs = make(architecture), architecture.inputs()
 
-        def logits(**others: Any) -> Tensor:
-            return model(**inputs, **others).logits
+        def logits() -> Tensor:
+            return model(**inputs).logits
 
         with torch.no_grad():
             untouched, before = logits(), hooks(model)

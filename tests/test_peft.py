@@ -328,3 +328,20 @@ def test_a_quantised_tensor_as_the_weight_is_refused():
     weight = quantised(8, names=("lm_head",)).lm_head.weight
     with pytest.raises(TypeError, match=r"weight is a Int8Tensor, quantised by torchao; give weight.dequantize\(\)"):
         linear_logprob(torch.randn(2, 5, 32), weight, ids())
+
+
+# ------------------------------------------------------------------ the example
+
+
+def test_the_example_learns_and_saves_a_plain_model(tmp_path):
+    import runpy
+    from pathlib import Path
+
+    import transformers
+
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "peft_lora.py"))
+    rewards = example["main"](tmp_path)
+    assert rewards[0] < 0.1
+    assert rewards[-1] > 0.9
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded(torch.zeros(1, 1, dtype=torch.int64)).logits[0, -1].argmax() == 7

@@ -68,8 +68,8 @@ def backbone(model: nn.Module) -> nn.Module:
     """
     inner = unwrapped(model)
     found: nn.Module = inner.base_model
-    if found is inner:  # Llama 4 has a prefix that is not its decoder's name
-        found = find_layers(inner).parent
+    if found is inner:  # Llama 4, and models with a vision tower in older versions: no name for it
+        found = getattr(inner, "model", None) or find_layers(inner).parent
     if found is inner:
         raise ValueError(f"backbone: {type(inner).__name__} has no part apart from its output head")
     return found
