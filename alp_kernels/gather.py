@@ -6,7 +6,7 @@ gather_sequence   slices of the same sequences; every rank takes the same loss o
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,19 @@ def _padded(rows: Tensor, size: int) -> Tensor:
     return rows if len(rows) == size else torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
 
 
+def local_rows(where: str, name: str, value: Any) -> tuple[dist.ProcessGroup, Tensor]:
+    """The group of a DTensor and this rank's rows of it, differentiable."""
+    from torch.distributed.tensor import Shard  # not at the top: a second's import
+
+    mesh = value.device_mesh
+    if mesh.ndim != 1 or tuple(value.placements) != (Shard(0),):
+        raise ValueError(
+            f"{where}: {name} is a DTensor placed {tuple(value.placements)} on a mesh of {mesh.ndim} dimensions; it needs "
+            "(Shard(0),) on a mesh of one dimension"
+        )
+    return mesh.get_group(), value.to_local()
+
+
 def gather_weight(weight: Tensor, group: dist.ProcessGroup | None = None, *, average: bool = False) -> Tensor:
     """The whole weight from the rows that each data-parallel rank holds; a collective call, and so is its backward.
 
@@ -61,32 +74,22 @@ def gather_weight(weight: Tensor, group: dist.ProcessGroup | None = None, *, ave
     not: it takes every rank's gradient for the same one, and drops the others' share.
 
     Args:
-        weight: this rank's rows (V_r, D), in the order of the ranks, numbers of rows may differ; or a DTensor on a mesh of
-            one dimension. Cast it first where the loss runs in another dtype: fewer bytes are gathered.
+        weight: this rank's rows (V_r, D), in the order of the ranks, numbers of rows may differ; or a DTensor placed
+            (Shard(0),). Cast it first where the loss runs in another dtype: fewer bytes are gathered.
         group: of the ranks that hold the other rows; None: all. A DTensor brings its own.
         average: divide the summed gradient by the number of ranks, as DDP and FSDP do with those of the other weights.
 
     Returns:
         (V, D), a plain tensor.
     """
-    if hasattr(weight, "device_mesh"):  # a DTensor
-        from torch.distributed.tensor import DTensor, Partial  # not at the top: a second's import
-
-        mesh = weight.device_mesh
+    if hasattr(weight, "full_tensor"):  # a DTensor
         if group is not None:
             raise ValueError("gather_weight: weight is a DTensor, whose mesh names the ranks; group must be None")
-        if mesh.ndim != 1:
-            raise ValueError(
-                f"gather_weight: weight lies on a mesh of {mesh.ndim} dimensions {mesh.mesh_dim_names}, some of which may be no "
-                "data-parallel ones; gather it over each as fits, or unshard its FSDP module"
-            )
-        size = mesh.size()
-        whole: Tensor = cast(DTensor, weight).full_tensor(grad_placements=[Partial()])
+        group, weight = local_rows("gather_weight", "weight", weight)
     elif not dist.is_initialized():
         return weight
-    else:
-        size = dist.get_world_size(group)
-        whole = _Gather.apply(weight, 0, group, True)
+    whole: Tensor = _Gather.apply(weight, 0, group, True)
+    size = dist.get_world_size(group)
     if average and whole.requires_grad:
         whole.register_hook(lambda gradient: gradient / size)
     return whole

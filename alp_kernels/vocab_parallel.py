@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .fused import FusedLoss, LinearLogprob, plan_order
+from .gather import local_rows
 from .head import _check_head
 from .layout import flatten
 from .loss import LossOutput, level_log_ratio
@@ -137,9 +138,9 @@ def _check_split(
             raise ValueError(
                 f"{where}: weight is a DTensor, which says where its rows are; group and vocab_start must be None"
             )
-        group, weight = _local_rows(where, "weight", weight)
+        group, weight = local_rows(where, "weight", weight)
     if bias is not None and hasattr(bias, "full_tensor"):
-        _, bias = _local_rows(where, "bias", bias)
+        _, bias = local_rows(where, "bias", bias)
     if hasattr(hidden, "placements"):
         raise TypeError(
             f"{where}: hidden is a DTensor {hidden.placements}; give hidden.full_tensor(), each rank all of it"
@@ -161,19 +162,6 @@ def _check_split(
     split = cast(ModuleType, _SplitEngine(plan.engine, shard))
     plan = replace(plan, engine=split, targets=flat_targets, chunk_rows=rows, first_rows=rows)
     return _SumGradient.apply(flat, group), weight, bias, plan
-
-
-def _local_rows(where: str, name: str, value: Any) -> tuple[dist.ProcessGroup, Tensor]:
-    """The group and this rank's rows of a DTensor, differentiable."""
-    from torch.distributed.tensor import Shard  # not at the top: a second's import
-
-    mesh = value.device_mesh
-    if mesh.ndim != 1 or tuple(value.placements) != (Shard(0),):
-        raise ValueError(
-            f"{where}: {name} is a DTensor placed {tuple(value.placements)} on a mesh of {mesh.ndim} dimensions; it needs "
-            "(Shard(0),) on one of one: the tensor-parallel one"
-        )
-    return mesh.get_group(), value.to_local()
 
 
 def _agree(

@@ -125,5 +125,5 @@ def test_mistakes_are_said_on_every_rank(size: int, ranks: dict[int, Any]) -> No
         assert "hidden differs by" in said["hidden"]
         assert "weight has shape" in said["columns"]
         assert "weight is a DTensor, one rank's shard of it; give gather_weight(weight)" in said["sharded head"]
-        assert "it needs (Shard(0),) on one of one" in said["split columns"]
+        assert "it needs (Shard(0),) on a mesh of one dimension" in said["split columns"]
         assert "give perturbed(row_ids=...), or attach their data_rank" in rank["noise that differs"]

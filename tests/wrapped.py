@@ -152,7 +152,9 @@ def head_outside(policy: Policy, case: Case) -> Tensor:
     if case.head == "unshard":
         policy.model.lm_head.unshard()
     weight = policy.model.lm_head.weight
-    return gather_weight(weight, average=case.wrap != "fsdp2-sum") if case.head == "gather" else weight
+    if case.head == "gather":
+        return gather_weight(weight.to(case.policy or case.dtype), average=case.wrap != "fsdp2-sum")
+    return weight
 
 
 def loss_of(module: nn.Module, policy: Policy, case: Case, part: dict[str, Any]) -> LossOutput:
