@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import LossOutput, Objective, fused_alp_loss, policy_loss
 from ..objective import kl_estimate
+from .hugging_face import backbone, output_head
 from .trl_head import add_policy_loss_head
 from .trl_sigma import ALPOptions, SigmaMixin, option
 
@@ -151,10 +152,10 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             add_policy_loss_head(base)
 
     def _why_not_fused(self, model: Any) -> str | None:
-        head = model.get_output_embeddings()
-        weight = getattr(head, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            return f"the output head is a {type(head).__name__} without a weight in floating point"
+        try:
+            backbone(model), output_head(model)
+        except (TypeError, ValueError) as error:
+            return str(error)
         if self.aux_loss_enabled:
             return "the router's auxiliary loss needs TRL's own forward (router_aux_loss_coef=0.0 switches it off)"
         if self.is_deepspeed_enabled:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .. import LossOutput
+from .hugging_face import backbone, output_head
 
 
 @dataclass
@@ -27,38 +28,27 @@ class PolicyLossOutput(ModelOutput):
 
 
 def add_policy_loss_head(model: Any) -> None:
-    """`model(..., policy_loss_head=head)` returns head(hidden, weight, bias, logit_scale=, softcap=), a LossOutput, and makes
-    no logits; without it the forward is as before.
+    """`model(..., policy_loss_head=head)` returns head(hidden, weight, bias=, logit_scale=, softcap=), a LossOutput, and
+    makes no logits; without it the forward is as before.
 
     `head` is a function and not a dict of tensors: FSDP's mixed precision would round those to bfloat16 on their way in.
     """
     original = model.forward
-    logits = logit_transform(model.config.get_text_config())
 
     @functools.wraps(original)  # `generate` reads the signature
     def forward(self: Any, *args: Any, policy_loss_head: Callable[..., LossOutput] | None = None, **named: Any) -> Any:
         if policy_loss_head is None:
             return original(*args, **named)
         named.pop("fused_lm_head", None)
-        hidden = self.base_model(*args, **named, use_cache=False).last_hidden_state
-        head = self.get_output_embeddings()  # now: FSDP and PEFT replace it after this function ran
+        hidden = backbone(self)(*args, **named, use_cache=False).last_hidden_state
+        head = output_head(self)  # now: FSDP and PEFT replace it after this function ran
         if hasattr(head.weight, "full_tensor"):
             raise TypeError(
                 "ALPGRPOTrainer: the output head's weight is a DTensor, one rank's shard of it, inside the model's forward; "
                 "set alp_fused_head=False"
             )
         hidden = hidden.to(head.weight.device)  # device_map may put the head elsewhere
-        out = policy_loss_head(hidden, head.weight, getattr(head, "bias", None), **logits)
+        out = policy_loss_head(head.inputs(hidden), head.weight, **head.options)
         return PolicyLossOutput(loss=out.loss, log_probs=out.logp, entropy=out.entropy)
 
     model.forward = types.MethodType(forward, model)
-
-
-def logit_transform(config: Any) -> dict[str, Any]:
-    """What lies between the head's product and the logits, by the names of fused_alp_loss."""
-    named = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere; Muse Glimmer; Falcon-H1
-    scale = next((s for name in named if (s := getattr(config, name, None)) is not None), 1.0)
-    divisor = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
-    if divisor is not None:
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    return {"logit_scale": float(scale), "softcap": getattr(config, "final_logit_softcapping", None)}
