@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .attach import attach, detach
 from .engine import EngineUnavailable
+from .gather import gather_sequence, gather_weight
 from .head import LogitNoise, fused_alp_loss, linear_logprob
 from .loss import LossOutput, importance_weight, policy_loss
 from .noise import normal
@@ -16,6 +17,7 @@ from .perturb import perturb
 from .perturbation import Perturbation
 from .rms_norm import perturb_rms_norm
 from .stats import Stats
+from .vocab_parallel import vocab_parallel_alp_loss, vocab_parallel_logprob
 
 try:
     __version__ = version("alp-kernels")
@@ -33,10 +35,14 @@ __all__ = [
     "attach",
     "detach",
     "fused_alp_loss",
+    "gather_sequence",
+    "gather_weight",
     "importance_weight",
     "linear_logprob",
     "normal",
     "perturb",
     "perturb_rms_norm",
     "policy_loss",
+    "vocab_parallel_alp_loss",
+    "vocab_parallel_logprob",
 ]

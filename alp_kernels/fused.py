@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .layout import Batch, first_and_last, segment_sum
 from .loss import level_log_ratio
-from .objective import Objective, row_loss
+from .objective import Objective, row_gradient, row_loss
 from .products import Plan, Whole, even_sizes
 from .reference import HeadRows
 
@@ -69,7 +69,7 @@ def _loss_and_grads(
         outs = [noted(index, products.logprob(index)) for index in before]
         out, kept = products.keep(last, objective.entropy_coef != 0)
         noted(last, out)
-        dlogp, dentropy = coefficients(logp[group], entropy[group], rows, objective)
+        dlogp, dentropy = coefficients(logp[group], rows, objective)
         dlogps = dlogp.split(sizes)
         dentropies = [None] * len(sizes) if dentropy is None else dentropy.split(sizes)
         products.backward(last, kept, out, dlogps[-1], dentropies[-1])
@@ -150,16 +150,9 @@ def gradient_scale(batch: Batch, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.ones_like(batch.weight[0]), exponent)
 
 
-def coefficients(logp: Tensor, entropy: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor | None]:
+def coefficients(logp: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor | None]:
     """Gradient of the weighted loss with respect to logp and (where it has a coefficient) entropy, each (n,)."""
-    with torch.enable_grad():
-        p = logp.detach().requires_grad_()
-        h = entropy.detach().requires_grad_() if objective.entropy_coef != 0 else None
-        ell = level_log_ratio(p, batch, objective)
-        loss = (batch.weight * row_loss(ell, p, h, batch.loss_rows(), objective)).sum()
-        dlogp, *dentropy = torch.autograd.grad(loss, (p,) if h is None else (p, h))
-    dlogp = torch.where(logp.isnan(), logp, dlogp)  # a NaN loss has a NaN gradient, which comparisons would hide
-    return dlogp, dentropy[0] if dentropy else None
+    return row_gradient(level_log_ratio(logp, batch, objective), logp, batch.loss_rows(), objective)
 
 
 class LinearLogprob(torch.autograd.Function):

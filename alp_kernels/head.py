@@ -57,7 +57,9 @@ def _check_head(
         if not isinstance(value, Tensor) and (value is not None or name in ("hidden", "weight", "targets")):
             raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor")
         if hasattr(value, "full_tensor"):
-            raise TypeError(f"{where}: {name} is a DTensor, one rank's shard of it; give {name}.full_tensor()")
+            fits = "gather_weight(weight), or vocab_parallel_* where tensor-parallel ranks split the vocabulary"
+            fits = fits if name == "weight" else f"{name}.full_tensor()"
+            raise TypeError(f"{where}: {name} is a DTensor, one rank's shard of it; give {fits}")
         if type(value).__module__.startswith("torchao."):
             raise TypeError(
                 f"{where}: {name} is a {type(value).__name__}, quantised by torchao; give {name}.dequantize()"
@@ -72,6 +74,11 @@ def _check_head(
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}; it needs (B, T, D) or (N, D)")
     channels = hidden.shape[-1]
+    if weight.dim() == 1:
+        raise ValueError(
+            f"{where}: weight has shape {tuple(weight.shape)}: one rank's flat shard (FSDP1, ZeRO-3)? It needs (V, {channels}): "
+            "take the loss inside the wrapped forward, where the weight is whole, or from log-probabilities with policy_loss"
+        )
     if weight.dim() != 2 or weight.shape[1] != channels:
         raise ValueError(
             f"{where}: weight has shape {tuple(weight.shape)}; hidden {tuple(hidden.shape)} needs (V, {channels})"

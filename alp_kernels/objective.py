@@ -10,8 +10,10 @@ Sources: PPO clip (arXiv 1707.06347), dual clip (1912.09729), asymmetric clip (2
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -107,9 +109,22 @@ class Objective:
         return dataclasses.replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
     @property
+    def spec(self) -> str:
+        """Its fields as text, for an operator's schema; `objective_of` reads it."""
+        return repr(tuple([getattr(self, name) for name in _FIELDS]))
+
+    @property
     def has_penalty(self) -> bool:
         """Whether a token with zero advantage still has a gradient."""
         return self.kl_coef > 0 or self.entropy_coef != 0
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Objective))
+
+
+@functools.cache
+def objective_of(spec: str) -> Objective:
+    return Objective(*ast.literal_eval(spec))
 
 
 _GRPO = Objective(clip_low=0.2, clip_high=0.28, dual_clip=10.0, denominator="old")
@@ -177,3 +192,33 @@ def row_loss(ell: Tensor, logp: Tensor, entropy: Tensor | None, rows: LossRows, 
         assert entropy is not None
         loss = loss - objective.entropy_coef * entropy
     return loss
+
+
+def row_gradient(ell: Tensor, logp: Tensor, rows: LossRows, objective: Objective) -> tuple[Tensor, Tensor | None]:
+    """Derivative of weight * row_loss in logp and, where entropy_coef != 0, in the entropy, each (n,).
+
+    d ell / d logp = 1 at every level (docs/math.md, section 2). In closed form, since autograd does not run inside an
+    operator. A NaN loss has a NaN gradient.
+    """
+    rho = ell.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    slope = -rows.advantages * rho
+    counts = slope >= -rows.advantages * rho.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    if objective.dual_clip is not None:
+        counts &= (rows.advantages >= 0) | (rho <= objective.dual_clip)
+    counts &= (ell.abs() <= LOG_RATIO_CLAMP) & ~logp.isinf()
+    dlogp = torch.where(counts, slope, 0.0)
+    if rows.is_weight is not None:
+        dlogp = rows.is_weight * dlogp
+    if objective.kl_coef > 0:
+        assert rows.ref_logp is not None
+        log_ratio = logp - rows.ref_logp
+        if objective.kl == "k1":
+            dkl = torch.ones_like(log_ratio)
+        elif objective.kl == "k3":
+            away = (-log_ratio).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+            dkl = torch.where(log_ratio.abs() <= LOG_RATIO_CLAMP, -torch.expm1(away), 0.0)
+        else:
+            dkl = log_ratio
+        dlogp = dlogp + objective.kl_coef * dkl
+    dlogp = torch.where(logp.isnan() | ell.isnan(), torch.nan, rows.weight * dlogp)
+    return dlogp, -objective.entropy_coef * rows.weight if objective.entropy_coef != 0 else None

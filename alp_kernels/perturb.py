@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from .engine import pick
 from .noise import Stream, check_stream
 
@@ -49,10 +50,10 @@ def perturb(
     log_sigma: Tensor,
     *,
     seed: int,
-    step: int,
+    step: int | Tensor,
     layer: int,
     row_ids: Tensor | None = None,
-    row_start: int = 0,
+    row_start: int | Tensor = 0,
     scale: str = "absolute",
     rounding: str = "nearest",
     engine: str | None = None,
@@ -62,7 +63,8 @@ def perturb(
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64; any strides. Its leading axes flatten to N rows.
         log_sigma: () or (1,) float32 (float64 beside float64), the natural logarithm of sigma; differentiable.
-        seed, step, layer: coordinates of the noise (64, 32 and 15 bits). Use one step value per optimiser step.
+        seed, step, layer: coordinates of the noise (64, 32 and 15 bits). Use one step value per optimiser step. In compiled
+            code give step and row_start as int64 tensors of one element on the CPU, or new numbers compile again.
         row_ids: (N,) or hidden's leading shape, int64 below 2^48: each row's global identity. With them, packing,
             padding, batch order and micro-batch split change no bit. Without, rows are row_start, row_start + 1, ...: a second
             call in the same step (another micro-batch) then needs a row_start past the first's rows, or repeats its noise.
@@ -76,7 +78,12 @@ def perturb(
     Raises:
         TypeError, ValueError: an argument does not fit, before any kernel runs. EngineUnavailable: see engine.pick.
     """
-    stream = check_perturb("perturb", hidden, log_sigma, seed, step, layer, row_ids, row_start, scale, rounding)
+    check_perturb("perturb", hidden, log_sigma, scale, rounding)
+    if ops.serves(hidden):
+        at, place = ops.coordinates(step, row_start, seed, layer)
+        ids = None if row_ids is None else row_ids.reshape(-1)
+        return ops.perturb_at(hidden, log_sigma.reshape(1), at, place, ids, scale, rounding, engine)
+    stream = make_stream("perturb", hidden, seed, step, layer, row_ids, row_start)
     return Perturb.apply(hidden, log_sigma, pick(engine, hidden.device), stream, scale, rounding)
 
 
@@ -86,19 +93,8 @@ def check_tensor(where: str, name: str, value: object) -> None:
         raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor{hint}")
 
 
-def check_perturb(
-    where: str,
-    hidden: Tensor,
-    log_sigma: Tensor,
-    seed: int,
-    step: int,
-    layer: int,
-    row_ids: Tensor | None,
-    row_start: int,
-    scale: str,
-    rounding: str,
-) -> Stream:
-    """Refuse, naming `where`, what `perturb` cannot take; returns the noise's coordinates."""
+def check_perturb(where: str, hidden: Tensor, log_sigma: Tensor, scale: str, rounding: str) -> None:
+    """Refuse, naming `where`, what `perturb` cannot take."""
     for name, value in (("hidden", hidden), ("log_sigma", log_sigma)):
         check_tensor(where, name, value)
     if hidden.dtype not in DTYPES:
@@ -118,6 +114,19 @@ def check_perturb(
         raise ValueError(f"{where}: scale={scale!r}; it needs one of {SCALES}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"{where}: rounding={rounding!r}; it needs one of {ROUNDINGS}")
+
+
+def make_stream(
+    where: str,
+    hidden: Tensor,
+    seed: int,
+    step: int | Tensor,
+    layer: int,
+    row_ids: Tensor | None,
+    row_start: int | Tensor,
+) -> Stream:
+    """The noise's coordinates, checked."""
+    step, row_start = (int(x) if isinstance(x, Tensor) else x for x in (step, row_start))
     stream = Stream(seed, step, layer, row_start, None if row_ids is None else row_ids.reshape(-1))
     check_stream(where, stream, hidden.numel() // hidden.shape[-1], hidden.device)
     return stream

@@ -4,6 +4,11 @@ Activation checkpointing runs a layer twice. Where the checkpoint is inside the 
 outside, the second run happens in backward and must meet the noise of *its* forward, with others in between. So each
 forward's coordinates wait in a hook on the gradient of the decoder's output: autograd comes through it before it comes
 to the layers, and one forward's part of a graph is worked off before that of an earlier one.
+
+torch.compile traces these hooks once and runs what it traced: no Python of theirs runs afterwards. So under it a layer's hook
+is one operator, whose coordinates are tensors. Whether there is noise is a Python value, `_Switch.is_on`, which compiled
+code checks at each call: the clean and the perturbed graph are two. What has to be counted is counted inside the
+operator (`note`).
 """
 
 from __future__ import annotations
@@ -20,7 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import ops
 from .head import LogitNoise
+from .hooks import Enter, LayerInput, Leave, Output, OwnForward
 from .noise import FINAL_LAYER, LOGITS_LAYER, MAX_STEP
 from .perturb import perturb
 
@@ -28,6 +35,7 @@ logger = logging.getLogger("alp_kernels")
 
 _RANK_SHIFT = 32  # numbered rows: data-parallel rank above, running number below
 _MEASURED_ROWS = 64
+_OUTSIDE = "ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
 attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Perturbation]] = weakref.WeakKeyDictionary()
 """The handle on each perturbed decoder, so that none is perturbed twice, by whatever module it is reached."""
 
@@ -39,27 +47,16 @@ class _Forward(NamedTuple):
     step: int
     row_start: int
     row_ids: Tensor | None
+    at: Tensor  # the same for compiled layers: ops.py
     ran: set[int]  # layers
 
 
-class _Hook:
-    """A hook that a deep copy of the model does not inherit: copies are clean."""
+class _Switch:
+    """What a compiled layer's hook reads. In a backward pass that recomputes a forward: that forward's."""
 
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(_nothing)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (_nothing,)
-
-
-def _nothing(*args: Any) -> None:
-    return None
+    is_on = False
+    at: Tensor | None = None  # None outside of a forward whose rows are numbered
+    row_ids: Tensor | None = None
 
 
 def _backward_id() -> int:
@@ -69,6 +66,16 @@ def _backward_id() -> int:
 
 def _in_backward() -> bool:
     return _backward_id() != -1
+
+
+def _a_tensor(output: Any) -> Tensor:
+    """One that the decoder's layers made."""
+    if isinstance(output, Tensor):
+        return output.detach()
+    found = getattr(output, "last_hidden_state", None)
+    if found is None:
+        found = output[0]
+    return _a_tensor(found)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -118,23 +125,27 @@ class Perturbation(nn.Module):
         self._scope_row_ids: Tensor | None = None
         self._on = False
         self._current: _Forward | None = None  # the forward the decoder is in
-        self._inside = False
         self._num_perturbed = 0
         self._backward: tuple[int, _Forward | None] = (-1, None)  # a backward call, and whose layers it is at
+        self._switch = _Switch()
+        self._order = ops.integers(next(ops.numbers), 0)
+        ops.handles[int(self._order[0])] = self
         self._measured: dict[int, Tensor] = {}
         self._warned = False
-        self._removables = [
-            parent.register_forward_pre_hook(_Hook(self._enter)),
-            parent.register_forward_hook(_Hook(self._leave), always_call=True),
+        self._own_forwards = [OwnForward(module) for module in (parent, *layers.values())]
+        self._removables: list[Any] = [
+            *self._own_forwards,
+            parent.register_forward_pre_hook(Enter(self)),
+            parent.register_forward_hook(Leave(self), always_call=True),
         ]
         for position, (index, layer) in enumerate(layers.items()):
             if index == LOGITS_LAYER:
-                self._removables.append(layer.register_forward_hook(_Hook(self._on_logits)))
+                self._removables.append(layer.register_forward_hook(Output(self, index, "logits")))
             elif index == FINAL_LAYER:
-                self._removables.append(layer.register_forward_hook(_Hook(self._on_final)))
+                self._removables.append(layer.register_forward_hook(Output(self, index, "last_hidden_state")))
             else:
-                hook = _LayerHook(self, position, index)
-                self._removables.append(layer.register_forward_pre_hook(_Hook(hook), with_kwargs=True))
+                hook = LayerInput(self, position, index)
+                self._removables.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     # -------------------------------------------------------------- the scope
 
@@ -163,11 +174,15 @@ class Perturbation(nn.Module):
         if self.sigma_bounds is not None:
             with torch.no_grad():
                 self.log_sigma.clamp_(*map(math.log, self.sigma_bounds))
-        self._on, self._scope_row_ids, self._num_perturbed = True, row_ids, 0
+        for forward in self._own_forwards:
+            forward.set()
+        self._on, self._scope_row_ids, self._num_perturbed, self._current = True, row_ids, 0, None
+        self._set_switch()
         try:
             yield self
         finally:
-            self._on, self._scope_row_ids = False, None
+            self._on, self._scope_row_ids, self._current = False, None, None
+            self._set_switch()
         if self._num_perturbed == 0:
             if self.layers == (LOGITS_LAYER,):
                 raise RuntimeError(
@@ -197,47 +212,108 @@ class Perturbation(nn.Module):
         return LogitNoise(self.log_sigma, self.seed, self._step, row_ids, start)
 
     def _take_rows(self, num_rows: int) -> int:
-        start, self._next_row = self._next_row, self._next_row + num_rows
-        if self._next_row > 1 << _RANK_SHIFT:
-            raise RuntimeError(f"perturbed: step {self._step} has over 2^{_RANK_SHIFT} rows on one rank; give row_ids")
+        start = self._first_row()
+        self._use_rows(start, num_rows)
+        return start
+
+    def _first_row(self) -> int:
+        """The number of the next row."""
         rank = self.data_rank
         if rank is None:  # asked for now: attach may come before torch.distributed starts
             rank = dist.get_rank() if dist.is_initialized() else 0
-        return (rank << _RANK_SHIFT) + start
+        return (rank << _RANK_SHIFT) + self._next_row
+
+    def _use_rows(self, start: int, num_rows: int) -> None:
+        self._next_row = max(self._next_row, start % (1 << _RANK_SHIFT) + num_rows)
+        if self._next_row > 1 << _RANK_SHIFT:
+            raise RuntimeError(f"perturbed: step {self._step} has over 2^{_RANK_SHIFT} rows on one rank; give row_ids")
 
     # -------------------------------------------------------------- hooks
 
-    @torch.compiler.disable
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if not _in_backward():
-            self._inside, self._current = True, None
+    def on_enter(self) -> None:
+        if torch.compiler.is_compiling():
+            if self._switch.is_on:
+                self._switch.at = torch.ops.alp_kernels.begin(self._order)
+        elif not _in_backward():
+            self._start()
 
-    @torch.compiler.disable
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def on_leave(self, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            if self._switch.is_on:
+                torch.ops.alp_kernels.finish(self._order, _a_tensor(output))
+                self._switch.at = None
+        elif not _in_backward():
+            forward = self._current  # None: a clean one, which a recompute must also know
+            for tensor in _tensors(output):
+                tensor.register_hook(lambda grad: self._arrive(forward))
+            self._stop()
+
+    def _start(self) -> None:
+        """The decoder's forward starts."""
+        self._current = self._next_forward() if self._on else None
+        self._set_switch()
+
+    def _stop(self) -> None:
+        self._current = None
+        self._set_switch()
+
+    def begin_compiled(self) -> Tensor:
+        """What the operator `begin` runs: `on_enter` of a decoder that is compiled whole."""
         if _in_backward():
-            return
-        forward = self._current  # None: a clean one, which a recompute must also know
-        for tensor in _tensors(output):
-            tensor.register_hook(lambda grad: self._arrive(forward))
-        self._inside, self._current = False, None
+            raise RuntimeError(
+                "perturbed: a compiled decoder is recomputed in backward as a whole, and whose noise it needs cannot be told; "
+                "checkpoint inside it"
+            )
+        if not self._on:  # a backward pass failed on its way, and left its switch on
+            self._set_switch()
+            raise RuntimeError("perturbed: compiled for noise, but no scope is open; call the model again")
+        self._start()
+        assert self._current is not None
+        return self._current.at.clone()
+
+    def finish_compiled(self) -> None:
+        """What the operator `finish` runs: `on_leave` of such a decoder."""
+        if not _in_backward():
+            self._stop()
+
+    def _set_switch(self) -> None:
+        """The switch as the scope and the current forward want it."""
+        switch, forward = self._switch, self._current
+        if forward is None and self._on and self._scope_row_ids is not None:
+            forward = self._next_forward()  # rows with names need no decoder around them
+        switch.is_on = self._on
+        switch.at, switch.row_ids = (None, None) if forward is None else (forward.at, forward.row_ids)
 
     def _arrive(self, forward: _Forward | None) -> None:
         """Backward has come to the output of `forward`; its layers are next."""
-        self._backward = (_backward_id(), forward)
+        task, switch = _backward_id(), self._switch
+        if self._backward[0] != task:
+            torch.autograd.Variable._execution_engine.queue_callback(self._set_switch)
+        self._backward = (task, forward)
+        switch.is_on = forward is not None
+        switch.at, switch.row_ids = (None, None) if forward is None else (forward.at, forward.row_ids)
 
-    def _begin(self, num_rows: int, device: torch.device) -> _Forward:
-        """The current forward, numbered at its first perturbed layer."""
-        if self._current is None:
-            row_ids = self._scope_row_ids
-            if row_ids is not None and row_ids.numel() != num_rows:
-                raise ValueError(
-                    f"perturbed: row_ids has shape {tuple(row_ids.shape)}; the hidden states have {num_rows} rows"
-                )
-            start = self._take_rows(num_rows) if row_ids is None else 0
-            row_ids = None if row_ids is None else row_ids.to(device)
-            self._current = _Forward(self._forwards, self._step, start, row_ids, set())
+    def _next_forward(self) -> _Forward:
+        """The forward that comes next. It counts as one with its first perturbed layer."""
+        row_ids = self._scope_row_ids
+        start, number, step = self._first_row() if row_ids is None else 0, self._forwards, self._step
+        at = ops.integers(int(self._order[0]), self.seed, step, start, number)
+        return _Forward(number, step, start, row_ids, at, set())
+
+    def note(self, number: int, row_start: int, position: int, hidden: Tensor, u: Tensor) -> None:
+        """Count a layer of forward `number` as perturbed; what the operator `perturb` runs beside its arithmetic.
+
+        Doing it twice is harmless, as when a compiler has a layer computed again.
+        """
+        if _in_backward():
+            return
+        self._num_perturbed += 1
+        if number == self._forwards:
             self._forwards += 1
-        return self._current
+            if self._scope_row_ids is None:
+                self._use_rows(row_start, hidden.numel() // hidden.shape[-1])
+        if number == 0:
+            self._measured[position] = _measure(hidden, u, self.log_sigma[position])
 
     def _coordinates(self, index: int, hidden: Tensor) -> _Forward | None:
         """The forward that this run of layer `index` belongs to; None where it is clean."""
@@ -252,13 +328,20 @@ class Perturbation(nn.Module):
             return forward
         if not self._on:
             return None
-        if not self._inside:
-            if self._scope_row_ids is None:
-                raise RuntimeError(
-                    f"perturbed: layer {index} ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
-                )
-            self._current = None
-        return self._begin(hidden.numel() // hidden.shape[-1], hidden.device)
+        if self._current is None and self._scope_row_ids is None:
+            raise RuntimeError(f"perturbed: layer {index} {_OUTSIDE}")
+        return self._numbered(hidden)
+
+    def _numbered(self, hidden: Tensor) -> _Forward:
+        """The forward that the decoder is in; a new one where it is in none."""
+        forward = self._next_forward() if self._current is None else self._current
+        row_ids = forward.row_ids
+        if row_ids is not None and row_ids.numel() != hidden.numel() // hidden.shape[-1]:
+            raise ValueError(
+                f"perturbed: row_ids has shape {tuple(row_ids.shape)}; the hidden states have "
+                f"{hidden.numel() // hidden.shape[-1]} rows"
+            )
+        return forward
 
     def _add(self, position: int, index: int, hidden: Tensor, forward: _Forward) -> Tensor:
         if not _in_backward():
@@ -280,59 +363,65 @@ class Perturbation(nn.Module):
             rounding=self.rounding,
             engine=self.engine,
         )
-        if not _in_backward():
-            self._num_perturbed += 1
-            if forward.number == 0:
-                self._measured[position] = _measure(hidden, u, self.log_sigma[position])
+        self.note(forward.number, forward.row_start, position, hidden, u)
         return u
 
-    @torch.compiler.disable
-    def _on_layer(self, position: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not (self._on or _in_backward()):
+    def _add_compiled(self, place: Tensor, hidden: Tensor) -> Tensor:
+        """The same as an operator in a graph."""
+        at, row_ids = self._switch.at, self._switch.row_ids
+        if at is None:
+            raise RuntimeError(f"perturbed: a layer {_OUTSIDE}")
+        ids = None if row_ids is None else row_ids.reshape(-1).to(hidden.device)
+        log_sigma = self.log_sigma.to(hidden.device)
+        return ops.perturb_at(hidden, log_sigma, at, place, ids, self.scale, self.rounding, self.engine)
+
+    def on_layer(self, hook: LayerInput, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        is_compiling = torch.compiler.is_compiling()
+        if not (self._switch.is_on if is_compiling else self._on or _in_backward()):
             return None
         by_position = bool(args) and isinstance(args[0], Tensor)
         hidden = args[0] if by_position else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor):
             raise TypeError(
-                f"attach: layer {index} was called with {len(args)} positional arguments and keywords {sorted(kwargs)}; its "
+                f"attach: layer {hook.index} was called with {len(args)} positional arguments and keywords {sorted(kwargs)}; its "
                 "hidden states must come first or as hidden_states"
             )
-        forward = self._coordinates(index, hidden)
-        if forward is None:
-            return None
-        u = self._add(position, index, hidden, forward)
+        if is_compiling:
+            u = self._add_compiled(hook.place, hidden)
+        else:
+            forward = self._coordinates(hook.index, hidden)
+            if forward is None:
+                return None
+            u = self._add(hook.position, hook.index, hidden, forward)
         return ((u, *args[1:]), kwargs) if by_position else (args, {**kwargs, "hidden_states": u})
 
-    @torch.compiler.disable
-    def _on_final(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self._on_output(output, FINAL_LAYER, "last_hidden_state")
-
-    @torch.compiler.disable
-    def _on_logits(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self._on_output(output, LOGITS_LAYER, "logits")
-
-    def _on_output(self, output: Any, index: int, field: str) -> Any:
-        if _in_backward() and self._step >= 0:
+    def on_output(self, hook: Output, output: Any) -> Any:
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and _in_backward() and self._step >= 0:
             raise RuntimeError(
                 'perturbed: with layers="final" or "logits" the decoder as a whole cannot be recomputed in backward; '
                 "checkpoint its layers"
             )
-        if not self._on:
+        if not (self._switch.is_on if is_compiling else self._on):
             return None
-        hidden = output if isinstance(output, Tensor) else getattr(output, field, None)
+        hidden = output if isinstance(output, Tensor) else getattr(output, hook.field, None)
         if hidden is None and isinstance(output, tuple):
             hidden = output[0]
         if not isinstance(hidden, Tensor):
             raise TypeError(
-                f"attach: the model returned a {type(output).__name__} without {field}; noise cannot be added to it"
+                f"attach: the model returned a {type(output).__name__} without {hook.field}; noise cannot be added to it"
             )
-        num_rows = hidden.numel() // hidden.shape[-1]
-        self._current = None
-        u = self._add(0, index, hidden, self._begin(num_rows, hidden.device))
+        if is_compiling:
+            self._switch.at = torch.ops.alp_kernels.begin(self._order)
+            u = self._add_compiled(hook.place, hidden)
+            torch.ops.alp_kernels.finish(self._order, u.detach())
+            self._switch.at = None
+        else:
+            u = self._add(0, hook.index, hidden, self._numbered(hidden))
         if isinstance(output, Tensor):
             return u
-        if hasattr(output, field):
-            setattr(output, field, u)
+        if hasattr(output, hook.field):
+            setattr(output, hook.field, u)
             return output
         return (u, *output[1:])
 
@@ -371,16 +460,23 @@ class Perturbation(nn.Module):
             )
         return {"rms_over_nominal": ratio, "changed_frac": values[:, 1].tolist()}
 
-    def sum_gradient(self, group: dist.ProcessGroup | None = None) -> None:
-        """Sum log_sigma's gradient over data-parallel ranks, after backward; a collective call.
+    def sum_gradient(self, group: dist.ProcessGroup | None = None, *, average: bool = False) -> None:
+        """Sum log_sigma's gradient over data-parallel ranks, once a step, after its last backward; a collective call.
 
-        DDP and FSDP do not know log_sigma: without this its values drift apart. It sums, as losses with the whole batch's
-        counts need; where the model's gradients are averaged instead, divide by the number of ranks.
+        DDP and FSDP do not know log_sigma: without this its values drift apart. Treat it as they treat the weights: DDP and
+        FSDP divide the sum by the number of ranks unless told otherwise, and so does average=True.
         """
+        if hasattr(self.log_sigma, "full_tensor"):
+            raise RuntimeError(
+                "sum_gradient: log_sigma is a DTensor: fully_shard took it for a weight and reduces it; keep the handle out of "
+                "the module that is wrapped"
+            )
         if self.log_sigma.requires_grad and dist.is_initialized():
             if self.log_sigma.grad is None:
                 self.log_sigma.grad = torch.zeros_like(self.log_sigma)
             dist.all_reduce(self.log_sigma.grad, group=group)
+            if average:
+                self.log_sigma.grad /= dist.get_world_size(group)
 
     def extra_repr(self) -> str:
         return f"layers={list(self.layers)}, scale={self.scale!r}, rounding={self.rounding!r}, seed={self.seed}"
@@ -405,21 +501,17 @@ class Perturbation(nn.Module):
         if parent is not None and parent in attached and attached[parent]() is self:
             del attached[parent]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a Perturbation sits on one model and is neither copied nor pickled: save its state_dict(), attach to the other "
+            "model, and load_state_dict() there"
+        )
+
     def __enter__(self) -> Perturbation:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
-
-
-class _LayerHook:
-    """Knows which layer it sits on."""
-
-    def __init__(self, handle: Perturbation, position: int, index: int) -> None:
-        self.handle, self.position, self.index = handle, position, index
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.handle._on_layer(self.position, self.index, args, kwargs)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .noise import Stream
-from .objective import LossRows, Objective, row_loss
+from .objective import LossRows, Objective, row_gradient
 
 name = "reference"
 
@@ -265,8 +265,5 @@ def head_token_loss(
     Returns what head_fwd returns, and dsigma () where there is noise on the logits.
     """
     out = head_fwd(x, targets, head)
-    with torch.enable_grad():
-        logp, entropy = out.logp.detach().requires_grad_(), out.entropy.detach().requires_grad_()
-        loss = (rows.weight * row_loss(logp - rows.denominator, logp, entropy, rows, objective)).sum()
-        dlogp, dentropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
+    dlogp, dentropy = row_gradient(out.logp - rows.denominator, out.logp, rows, objective)
     return out, head_bwd(x, targets, head, out, dlogp, dentropy)

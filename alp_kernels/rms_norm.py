@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .engine import pick
 from .noise import Stream
-from .perturb import DTYPES, check_perturb, check_tensor
+from .perturb import DTYPES, check_perturb, check_tensor, make_stream
 from .reference import Norm
 
 
@@ -97,7 +97,7 @@ def perturb_rms_norm(
     """
     where = "perturb_rms_norm"
     check_tensor(where, "weight", weight)
-    stream = check_perturb(where, hidden, log_sigma, seed, step, layer, row_ids, row_start, scale, rounding)
+    check_perturb(where, hidden, log_sigma, scale, rounding)
     if weight.dtype not in DTYPES or (weight.dtype == torch.float64) > (hidden.dtype == torch.float64):
         raise TypeError(
             f"{where}: weight is {weight.dtype}, hidden {hidden.dtype}; it needs float32 or 16 bits, float64 only beside float64"
@@ -112,6 +112,7 @@ def perturb_rms_norm(
         raise ValueError(f"{where}: eps={eps}; it needs a number >= 0")
     if not abs(offset) < float("inf"):
         raise ValueError(f"{where}: offset={offset}; it needs a finite number")
+    stream = make_stream(where, hidden, seed, step, layer, row_ids, row_start)
     chosen = pick(engine, hidden.device)
     u, y = PerturbRMSNorm.apply(hidden, weight, log_sigma, eps, offset, chosen, stream, scale, rounding)
     return u, y

@@ -602,20 +602,38 @@ def rolled_with(folder: Path, peft_config: Any, **changes: Any) -> GRPOTrainer:
     return trained(folder, trainer={"rollout_func": made_up_rollouts, "peft_config": peft_config}, **changes)
 
 
-@pytest.mark.slow
-def test_two_ranks_under_ddp_make_the_steps_of_one_process(tmp_path: Path) -> None:
-    one = rolled(tmp_path / "one", **trl_ranks.OPTIONS)
+def two_ranks(folder: Path, options: dict[str, Any], resume: bool = False) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(trl_ranks.work, args=(str(tmp_path), port), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    mp.spawn(trl_ranks.work, args=(str(folder), port, options, resume), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def assert_one_process(ranks: list[dict[str, Any]], one: GRPOTrainer) -> None:
+    first, second = ranks
     for name, value in weights(one).items():
         assert torch.equal(first["weights"][name], second["weights"][name]), name
         torch.testing.assert_close(first["weights"][name], value, rtol=0, atol=BOUND)
     assert (weights(one)["log_sigma"].exp() - 1e-2).abs().min() > 1e-6
     for name in ("alp/token_ratio/q95", "alp/k3_kl", "alp/num_tokens", "entropy", "loss"):
         assert first["log"][name] == pytest.approx(logged(one, name), rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_ranks_under_ddp_make_the_steps_of_one_process(tmp_path: Path) -> None:
+    assert_one_process(two_ranks(tmp_path, trl_ranks.OPTIONS), rolled(tmp_path / "one", **trl_ranks.OPTIONS))
+
+
+@pytest.mark.slow
+def test_two_ranks_under_fsdp2_make_the_steps_of_one_process_and_resume(tmp_path: Path) -> None:
+    options = trl_ranks.OPTIONS | trl_ranks.FSDP2
+    ranks = two_ranks(tmp_path, options, resume=True)
+    one = rolled(tmp_path / "one", **{name: value for name, value in options.items() if "fsdp" not in name})
+    assert_one_process(ranks, one)
+    assert set(ranks[0]["sharded"]) == weights(one).keys() - {"log_sigma"}
+    for rank in ranks:
+        assert all(torch.equal(rank["resumed"][name], value) for name, value in rank["weights"].items())
 
 
 # ------------------------------------------------------------------ what is refused

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import LossOutput, Objective, fused_alp_loss, policy_loss
 from ..objective import kl_estimate
 from .trl_head import add_policy_loss_head
-from .trl_sigma import SigmaMixin, sigma_fields_fit
+from .trl_sigma import ALPOptions, SigmaMixin, option
 
 try:
     from trl import GRPOConfig, GRPOTrainer
@@ -55,45 +55,25 @@ _POSITION_BITS = 20  # of a row's identity; the sample's number stands above, an
 _PASS_BIT = 44  # row ids end at 48 bits
 
 
-def _help(text: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class ALPGRPOConfig(GRPOConfig):
+class ALPGRPOConfig(ALPOptions, GRPOConfig):
     """GRPOConfig with the perturbation's options. Fields of TRL that an objective cannot honour are refused by name.
 
     `epsilon`, `epsilon_high` and `delta` replace the objective's clip_low, clip_high and dual_clip where they are given;
     `loss_type` sets the aggregation, `beta` the k3 KL to the reference, `entropy_coef` the entropy bonus.
     """
 
-    epsilon: float | None = _help("clip_low of the objective; None: its own (ALP 0.5).", None)
-    epsilon_high: float | None = _help("clip_high; None: `epsilon` where given, else the objective's (ALP 3.0).", None)
-    delta: float | None = _help("dual_clip; None: the objective's own (ALP 10).", None)
-    importance_sampling_level: str | None = _help("Leave it unset: `alp_objective` names the level.", None)
-    vllm_importance_sampling_correction: bool = _help("Leave it off: it would multiply the ratio again.", False)
-    use_bias_correction_kl: bool = _help("Leave it off: the KL term is the plain k3 estimate.", False)
+    delta: float | None = option("dual_clip; None: the objective's own (ALP 10).", None)
+    importance_sampling_level: str | None = option("Leave it unset: `alp_objective` names the level.", None)
+    vllm_importance_sampling_correction: bool = option("Leave it off: it would multiply the ratio again.", False)
+    use_bias_correction_kl: bool = option("Leave it off: the KL term is the plain k3 estimate.", False)
 
-    alp_objective: str = _help(
-        "A preset of alp_kernels.Objective. alp-token, alp-sequence, alp-cum-token, alp-cum-turn are perturbed; "
-        "bypass-*, grpo, gspo, tis-*, mis are not.",
-        "alp-sequence",
-    )
-    alp_sigma: float = _help("Standard deviation of the noise at first, at every perturbed layer's input.", 1e-2)
-    alp_sigma_learning_rate: float = _help("Of log sigma, scaled by the scheduler; 0: sigma stays as it is.", 5e-4)
-    alp_layers: str = _help('"all", "final" (the decoder\'s output) or numbers like "0,3".', "all")
-    alp_path: str | None = _help("Path of the decoder's list of layers, where it cannot be told.", None)
-    alp_scale: str = _help('"absolute", or "rms": sigma counts in units of each row\'s root mean square.', "absolute")
-    alp_rounding: str = _help('"nearest" or "stochastic": the store of perturbed hidden states in 16 bits.', "nearest")
-    alp_seed: int | None = _help("Of the noise; None: `seed`.", None)
-    alp_fused_head: bool | None = _help(
+    alp_fused_head: bool | None = option(
         "The loss straight from hidden states (fused_alp_loss); None: where the model allows.", None
     )
-    alp_nonfinite: str = _help('Rollout log-probabilities that are NaN or inf: "mask" and count, or "raise".', "mask")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__
         claims: list[tuple[str, bool, str]] = [
             ("loss_type", self.loss_type in _AGGREGATION, f"one of {', '.join(_AGGREGATION)}"),
             (
@@ -110,18 +90,12 @@ class ALPGRPOConfig(GRPOConfig):
             ("off_policy_mask_threshold", self.off_policy_mask_threshold is None, "None: the clip bounds the ratio"),
             ("top_entropy_quantile", self.top_entropy_quantile == 1.0, "1.0: all tokens are in the loss"),
             ("use_adaptive_entropy", not self.use_adaptive_entropy, "False, and a fixed entropy_coef"),
-            ("alp_nonfinite", self.alp_nonfinite in ("mask", "raise"), "'mask' or 'raise'"),
-            *sigma_fields_fit(self),
         ]
-        for option, holds, fits in claims:
-            if not holds:
-                raise ValueError(f"{name}: {option}={getattr(self, option)!r}; it needs {fits}")
+        self.check(claims)
         self.objective()  # names and ranges: its own errors
 
     def objective(self) -> Objective:
         """`alp_objective` with TRL's own fields: loss_type, clips, beta, entropy_coef."""
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        clips = {"clip_low": self.epsilon, "clip_high": high, "dual_clip": self.delta}
         return Objective.preset(
             self.alp_objective,
             aggregation=_AGGREGATION[self.loss_type],
@@ -129,7 +103,7 @@ class ALPGRPOConfig(GRPOConfig):
             kl="k3" if self.beta != 0 else None,
             kl_coef=self.beta,
             entropy_coef=self.entropy_coef,
-            **{name: value for name, value in clips.items() if value is not None},
+            **self.clips(self.delta),
         )
 
 
@@ -167,7 +141,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             )
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             check_logprobs_mode(self.vllm_generation.vllm_client.get_server_info())
-        self.init_sigma(args, args.alp_objective.startswith("alp-"))
+        self.init_sigma(args)
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         reason = self._why_not_fused(base)
         if reason is not None and args.alp_fused_head:
@@ -325,6 +299,15 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / self._num_accumulated
             self.keep_mean("aux_loss", aux_loss.detach(), torch.ones_like(aux_loss))
         return out, loss
+
+    def flush_stats(self, mode: str) -> dict[str, float]:
+        summary = super().flush_stats(mode)
+        if "clip_low_frac" in summary:  # under TRL's names, too
+            low, high = summary["clip_low_frac"], summary["clip_high_frac"]
+            for name, value in (("low", low), ("high", high), ("region", low + high)):
+                self._metrics[mode][f"clip_ratio/{name}_mean"].append(value)
+            self._metrics[mode]["entropy"].append(summary["entropy"])
+        return summary
 
     @property
     def _num_accumulated(self) -> int:

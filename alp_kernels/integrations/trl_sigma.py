@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,17 +26,57 @@ STATE_NAME = "alp.pt"
 """The file in a checkpoint that holds sigma."""
 
 
-def sigma_fields_fit(config: Any) -> list[tuple[str, bool, str]]:
-    """(field, whether its value fits, what fits) of a config's options for the perturbation."""
-    seed = config.alp_seed
-    return [
-        ("alp_sigma", config.alp_sigma > 0, "a number > 0 (for no noise: alp_objective='bypass-token', ...)"),
-        ("alp_sigma_learning_rate", config.alp_sigma_learning_rate >= 0, "0 or more (0: sigma stays as it is)"),
-        ("alp_layers", _layers(config.alp_layers) is not None, '"all", "final" or numbers like "0,3"'),
-        ("alp_scale", config.alp_scale in SCALES, f"one of {SCALES}"),
-        ("alp_rounding", config.alp_rounding in ROUNDINGS, f"one of {ROUNDINGS}"),
-        ("alp_seed", seed is None or 0 <= seed <= MAX_SEED, f"None or an int in [0, {MAX_SEED}]"),
-    ]
+def option(text: str, default: Any) -> Any:
+    """A field with the help that HfArgumentParser shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ALPOptions:
+    """Options that ALPGRPOConfig and ALPAsyncGRPOConfig share, to inherit before TRL's config."""
+
+    epsilon: float | None = option("clip_low of the objective; None: its own (ALP 0.5).", None)
+    epsilon_high: float | None = option("clip_high; None: `epsilon` where given, else the objective's (ALP 3.0).", None)
+    alp_objective: str = option(
+        "A preset of alp_kernels.Objective. alp-token, alp-sequence, alp-cum-token, alp-cum-turn are perturbed; "
+        "bypass-*, grpo, gspo, tis-*, mis are not.",
+        "alp-sequence",
+    )
+    alp_sigma: float = option("Standard deviation of the noise at first, at every perturbed layer's input.", 1e-2)
+    alp_sigma_learning_rate: float = option("Of log sigma, scaled by the scheduler; 0: sigma stays as it is.", 5e-4)
+    alp_layers: str = option('"all", "final" (the decoder\'s output) or numbers like "0,3".', "all")
+    alp_path: str | None = option("Path of the decoder's list of layers, where it cannot be told.", None)
+    alp_scale: str = option('"absolute", or "rms": sigma counts in units of each row\'s root mean square.', "absolute")
+    alp_rounding: str = option('"nearest" or "stochastic": the store of perturbed hidden states in 16 bits.', "nearest")
+    alp_seed: int | None = option("Of the noise; None: `seed`.", None)
+    alp_nonfinite: str = option('Rollout log-probabilities that are NaN or inf: "mask" and count, or "raise".', "mask")
+
+    def check(self, claims: list[tuple[str, bool, str]]) -> None:
+        """Raise a ValueError that names the field, what came and what fits; claims: (field, whether it fits, what fits)."""
+        seed = self.alp_seed
+        claims = [
+            *claims,
+            ("alp_sigma", self.alp_sigma > 0, "a number > 0 (for no noise: alp_objective='bypass-token', ...)"),
+            ("alp_sigma_learning_rate", self.alp_sigma_learning_rate >= 0, "0 or more (0: sigma stays as it is)"),
+            ("alp_layers", _layers(self.alp_layers) is not None, '"all", "final" or numbers like "0,3"'),
+            ("alp_scale", self.alp_scale in SCALES, f"one of {SCALES}"),
+            ("alp_rounding", self.alp_rounding in ROUNDINGS, f"one of {ROUNDINGS}"),
+            ("alp_seed", seed is None or 0 <= seed <= MAX_SEED, f"None or an int in [0, {MAX_SEED}]"),
+            ("alp_nonfinite", self.alp_nonfinite in ("mask", "raise"), "'mask' or 'raise'"),
+        ]
+        for name, holds, fits in claims:
+            if not holds:
+                raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r}; it needs {fits}")
+
+    def clips(self, delta: float | None) -> dict[str, Any]:
+        """What replaces the objective's clips, by TRL's rule: epsilon counts for both sides where epsilon_high is not given."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        given = {"clip_low": self.epsilon, "clip_high": high, "dual_clip": delta}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def is_perturbed(self) -> bool:
+        return self.alp_objective.startswith("alp-")
 
 
 def _layers(text: str) -> str | list[int] | None:
@@ -59,14 +100,14 @@ class SigmaMixin:
     is_deepspeed_enabled: bool
     _metrics: dict[str, dict[str, list[float]]]
 
-    def init_sigma(self, config: Any, is_perturbed: bool) -> None:
+    def init_sigma(self, config: ALPOptions) -> None:
         """Attach the perturbation to `self.model`, or none where the objective has no noise."""
         self.perturbation: Perturbation | None = None
         self.in_update = False
         self._is_first_of_step = True
         self._stats: list[Stats] = []
         self._sums: dict[str, list[Tensor]] = {}
-        if not is_perturbed:
+        if not config.is_perturbed:
             return
         name, is_learned = type(self).__name__, config.alp_sigma_learning_rate > 0
         if is_learned and self.is_deepspeed_enabled:
@@ -86,7 +127,7 @@ class SigmaMixin:
             config.alp_sigma,
             layers=layers,
             learnable=is_learned,
-            seed=config.seed if config.alp_seed is None else config.alp_seed,
+            seed=self.args.seed if config.alp_seed is None else config.alp_seed,
             scale=config.alp_scale,
             rounding=config.alp_rounding,
             path=config.alp_path,
@@ -195,11 +236,19 @@ class SigmaMixin:
                     f"{type(self).__name__}: {checkpoint} has no {STATE_NAME}: it was written without a perturbation. To go on "
                     "from its weights, give them as the model"
                 )
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             self.perturbation.load_state_dict(state["perturbation"])
             if apart and "group" in state:
                 apart["group"].update(state["group"])
-                apart["state"] = state["state"]
+                apart["state"] = {
+                    name: self._placed(name, value, state["group"]) for name, value in state["state"].items()
+                }
+
+    def _placed(self, name: str, value: Any, group: dict[str, Any]) -> Any:
+        """A value of sigma's optimizer state where torch keeps it: `step` stays on the CPU but for fused and captured steps."""
+        stays = name == "step" and not (group.get("fused") or group.get("capturable"))
+        assert self.perturbation is not None
+        return value if stays or not isinstance(value, Tensor) else value.to(self.perturbation.log_sigma.device)
 
     # -------------------------------------------------------------- statistics
 
@@ -211,7 +260,7 @@ class SigmaMixin:
         """One micro-batch's share of the metric `name`, a mean over the optimizer step; on the device."""
         self._sums.setdefault(name, []).append(torch.stack([total.detach().float(), count.float()]))
 
-    def flush_stats(self, mode: str) -> None:
+    def flush_stats(self, mode: str) -> dict[str, float]:
         """Into the trainer's metrics: exact over the micro-batches and ranks of the step; a collective call."""
         metrics, handle = self._metrics[mode], self.perturbation
         parts, self._stats = self._stats, []
@@ -222,14 +271,10 @@ class SigmaMixin:
         for name, micro_batches in sums.items():
             total, count = self.accelerator.reduce(torch.stack(micro_batches).sum(dim=0), reduction="sum").tolist()
             metrics[name].append(total / max(count, 1.0))
-        if "clip_low_frac" in summary:  # under TRL's names, too
-            low, high = summary["clip_low_frac"], summary["clip_high_frac"]
-            for name, value in (("low", low), ("high", high), ("region", low + high)):
-                metrics[f"clip_ratio/{name}_mean"].append(value)
-            metrics["entropy"].append(summary["entropy"])
         if handle is not None and mode == "train":
             for layer, sigma in zip(handle.layers, handle.sigma.tolist(), strict=True):
                 metrics["alp/sigma/final" if layer == FINAL_LAYER else f"alp/sigma/layer_{layer}"].append(sigma)
             realised = handle.realised()["rms_over_nominal"]
             metrics["alp/realised_noise/min"].append(min(realised))
             metrics["alp/realised_noise/max"].append(max(realised))
+        return summary

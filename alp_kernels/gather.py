@@ -1,0 +1,105 @@
+"""What each rank holds a slice of, whole on every rank, with the gradient that fits.
+
+gather_weight     slices of a weight; the ranks' batches differ, so backward adds up their gradients of each slice
+gather_sequence   slices of the same sequences; every rank takes the same loss of the whole, so backward keeps its own slice's
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _Gather(torch.autograd.Function):
+    """Slices of `local` along `dim`, in the order of the group's ranks; they may differ in size."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, dim: int, group: dist.ProcessGroup | None, sums: bool) -> Tensor:
+        sizes = _sizes(local.shape[dim], local.device, group)
+        rows = local.movedim(dim, 0).contiguous()
+        parts = [rows.new_empty(max(sizes), *rows.shape[1:]) for _ in sizes]
+        dist.all_gather(parts, _padded(rows, max(sizes)), group=group)
+        ctx.dim, ctx.group, ctx.sums, ctx.sizes = dim, group, sums, sizes
+        whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return whole.movedim(0, dim)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor | None, ...]:
+        rank = dist.get_rank(ctx.group)
+        parts = dwhole.movedim(ctx.dim, 0).split(ctx.sizes)
+        mine = parts[rank]
+        if ctx.sums:
+            # 16-bit gradients are summed in float32 and rounded once
+            real = torch.float64 if dwhole.dtype == torch.float64 else torch.float32
+            padded = torch.cat([_padded(part.to(real), max(ctx.sizes)) for part in parts])
+            total = padded.new_empty(max(ctx.sizes), *padded.shape[1:])
+            dist.reduce_scatter_tensor(total, padded, group=ctx.group)
+            mine = total[: ctx.sizes[rank]].to(dwhole.dtype)
+        return mine.movedim(0, ctx.dim).contiguous(), None, None, None
+
+
+def _sizes(mine: int, device: torch.device, group: dist.ProcessGroup | None) -> list[int]:
+    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+    sizes[dist.get_rank(group)] = mine
+    dist.all_reduce(sizes, group=group)
+    return list(sizes.tolist())
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    return rows if len(rows) == size else torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
+
+
+def local_rows(where: str, name: str, value: Any) -> tuple[dist.ProcessGroup, Tensor]:
+    """The group of a DTensor and this rank's rows of it, differentiable."""
+    from torch.distributed.tensor import Shard  # not at the top: a second's import
+
+    mesh = value.device_mesh
+    if mesh.ndim != 1 or tuple(value.placements) != (Shard(0),):
+        raise ValueError(
+            f"{where}: {name} is a DTensor placed {tuple(value.placements)} on a mesh of {mesh.ndim} dimensions; it needs "
+            "(Shard(0),) on a mesh of one dimension"
+        )
+    return mesh.get_group(), value.to_local()
+
+
+def gather_weight(weight: Tensor, group: dist.ProcessGroup | None = None, *, average: bool = False) -> Tensor:
+    """The whole weight from the rows that each data-parallel rank holds; a collective call, and so is its backward.
+
+    For a fused loss on a head that is in shards where the loss is taken: FSDP2's outside every forward, or slices of your
+    own (ZeRO-3). Backward sums the ranks' gradients and leaves each rank that of its rows. `DTensor.full_tensor()` alone does
+    not: it takes every rank's gradient for the same one, and drops the others' share.
+
+    Args:
+        weight: this rank's rows (V_r, D), in the order of the ranks, numbers of rows may differ; or a DTensor placed
+            (Shard(0),). Cast it first where the loss runs in another dtype: fewer bytes are gathered.
+        group: of the ranks that hold the other rows; None: all. A DTensor brings its own.
+        average: divide the summed gradient by the number of ranks, as DDP and FSDP do with those of the other weights.
+
+    Returns:
+        (V, D), a plain tensor.
+    """
+    if hasattr(weight, "full_tensor"):  # a DTensor
+        if group is not None:
+            raise ValueError("gather_weight: weight is a DTensor, whose mesh names the ranks; group must be None")
+        group, weight = local_rows("gather_weight", "weight", weight)
+    elif not dist.is_initialized():
+        return weight
+    whole: Tensor = _Gather.apply(weight, 0, group, True)
+    size = dist.get_world_size(group)
+    if average and whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / size)
+    return whole
+
+
+def gather_sequence(values: Tensor, group: dist.ProcessGroup | None = None, *, dim: int = 1) -> Tensor:
+    """Whole sequences' values, (B, T), from the slices (B, T_r) that context-parallel ranks hold; a collective call.
+
+    For `policy_loss` on log-probabilities where a ratio covers more than a token. Every rank of the group must then take the
+    same loss of the whole; backward gives its own slice's gradient, with no communication, so the *sum* of the weights'
+    gradients over the group is that of the unsplit sequence.
+    """
+    return _Gather.apply(values, dim, group, False) if dist.is_initialized() else values

@@ -1,0 +1,82 @@
+"""NeMo-RL: a `LossFunction` whose ratio is against data["generation_logprobs"].
+
+    loss_fn = ALPLossFn("bypass-sequence")      # in place of ClippedPGLossFn, handed to grpo_train: docs/trainers.md
+
+The worker calls the loss with next-token log-probabilities (B, S - 1) and divides nothing itself: the loss does, by the
+global counts of valid tokens or sequences, so micro-batches sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._shared import aggregated_loss, choose, clipped_fractions, require_noise
+
+
+class ALPLossFn:
+    """NeMo-RL's LossFunction protocol, input type LOGPROB.
+
+    token_level_loss: mean over the batch's tokens; else mean over its sequences of each one's mean, as in NeMo-RL.
+    """
+
+    def __init__(
+        self,
+        preset: str = "bypass-sequence",
+        *,
+        clip_low: float = 0.5,
+        clip_high: float = 3.0,
+        dual_clip: float | None = 10.0,
+        token_level_loss: bool = True,
+    ) -> None:
+        from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
+
+        self.preset = preset
+        self.objective = choose("nemo_rl", preset, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+        self.input_type = LossInputType.LOGPROB
+        self.loss_type = LossType.TOKEN_LEVEL if token_level_loss else LossType.SEQUENCE_LEVEL
+        self.token_level_loss = token_level_loss
+
+    def __call__(
+        self,
+        next_token_logprobs: Tensor,
+        data: Any,
+        global_valid_seqs: Tensor,
+        global_valid_toks: Tensor,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """next_token_logprobs (B, S - 1); data: token_mask, advantages, generation_logprobs (B, S), sample_mask (B,)."""
+        require_noise("nemo_rl", self.preset)
+        token_mask = data["token_mask"][:, 1:]
+        mask = token_mask * data["sample_mask"].unsqueeze(-1)
+        if "curr_logprobs_keep_mask" in data:
+            raise ValueError(
+                "nemo_rl: top-k or top-p sampling took tokens out of the current policy's support; sample with top_p=1 and "
+                "top_k=null, so that both sides of the ratio are distributions over the whole vocabulary"
+            )
+
+        def aggregate(losses: Tensor) -> Tensor:
+            if self.token_level_loss:
+                return (losses * mask).sum() / global_valid_toks
+            by_sequence = (losses * mask).sum(-1) / token_mask.sum(-1).clamp(min=1)
+            return by_sequence.sum() / global_valid_seqs
+
+        out = aggregated_loss(
+            aggregate,
+            next_token_logprobs,
+            data["generation_logprobs"][:, 1:],
+            data["advantages"][:, 1:],
+            mask,
+            self.objective,
+        )
+        clipped, dual = clipped_fractions(out.stats)
+        share = len(out.stats.log_ratio) / global_valid_toks  # NeMo-RL sums metrics over micro-batches
+        values = {"alp_clip_frac": clipped * share, "alp_dual_clip_frac": dual * share}
+        values["alp_k1_kl"] = -out.stats.rollout_log_ratio.sum() / global_valid_toks
+        valid = int(data["sample_mask"].sum())
+        return out.loss, {
+            "loss": out.loss.item(),
+            "num_valid_samples": valid,
+            **{key: torch.as_tensor(value).item() for key, value in values.items()},
+        }

@@ -1,0 +1,122 @@
+"""OpenRLHF (0.11.2): `PolicyLoss` with the rollout's log-probabilities as denominator, and noise in the actor's updates.
+
+    install("alp-sequence", sigma=1e-2, sigma_lr=5e-4)      # in the process of the actor: docs/trainers.md
+
+OpenRLHF has no registry: `install` replaces the names its actor module uses. DeepSpeed's optimizer is built before
+there is a sigma, so sigma has an AdamW of its own, which steps when DeepSpeed's does.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attach import attach
+from ._shared import aggregated_loss, average_gradient, choose, clipped_fractions, k1_kl, require_noise
+
+
+class ALPPolicyLoss(nn.Module):
+    """OpenRLHF's `PolicyLoss`: its arguments, its call, its aggregation (`aggregate_loss`) and its five results."""
+
+    def __init__(
+        self,
+        preset: str,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        is_correction_level: str = "off",
+        **is_correction: Any,
+    ) -> None:
+        super().__init__()
+        self.preset = preset
+        self.objective = choose("openrlhf", preset, clip_low=clip_eps_low, clip_high=clip_eps_high, dual_clip=dual_clip)
+        if policy_loss_type != "ppo" or is_correction_level != "off":
+            raise ValueError(
+                f"openrlhf: policy_loss_type={policy_loss_type!r}, is_correction_level={is_correction_level!r}; ALP's one ratio "
+                "replaces both: it needs 'ppo' and 'off'"
+            )
+        self.token_level_loss = token_level_loss
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """Tensors (B, T) -> loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio; old_log_probs has no part in it."""
+        from openrlhf.models import aggregate_loss
+
+        require_noise("openrlhf", self.preset)
+        if rollout_log_probs is None or action_mask is None:
+            missing = "rollout_log_probs" if rollout_log_probs is None else "action_mask"
+            raise ValueError(
+                f"openrlhf: {missing} is None; the ratio is against the rollout engine's log-probabilities"
+            )
+        out = aggregated_loss(
+            partial(
+                aggregate_loss,
+                loss_mask=action_mask,
+                token_level_loss=self.token_level_loss,
+                dp_size=dp_size,
+                batch_num_tokens=batch_num_tokens,
+                global_batch_size=global_batch_size,
+            ),
+            log_probs,
+            rollout_log_probs,
+            advantages,
+            action_mask,
+            self.objective,
+        )
+        return out.loss, clipped_fractions(out.stats)[0], k1_kl(out.stats), None, None
+
+
+def install(preset: str = "alp-sequence", *, sigma: float = 1e-2, sigma_lr: float = 5e-4, seed: int = 0) -> None:
+    """Make OpenRLHF's actor in this process train with `preset`; with an "alp-*" one, on the perturbed model."""
+    from openrlhf.trainer.ray import ppo_actor
+
+    ppo_actor.PolicyLoss = partial(ALPPolicyLoss, preset)
+    if preset.startswith("alp-"):
+        ppo_actor.ActorPPOTrainer = perturbed_trainer(ppo_actor.ActorPPOTrainer, sigma, sigma_lr, seed)
+
+
+def perturbed_trainer(base: Any, sigma: float, sigma_lr: float, seed: int) -> Any:
+    """A subclass of OpenRLHF's ActorPPOTrainer whose training_step, and nothing else, runs on the perturbed actor."""
+
+    class ALPActorPPOTrainer(base):
+        def __init__(self, strategy: Any, actor: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(strategy, actor, *args, **kwargs)
+            ds = strategy.args.ds
+            if strategy.ring_attn_group is not None or ds.tensor_parallel_size > 1 or ds.param_dtype == "fp16":
+                raise ValueError(
+                    "openrlhf: sigma's gradient is not served under ring attention, tensor parallelism or fp16 loss scaling; use "
+                    "data parallelism and bf16"
+                )
+            self.alp = attach(actor.model, sigma, learnable=sigma_lr > 0, seed=seed)
+            self.alp_optimizer = torch.optim.AdamW([self.alp.param_group(sigma_lr)]) if sigma_lr > 0 else None
+            self.alp_updates = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            before = self.actor.model.global_steps
+            with self.alp.perturbed(step=self.alp_updates):
+                status = super().training_step(*args, **kwargs)
+            if self.actor.model.global_steps != before:  # DeepSpeed stepped, at the end of an accumulation
+                self.alp_updates += 1
+                if self.alp_optimizer is not None:
+                    average_gradient(self.alp)
+                    self.alp_optimizer.step()
+                    self.alp_optimizer.zero_grad()
+            status["metrics"]["alp_sigma"] = self.alp.sigma.mean()
+            status["weights"]["alp_sigma"] = "sample"
+            return status
+
+    return ALPActorPPOTrainer

@@ -1,0 +1,49 @@
+"""prime-rl: a custom loss by import path; one sample a call, summed over its tokens (the trainer divides).
+
+    [trainer.loss]
+    type = "custom"
+    import_path = "alp_kernels.integrations.prime_rl.single_ratio_loss"
+    kwargs = { preset = "bypass-sequence" }
+
+prime-rl has no hook on its model: for an "alp-*" preset its train loop needs the lines in docs/trainers.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._shared import aggregated_loss, choose, clipped_fractions, k1_kl, require_noise
+
+
+def single_ratio_loss(
+    inputs: Any,
+    preset: str = "bypass-sequence",
+    clip_low: float = 0.5,
+    clip_high: float = 3.0,
+    dual_clip: float | None = 10.0,
+) -> Any:
+    """LossInputs of one sample, tensors (N,), -> LossOutputs. loss_weights, where given, multiply the token losses."""
+    from prime_rl.trainer.rl.loss import LossOutputs
+
+    require_noise("prime_rl", preset)
+    logp = inputs.trainer_logprobs
+    out = aggregated_loss(
+        torch.sum,
+        logp,
+        inputs.inference_logprobs,
+        inputs.advantages,
+        inputs.loss_mask,
+        choose("prime_rl", preset, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip),
+        cu_seqlens=torch.tensor([0, len(logp)]),
+        extra_weight=getattr(inputs, "loss_weights", None),
+    )
+    clipped, dual = clipped_fractions(out.stats)
+    metrics = {
+        "alp_clip_frac": clipped,
+        "alp_dual_clip_frac": dual,
+        "alp_k1_kl": k1_kl(out.stats),
+        "alp_token_ratio": out.stats.log_ratio.clamp(-20, 20).exp(),  # by token: prime-rl concatenates
+    }
+    return LossOutputs(loss=out.loss, metrics=metrics)

@@ -1,0 +1,99 @@
+"""Adaptive Layerwise Perturbation in TRL's experimental AsyncGRPOTrainer, whose ratio is over vLLM's log-probabilities already.
+
+The update's forward is perturbed and the loss is one of alp_kernels' objectives, on the log-probabilities of TRL's own head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import Objective, policy_loss
+from .trl_sigma import ALPOptions, SigmaMixin
+
+try:
+    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+except ImportError as error:
+    raise ImportError(
+        f"alp_kernels.integrations.trl_async needs TRL 1.16: pip install 'trl==1.16.*' ({error})"
+    ) from error
+
+
+@dataclass
+class ALPAsyncGRPOConfig(ALPOptions, AsyncGRPOConfig):
+    """AsyncGRPOConfig with the perturbation's options; `epsilon` and `epsilon_high` as in ALPGRPOConfig."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = "an alp-* or bypass-* preset: this trainer has the rollout's log-probabilities alone"
+        self.check([("alp_objective", self.objective().denominator == "rollout", fits)])
+
+    def objective(self) -> Objective:
+        return Objective.preset(self.alp_objective, **self.clips(None))
+
+
+class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
+    """AsyncGRPOTrainer with alp_kernels' objectives and a perturbed update; the same constructor."""
+
+    def __init__(
+        self,
+        model: str,
+        reward_funcs: Any = None,
+        args: ALPAsyncGRPOConfig | None = None,
+        *others: Any,
+        **named: Any,
+    ) -> None:
+        if args is None:
+            args = ALPAsyncGRPOConfig(f"{model.split('/')[-1]}-AsyncGRPO")
+        if not isinstance(args, ALPAsyncGRPOConfig):
+            raise TypeError(f"ALPAsyncGRPOTrainer: args is a {type(args).__name__}; it needs an ALPAsyncGRPOConfig")
+        super().__init__(model, reward_funcs, args, *others, **named)
+        self.objective = args.objective()
+        self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high  # of TRL's own metrics
+        self.init_sigma(args)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        outputs: list[Any] = []
+
+        def forward(**named: Any) -> Any:
+            outputs.append(model(**named))
+            return outputs[0]
+
+        # a token that samples share is forwarded once, so rows are numbered as they are packed
+        with self.noise(lambda: None):
+            super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)  # for its accounting and metrics
+        [output] = outputs
+        selected = inputs["token_index"] >= 0
+        index, segment = inputs["token_index"][selected], inputs["segment_id"][selected]
+        count = self.current_gradient_accumulation_steps
+        old_logp = inputs["old_log_probs"][selected]
+        out = policy_loss(
+            output.log_probs.flatten()[index].float(),
+            old_logp,
+            inputs["advantages"][selected],
+            torch.ones_like(old_logp),
+            objective=self.objective,
+            entropy=output.entropy.flatten()[index].float(),
+            sequence_ids=segment,
+            turn_ends=self._turn_ends(inputs, index, segment) if self.objective.level == "cum-turn" else None,
+            # ranks' gradients are averaged, and micro-batches count alike, as in TRL's own loss
+            num_tokens=inputs["global_n_tokens"][0] / self.accelerator.num_processes * count,
+            nonfinite=self.args.alp_nonfinite,
+        )
+        self.keep_stats(out.stats)
+        if self.aux_loss_enabled:
+            return out.loss + self.router_aux_loss_coef * output.aux_loss / count
+        return out.loss
+
+    @staticmethod
+    def _turn_ends(inputs: dict[str, Tensor], index: Tensor, segment: Tensor) -> Tensor:
+        """Which trained tokens are a turn's last: the next one is not the next in its sample."""
+        position = inputs["position_ids"][inputs["attention_mask"].bool()][index]
+        ends = torch.ones_like(segment, dtype=torch.bool)
+        ends[:-1] = (segment[1:] != segment[:-1]) | (position[1:] != position[:-1] + 1)
+        return ends

@@ -1,0 +1,110 @@
+"""verl: ALP's losses under verl's keyword call, aggregation, clips and metrics (verl 0.9.1; docs/verl.md).
+
+    actor_rollout_ref.actor.policy_loss.loss_mode=alp_sequence
+
+Importing registers alp_token, alp_sequence, alp_cum_token, alp_cum_turn, and bypass_token, bypass_sequence: the same
+without noise. verl imports this module itself, by the entry point group "verl.plugins"; the noise is in
+`alp_kernels.integrations.verl_engine`.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+
+from ..stats import Stats
+from ._shared import SINGLE_RATIO, aggregated_loss, choose, clipped_fractions, k1_kl, require_noise
+
+logger = logging.getLogger("alp_kernels")
+
+LOSS_MODES = {name.replace("-", "_"): name for name in SINGLE_RATIO}
+"""verl's loss_mode -> preset."""
+
+collected: ContextVar[list[Stats] | None] = ContextVar("collected", default=None)
+"""Inside the ALP engine's train_batch, which has compared the denominators: the statistics of its micro-batches."""
+
+_said: set[str] = set()
+
+
+def _say_once(text: str, *args: Any) -> None:
+    if text not in _said:
+        _said.add(text)
+        logger.warning(text, *args)
+
+
+def verl_policy_loss(
+    loss_mode: str,
+    *,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any,
+    rollout_is_weights: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    **unknown: Any,
+) -> tuple[Tensor, dict[str, float]]:
+    """A policy loss as verl calls it. Tensors (B, T), padded on the right, float32; response_mask 0 or 1.
+
+    Args:
+        loss_mode: a key of LOSS_MODES.
+        old_log_prob: in bypass mode the rollout engine's: the ratio's denominator.
+        config: verl's ActorConfig: clip_ratio_low, clip_ratio_high, clip_ratio_c, and global_batch_info for `agg_loss`.
+        rollout_log_probs: the denominator, from a verl that passes it.
+
+    Returns:
+        The loss, scaled as verl's own (dp_size over the whole batch's count), and metrics of this micro-batch.
+
+    Raises:
+        ValueError: rollout_is_weights came, so old_log_prob is a recomputed policy's. RuntimeError: an "alp_*" loss on
+            the log-probabilities of a clean forward.
+    """
+    where = f"loss_mode={loss_mode}"
+    if rollout_is_weights is not None:
+        raise ValueError(
+            f"{where}: rollout_is_weights came, so old_log_prob is not the rollout's and the mismatch would count twice. Set "
+            "algorithm.rollout_correction.bypass_mode=true and algorithm.rollout_correction.rollout_is=null"
+        )
+    require_noise(where, LOSS_MODES[loss_mode])
+    if unknown:
+        _say_once("verl gave the ALP losses arguments they do not know, and which have no effect: %s", sorted(unknown))
+    if rollout_log_probs is None and collected.get() is None:
+        _say_once(
+            "%s takes old_log_prob as the rollout engine's, which cannot be seen from here: it is so with "
+            "algorithm.rollout_correction.bypass_mode=true and actor_rollout_ref.rollout.calculate_log_probs=true",
+            where,
+        )
+    low, high = (
+        config.clip_ratio if clip is None else clip for clip in (config.clip_ratio_low, config.clip_ratio_high)
+    )
+    if low == high == 0.2:
+        _say_once(
+            "%s clips at verl's defaults, 0.2 and 0.2; ALP's are clip_ratio_low=0.5 clip_ratio_high=3.0 clip_ratio_c=10.0",
+            where,
+        )
+    out = aggregated_loss(
+        partial(agg_loss, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info),
+        log_prob,
+        old_log_prob if rollout_log_probs is None else rollout_log_probs,
+        advantages,
+        response_mask,
+        choose(where, LOSS_MODES[loss_mode], clip_low=low, clip_high=high, dual_clip=config.get("clip_ratio_c", 3.0)),
+    )
+    if (parts := collected.get()) is not None:
+        parts.append(out.stats)
+    clipped, dual = clipped_fractions(out.stats)
+    return out.loss, {
+        "actor/pg_clipfrac": clipped.item(),
+        "actor/pg_clipfrac_lower": dual.item(),
+        "actor/ppo_kl": k1_kl(out.stats).item(),
+    }
+
+
+for _mode in LOSS_MODES:
+    register_policy_loss(_mode)(partial(verl_policy_loss, _mode))

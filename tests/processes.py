@@ -1,0 +1,66 @@
+"""Runs a function on several gloo ranks of this machine and returns what each made.
+
+Ranks are forked from a server that has imported torch and transformers once: a rank then costs a tenth of a second of
+imports, not five. A rank that fails, or hangs for longer than the time limit, fails the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import runpy
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+PRELOAD = [
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.qwen2.modeling_qwen2",
+]
+
+
+def _work(rank: int, function: Callable[..., Any], num_ranks: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=120)
+    store = dist.FileStore(f"{folder}/store", num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=limit)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    out = function(*args)
+    torch.save(out, f"{folder}/rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _script(rank: int, path: str, num_ranks: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with open(f"{folder}/rank{rank}.txt", "w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(path, run_name="__main__")
+
+
+def run_script(path: Path, num_ranks: int, folder: Path) -> list[str]:
+    """What each rank of a script prints that torchrun would start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    mp.start_processes(_script, (str(path), num_ranks, str(folder), port), nprocs=num_ranks, start_method="forkserver")
+    return [(folder / f"rank{rank}.txt").read_text() for rank in range(num_ranks)]
+
+
+def run(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
+    """[function(*args) on rank 0, on rank 1, ...]; the function is importable, and its result can be saved by torch."""
+    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_work, (function, num_ranks, folder, args), nprocs=num_ranks, start_method="forkserver")
+        return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=False) for rank in range(num_ranks)]

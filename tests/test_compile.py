@@ -1,0 +1,361 @@
+"""torch.compile: the operators are what their fakes say, and a compiled model is perturbed as the eager one, call after call."""
+
+import copy
+import functools
+import math
+import pickle
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from alp_kernels import attach, normal, ops, perturb
+from alp_kernels.noise import FINAL_LAYER
+
+from .decoders import Toy, all_gradients, ids, make_model
+
+EAGER = {"backend": "aot_eager", "fullgraph": True}
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a C++ compiler on the CPU"
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def num_graphs():
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, hidden):
+        return hidden + self.linear(hidden).tanh()
+
+
+class Decoder(Toy):
+    """A Toy whose layers Dynamo does not skip, as it skips nn.Sequential."""
+
+    def __init__(self, reentrant=None):
+        super().__init__(reentrant)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+
+# ------------------------------------------------------------------ the operators
+
+AT, PLACE = ops.integers(ops.NO_HANDLE, 2**63 + 5, 3, 10, 0), ops.integers(1, 4)
+
+
+@pytest.mark.parametrize("scale", ["absolute", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_perturb_is_a_sound_operator(scale, dtype):
+    hidden = torch.randn(3, 2, 8, dtype=dtype).transpose(0, 1).requires_grad_()
+    log_sigma = torch.full((3,), -1.0, requires_grad=True)
+    for row_ids in (None, torch.arange(6) * 3):
+        arguments = (hidden, log_sigma, AT, PLACE, row_ids, scale, "nearest", None)
+        torch.library.opcheck(torch.ops.alp_kernels.perturb.default, arguments)
+
+
+def test_the_small_operators_are_sound():
+    du, sigma, rms = torch.randn(6, 8), torch.tensor(0.3), torch.rand(6)
+    operators = torch.ops.alp_kernels
+    for size in (rms, rms[:0]):
+        torch.library.opcheck(operators.perturb_backward.default, (du, sigma, size, AT, PLACE, None, 3, None))
+    torch.library.opcheck(operators.coordinates.default, (torch.tensor(3), torch.tensor(4), 2**60, 1))
+    toy = Toy()
+    handle = attach(toy)
+    with handle.perturbed(step=0):
+        torch.library.opcheck(operators.begin.default, (handle._order,))
+        torch.library.opcheck(operators.finish.default, (handle._order, torch.randn(3)))
+        toy(ids())
+
+
+def test_fake_and_meta_tensors_have_the_shape_dtype_and_strides_of_real_ones():
+    hidden = torch.randn(3, 2, 8, dtype=torch.bfloat16).transpose(0, 1)
+    options = {"seed": 1, "step": 2, "layer": 3, "scale": "rms"}
+    real = perturb(hidden, torch.tensor(-1.0), **options)
+    meta = perturb(hidden.to("meta"), torch.tensor(-1.0, device="meta"), **options)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = perturb(mode.from_tensor(hidden), mode.from_tensor(torch.tensor(-1.0)), **options)
+    for made in (meta, fake):
+        assert (made.shape, made.dtype, made.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_a_compiled_function_draws_the_noise_of_its_arguments_and_compiles_once():
+    """The step and the first row come as tensors, so that no number of theirs is part of a graph."""
+
+    def loss(hidden, log_sigma, step, row_start):
+        u = perturb(hidden * 2, log_sigma, seed=2**64 - 3, step=step, layer=5, row_start=row_start)
+        return u, u.square().mean()
+
+    compiled = torch.compile(loss, **EAGER)
+    for step, rows in ((0, 6), (1, 6), (5, 9), (2**32 - 1, 4), (7, 12)):
+        results = []
+        for function in (loss, compiled):
+            hidden = torch.randn(rows, 8, generator=torch.Generator().manual_seed(step)).requires_grad_()
+            log_sigma = torch.tensor(-1.0, requires_grad=True)
+            u, value = function(hidden, log_sigma, torch.tensor(step), torch.tensor(step * 10))
+            value.backward()
+            results.append((u.detach(), hidden.grad, log_sigma.grad))
+        for a, e in zip(*results, strict=True):
+            assert torch.equal(a, e)
+    assert num_graphs() == 2  # one size, then any
+
+
+def test_exported_programs_hold_the_operator():
+    class Noisy(nn.Module):
+        def forward(self, hidden, log_sigma, step):
+            return perturb(hidden, log_sigma, seed=1, step=step, layer=0)
+
+    inputs = torch.randn(4, 8), torch.tensor(-1.0), torch.tensor(3)
+    program = torch.export.export(Noisy(), inputs)
+    assert any(node.target == torch.ops.alp_kernels.perturb.default for node in program.graph.nodes)
+    assert torch.equal(program.module()(*inputs), Noisy()(*inputs))
+
+
+def test_row_ids_are_checked_inside_the_graph():
+    compiled = torch.compile(functools.partial(perturb, seed=1, step=2, layer=3), **EAGER)
+    hidden, log_sigma = torch.randn(4, 8), torch.tensor(-1.0)
+    rows = torch.arange(4) * 7
+    assert torch.equal(
+        compiled(hidden, log_sigma, row_ids=rows), perturb(hidden, log_sigma, seed=1, step=2, layer=3, row_ids=rows)
+    )
+    with pytest.raises(ValueError, match=r"row_ids spans \[-1, 20\]"):
+        compiled(hidden, log_sigma, row_ids=rows - 1)
+
+
+@needs_compiler
+def test_inductor_makes_the_same_noise():
+    """Bit for bit: the operator is called, not compiled."""
+    hidden, log_sigma = torch.randn(5, 33).requires_grad_(), torch.tensor(-1.0, requires_grad=True)
+
+    def noise(h, s):
+        return perturb(h, s, seed=1, step=2, layer=3, row_start=4)
+
+    compiled = torch.compile(lambda h, s: noise(h, s) * 1.0, fullgraph=True)
+    gradients = [torch.autograd.grad(f(hidden, log_sigma).sum(), (hidden, log_sigma)) for f in (noise, compiled)]
+    assert torch.equal(compiled(hidden, log_sigma), noise(hidden, log_sigma))
+    for a, e in zip(*gradients, strict=True):
+        assert torch.equal(a, e)
+
+
+# ------------------------------------------------------------------ attached models
+
+
+def layers_compiled(model):
+    for layer in model.blocks if isinstance(model, Toy) else model.model.layers:
+        layer.compile(**EAGER)
+    return model
+
+
+def whole_compiled(model):
+    return torch.compile(model, **EAGER)
+
+
+def record(model, call, handle, steps=3, in_scope=False):
+    """Two forwards and one backward a step, of lengths that change, and a clean forward between."""
+    out = []
+    for step in range(steps):
+        model.zero_grad(), handle.zero_grad()
+        with handle.perturbed(step=step):
+            loss = call(ids(2, 5 + step, 1)).square().mean() + call(ids(3, 4, 2)).pow(3).mean()
+            if in_scope:
+                loss.backward()
+        clean = call(ids())
+        if not in_scope:
+            loss.backward()
+        position = torch.tensor([handle._next_row, handle._forwards, handle._num_perturbed])
+        measured = torch.stack(list(handle._measured.values()))
+        out += [loss.detach(), clean.detach(), position, measured, *all_gradients(model, handle)]
+    return out
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("compile_it", [layers_compiled, whole_compiled])
+def test_a_compiled_decoder_is_perturbed_bit_for_bit_as_the_eager_one(compile_it, reentrant):
+    """With checkpoints inside or around the hooks; backward after the scope, with a clean forward in between."""
+    if compile_it is whole_compiled and reentrant:
+        pytest.skip("Dynamo does not trace reentrant checkpoints")
+    results = []
+    for compiled in (False, True):
+        toy = Decoder(reentrant)
+        handle = attach(toy, sigma=0.3, scale="rms")
+        results.append(record(toy, compile_it(toy) if compiled else toy, handle))
+    for a, e in zip(*results, strict=True):
+        assert torch.equal(a, e)
+    # whole: perturbed and clean, one size and any; the decoder's own hooks come apart from its forward, as Dynamo has it
+    assert num_graphs() <= 8
+
+
+def test_no_step_compiles_again():
+    toy = Decoder()
+    handle = attach(toy, sigma=0.3)
+    compiled = whole_compiled(toy)
+    record(toy, compiled, handle)
+    before = num_graphs()
+    record(toy, compiled, handle, steps=8)
+    assert num_graphs() == before
+
+
+@pytest.mark.parametrize("layers", ["final", "logits"])
+def test_noise_on_outputs_is_in_the_graph(layers):
+    results = []
+    for compiled in (False, True):
+        toy = Decoder()
+        handle = attach(toy, sigma=0.3, layers=layers)
+        results.append(record(toy, whole_compiled(toy) if compiled else toy, handle, steps=2))
+    for a, e in zip(*results, strict=True):
+        assert torch.equal(a, e)
+    assert handle.layers[0] >= FINAL_LAYER
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_transformers_model_compiles_as_one_graph(checkpointing):
+    results = []
+    for compiled in (False, True):
+        model = make_model().train()
+        model.config.use_cache = False
+        model.model.layers = model.model.layers[:2]
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        handle = attach(model, sigma=0.1)
+        call = whole_compiled(model) if compiled else model
+        with handle.perturbed(step=4):
+            loss = call(ids()).logits.square().mean()
+        loss.backward()
+        results.append([loss.detach(), *all_gradients(model, handle)])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)
+    assert num_graphs() == 1
+
+
+def test_compiled_layers_of_a_transformers_model_share_their_graphs():
+    """Layer numbers are no part of them: a deep model compiles as often as a shallow one."""
+    results = []
+    for compiled in (False, True):
+        model = make_model("Llama").train()
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        handle = attach(model, sigma=0.1, scale="rms")
+        call = layers_compiled(model) if compiled else model
+        results.append(record(model, lambda x, call=call: call(x).logits, handle, steps=2))
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-7)
+    assert num_graphs() <= 6  # hooks, perturbed and not, and layers: one size and any
+
+
+@pytest.mark.parametrize("kind", ["whole", "layers", "function"])
+def test_noise_comes_and_goes_with_hooks_and_scopes_on_what_was_compiled_before(kind):
+    toy, x = Decoder(), ids()
+    clean = toy(x).detach()
+    if kind == "function":
+        call = torch.compile(lambda x: toy(x) * 1, **EAGER)
+    else:
+        call = whole_compiled(toy) if kind == "whole" else layers_compiled(toy)
+    for _ in range(2):
+        assert torch.equal(call(x), clean)
+    handle = attach(toy if kind == "function" else call, sigma=0.3, layers=[0])
+    toy_input = toy.embed(x).detach()
+    noisy = []
+    for step in range(3):
+        with handle.perturbed(step=step):
+            noisy.append(call(x).detach())
+        assert torch.equal(call(x), clean)
+        eps = normal(10, 16, seed=0, step=step, layer=0).view(2, 5, 16)
+        expected = toy.blocks[2](toy.blocks[1](toy.blocks[0].forward(toy_input + 0.3 * eps)))
+        torch.testing.assert_close(noisy[-1], expected)
+    twin = copy.deepcopy(toy)
+    with handle.perturbed(step=0):
+        assert torch.equal(call(x), noisy[0])
+        assert torch.equal(twin(x), clean)
+    handle.detach()
+    assert torch.equal(call(x), clean)
+    assert "forward" not in {**toy.__dict__, **toy.blocks[0].__dict__}
+
+
+def test_the_graphs_of_a_clean_model_of_the_same_class_are_not_taken():
+    """A reference model beside the policy, compiled before it or in between: Dynamo's cache belongs to the class."""
+    toy, other, x = Decoder(), Decoder(), ids()
+    handle = attach(toy, sigma=0.3)
+    call, call_other = whole_compiled(toy), whole_compiled(other)
+    clean = call_other(x).detach()
+    for step in range(3):
+        with handle.perturbed(step=step):
+            assert not torch.equal(call(x), clean)
+        assert torch.equal(call_other(x), clean)
+        assert torch.equal(call(x), clean)
+
+
+def test_a_compiled_scope_without_a_perturbed_layer_is_an_error_at_any_call():
+    toy, other, x = Decoder(), Decoder(), ids()
+    handle = attach(toy, sigma=0.3)
+    call, call_other = whole_compiled(toy), whole_compiled(other)
+    for step in range(4):
+        with handle.perturbed(step=step):
+            call(x)
+        with pytest.raises(RuntimeError, match=r"no layer of .* was perturbed"), handle.perturbed(step=step):
+            call_other(x)
+
+
+def test_row_ids_reach_compiled_layers():
+    results = []
+    for compile_it in (None, layers_compiled, whole_compiled):
+        toy = Decoder()
+        handle = attach(toy, sigma=0.3)
+        call = toy if compile_it is None else compile_it(toy)
+        for step in range(3):
+            with handle.perturbed(step=step, row_ids=torch.arange(10).view(2, 5) * 11 + step):
+                call(ids()).square().mean().backward()
+        results.append(all_gradients(toy, handle))
+    for other in results[1:]:
+        for a, e in zip(other, results[0], strict=True):
+            assert torch.equal(a, e)
+
+
+def test_two_forwards_in_one_graph_have_rows_of_their_own():
+    toy, x = Decoder(), ids()
+    handle = attach(toy, sigma=0.3)
+    both = torch.compile(lambda x: (toy(x), toy(x)), **EAGER)
+    with handle.perturbed(step=0):
+        first, second = both(x)
+    with handle.perturbed(step=1):
+        pass_ = [toy(x), toy(x)]
+    assert not torch.equal(first, second)
+    handle._step = -1
+    with handle.perturbed(step=0):
+        assert torch.equal(toy(x), first)
+        assert torch.equal(toy(x), second)
+    assert len(pass_) == 2
+
+
+def test_a_compiled_decoder_inside_a_checkpoint_is_an_error():
+    toy = Decoder()
+    handle = attach(toy, sigma=0.3)
+    call = torch.compile(toy, backend="aot_eager")
+    with handle.perturbed(step=0):
+        loss = torch.utils.checkpoint.checkpoint(call, ids(), use_reentrant=False).sum()
+        with pytest.raises(RuntimeError, match="recomputed in backward as a whole"):
+            loss.backward()
+
+
+# ------------------------------------------------------------------ copies
+
+
+def test_a_handle_says_why_it_is_not_copied():
+    handle = attach(Toy())
+    for way in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match="neither copied nor pickled: save its state_dict"):
+            way(handle)
+    assert math.isfinite(handle.log_sigma[0])

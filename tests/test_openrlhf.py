@@ -1,0 +1,226 @@
+"""OpenRLHF 0.11.2: its real PolicyLoss, aggregation and ActorPPOTrainer.training_step beside ours.
+
+What OpenRLHF imports and does not use here (DeepSpeed, flash-attn, vLLM's server) is stood in for while it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+pytest.importorskip("openrlhf", reason="OpenRLHF lives in an environment of its own (docs/trainers.md)")
+
+import peft  # noqa: F401 (before the stand-ins: it asks what is installed)
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from alp_kernels.integrations import openrlhf as ours
+
+STANDINS = ("aiohttp", "deepspeed", "fastapi", "flash_attn", "pylatexenc", "torchdata", "uvicorn", "vllm")
+
+
+class _Standins(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """The last finder asked, so what is installed wins."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in STANDINS:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = MagicMock()
+        module.__spec__, module.__path__, module.__name__ = spec, [], spec.name
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+@contextmanager
+def standins():
+    finder = _Standins()
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [n for n, m in sys.modules.items() if isinstance(m, MagicMock)]:
+            del sys.modules[name]
+
+
+with standins():
+    from openrlhf.models import PolicyLoss
+    from openrlhf.trainer.ppo_utils.experience import Experience
+    from openrlhf.trainer.ray import ppo_actor
+
+CLIPS = {"clip_eps_low": 0.5, "clip_eps_high": 3.0, "dual_clip": 10.0}
+
+
+def batch(B=4, T=6):
+    generator = torch.Generator().manual_seed(0)
+    rollout = -3 + torch.randn(B, T, generator=generator)
+    logp = (rollout + 0.8 * torch.randn(B, T, generator=generator)).requires_grad_()
+    mask = torch.arange(T) < torch.tensor([6, 4, 3, 1])[:, None]
+    return logp, rollout, torch.randn(B, T, generator=generator), mask
+
+
+@pytest.mark.parametrize("token_level_loss", [True, False])
+def test_token_level_is_openrlhfs_own_loss_with_the_rollout_as_old_policy(token_level_loss):
+    logp, rollout, advantages, mask = batch()
+    clips = {"clip_eps_low": 0.1, "clip_eps_high": 0.3, "dual_clip": 1.5, "token_level_loss": token_level_loss}
+    for counts in ({}, {"dp_size": 2, "batch_num_tokens": 30.0, "global_batch_size": torch.tensor(9.0)}):
+        theirs = PolicyLoss(**clips)(logp, rollout, advantages, mask, rollout, **counts)
+        mine = ours.ALPPolicyLoss("bypass-token", **clips)(logp, rollout + 1, advantages, mask, rollout, **counts)
+        torch.testing.assert_close(mine[0], theirs[0], rtol=2e-6, atol=1e-6)
+        for one, two in zip(*(torch.autograd.grad(loss[0], logp) for loss in (mine, theirs)), strict=True):
+            torch.testing.assert_close(one, two, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(mine[2], theirs[2], rtol=1e-5, atol=1e-6)
+        assert mine[3:] == (None, None) and mine[1] > 0
+
+
+@pytest.mark.parametrize("preset", ["bypass-sequence", "bypass-token"])
+@pytest.mark.parametrize("token_level_loss", [True, False])
+def test_micro_batches_of_two_ranks_sum_to_the_batch(preset, token_level_loss):
+    logp, rollout, advantages, mask = batch()
+    loss_fn = ours.ALPPolicyLoss(preset, token_level_loss=token_level_loss, **CLIPS)
+    counts = {"batch_num_tokens": 14.0, "global_batch_size": 4.0}
+    whole = loss_fn(logp, rollout, advantages, mask, rollout, **counts)[0]
+    parts = [
+        loss_fn(
+            logp[i : i + 1],
+            rollout[:1],
+            advantages[i : i + 1],
+            mask[i : i + 1],
+            rollout[i : i + 1],
+            dp_size=2,
+            **counts,
+        )
+        for i in range(4)
+    ]
+    torch.testing.assert_close(sum(part[0] for part in parts) / 2, whole, rtol=2e-6, atol=1e-6)
+
+
+def test_what_one_ratio_replaces_is_refused():
+    for change in ({"policy_loss_type": "gspo"}, {"is_correction_level": "token"}):
+        with pytest.raises(ValueError, match="needs 'ppo' and 'off'"):
+            ours.ALPPolicyLoss("bypass-token", **change)
+    logp, rollout, advantages, mask = batch()
+    with pytest.raises(ValueError, match="rollout_log_probs is None"):
+        ours.ALPPolicyLoss("bypass-token", **CLIPS)(logp, rollout, advantages, mask)
+    with pytest.raises(RuntimeError, match="no perturbation is switched on"):
+        ours.ALPPolicyLoss("alp-token", **CLIPS)(logp, rollout, advantages, mask, rollout)
+
+
+class Actor(nn.Module):
+    """OpenRLHF's Actor as training_step calls it; `model` counts DeepSpeed's optimizer steps."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1
+        )
+        config.num_key_value_heads = 1
+        self.model = Qwen2ForCausalLM(config)
+        self.model.global_steps = 0
+
+    def forward(self, sequences, action_mask, attention_mask=None, **kwargs):
+        logits = self.model(sequences, attention_mask=attention_mask).logits
+        logp = logits[:, :-1].log_softmax(-1).gather(2, sequences[:, 1:, None]).squeeze(2)
+        return logp[:, -action_mask.shape[1] :], SimpleNamespace()
+
+
+class Strategy:
+    """Accumulates two micro-batches, as DeepSpeed would, and keeps the log-probabilities each backward came from."""
+
+    ring_attn_group = None
+
+    def __init__(self, actor):
+        self.args = SimpleNamespace(
+            actor=SimpleNamespace(
+                entropy_coef=None,
+                aux_loss_coef=0,
+                eps_clip_low_high=(0.5, 3.0),
+                dual_clip=10.0,
+                loss_agg_mode="token-mean",
+                policy_loss_type="ppo",
+            ),
+            algo=SimpleNamespace(
+                kl=SimpleNamespace(use_loss=False),
+                advantage=SimpleNamespace(
+                    is_correction_level="off",
+                    is_correction_mode="mask",
+                    is_correction_gating="ratio",
+                    is_correction_threshold=[0, 2],
+                ),
+            ),
+            train=SimpleNamespace(max_epochs=1, dynamic_batch_enable=False, colocate_all=False, async_enable=False),
+            ds=SimpleNamespace(packing_samples=False, tensor_parallel_size=1, param_dtype="bf16"),
+            vllm=SimpleNamespace(sync_backend="gloo"),
+        )
+        self.optimizer = torch.optim.SGD(actor.model.parameters(), lr=0.1)
+        self.micro_batches = 0
+
+    def backward(self, loss, model, optimizer):
+        (loss / 2).backward()
+
+    def optimizer_step(self, optimizer, actor, scheduler, name):
+        self.micro_batches += 1
+        if self.micro_batches % 2 == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            actor.model.global_steps += 1
+
+    def get_grad_norm(self, model):
+        return 0.0
+
+
+def test_training_steps_alone_are_perturbed_and_sigma_steps_with_deepspeed(monkeypatch):
+    monkeypatch.setattr(ppo_actor, "torch_dist_barrier_and_cuda_sync", lambda: None)
+    monkeypatch.setattr(ppo_actor, "NaiveReplayBuffer", MagicMock())  # asks for a CUDA device
+    monkeypatch.setattr(ppo_actor, "PolicyLoss", ppo_actor.PolicyLoss)
+    monkeypatch.setattr(ppo_actor, "ActorPPOTrainer", ppo_actor.ActorPPOTrainer)
+    ours.install("alp-sequence", sigma=0.1, sigma_lr=0.05)
+    actor = Actor()
+    scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
+    trainer = ppo_actor.ActorPPOTrainer(Strategy(actor), actor, None, None, scheduler)
+    assert isinstance(trainer.actor_loss_fn, ours.ALPPolicyLoss)
+
+    sequences = torch.arange(16).view(2, 8) % 16
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    clean, _ = actor(sequences, mask)
+    sigmas = [trainer.alp.sigma]
+    for step in range(2):
+        experience = Experience(
+            sequences=sequences,
+            attention_mask=torch.ones_like(sequences),
+            action_mask=mask,
+            action_log_probs=clean.detach(),
+            rollout_log_probs=clean.detach(),
+            advantages=torch.ones(2, 4),
+        )
+        info = {"dp_size": 1, "batch_num_tokens": 8.0, "global_batch_size": 2.0}
+        status = trainer.training_step(experience, 0.0, step, info)
+        assert status["metrics"]["ppo_kl"].abs() > 1e-4, "the ratio would be 1 without noise"
+        if step == 0:
+            assert torch.equal(actor(sequences, mask)[0], clean)
+        sigmas.append(trainer.alp.sigma)
+    assert torch.equal(sigmas[0], sigmas[1]) and not torch.equal(sigmas[1], sigmas[2])
+    assert trainer.alp_updates == 1 and status["metrics"]["alp_sigma"] == trainer.alp.sigma.mean()
+    assert not [name for name, _ in actor.model.named_parameters() if "sigma" in name]
+
+
+def test_without_noise_only_the_loss_is_replaced(monkeypatch):
+    trainer = ppo_actor.ActorPPOTrainer
+    monkeypatch.setattr(ppo_actor, "PolicyLoss", ppo_actor.PolicyLoss)
+    ours.install("bypass-sequence")
+    assert ppo_actor.ActorPPOTrainer is trainer
+    assert isinstance(ppo_actor.PolicyLoss, partial) and ppo_actor.PolicyLoss(**CLIPS).preset == "bypass-sequence"

@@ -1,0 +1,171 @@
+"""verl's own engine on the CPU: a platform by verl's plugin interface, a tiny model on disk, a batch as its trainer sends."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from verl.plugin.platform import PlatformBase, set_platform
+
+PROMPT, RESPONSE = 3, 5
+
+
+def use_cpu() -> None:
+    """To be called before verl's engine modules are imported: they ask for the device's name then."""
+    body = dict.fromkeys(PlatformBase.__abstractmethods__, lambda *args, **kwargs: None)
+    body |= {"device_name": "cpu", "vendor_name": "cpu", "device_module": torch.cpu}
+    body |= {
+        "is_available": lambda self: False,  # no accelerator whose random state verl would keep
+        "current_device": lambda self: "cpu",
+        "device_count": lambda self: 1,
+    }
+    set_platform(type("CPU", (PlatformBase,), body)())
+
+
+def save_model(path: str, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+
+
+def make_engine(path: str, *, strategy="fsdp2", settings=None, engine_class=None):
+    """An engine as EngineRegistry gives it for this machine, or of a class; `settings` are the keys alp_*."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine.base import EngineRegistry
+
+    if engine_class is not None:
+        settings = {}
+    if settings is None:
+        settings = {"alp_sigma": 0.05, "alp_sigma_lr": 1e-2}
+    model = HFModelConfig(
+        path=path,
+        load_tokenizer=False,
+        use_remove_padding=False,
+        override_config={"attn_implementation": "sdpa", **settings},
+    )
+    fp32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    engine_class = engine_class or EngineRegistry.get_engine_cls("language_model", strategy)
+    engine = engine_class(
+        model_config=model,
+        engine_config=FSDPEngineConfig(strategy=strategy, use_torch_compile=False, mixed_precision=fp32),
+        optimizer_config=FSDPOptimizerConfig(  # not Adam, whose first step does not see how large a gradient is
+            optimizer="SGD",
+            override_optimizer_config={"momentum": 0.9},
+            lr=0.05,
+            total_training_steps=10,
+            clip_grad=1e9,
+            weight_decay=0.1,
+        ),
+        checkpoint_config=CheckpointConfig(),
+    )
+    engine.initialize()
+    return engine
+
+
+def make_batch(B: int = 4, seed: int = 0, bypass: bool = True, global_batch_size: int = 4) -> TensorDict:
+    """A padded batch after verl's own `left_right_2_no_padding`, with what its trainer and worker add."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import left_right_2_no_padding
+
+    generator = torch.Generator().manual_seed(seed)
+    T = PROMPT + RESPONSE
+    input_ids = torch.randint(64, (B, T), generator=generator)
+    attention = torch.ones(B, T, dtype=torch.int64)
+    attention[1::2, -2:] = 0  # shorter responses
+    attention[::2, 0] = 0  # shorter prompts
+    rollout = -4 + 0.3 * torch.randn(B, RESPONSE, generator=generator)
+    data = TensorDict(
+        {
+            "input_ids": input_ids,
+            "prompts": input_ids[:, :PROMPT],
+            "responses": input_ids[:, PROMPT:],
+            "attention_mask": attention,
+            "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
+            "response_mask": attention[:, PROMPT:].clone(),
+            "rollout_log_probs": rollout,
+            "old_log_probs": rollout.clone() if bypass else rollout + 0.01,
+            "advantages": torch.randn(B, 1, generator=generator).expand(B, RESPONSE).clone(),
+        },
+        batch_size=[B],
+    )
+    data = left_right_2_no_padding(data)
+    tu.assign_non_tensor(
+        data,
+        temperature=1.0,
+        use_remove_padding=False,
+        use_dynamic_bsz=False,
+        micro_batch_size_per_gpu=2,
+        use_fused_kernels=False,
+        calculate_entropy=False,
+        global_batch_size=global_batch_size,
+    )
+    return data
+
+
+def make_loss(loss_mode: str = "alp_sequence", **changes):
+    """verl's ppo_loss with an ActorConfig, as its worker binds it."""
+    from functools import partial
+
+    from verl.workers.config import ActorConfig, PolicyLossConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    values = {"clip_ratio_low": 0.5, "clip_ratio_high": 3.0, "clip_ratio_c": 10.0} | changes
+    config = ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=2,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+        **values,
+    )
+    return partial(ppo_loss, config=config)
+
+
+def update_by_hand(path: str, parts: list[tuple[TensorDict, int]], preset: str):
+    """The same update without verl: one forward for each two rows of each rank's batch. parts: (batch, its first row).
+
+    Returns the weights by name, log_sigma, the loss.
+    """
+    from alp_kernels import Objective, attach, policy_loss
+
+    model = Qwen2ForCausalLM.from_pretrained(path)
+    handle = attach(model, sigma=0.05)
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, handle.param_group(1e-2)], lr=0.05, weight_decay=0.1)
+    num_tokens = sum(int(batch["response_mask"].sum()) for batch, _ in parts)
+    total = 0.0
+    for batch, row in parts:
+        for at in range(0, len(batch), 2):
+            nested = batch["input_ids"].unbind()[at : at + 2]
+            ids = torch.nn.utils.rnn.pad_sequence(nested, batch_first=True)
+            attention = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in nested], batch_first=True)
+            row_ids = row + torch.arange(ids.numel())
+            row += ids.numel()
+            with handle.perturbed(step=0, row_ids=row_ids):
+                logits = model(ids, attention_mask=attention).logits
+            mask = batch["response_mask"][at : at + 2]
+            logp = torch.zeros(mask.shape)
+            for i, sequence in enumerate(nested):
+                first = len(sequence) - int(mask[i].sum())
+                each = logits[i, first - 1 : len(sequence) - 1].log_softmax(-1)
+                each = each.gather(1, sequence[first:, None]).squeeze(1)
+                logp = logp.index_put((torch.tensor(i), torch.arange(len(each))), each)
+            out = policy_loss(
+                logp,
+                batch["rollout_log_probs"][at : at + 2],
+                batch["advantages"][at : at + 2],
+                mask,
+                objective=Objective.preset(preset),
+                num_tokens=num_tokens,
+            )
+            out.loss.backward()
+            total += out.loss.item()
+    optimizer.step()
+    return {name: value.detach() for name, value in model.named_parameters()}, handle.log_sigma.detach(), total
