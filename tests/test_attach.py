@@ -335,6 +335,22 @@ def test_a_model_without_layers_or_with_several_lists_asks_for_a_path():
     assert attach(two, path="b.blocks").layers == (0, 1, 2)
 
 
+def test_of_several_towers_the_one_that_writes_is_perturbed():
+    from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+    from alp_kernels.structure import find_layers
+
+    towers = nn.Module()
+    towers.vision_model, towers.text_model = Toy(depth=4), Toy(depth=2)
+    assert find_layers(towers).path == "text_model.blocks"
+    small = {"d_model": 16, "num_layers": 2, "d_kv": 4, "d_ff": 16, "num_heads": 2, "vocab_size": VOCAB}
+    assert find_layers(T5ForConditionalGeneration(T5Config(**small))).path == "decoder.block"
+    small = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in
+             (("layers", 2), ("attention_heads", 2), ("ffn_dim", 16))}  # fmt: skip
+    config = BartConfig(d_model=16, vocab_size=VOCAB, max_position_embeddings=8, **small)
+    assert find_layers(BartForConditionalGeneration(config)).path == "model.decoder.layers"
+
+
 def test_a_layer_that_runs_twice_in_a_forward_is_an_error():
     class Rounds(Toy):
         rounds = 2
