@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import Perturbation, Stats, attach
@@ -162,7 +161,8 @@ class SigmaMixin:
             self.in_update = False
         self._is_first_of_step = self.accelerator.sync_gradients
         if self._is_first_of_step:
-            self._average_gradient()
+            if self.perturbation is not None:  # as DDP and FSDP average the model's; max_grad_norm leaves it alone
+                self.perturbation.sum_gradient(average=True)
             self.flush_stats("train")
         return loss
 
@@ -172,15 +172,6 @@ class SigmaMixin:
         if self.perturbation is None or not isinstance(self.perturbation.log_sigma, nn.Parameter):
             return None
         return self.perturbation.log_sigma
-
-    def _average_gradient(self) -> None:
-        """Over ranks, as DDP and FSDP average the model's. It is left out of max_grad_norm's norm, and not clipped."""
-        log_sigma = self._log_sigma
-        if log_sigma is None or self.perturbation is None or not dist.is_initialized():
-            return
-        self.perturbation.sum_gradient()
-        assert log_sigma.grad is not None
-        log_sigma.grad /= dist.get_world_size()
 
     # -------------------------------------------------------------- the optimizer's group, and checkpoints
 
