@@ -2,8 +2,12 @@
 #   make train ARGS="--update.method bypass-token --seed 1"      any flag of `alp train`
 PYTHON ?= python3
 BIN := .venv/bin
+tests-of-transformers := tests/test_architectures.py tests/test_attach.py tests/test_recompute.py tests/test_peft.py
+$(foreach version,4.57 5.0 5.5 5.12,$(eval tests-transformers-$(version) := $(tests-of-transformers)))
+tests-bitsandbytes := tests/test_bitsandbytes.py
+tests-verl := tests/test_verl.py tests/test_openrlhf.py
 
-.PHONY: train test bench docs lint clean
+.PHONY: train test test-all bench docs lint clean
 
 train:
 	@$(PYTHON) scripts/environment.py train
@@ -14,6 +18,8 @@ test:
 	$(BIN)/python -m pytest $(ARGS)
 
 # Other versions of transformers, and trainers whose pins conflict: each in .venv-NAME, on top of .venv.
+test-all: test docs test-transformers-4.57 test-transformers-5.0 test-transformers-5.5 test-transformers-5.12 test-bitsandbytes test-verl
+
 test-%:
 	@$(PYTHON) scripts/environment.py test --overlay $*
 	.venv-$*/bin/python -c "import $(firstword $(subst -, ,$*))"  # tests skip what they cannot import
