@@ -6,6 +6,8 @@ fused_alp_loss   hidden states -> policy loss, the logits never all in memory
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import head_ops as _head_ops  # noqa: F401  (these and loss_ops define the operators)
+from . import rms_norm_ops as _rms_norm_ops  # noqa: F401
 from .attach import attach, detach
 from .engine import EngineUnavailable
 from .gather import gather_sequence, gather_weight

@@ -33,7 +33,7 @@ class Order(NamedTuple):
     num_plain: int  # rows at the end that need only their log-probability
 
 
-def _loss_and_grads(
+def loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -104,7 +104,7 @@ class FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs = [need and plan.with_grad for need in ctx.needs_input_grad[:4]]
         with torch.autocast(hidden.device.type, enabled=False):
-            out = _loss_and_grads(hidden, weight, bias, plan, batch, objective, order, needs)
+            out = loss_and_gradients(hidden, weight, bias, plan, batch, objective, order, needs)
         loss, logp, entropy, ctx.grads = out
         ctx.save_for_backward(hidden, weight, bias)
         ctx.again = (plan, batch, objective, order, needs)
@@ -120,7 +120,7 @@ class FusedLoss(torch.autograd.Function):
         plan, batch = ctx.again[:2]
         if grads is None:
             with torch.autocast(hidden.device.type, enabled=False):
-                *_, grads = _loss_and_grads(hidden, weight, bias, *ctx.again)
+                *_, grads = loss_and_gradients(hidden, weight, bias, *ctx.again)
         by = dloss * gradient_scale(batch, hidden.dtype)
         likes = (hidden, weight, bias, by)
         dhidden, dweight, dbias, dsigma = (
@@ -169,12 +169,7 @@ class LinearLogprob(torch.autograd.Function):
         plan: Plan,
         order: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp, entropy, lse = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(3))
-        products = plan.products(hidden, weight, bias, [False] * 4, 0)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for index in products.parts(order):
-                logp[index], entropy[index], lse[index] = products.logprob(index)
+        logp, entropy, lse = logprob_rows(hidden, weight, bias, plan, order)
         ctx.save_for_backward(hidden, weight, bias, order, logp, entropy, lse)
         ctx.plan, ctx.log_sigma_shape = plan, None if log_sigma is None else log_sigma.shape
         return logp, entropy
@@ -183,17 +178,46 @@ class LinearLogprob(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, order, *rows = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        products = plan.products(hidden, weight, bias, ctx.needs_input_grad[:4], -(-len(order) // plan.chunk_rows))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for index in products.parts(order):
-                out = HeadRows(*(v[index] for v in rows))
-                products.backward(index, None, out, dlogp[index], dentropy[index])
-        grads = zip(products.gradients(), (hidden, weight, bias, plan.head.sigma), strict=True)
-        dhidden, dweight, dbias, dsigma = (g if g is None else g.to(like.dtype) for g, like in grads)
-        sigma = plan.head.sigma
-        dlog_sigma = None if dsigma is None or sigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)
+        dhidden, dweight, dbias, dlog_sigma = logprob_gradients(
+            hidden, weight, bias, ctx.plan, order, HeadRows(*rows), dlogp, dentropy, ctx.needs_input_grad[:4]
+        )
+        dlog_sigma = None if dlog_sigma is None else dlog_sigma.reshape(ctx.log_sigma_shape)
         return dhidden, dweight, dbias, dlog_sigma, None, None
+
+
+def logprob_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, order: Tensor) -> HeadRows:
+    """Log-probability, entropy and log-sum-exp, each (N,), of the rows `order`; 0 at the others."""
+    real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    out = HeadRows(*(torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(3)))
+    products = plan.products(hidden, weight, bias, [False] * 4, 0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for index in products.parts(order):
+            for whole, part in zip(out, products.logprob(index), strict=True):
+                whole[index] = part
+    return out
+
+
+def logprob_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    order: Tensor,
+    rows: HeadRows,
+    dlogp: Tensor,
+    dentropy: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of hidden, weight, bias and log_sigma () from those of `logprob_rows`; the logits are made again."""
+    products = plan.products(hidden, weight, bias, needs, -(-len(order) // plan.chunk_rows))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for index in products.parts(order):
+            out = HeadRows(*(v[index] for v in rows))
+            products.backward(index, None, out, dlogp[index], dentropy[index])
+    sigma = plan.head.sigma
+    grads = zip(products.gradients(), (hidden, weight, bias, sigma), strict=True)
+    dhidden, dweight, dbias, dsigma = (None if g is None or like is None else g.to(like.dtype) for g, like in grads)
+    return [dhidden, dweight, dbias, None if dsigma is None or sigma is None else dsigma * sigma]
 
 
 def plan_order(batch: Batch, objective: Objective, plan: Plan) -> Order:

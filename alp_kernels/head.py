@@ -6,19 +6,21 @@ Here arguments are checked and brought to one form; fused.py computes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import ops
 from .engine import pick
-from .fused import FusedLoss, LinearLogprob, plan_order
-from .layout import flatten
+from .fused import FusedLoss, LinearLogprob, Order, plan_order
+from .layout import Batch, batch_arguments, flatten
 from .loss import LossOutput, level_log_ratio
-from .noise import LOGITS_LAYER, Stream, check_stream
+from .noise import LOGITS_LAYER
 from .objective import Objective
-from .perturb import DTYPES
+from .perturb import DTYPES, check_tensor, make_stream
 from .products import Plan, is_tiled
 from .reference import Head
 from .stats import Stats
@@ -28,30 +30,47 @@ CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 1 << 30
 
 
 class LogitNoise(NamedTuple):
-    """Gaussian noise on the logits in place of the layers (an ablation of the paper)."""
+    """Gaussian noise on the logits in place of the layers (an ablation of the paper). step, row_start: as in `perturb`."""
 
     log_sigma: Tensor  # () or (1,) float32, differentiable
     seed: int
-    step: int
+    step: int | Tensor
     row_ids: Tensor | None = None  # like targets, int64; without them row_start, row_start + 1, ...
-    row_start: int = 0
+    row_start: int | Tensor = 0
 
 
-def _check_head(
-    where: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    mask: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    logit_noise: LogitNoise | None,
-    chunk_bytes: int | None,
-    engine: str | None,
+class HeadArguments(NamedTuple):
+    """What the public functions share."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    mask: Tensor | None
+    temperature: float | Tensor
+    softcap: float | None
+    logit_scale: float
+    logit_noise: LogitNoise | None
+    chunk_bytes: int | None
+    engine: str | None
+
+
+def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As autocast would have them."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_head(
+    where: str, arguments: HeadArguments, needs: Sequence[bool] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
-    """Check the arguments both public functions share. Returns hidden (N, D), weight, bias in one dtype, and the plan."""
+    """Check the arguments both public functions share. Returns hidden (N, D), weight, bias in one dtype, and the plan.
+
+    needs: of hidden, weight, bias and log_sigma, whether a gradient will be asked for; None: as autograd has it.
+    """
+    hidden, weight, bias, targets, mask, temperature, softcap, logit_scale, logit_noise, chunk_bytes, engine = arguments
     tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, "mask": mask}
     for name, value in tensors.items():
         if not isinstance(value, Tensor) and (value is not None or name in ("hidden", "weight", "targets")):
@@ -66,9 +85,7 @@ def _check_head(
             )
     if hidden.device.type == "meta":
         raise ValueError(f"{where}: hidden is on the meta device and holds no values")
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
     if hidden.dtype not in DTYPES:
         raise TypeError(f"{where}: hidden is {hidden.dtype}; it needs one of {', '.join(map(str, DTYPES))}")
     if hidden.dim() not in (2, 3):
@@ -145,20 +162,28 @@ def _check_head(
                 f"{where}: logit_noise.log_sigma is {log_sigma.dtype} {tuple(log_sigma.shape)} on {log_sigma.device}; "
                 f"it needs {real} () on {hidden.device}"
             )
-        stream = Stream(seed, step, LOGITS_LAYER, row_start, None if row_ids is None else row_ids.reshape(-1))
-        check_stream(where, stream, targets.numel(), hidden.device)
+        stream = make_stream(where, targets.numel(), hidden.device, seed, step, LOGITS_LAYER, row_ids, row_start)
         stream = stream._replace(row_ids=stream.rows(targets.numel(), hidden.device), row_start=0)
         head = head._replace(sigma=log_sigma.detach().reshape(()).exp(), stream=stream)
     flat_targets = targets.reshape(-1).long().clamp(0, vocab - 1)
-    plan = _plan(pick(engine, hidden.device), head, flat_targets, hidden, weight, chunk_bytes)
+    with_grad = torch.is_grad_enabled() if needs is None else any(needs)
+    sums_weight = with_grad and (weight.requires_grad if needs is None else needs[1])
+    chosen = pick(engine, hidden.device)
+    plan = _plan(chosen, head, flat_targets, hidden, weight, chunk_bytes, with_grad, sums_weight)
     return hidden.reshape(-1, channels), weight, bias, plan
 
 
 def _plan(
-    engine: ModuleType, head: Head, targets: Tensor, hidden: Tensor, weight: Tensor, chunk_bytes: int | None
+    engine: ModuleType,
+    head: Head,
+    targets: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    chunk_bytes: int | None,
+    with_grad: bool,
+    sums_weight: bool,
 ) -> Plan:
-    with_grad, (vocab, channels) = torch.is_grad_enabled(), weight.shape
-    sums_weight = with_grad and weight.requires_grad
+    vocab, channels = weight.shape
     default = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES
     limit = default if chunk_bytes is None else chunk_bytes
     if chunk_bytes is None and sums_weight and hidden.dtype in (torch.bfloat16, torch.float16):
@@ -217,36 +242,56 @@ def fused_alp_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits, before any kernel runs.
     """
-    where = "fused_alp_loss"
-    flat, head_weight, head_bias, plan = _check_head(
-        where, hidden, weight, bias, targets, mask, temperature, softcap, logit_scale, logit_noise, chunk_bytes, engine
+    arguments = HeadArguments(
+        hidden, weight, bias, targets, mask, temperature, softcap, logit_scale, logit_noise, chunk_bytes, engine
     )
-    batch = flatten(
-        where,
+    given = {
+        "rollout_logp": rollout_logp,
+        "advantages": advantages,
+        "mask": mask,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "token_weight": token_weight,
+        "cu_seqlens": cu_seqlens,
+        "sequence_ids": sequence_ids,
+        "turn_ends": turn_ends,
+        "num_tokens": num_tokens,
+        "num_sequences": num_sequences,
+    }
+    if isinstance(hidden, Tensor) and ops.serves(hidden):
+        of_batch = batch_arguments("fused_alp_loss", objective, hidden.device, nonfinite, given)
+        out = torch.ops.alp_kernels.fused_alp_loss(*head_arguments("fused_alp_loss", arguments), *of_batch)
+        loss, logp, entropy, *_, numbers, flags, num_nonfinite = out
+        return LossOutput(loss, logp, entropy, Stats.of_rows(numbers, flags, num_nonfinite, has_entropy=True))
+    flat, head_weight, head_bias, plan = check_head("fused_alp_loss", arguments)
+    batch = flatten_for(flat, targets, objective, nonfinite, given)
+    order = plan_order(batch, objective, plan)
+    log_sigma = None if logit_noise is None else logit_noise.log_sigma
+    loss, logp, entropy = FusedLoss.apply(flat, head_weight, head_bias, log_sigma, plan, batch, objective, order)
+    stats = measure_rows(logp, entropy, batch, objective, order)[0]
+    return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), stats)
+
+
+def flatten_for(flat: Tensor, targets: Tensor, objective: Objective, nonfinite: str, given: dict[str, Any]) -> Batch:
+    """The batch beside hidden states `flat` (N, D)."""
+    return flatten(
+        "fused_alp_loss",
         objective,
         shape=targets.shape,
         dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32,
         device=flat.device,
-        rollout_logp=rollout_logp,
-        advantages=advantages,
-        mask=mask,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        token_weight=token_weight,
-        cu_seqlens=cu_seqlens,
-        sequence_ids=sequence_ids,
-        turn_ends=turn_ends,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
         nonfinite=nonfinite,
+        **given,
     )
-    order = plan_order(batch, objective, plan)
-    log_sigma = None if logit_noise is None else logit_noise.log_sigma
-    loss, logp, entropy = FusedLoss.apply(flat, head_weight, head_bias, log_sigma, plan, batch, objective, order)
+
+
+def measure_rows(
+    logp: Tensor, entropy: Tensor, batch: Batch, objective: Objective, order: Order
+) -> tuple[Stats, Tensor]:
+    """Statistics of the rows in the loss, and which rows those are."""
     index = order.rows.sort().values  # not mask.nonzero(), which would wait for the kernels
     live, p = batch.select(index), logp[index]
-    stats = Stats.measure(p, entropy[index], level_log_ratio(p, live, objective), live, objective)
-    return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), stats)
+    return Stats.measure(p, entropy[index], level_log_ratio(p, live, objective), live, objective), index
 
 
 def linear_logprob(
@@ -268,21 +313,73 @@ def linear_logprob(
     Arguments as in `fused_alp_loss`. Rows off `mask` return 0 and cost nothing. Without a gradient (torch.no_grad) this is
     one product; with one, backward makes the logits again, chunk by chunk.
     """
-    flat, head_weight, head_bias, plan = _check_head(
-        "linear_logprob",
-        hidden,
-        weight,
-        bias,
-        targets,
-        mask,
-        temperature,
-        softcap,
-        logit_scale,
-        logit_noise,
-        chunk_bytes,
-        engine,
+    arguments = HeadArguments(
+        hidden, weight, bias, targets, mask, temperature, softcap, logit_scale, logit_noise, chunk_bytes, engine
     )
-    order = torch.arange(len(flat), device=flat.device) if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+    if isinstance(hidden, Tensor) and ops.serves(hidden):
+        logp, entropy, _ = torch.ops.alp_kernels.linear_logprob(*head_arguments("linear_logprob", arguments))
+        return logp, entropy
+    flat, head_weight, head_bias, plan = check_head("linear_logprob", arguments)
+    order = row_order(flat, mask)
     log_sigma = None if logit_noise is None else logit_noise.log_sigma
     logp, entropy = LinearLogprob.apply(flat, head_weight, head_bias, log_sigma, plan, order)
     return logp.view(targets.shape), entropy.view(targets.shape)
+
+
+def row_order(flat: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows to compute, (n,) int64."""
+    return torch.arange(len(flat), device=flat.device) if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+
+
+HEAD_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? log_sigma, Tensor targets, Tensor? is_wanted, Tensor? temperatures, "
+    "float temperature, float? softcap, float logit_scale, Tensor? at, Tensor? row_ids, int? chunk_bytes, str? engine, "
+    "bool[] needs"
+)
+
+
+def head_arguments(where: str, arguments: HeadArguments) -> tuple[Any, ...]:
+    """The arguments HEAD_SCHEMA of an operator, from those of a public function."""
+    hidden, weight, bias, targets, mask, temperature, softcap, logit_scale, noise, chunk_bytes, engine = arguments
+    check_tensor(where, "weight", weight)
+    hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
+    log_sigma, at, row_ids = None, None, None
+    if noise is not None:
+        log_sigma, row_ids = noise.log_sigma, noise.row_ids
+        at, _ = ops.coordinates(noise.step, noise.row_start, noise.seed, LOGITS_LAYER)
+    graded = (hidden, weight, bias, log_sigma)
+    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in graded]
+    by_row = isinstance(temperature, Tensor)
+    return (
+        hidden, weight, bias, log_sigma, targets, mask, temperature if by_row else None, 1.0 if by_row else temperature,
+        softcap, logit_scale, at, row_ids, chunk_bytes, engine, needs,
+    )  # fmt: skip
+
+
+def arguments_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    log_sigma: Tensor | None,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    at: Tensor | None,
+    row_ids: Tensor | None,
+    chunk_bytes: int | None,
+    engine: str | None,
+    needs: list[bool],
+) -> tuple[HeadArguments, list[bool]]:
+    """What `head_arguments` made of them, detached; and `needs`."""
+    noise = None
+    if log_sigma is not None and at is not None:
+        stream = ops.stream_of(at, LOGITS_LAYER, row_ids)
+        noise = LogitNoise(log_sigma.detach(), stream.seed, stream.step, row_ids, stream.row_start)
+    tau = temperature if temperatures is None else temperatures
+    hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    return HeadArguments(
+        hidden, weight, bias, targets, mask, tau, softcap, logit_scale, noise, chunk_bytes, engine
+    ), needs

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .objective import LOG_RATIO_CLAMP, LossRows, Objective
 
+_ROUNDING = 1e-3
+"""How far above 0 an engine's rounding may bring the log-probability of a certain token."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -114,6 +117,34 @@ def _count(where: str, name: str, value: int | float | Tensor | None, default: T
     return torch.tensor(value, dtype=torch.float64, device=default.device)
 
 
+BATCH_SCHEMA = (
+    "Tensor rollout_logp, Tensor advantages, Tensor mask, Tensor? old_logp, Tensor? ref_logp, Tensor? token_weight, "
+    "Tensor? cu_seqlens, Tensor? sequence_ids, Tensor? turn_ends, Tensor? num_tokens, Tensor? num_sequences, "
+    "str nonfinite, str objective"
+)
+BATCH_NAMES = (
+    "rollout_logp", "advantages", "mask", "old_logp", "ref_logp", "token_weight",
+    "cu_seqlens", "sequence_ids", "turn_ends", "num_tokens", "num_sequences",
+)  # fmt: skip
+
+
+def batch_arguments(
+    where: str, objective: Objective, device: torch.device, nonfinite: str, given: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The arguments BATCH_SCHEMA of an operator. Counts become tensors, which no graph is specialised on."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"{where}: objective is a {type(objective).__name__}; it needs an Objective")
+    values = []
+    for name in BATCH_NAMES:
+        value = given[name]
+        if name.startswith("num_") and value is not None and not isinstance(value, Tensor):
+            if isinstance(value, bool) or not value > 0:
+                raise ValueError(f"{where}: {name}={value}; it needs a count > 0, that of the whole optimiser batch")
+            value = torch.full((), value, dtype=torch.float64, device=device)
+        values.append(value)
+    return (*values, nonfinite, objective.spec)
+
+
 def flatten(
     where: str,
     objective: Objective,
@@ -206,10 +237,16 @@ def flatten(
         "advantages": live & ~per_token.isfinite(),
     }
     checks |= {k: live & ~v.isfinite() for k, v in extra.items()}
+    checks["positive"] = live & (q > _ROUNDING)
     found = torch.stack([torch.stack(_first(flags)) for flags in checks.values()]).tolist()
     for name, (count, first) in zip(checks, found, strict=True):
         if count:
             at = (first,) if len(shape) == 1 else divmod(first, shape[1])
+            if name == "positive":
+                raise ValueError(
+                    f"{where}: rollout_logp is > 0 at {count} tokens of the mask, first at {at}; it needs natural logarithms, "
+                    "not probabilities"
+                )
             if name == "mask":
                 raise ValueError(
                     f"{where}: mask holds {count} values other than 0 and 1, first at {at}; weights go into token_weight"

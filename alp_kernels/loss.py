@@ -9,12 +9,13 @@ geometric   S and C are divided by the number of tokens they sum
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import Batch, first_and_last, flatten, segment_sum
+from . import ops
+from .layout import Batch, batch_arguments, first_and_last, flatten, segment_sum
 from .objective import Objective, row_loss
 from .stats import Stats
 
@@ -91,36 +92,28 @@ def policy_loss(
         nonfinite: "raise" on NaN or inf in rollout_logp, or "mask" those tokens and count them.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
+        ValueError, TypeError: naming the argument, what came and what fits; in compiled code when it runs.
     """
-    where = "policy_loss"
-    if logp.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{where}: logp is {logp.dtype}; it needs torch.float32 (a 16-bit log-probability is too coarse)"
-        )
-    batch = flatten(
-        where,
-        objective,
-        shape=logp.shape,
-        dtype=logp.dtype,
-        device=logp.device,
-        rollout_logp=rollout_logp,
-        advantages=advantages,
-        mask=mask,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        token_weight=token_weight,
-        cu_seqlens=cu_seqlens,
-        sequence_ids=sequence_ids,
-        turn_ends=turn_ends,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        nonfinite=nonfinite,
-    )
-    if objective.entropy_coef != 0 and entropy is None:
-        raise ValueError(f"{where}: entropy_coef={objective.entropy_coef} needs entropy {tuple(logp.shape)}")
-    if entropy is not None and entropy.shape != logp.shape:
-        raise ValueError(f"{where}: entropy has shape {tuple(entropy.shape)}; it needs {tuple(logp.shape)}")
+    given = {
+        "rollout_logp": rollout_logp,
+        "advantages": advantages,
+        "mask": mask,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "token_weight": token_weight,
+        "cu_seqlens": cu_seqlens,
+        "sequence_ids": sequence_ids,
+        "turn_ends": turn_ends,
+        "num_tokens": num_tokens,
+        "num_sequences": num_sequences,
+    }
+    if isinstance(logp, Tensor) and ops.serves(logp):
+        arguments = batch_arguments("policy_loss", objective, logp.device, nonfinite, given)
+        loss, _, _, *rest = torch.ops.alp_kernels.policy_loss(logp, entropy, *arguments)
+        masked, masked_entropy, numbers, flags, num_nonfinite = rest
+        stats = Stats.of_rows(numbers, flags, num_nonfinite, entropy is not None)
+        return LossOutput(loss, masked, None if entropy is None else masked_entropy, stats)
+    batch = check_loss(logp, entropy, objective, nonfinite, given)
     index = batch.mask.nonzero().squeeze(1)
     live = batch.select(index)
     p = logp.reshape(-1)[index]
@@ -134,6 +127,25 @@ def policy_loss(
         None if entropy is None else torch.where(batch.mask.view(logp.shape), entropy.detach(), 0.0),
         Stats.measure(p.detach(), None if h is None else h.detach(), ell.detach(), live, objective),
     )
+
+
+def check_loss(
+    logp: Tensor, entropy: Tensor | None, objective: Objective, nonfinite: str, given: dict[str, Any]
+) -> Batch:
+    """Check the arguments of `policy_loss` and flatten them."""
+    where = "policy_loss"
+    if logp.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{where}: logp is {logp.dtype}; it needs torch.float32 (a 16-bit log-probability is too coarse)"
+        )
+    batch = flatten(
+        where, objective, shape=logp.shape, dtype=logp.dtype, device=logp.device, nonfinite=nonfinite, **given
+    )
+    if objective.entropy_coef != 0 and entropy is None:
+        raise ValueError(f"{where}: entropy_coef={objective.entropy_coef} needs entropy {tuple(logp.shape)}")
+    if entropy is not None and entropy.shape != logp.shape:
+        raise ValueError(f"{where}: entropy has shape {tuple(entropy.shape)}; it needs {tuple(logp.shape)}")
+    return batch
 
 
 def importance_weight(

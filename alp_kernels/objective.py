@@ -16,7 +16,7 @@ import difflib
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -62,6 +62,9 @@ class Objective:
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
 
+    spec: ClassVar[str]
+    """The fields as text, for an operator's schema; `objective_of` reads it."""
+
     def __post_init__(self) -> None:
         choices = {
             "level": get_args(Level),
@@ -98,6 +101,8 @@ class Objective:
         for field, holds, fits in claims:
             if not holds:
                 raise ValueError(f"Objective: {field}={getattr(self, field)!r}; it needs {fits}")
+        # one string for compiled code to look at: it would take numbers that differ between objectives as variables
+        object.__setattr__(self, "spec", repr(tuple([getattr(self, field.name) for field in dataclasses.fields(self)])))
 
     @staticmethod
     def preset(name: str, **changes: object) -> Objective:
@@ -109,17 +114,9 @@ class Objective:
         return dataclasses.replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
     @property
-    def spec(self) -> str:
-        """Its fields as text, for an operator's schema; `objective_of` reads it."""
-        return repr(tuple([getattr(self, name) for name in _FIELDS]))
-
-    @property
     def has_penalty(self) -> bool:
         """Whether a token with zero advantage still has a gradient."""
         return self.kl_coef > 0 or self.entropy_coef != 0
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Objective))
 
 
 @functools.cache

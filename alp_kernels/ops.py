@@ -32,11 +32,26 @@ if TYPE_CHECKING:
 NUM_FIELDS = 5
 
 # cudagraph_unsafe: a recorded graph would repeat the coordinates it was recorded with
-_TAGS = (torch.Tag.cudagraph_unsafe,)
+TAGS = (torch.Tag.cudagraph_unsafe,)
 library = torch.library.Library("alp_kernels", "FRAGMENT")
 handles: weakref.WeakValueDictionary[int, Perturbation] = weakref.WeakValueDictionary()
 numbers = itertools.count(1)
 NO_HANDLE = 0
+
+
+def register(
+    name: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup: Callable[..., None] | None = None,
+    gradient: Callable[..., Any] | None = None,
+) -> None:
+    """Give the operator `name`, defined before, what it runs, its fake and, with `gradient`, its derivative."""
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"alp_kernels::{name}", fake, lib=library)
+    if gradient is not None:
+        torch.library.register_autograd(f"alp_kernels::{name}", gradient, setup_context=setup, lib=library)
 
 
 def integers(*values: int) -> Tensor:
@@ -44,18 +59,18 @@ def integers(*values: int) -> Tensor:
     return torch.tensor([(v + (1 << 63)) % (1 << 64) - (1 << 63) for v in values], dtype=torch.int64, device="cpu")
 
 
-def _real(hidden: Tensor) -> torch.dtype:
+def real(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _stream(at: Tensor, place: Tensor, row_ids: Tensor | None) -> Stream:
+def stream_of(at: Tensor, layer: int, row_ids: Tensor | None) -> Stream:
     _, seed, step, row_start, _ = at.tolist()
-    return Stream(seed % (1 << 64), step, int(place[1]), row_start, row_ids)
+    return Stream(seed % (1 << 64), step, layer, row_start, row_ids)
 
 
 # ------------------------------------------------------------------ coordinates of a call of perturb()
 
-library.define("coordinates(Tensor step, Tensor row_start, SymInt seed, SymInt layer) -> (Tensor, Tensor)", tags=_TAGS)
+library.define("coordinates(Tensor step, Tensor row_start, SymInt seed, SymInt layer) -> (Tensor, Tensor)", tags=TAGS)
 
 
 def _coordinates(step: Tensor, row_start: Tensor, seed: int, layer: int) -> tuple[Tensor, Tensor]:
@@ -74,12 +89,12 @@ def _coordinates_fake(step: Tensor, row_start: Tensor, seed: int, layer: int) ->
 library.define(
     "perturb(Tensor hidden, Tensor log_sigma, Tensor at, Tensor place, Tensor? row_ids, str scale, str rounding, str? engine)"
     " -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 library.define(
     "perturb_backward(Tensor du, Tensor sigma, Tensor rms, Tensor at, Tensor place, Tensor? row_ids, SymInt num_sigmas, "
     "str? engine) -> Tensor",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 
@@ -94,7 +109,7 @@ def _perturb(
     engine: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (..., D), log_sigma (L,), row_ids (N,): u like hidden, sigma () and, where scale="rms", rms (N,), else (0,)."""
-    stream, num_rows = _stream(at, place, row_ids), hidden.numel() // hidden.shape[-1]
+    stream, num_rows = stream_of(at, int(place[1]), row_ids), hidden.numel() // hidden.shape[-1]
     check_stream("perturb", stream, num_rows, hidden.device)
     sigma = log_sigma.detach()[int(place[0])].exp()
     rows = hidden.detach().reshape(num_rows, hidden.shape[-1]).contiguous()
@@ -102,7 +117,7 @@ def _perturb(
     u = flat.view(hidden.shape)
     if (handle := handles.get(int(at[0]))) is not None:
         handle.note(int(at[4]), stream.row_start, int(place[0]), hidden, u)
-    return u, sigma, rms if rms is not None else torch.empty(0, dtype=_real(hidden), device=hidden.device)
+    return u, sigma, rms if rms is not None else torch.empty(0, dtype=real(hidden), device=hidden.device)
 
 
 def _perturb_fake(
@@ -116,7 +131,7 @@ def _perturb_fake(
     engine: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = hidden.numel() // hidden.shape[-1] if scale == "rms" else 0
-    return hidden.new_empty(hidden.shape), log_sigma.new_empty(()), hidden.new_empty(num_rows, dtype=_real(hidden))
+    return hidden.new_empty(hidden.shape), log_sigma.new_empty(()), hidden.new_empty(num_rows, dtype=real(hidden))
 
 
 def _perturb_backward(
@@ -130,7 +145,7 @@ def _perturb_backward(
     engine: str | None,
 ) -> Tensor:
     """dlog_sigma (num_sigmas,), zero but for the layer's own: sigma * sum(du * rms * eps)."""
-    rows, stream = du.reshape(-1, du.shape[-1]).contiguous(), _stream(at, place, row_ids)
+    rows, stream = du.reshape(-1, du.shape[-1]).contiguous(), stream_of(at, int(place[1]), row_ids)
     dsigma = pick(engine, du.device).perturb_bwd(rows, stream, rms if len(rms) else None)
     dlog_sigma = sigma.new_zeros(num_sigmas)
     dlog_sigma[int(place[0])] = sigma * dsigma
@@ -167,8 +182,8 @@ def _perturb_grad(ctx: Any, du: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 # ------------------------------------------------------------------ a decoder's forward
 
-library.define("begin(Tensor(a!) order) -> Tensor", tags=_TAGS)
-library.define("finish(Tensor(a!) order, Tensor output) -> ()", tags=_TAGS)
+library.define("begin(Tensor(a!) order) -> Tensor", tags=TAGS)
+library.define("finish(Tensor(a!) order, Tensor output) -> ()", tags=TAGS)
 
 
 def _begin(order: Tensor) -> Tensor:
@@ -195,17 +210,11 @@ def _finish_fake(order: Tensor, output: Tensor) -> None:
     return None
 
 
-_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "coordinates": (_coordinates, _coordinates_fake),
-    "perturb": (_perturb, _perturb_fake),
-    "perturb_backward": (_perturb_backward, _perturb_backward_fake),
-    "begin": (_begin, _begin_fake),
-    "finish": (_finish, _finish_fake),
-}
-for _name, (_run, _fake) in _OPERATORS.items():
-    library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"alp_kernels::{_name}", _fake, lib=library)
-torch.library.register_autograd("alp_kernels::perturb", _perturb_grad, setup_context=_perturb_setup, lib=library)
+register("coordinates", _coordinates, _coordinates_fake)
+register("perturb", _perturb, _perturb_fake, setup=_perturb_setup, gradient=_perturb_grad)
+register("perturb_backward", _perturb_backward, _perturb_backward_fake)
+register("begin", _begin, _begin_fake)
+register("finish", _finish, _finish_fake)
 
 
 def serves(tensor: Tensor) -> bool:

@@ -83,7 +83,9 @@ def perturb(
         at, place = ops.coordinates(step, row_start, seed, layer)
         ids = None if row_ids is None else row_ids.reshape(-1)
         return ops.perturb_at(hidden, log_sigma.reshape(1), at, place, ids, scale, rounding, engine)
-    stream = make_stream("perturb", hidden, seed, step, layer, row_ids, row_start)
+    stream = make_stream(
+        "perturb", hidden.numel() // hidden.shape[-1], hidden.device, seed, step, layer, row_ids, row_start
+    )
     return Perturb.apply(hidden, log_sigma, pick(engine, hidden.device), stream, scale, rounding)
 
 
@@ -118,7 +120,8 @@ def check_perturb(where: str, hidden: Tensor, log_sigma: Tensor, scale: str, rou
 
 def make_stream(
     where: str,
-    hidden: Tensor,
+    num_rows: int,
+    device: torch.device,
     seed: int,
     step: int | Tensor,
     layer: int,
@@ -128,5 +131,5 @@ def make_stream(
     """The noise's coordinates, checked."""
     step, row_start = (int(x) if isinstance(x, Tensor) else x for x in (step, row_start))
     stream = Stream(seed, step, layer, row_start, None if row_ids is None else row_ids.reshape(-1))
-    check_stream(where, stream, hidden.numel() // hidden.shape[-1], hidden.device)
+    check_stream(where, stream, num_rows, device)
     return stream

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from .engine import pick
 from .noise import Stream
 from .perturb import DTYPES, check_perturb, check_tensor, make_stream
@@ -71,10 +72,10 @@ def perturb_rms_norm(
     log_sigma: Tensor,
     *,
     seed: int,
-    step: int,
+    step: int | Tensor,
     layer: int,
     row_ids: Tensor | None = None,
-    row_start: int = 0,
+    row_start: int | Tensor = 0,
     eps: float = 1e-6,
     offset: float = 0.0,
     scale: str = "absolute",
@@ -112,7 +113,15 @@ def perturb_rms_norm(
         raise ValueError(f"{where}: eps={eps}; it needs a number >= 0")
     if not abs(offset) < float("inf"):
         raise ValueError(f"{where}: offset={offset}; it needs a finite number")
-    stream = make_stream(where, hidden, seed, step, layer, row_ids, row_start)
+    if ops.serves(hidden):
+        at, place = ops.coordinates(step, row_start, seed, layer)
+        ids = None if row_ids is None else row_ids.reshape(-1)
+        options = (float(eps), float(offset), scale, rounding, engine)
+        u, y, *_ = torch.ops.alp_kernels.perturb_rms_norm(hidden, weight, log_sigma, at, place, ids, *options)
+        return u, y
+    stream = make_stream(
+        where, hidden.numel() // hidden.shape[-1], hidden.device, seed, step, layer, row_ids, row_start
+    )
     chosen = pick(engine, hidden.device)
     u, y = PerturbRMSNorm.apply(hidden, weight, log_sigma, eps, offset, chosen, stream, scale, rounding)
     return u, y

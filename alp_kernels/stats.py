@@ -20,10 +20,19 @@ from .objective import LOG_RATIO_CLAMP, Objective
 
 QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "q99": 0.99, "q99.9": 0.999}
 
+_NUMBERS = (
+    "log_ratio", "rollout_log_ratio", "rollout_logp", "entropy", "sequence_log_ratio", "rollout_sequence_log_ratio",
+)  # fmt: skip
+_FLAGS = ("is_last", "clipped_low", "clipped_high", "clipped_dual")
+
 
 @dataclass(frozen=True)
 class Stats:
-    """Per-token values of the tokens in the loss, (n,), detached, on the device where the loss ran."""
+    """Per-token values of the tokens in the loss, (n,), detached, on the device where the loss ran.
+
+    Compiled code, whose shapes may not depend on the mask, returns the values of all rows (N,) with `is_live`; every method
+    leaves the others out.
+    """
 
     log_ratio: Tensor  # p - denominator: what the loss clips at token level
     rollout_log_ratio: Tensor  # p - q: current over rollout policy, whatever the denominator
@@ -36,6 +45,7 @@ class Stats:
     clipped_high: Tensor  # bool: A > 0 and the ratio is above 1 + clip_high: no gradient
     clipped_dual: Tensor  # bool: A < 0 and the ratio is above dual_clip: no gradient
     num_nonfinite: Tensor  # (1,) tokens masked for a NaN or inf rollout log-probability
+    is_live: Tensor | None = None  # (N,) bool where there are values of rows that are not in the loss; None: of none
 
     @staticmethod
     def measure(logp: Tensor, entropy: Tensor | None, ell: Tensor, batch: Batch, objective: Objective) -> Stats:
@@ -62,10 +72,40 @@ class Stats:
             num_nonfinite=batch.num_nonfinite.reshape(1),
         )
 
+    def rows(self, index: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """In tensors of fixed shapes, for an operator: numbers (6, num_rows) and flags (5, num_rows) bool, 0 but at `index`."""
+        columns = [torch.zeros_like(self.log_ratio) if (v := getattr(self, n)) is None else v for n in _NUMBERS]
+        flags = [getattr(self, n) for n in _FLAGS]
+        numbers_of_all = self.log_ratio.new_zeros(len(_NUMBERS), num_rows)
+        flags_of_all = self.is_last.new_zeros(len(_FLAGS) + 1, num_rows)
+        numbers_of_all[:, index] = torch.stack(columns)
+        flags_of_all[:, index] = torch.stack([*flags, torch.ones_like(self.is_last)])
+        return numbers_of_all, flags_of_all
+
+    @staticmethod
+    def of_rows(numbers: Tensor, flags: Tensor, num_nonfinite: Tensor, has_entropy: bool) -> Stats:
+        """What `rows` made, with `is_live`."""
+        log_ratio, rollout_log_ratio, rollout_logp, entropy, of_sequence, rollout_of_sequence = numbers.unbind()
+        is_last, low, high, dual, is_live = flags.unbind()
+        return Stats(
+            log_ratio=log_ratio,
+            rollout_log_ratio=rollout_log_ratio,
+            rollout_logp=rollout_logp,
+            entropy=entropy if has_entropy else None,
+            sequence_log_ratio=of_sequence,
+            rollout_sequence_log_ratio=rollout_of_sequence,
+            is_last=is_last,
+            clipped_low=low,
+            clipped_high=high,
+            clipped_dual=dual,
+            num_nonfinite=num_nonfinite,
+            is_live=is_live,
+        )
+
     @staticmethod
     def cat(parts: Iterable[Stats]) -> Stats:
         """The statistics of several micro-batches together, exactly."""
-        parts = list(parts)
+        parts = [part.live() for part in parts]
         if not parts:
             raise ValueError("Stats.cat: no parts came; it needs at least one")
         if len({part.entropy is None for part in parts}) > 1:
@@ -73,6 +113,16 @@ class Stats:
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Stats)}
         merged: dict[str, Any] = {n: None if values[0] is None else torch.cat(values) for n, values in columns.items()}
         return Stats(**merged)
+
+    def live(self) -> Stats:
+        """Without the rows that are not in the loss."""
+        if self.is_live is None:
+            return self
+        chosen: dict[str, Any] = {
+            f.name: v if (v := getattr(self, f.name)) is None or f.name == "num_nonfinite" else v[self.is_live]
+            for f in fields(self)
+        }
+        return Stats(**{**chosen, "is_live": None})
 
     def gather(self, group: dist.ProcessGroup | None = None) -> Stats:
         """The statistics of all ranks together, on the CPU; a collective call. Without torch.distributed: itself."""
@@ -87,7 +137,7 @@ class Stats:
         moved: dict[str, Any] = {
             f.name: None if (v := getattr(self, f.name)) is None else v.cpu() for f in fields(self)
         }
-        return Stats(**moved)
+        return Stats(**moved).live()
 
     def summary(self) -> dict[str, float]:
         """Reduce once, with one transfer from the device. Ratios are exp of log-ratios clamped at +-20, as in the loss.
@@ -143,7 +193,8 @@ class Stats:
         Bins are equally wide between the smallest and the largest rollout log-probability; empty ones are left out.
         Lists of equal length: rollout_logp (bin mean), p2, p50, p98, count.
         """
-        log_q, log_ratio = self.rollout_logp.double().cpu().numpy(), self.log_ratio.double().cpu().numpy()
+        host = self.cpu()
+        log_q, log_ratio = host.rollout_logp.double().numpy(), host.log_ratio.double().numpy()
         columns: dict[str, list[float]] = {key: [] for key in ("rollout_logp", "p2", "p50", "p98", "count")}
         if len(log_q) == 0:
             return columns

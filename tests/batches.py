@@ -23,7 +23,7 @@ def make_batch(seed: int, batch: int = 4, time: int = 9, dtype: torch.dtype = to
         advantages[2] = 0
     return {
         "logp": logp,
-        "rollout_logp": logp + rand(batch, time),
+        "rollout_logp": (logp + rand(batch, time)).clamp(max=0),
         "advantages": advantages,
         "mask": mask,
         "old_logp": logp + 0.3 * rand(batch, time),

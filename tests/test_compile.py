@@ -11,9 +11,25 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from alp_kernels import attach, normal, ops, perturb
+from alp_kernels import (
+    LogitNoise,
+    Objective,
+    Stats,
+    attach,
+    fused_alp_loss,
+    linear_logprob,
+    normal,
+    ops,
+    perturb,
+    perturb_rms_norm,
+    policy_loss,
+)
+from alp_kernels.engine import why_not
+from alp_kernels.head import HeadArguments, head_arguments
+from alp_kernels.layout import batch_arguments
 from alp_kernels.noise import FINAL_LAYER
 
+from .batches import make_batch
 from .decoders import Toy, all_gradients, ids, make_model
 
 EAGER = {"backend": "aot_eager", "fullgraph": True}
@@ -148,6 +164,178 @@ def test_inductor_makes_the_same_noise():
     assert torch.equal(compiled(hidden, log_sigma), noise(hidden, log_sigma))
     for a, e in zip(*gradients, strict=True):
         assert torch.equal(a, e)
+
+
+# ------------------------------------------------------------------ losses
+
+
+def head(seed=0, time=5, dtype=torch.float32, vocab=19):
+    """Leaves (hidden, weight, bias, log_sigma), targets, and what a policy loss takes."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (torch.randn(*size, generator=g).to(dtype) for size in ((3, time, 8), (vocab, 8), (vocab,)))
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    batch = {k: v.to(real) if v.is_floating_point() else v for k, v in make_batch(seed, 3, time).items()}
+    del batch["logp"], batch["entropy"]
+    batch["rollout_logp"] = batch["rollout_logp"] - 2
+    targets = torch.randint(0, vocab, (3, time), generator=g)
+    return [hidden, weight, bias, torch.tensor(-1.0, dtype=real)], targets, batch
+
+
+def graded(leaves):
+    return [leaf.detach().clone().requires_grad_() for leaf in leaves]
+
+
+OBJECTIVE = Objective("sequence", kl="k3", kl_coef=0.1, entropy_coef=0.05)
+
+
+def test_policy_loss_is_a_sound_operator():
+    b = make_batch(0)
+    logp, entropy = graded([b.pop("logp"), b.pop("entropy")])
+    given_ = {**b, "cu_seqlens": None, "sequence_ids": None, "num_tokens": 7.0, "num_sequences": None}
+    arguments = batch_arguments("", OBJECTIVE, logp.device, "raise", given_)
+    torch.library.opcheck(torch.ops.alp_kernels.policy_loss.default, (logp, entropy, *arguments))
+    bare = batch_arguments("", Objective("cum-turn"), logp.device, "mask", given_)
+    torch.library.opcheck(torch.ops.alp_kernels.policy_loss.default, (logp, None, *bare))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", [False, True])
+def test_the_heads_operators_are_sound(dtype, noise):
+    leaves, targets, batch = head(dtype=dtype)
+    hidden, weight, bias, log_sigma = graded(leaves)
+    spec = LogitNoise(log_sigma, 5, 3) if noise else None
+    shared = HeadArguments(hidden, weight, bias, targets, batch["mask"], 0.7, 3.0, 1.0, spec, None, None)
+    arguments = head_arguments("", shared)
+    given_ = {**batch, "cu_seqlens": None, "sequence_ids": None, "num_tokens": None, "num_sequences": None}
+    operators = torch.ops.alp_kernels
+    torch.library.opcheck(operators.linear_logprob.default, arguments)
+    of_batch = batch_arguments("", OBJECTIVE, hidden.device, "raise", given_)
+    torch.library.opcheck(operators.fused_alp_loss.default, (*arguments, *of_batch))
+    frozen = head_arguments("", shared._replace(weight=weight.detach(), bias=None))
+    torch.library.opcheck(operators.linear_logprob.default, frozen)
+
+
+def test_perturb_rms_norm_is_a_sound_operator():
+    hidden, weight, log_sigma = graded([torch.randn(2, 3, 8), torch.rand(8), torch.tensor(-1.0)])
+    for scale in ("absolute", "rms"):
+        arguments = (hidden, weight, log_sigma, AT, PLACE, None, 1e-6, 1.0, scale, "nearest", None)
+        torch.library.opcheck(torch.ops.alp_kernels.perturb_rms_norm.default, arguments)
+
+
+def losses(kind, leaves, targets, batch, step, objective):
+    hidden, weight, bias, log_sigma = leaves
+    if kind == "fused_alp_loss":
+        noise = LogitNoise(log_sigma, seed=5, step=step)
+        counted = {**batch, "num_tokens": batch["mask"].sum()}
+        return fused_alp_loss(
+            hidden * 1, weight, targets, **counted, bias=bias, objective=objective, logit_noise=noise, temperature=0.9
+        )
+    if kind == "policy_loss":
+        logp = (hidden @ weight.t() + bias).log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+        return policy_loss(logp, **batch, objective=objective, num_tokens=int(step) + 3, entropy=logp.square())
+    u, y = perturb_rms_norm(hidden, weight[0], log_sigma, seed=1, step=step, layer=3, row_start=step * 2)
+    logp, entropy = linear_logprob(u + y, weight, targets, bias=bias, mask=batch["mask"], softcap=3.0)
+    return policy_loss(logp, **batch, objective=objective, entropy=entropy)
+
+
+@pytest.mark.parametrize("kind", ["fused_alp_loss", "linear_logprob"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_compiled_training_step_has_the_eager_ones_loss_gradients_and_statistics(kind, dtype):
+    """One graph whatever the mask, the counts, the step; a new objective is another graph."""
+    compiled = torch.compile(losses, **EAGER)
+    for step, time, objective in ((0, 5, OBJECTIVE), (1, 6, OBJECTIVE), (2, 9, OBJECTIVE), (3, 7, OBJECTIVE)):
+        leaves, targets, batch = head(step, time, dtype)
+        results = []
+        for function in (losses, compiled):
+            inputs = graded(leaves)
+            out = function(kind, inputs, targets, batch, torch.tensor(step), objective)
+            out.loss.backward()
+            results.append(([out.loss, out.logp, out.entropy, *[x.grad for x in inputs]], out.stats))
+        for a, e in zip(results[1][0], results[0][0], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-7)
+        assert results[1][1].summary() == results[0][1].summary()
+        assert results[1][1].envelope() == results[0][1].envelope()
+    assert num_graphs() == 2
+    compiled(kind, graded(leaves), targets, batch, torch.tensor(step), Objective("token")).loss.backward()
+    assert num_graphs() == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_gradients_of_16_bit_heads_are_rounded_at_most_twice(dtype):
+    leaves, targets, batch = head(dtype=dtype)
+    compiled = torch.compile(fused_alp_loss, **EAGER)
+    results = []
+    for function in (fused_alp_loss, compiled):
+        inputs = graded(leaves)
+        out = function(*inputs[:2], targets, **batch, objective=OBJECTIVE, num_tokens=1e6)
+        (out.loss * 3.0 * 2.0**10).backward()
+        results.append([x.grad for x in inputs[:2]])
+    for a, e in zip(*results, strict=True):
+        assert a.dtype == dtype
+        # a factor of 3 is not exact: half a step for the first rounding, half for each gradient's second
+        torch.testing.assert_close(a, e, rtol=1.5 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_two_backwards_through_a_compiled_loss_are_equal():
+    leaves, targets, batch = head()
+    inputs = graded(leaves)[:2]
+    out = torch.compile(fused_alp_loss, **EAGER)(*inputs, targets, **batch, objective=OBJECTIVE)
+    torch._functorch.config.donated_buffer = False
+    first = torch.autograd.grad(out.loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(out.loss, inputs)
+    for a, e in zip(first, second, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_a_compiled_loss_refuses_bad_values_when_it_runs():
+    leaves, targets, batch = head()
+    compiled = torch.compile(fused_alp_loss, **EAGER)
+    compiled(*leaves[:2], targets, **batch, objective=OBJECTIVE)
+    with pytest.raises(ValueError, match=r"targets has 15 values outside the vocabulary"):
+        compiled(*leaves[:2], targets + 100, **{**batch, "mask": torch.ones(3, 5)}, objective=OBJECTIVE)
+    with pytest.raises(ValueError, match=r"rollout_logp is NaN or inf"):
+        compiled(*leaves[:2], targets, **{**batch, "rollout_logp": batch["mask"] / 0.0}, objective=OBJECTIVE)
+
+
+def test_statistics_of_compiled_and_eager_micro_batches_merge():
+    parts = []
+    for seed, function in ((0, fused_alp_loss), (1, torch.compile(fused_alp_loss, **EAGER))):
+        leaves, targets, batch = head(seed)
+        parts.append(function(*leaves[:2], targets, **batch, objective=OBJECTIVE).stats)
+    merged = Stats.cat(parts)
+    assert len(merged.log_ratio) == sum(part.summary()["num_tokens"] for part in parts)
+    assert merged.is_live is None
+
+
+def test_autocast_is_that_of_the_call_in_compiled_code_too():
+    leaves, targets, batch = head()
+
+    def step(hidden, weight):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return fused_alp_loss(hidden, weight, targets, **batch, objective=OBJECTIVE).loss
+
+    results = []
+    for function in (step, torch.compile(step, **EAGER)):
+        inputs = graded(leaves)[:2]
+        loss = function(*inputs)
+        loss.backward()
+        results.append([loss.detach(), *[x.grad for x in inputs]])
+    for a, e in zip(*results, strict=True):
+        assert a.dtype == e.dtype == torch.float32
+        assert torch.equal(a, e)
+
+
+@pytest.mark.gpu
+def test_the_triton_engine_runs_inside_the_operator():
+    """On a GPU, or in Triton's interpreter."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert why_not("triton", device) is None
+    hidden, log_sigma = torch.randn(4, 24, device=device), torch.tensor(-1.0, device=device)
+
+    def noise(h, s):
+        return perturb(h, s, seed=1, step=2, layer=3, engine="triton")
+
+    assert torch.equal(torch.compile(noise, **EAGER)(hidden, log_sigma), noise(hidden, log_sigma))
 
 
 # ------------------------------------------------------------------ attached models

@@ -39,7 +39,7 @@ def make_head(seed, batch, time, channels=16, vocab=37, dtype=torch.float64):
     own = torch.log_softmax(hidden @ weight.T, -1).gather(-1, targets[..., None]).squeeze(-1)
     shift = own - b["logp"]
     for key in ("rollout_logp", "old_logp", "ref_logp"):
-        b[key] = b[key] + shift
+        b[key] = (b[key] + shift).clamp(max=0)
     del b["logp"], b["entropy"]
     rest = {k: v.to(DEVICE) for k, v in b.items()}
     return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), targets.to(DEVICE), rest

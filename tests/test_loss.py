@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alp_kernels import PRESETS, Objective, Stats, importance_weight, policy_loss
-from alp_kernels.objective import KL, Aggregation, Level
+from alp_kernels.layout import BATCH_NAMES
+from alp_kernels.loss import check_loss, level_log_ratio
+from alp_kernels.objective import KL, Aggregation, Level, row_gradient
 
 from .batches import by_hand, make_batch, pack
 
@@ -238,6 +240,30 @@ def test_an_impossible_token_stays_in_its_sequence(level):
     assert torch.isfinite(out.loss)
     assert torch.equal(dlogp[1:], without[1][1:])
     assert all(math.isfinite(v) for v in out.stats.summary().values())
+
+
+def test_probabilities_in_place_of_logarithms_are_refused():
+    """Rounding may bring the log-probability of a certain token a little above 0."""
+    b = make_batch(0)
+    policy_loss(**{**b, "rollout_logp": b["rollout_logp"].clamp(min=5e-4)}, objective=Objective())
+    with pytest.raises(ValueError, match=r"rollout_logp is > 0 at \d+ tokens of the mask, .* not probabilities"):
+        policy_loss(**{**b, "rollout_logp": b["rollout_logp"].exp()}, objective=Objective())
+    off = {**b, "rollout_logp": torch.where(b["mask"] == 0, 1.0, b["rollout_logp"])}
+    policy_loss(**off, objective=Objective())
+
+
+@pytest.mark.parametrize("level", get_args(Level))
+@pytest.mark.parametrize("kl", get_args(KL))
+def test_the_closed_form_of_the_gradient_is_autograds(level, kl):
+    b = make_batch(3)
+    objective = Objective(level, kl=kl, kl_coef=0.1, entropy_coef=0.05)
+    _, dlogp, dentropy = differentiated(b, objective)
+    batch = check_loss(b["logp"], b["entropy"], objective, "raise", {name: b.get(name) for name in BATCH_NAMES})
+    index = batch.mask.nonzero().squeeze(1)
+    live, p = batch.select(index), b["logp"].view(-1)[index]
+    closed = row_gradient(level_log_ratio(p, live, objective), p, live.loss_rows(), objective)
+    for actual, expected in zip(closed, (dlogp, dentropy), strict=True):
+        torch.testing.assert_close(actual, expected.reshape(-1)[index], rtol=1e-12, atol=1e-15)
 
 
 def test_masking_nonfinite_rollout_logp_hides_nothing_else():
