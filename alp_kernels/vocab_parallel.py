@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .fused import FusedLoss, LinearLogprob, plan_order
 from .gather import local_rows
-from .head import _check_head
+from .head import HeadArguments, check_head, row_order
 from .layout import flatten
 from .loss import LossOutput, level_log_ratio
 from .objective import Objective
@@ -130,7 +130,7 @@ def _check_split(
     chunk_bytes: int | None,
     engine: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
-    """Check the arguments, here and against the other ranks'. Returns what `_check_head` does, for this rank's shard."""
+    """Check the arguments, here and against the other ranks'. Returns what `check_head` does, for this rank's shard."""
     if not dist.is_initialized():
         raise RuntimeError(f"{where}: torch.distributed is not initialised; in one process take the unsplit function")
     if hasattr(weight, "full_tensor"):
@@ -152,11 +152,12 @@ def _check_split(
         raise ValueError(
             f"{where}: weight has shape {tuple(weight.shape)}; it needs this rank's rows of the head (V_r, D)"
         )
-    # _check_head sees a target of this shard in every row; whether they are in the vocabulary, the ranks find out together
+    # check_head sees a target of this shard in every row; whether they are in the vocabulary, the ranks find out together
     stand_in = torch.zeros_like(targets)
-    flat, weight, bias, plan = _check_head(
-        where, hidden, weight, bias, stand_in, mask, temperature, softcap, logit_scale, None, chunk_bytes, engine
+    arguments = HeadArguments(
+        hidden, weight, bias, stand_in, mask, temperature, softcap, logit_scale, None, chunk_bytes, engine
     )
+    flat, weight, bias, plan = check_head(where, arguments)
     shard, rows = _agree(where, flat, weight, targets, mask, group, vocab_start, plan)
     flat_targets = targets.reshape(-1).long().clamp(0, shard.vocab - 1)
     split = cast(ModuleType, _SplitEngine(plan.engine, shard))
@@ -253,8 +254,7 @@ def vocab_parallel_logprob(
     where = "vocab_parallel_logprob"
     head = (temperature, softcap, logit_scale, chunk_bytes, engine)
     flat, weight, bias, plan = _check_split(where, hidden, weight, bias, targets, mask, group, vocab_start, *head)
-    order = torch.arange(len(flat), device=flat.device) if mask is None else mask.reshape(-1).nonzero().squeeze(1)
-    logp, entropy = LinearLogprob.apply(flat, weight, bias, None, plan, order)
+    logp, entropy = LinearLogprob.apply(flat, weight, bias, None, plan, row_order(flat, mask))
     return logp.view(targets.shape), entropy.view(targets.shape)
 
 
