@@ -112,8 +112,8 @@ def _count(where: str, name: str, value: int | float | Tensor | None, default: T
         if value.numel() != 1:
             raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}; it needs one number")
         return value.detach().reshape(()).to(default.device).clamp(min=1)  # an empty batch has loss 0, not 0 / 0
-    if isinstance(value, bool) or not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{where}: {name}={value}; it needs a count > 0, that of the whole optimiser batch")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{where}: {name}={value!r}; it needs a count > 0, that of the whole optimiser batch")
     return torch.tensor(value, dtype=torch.float64, device=default.device)
 
 
@@ -317,6 +317,13 @@ def _aggregation(
     num_sequences: int | float | Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    counted, other = ("tokens", "sequences") if objective.aggregation == "token-mean" else ("sequences", "tokens")
+    given = {"tokens": num_tokens, "sequences": num_sequences}
+    if given[counted] is None and given[other] is not None:
+        raise ValueError(
+            f"{where}: num_{other} came without num_{counted}; aggregation={objective.aggregation!r} divides by the number of "
+            f"{counted}: give num_{counted} of the whole optimiser batch"
+        )
     m = live.to(dtype)
     if objective.aggregation == "token-mean":
         return m / _count(where, "num_tokens", num_tokens, live.sum())

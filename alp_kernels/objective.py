@@ -111,6 +111,9 @@ class Objective:
             near = difflib.get_close_matches(name, PRESETS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"Objective.preset: {name!r} is not one of {', '.join(PRESETS)}{hint}")
+        fields = [field.name for field in dataclasses.fields(Objective)]
+        if unknown := sorted(changes.keys() - set(fields)):
+            raise ValueError(f"Objective.preset: {', '.join(unknown)} is no field; it needs one of {', '.join(fields)}")
         return dataclasses.replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
     @property

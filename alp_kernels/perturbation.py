@@ -126,6 +126,8 @@ class Perturbation(nn.Module):
         self._on = False
         self._current: _Forward | None = None  # the forward the decoder is in
         self._num_perturbed = 0
+        self._ran: set[int] = set()  # positions of the layers perturbed in this scope
+        self._said_partial = False
         self._backward: tuple[int, _Forward | None] = (-1, None)  # a backward call, and whose layers it is at
         self._switch = _Switch()
         self._order = ops.integers(next(ops.numbers), 0)
@@ -177,6 +179,7 @@ class Perturbation(nn.Module):
         for forward in self._own_forwards:
             forward.set()
         self._on, self._scope_row_ids, self._num_perturbed, self._current = True, row_ids, 0, None
+        self._ran.clear()
         self._set_switch()
         try:
             yield self
@@ -192,6 +195,14 @@ class Perturbation(nn.Module):
             raise RuntimeError(
                 f"perturbed: no layer of {list(self.layers)} was perturbed inside the scope (step {step}); the model's forward "
                 "must run inside it, on the model that was given to attach"
+            )
+        if 0 < len(self._ran) < len(self.layers) and not self._said_partial:
+            self._said_partial = True
+            left = [layer for position, layer in enumerate(self.layers) if position not in self._ran]
+            logger.warning(
+                "layers %s did not run in a perturbed forward while others did: their sigma gets no noise and no gradient. "
+                "The model drops layers (layerdrop), or these were replaced after attach: then attach anew.",
+                left,
             )
 
     def logit_noise(self, num_rows: int, row_ids: Tensor | None = None) -> LogitNoise:
@@ -308,6 +319,7 @@ class Perturbation(nn.Module):
         if _in_backward():
             return
         self._num_perturbed += 1
+        self._ran.add(position)
         if number == self._forwards:
             self._forwards += 1
             if self._scope_row_ids is None:
@@ -434,6 +446,8 @@ class Perturbation(nn.Module):
 
     def param_group(self, lr: float) -> dict[str, Any]:
         """A parameter group for any torch optimiser: its own learning rate, and no weight decay (decay pulls sigma to 1)."""
+        if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor) or not lr >= 0:
+            raise ValueError(f"param_group: lr={lr!r}; it needs a number >= 0")
         return {"params": list(self.parameters()), "lr": lr, "weight_decay": 0.0}
 
     def realised(self) -> dict[str, list[float]]:

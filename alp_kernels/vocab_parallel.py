@@ -31,7 +31,7 @@ from .products import Plan
 from .reference import Head, HeadRows
 from .stats import Stats
 
-_NUM_SAMPLES = 256
+_NUM_SAMPLES, _NUM_WEIGHTS = 256, 16
 
 
 class _Shard(NamedTuple):
@@ -187,8 +187,10 @@ def _agree(
     known = [len(weight), -1 if vocab_start is None else vocab_start, plan.chunk_rows, *named]
     sample = hidden.detach().reshape(-1)[:: max(1, hidden.numel() // _NUM_SAMPLES)][:_NUM_SAMPLES].double()
     numbers = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=hidden.device) for v in known])
-    mine = torch.zeros(len(known) + _NUM_SAMPLES, dtype=torch.float64, device=hidden.device)
+    weights = weight.detach().reshape(-1)[:: max(1, weight.numel() // _NUM_WEIGHTS)][:_NUM_WEIGHTS].double()
+    mine = torch.zeros(len(known) + _NUM_SAMPLES + _NUM_WEIGHTS, dtype=torch.float64, device=hidden.device)
     mine[: len(known)], mine[len(known) : len(known) + len(sample)] = numbers, sample
+    mine[-_NUM_WEIGHTS:][: len(weights)] = weights
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
     table = torch.stack(parts).cpu()
@@ -210,7 +212,16 @@ def _agree(
         raise ValueError(
             f"{where}: targets reach from {smallest} to {largest}; the ranks' weights make a vocabulary of {vocab}"
         )
-    values = table[:, len(known) :]
+    if (
+        len(table) > 1
+        and bool((table[:, -_NUM_WEIGHTS:] == table[0, -_NUM_WEIGHTS:]).all())
+        and bool(table[0, -_NUM_WEIGHTS:].any())
+    ):
+        raise ValueError(
+            f"{where}: all ranks of the group gave the same {sizes[rank]} rows of the weight; each needs its own part of the "
+            "vocabulary (weight[start:stop])"
+        )
+    values = table[:, len(known) : -_NUM_WEIGHTS]
     apart, scale = (values - values[0]).abs().max(), values.abs().max()
     if apart > (2.0**-6 if hidden.dtype in (torch.bfloat16, torch.float16) else 1e-4) * scale:
         raise ValueError(

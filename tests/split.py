@@ -137,6 +137,7 @@ def refusals() -> dict[str, str]:
     args = [whole["hidden"], whole["weight"].split(sizes)[rank], whole["targets"]]
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     mistakes: dict[str, Any] = {
+        "whole head": lambda: vocab_parallel_logprob(args[0], whole["weight"], args[2]),
         "gap": lambda: vocab_parallel_logprob(*args, vocab_start=100 * rank),
         "target": lambda: vocab_parallel_logprob(*args[:2], args[2] + V - 1),
         "batch": lambda: vocab_parallel_logprob(*args[:2], (args[2] + rank) % V),

@@ -80,6 +80,23 @@ def test_subset_final_and_logits_add_noise_there_alone():
     assert torch.equal(model(x).logits, clean.logits)
 
 
+def test_layers_that_stay_without_noise_are_named_once(caplog):
+    model, x = make_model("Llama"), ids()
+    handle = attach(model, sigma=0.05)
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])  # surgery after attach
+    with caplog.at_level(logging.WARNING, logger="alp_kernels"):
+        for step in range(2):
+            with handle.perturbed(step=step):
+                model(x)
+    assert [record.getMessage()[:22] for record in caplog.records] == ["layers [1] did not run"]
+
+
+@pytest.mark.parametrize("lr", [-1, True, None, "a", float("nan")])
+def test_a_learning_rate_is_a_number(lr):
+    with pytest.raises(ValueError, match="param_group: lr="):
+        attach(make_model("Llama")).param_group(lr)
+
+
 def test_a_scope_without_a_perturbed_layer_is_an_error():
     model, x = make_model(), ids()
     handle = attach(model)

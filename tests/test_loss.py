@@ -189,6 +189,8 @@ BAD = [
     ({"mask": None}, TypeError, "mask is a NoneType; it needs a torch.Tensor"),
     ({"num_tokens": True}, ValueError, "num_tokens=True; it needs a count > 0"),
     ({"num_tokens": 0}, ValueError, "num_tokens=0; it needs a count > 0"),
+    ({"num_tokens": "3"}, ValueError, "num_tokens='3'; it needs a count > 0"),
+    ({"num_sequences": 3}, ValueError, "num_sequences came without num_tokens; aggregation='token-mean' divides by"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite='ignore'"),
     ({"cu_seqlens": torch.tensor([0, 36])}, ValueError, r"cu_seqlens and sequence_ids are for packed \(N,\) inputs"),
 ]
@@ -322,3 +324,5 @@ def test_a_bad_objective_is_named(fields, message):
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'alp-sequence'"):
         Objective.preset("alp-sequnce")
+    with pytest.raises(ValueError, match="clip is no field; it needs one of level, geometric, clip_low"):
+        Objective.preset("grpo", clip=0.3)

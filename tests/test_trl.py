@@ -535,6 +535,31 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(learned: bool, 
         assert line | {"step_time": 0} == other | {"step_time": 0}
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alp_objective": "bypass-token"}, "has a learned sigma, this run none"),
+        ({"alp_sigma_learning_rate": 0.0}, "has a learned sigma, this run a fixed one"),
+        ({"alp_seed": 77}, "alp_seed=77; .* goes on with 42: give that or None"),
+    ],
+)
+def test_a_checkpoint_of_another_perturbation_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    trained(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    other = make(tmp_path / "resumed", max_steps=4, **changes)
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_sigma_that_no_optimizer_holds_is_an_error(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=2)
+    trainer.create_optimizer_and_scheduler(2)
+    trainer.create_scheduler = lambda *_, **__: None  # a subclass that builds its own, without sigma
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-3)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
+    with pytest.raises(RuntimeError, match="sigma is in none of the optimizer's groups"):
+        trainer.train()
+
+
 def test_checkpoints_hold_sigma_apart_from_model_and_optimizer(tmp_path: Path) -> None:
     trainer = trained(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
     folder = tmp_path / "checkpoint-2"

@@ -120,6 +120,7 @@ def test_mistakes_are_said_on_every_rank(size: int, ranks: dict[int, Any]) -> No
     for rank in ranks[size]:
         said = rank["refusals"]
         assert "must follow on one another from 0" in said["gap"]
+        assert "all ranks of the group gave the same 61 rows" in said["whole head"]
         assert "targets reach from" in said["target"] and "vocabulary of 61" in said["target"]
         assert "the group must be the tensor-parallel one" in said["batch"]
         assert "hidden differs by" in said["hidden"]

@@ -9,6 +9,7 @@ alone.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from .. import Perturbation, Stats, attach
 from ..noise import FINAL_LAYER, MAX_SEED
 from ..perturb import ROUNDINGS, SCALES
+
+logger = logging.getLogger("alp_kernels")
 
 STATE_NAME = "alp.pt"
 """The file in a checkpoint that holds sigma."""
@@ -53,6 +56,13 @@ class ALPOptions:
     def check(self, claims: list[tuple[str, bool, str]]) -> None:
         """Raise a ValueError that names the field, what came and what fits; claims: (field, whether it fits, what fits)."""
         seed = self.alp_seed
+        for name in ("alp_sigma", "alp_sigma_learning_rate"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
+                raise TypeError(f"{type(self).__name__}: {name}={value!r}; it needs a number")
+        if not self.is_perturbed and self.alp_sigma != ALPOptions.alp_sigma:
+            logger.warning(
+                "alp_sigma=%s has no effect: alp_objective=%r is without noise", self.alp_sigma, self.alp_objective
+            )
         claims = [
             *claims,
             ("alp_sigma", self.alp_sigma > 0, "a number > 0 (for no noise: alp_objective='bypass-token', ...)"),
@@ -78,7 +88,9 @@ class ALPOptions:
         return self.alp_objective.startswith("alp-")
 
 
-def _layers(text: str) -> str | list[int] | None:
+def _layers(text: Any) -> str | list[int] | None:
+    if not isinstance(text, str):
+        return None
     if text in ("all", "final"):
         return text
     try:
@@ -160,6 +172,11 @@ class SigmaMixin:
         finally:
             self.in_update = False
         self._is_first_of_step = self.accelerator.sync_gradients
+        if self._log_sigma is not None and self._group() is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: sigma is in none of the optimizer's groups and would never be learned: a replaced "
+                "optimizer needs add_param_group(trainer.perturbation.param_group(lr)); alp_sigma_learning_rate=0 keeps it fixed"
+            )
         if self._is_first_of_step:
             if self.perturbation is not None:  # as DDP and FSDP average the model's; max_grad_norm leaves it alone
                 self.perturbation.sum_gradient(average=True)
@@ -218,22 +235,43 @@ class SigmaMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self._without_group() as apart:
+            state = None if checkpoint is None else self._state_that_fits(checkpoint)
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-            if checkpoint is None or self.perturbation is None:
+            if state is None or self.perturbation is None:
                 return
-            path = os.path.join(checkpoint, STATE_NAME)
-            if not os.path.isfile(path):
-                raise FileNotFoundError(
-                    f"{type(self).__name__}: {checkpoint} has no {STATE_NAME}: it was written without a perturbation. To go on "
-                    "from its weights, give them as the model"
-                )
-            state = torch.load(path, map_location="cpu", weights_only=True)
             self.perturbation.load_state_dict(state["perturbation"])
             if apart and "group" in state:
                 apart["group"].update(state["group"])
                 apart["state"] = {
                     name: self._placed(name, value, state["group"]) for name, value in state["state"].items()
                 }
+
+    def _state_that_fits(self, checkpoint: str) -> dict[str, Any] | None:
+        """What the checkpoint holds of the perturbation; None where neither it nor this run has one."""
+        path, name = os.path.join(checkpoint, STATE_NAME), type(self).__name__
+        advice = "To go on from its weights, give them as the model"
+        if not os.path.isfile(path):
+            if self.perturbation is not None:
+                raise FileNotFoundError(
+                    f"{name}: {checkpoint} has no {STATE_NAME}: it was written without a perturbation. {advice}"
+                )
+            return None
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        was, now = ("learned" if "group" in state else "fixed"), "no"
+        if self.perturbation is not None:
+            now = "fixed" if self._log_sigma is None else "learned"
+        if was != now:
+            raise ValueError(
+                f"{name}: {checkpoint} has a {was} sigma, this run {'none' if now == 'no' else 'a ' + now + ' one'} "
+                f"(alp_objective={self.args.alp_objective!r}, "
+                f"alp_sigma_learning_rate={self.args.alp_sigma_learning_rate}). {advice}"
+            )
+        seed = state["perturbation"]["_extra_state"]["seed"]
+        if self.args.alp_seed not in (None, seed):
+            raise ValueError(
+                f"{name}: alp_seed={self.args.alp_seed}; {checkpoint} goes on with {seed}: give that or None"
+            )
+        return state
 
     def _placed(self, name: str, value: Any, group: dict[str, Any]) -> Any:
         """A value of sigma's optimizer state where torch keeps it: `step` stays on the CPU but for fused and captured steps."""
