@@ -44,8 +44,8 @@ class Reporter:
             of, left = "", ""
             if self.total is not None:
                 of = f"/{self.total}"
-                done = step - self._first
-                left = f"  {(now - self._begun) / done * (self.total - step):.0f} s left" if done else ""
+                done = step - self._first  # less than 0 where a comparison's cell begins anew from its checkpoint
+                left = f"  {(now - self._begun) / done * (self.total - step):.0f} s left" if done > 0 else ""
             print(f"{self.title} {step}{of}  {numbers}{left}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Reporter:
