@@ -42,7 +42,8 @@ def float_head(seed):
 def ours(hidden, weight, targets, rest, objective):
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     # both peers count masked-out sequences too
-    loss = fused_alp_loss(h, w, targets, **rest, objective=objective, num_sequences=len(hidden)).loss
+    counts = {} if objective.aggregation == "token-mean" else {"num_sequences": len(hidden)}
+    loss = fused_alp_loss(h, w, targets, **rest, objective=objective, **counts).loss
     return loss, *torch.autograd.grad(loss, (h, w))
 
 
