@@ -276,11 +276,11 @@ def test_compiled_gradients_of_16_bit_heads_are_rounded_at_most_twice(dtype):
         torch.testing.assert_close(a, e, rtol=1.5 * torch.finfo(dtype).eps, atol=1e-7)
 
 
+@torch._functorch.config.patch(donated_buffer=False)  # torch.compile's own condition for a second backward
 def test_two_backwards_through_a_compiled_loss_are_equal():
     leaves, targets, batch = head()
     inputs = graded(leaves)[:2]
     out = torch.compile(fused_alp_loss, **EAGER)(*inputs, targets, **batch, objective=OBJECTIVE)
-    torch._functorch.config.donated_buffer = False
     first = torch.autograd.grad(out.loss, inputs, retain_graph=True)
     second = torch.autograd.grad(out.loss, inputs)
     for a, e in zip(first, second, strict=True):
