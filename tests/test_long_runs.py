@@ -260,6 +260,7 @@ def test_best_is_the_model_of_the_best_evaluation(runs: Path, monkeypatch: pytes
     kept = {path.name for path in folder.iterdir()}
     assert kept == {
         *(
+            "before.json",
             "best",
             "checkpoints",
             "commit.txt",
