@@ -264,7 +264,7 @@ def fused_alp_loss(
         loss, logp, entropy, *_, numbers, flags, num_nonfinite = out
         return LossOutput(loss, logp, entropy, Stats.of_rows(numbers, flags, num_nonfinite, has_entropy=True))
     flat, head_weight, head_bias, plan = check_head("fused_alp_loss", arguments)
-    batch = flatten_for(flat, targets, objective, nonfinite, given)
+    batch = flatten_for("fused_alp_loss", flat, targets, objective, nonfinite, given)
     order = plan_order(batch, objective, plan)
     log_sigma = None if logit_noise is None else logit_noise.log_sigma
     loss, logp, entropy = FusedLoss.apply(flat, head_weight, head_bias, log_sigma, plan, batch, objective, order)
@@ -272,10 +272,12 @@ def fused_alp_loss(
     return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), stats)
 
 
-def flatten_for(flat: Tensor, targets: Tensor, objective: Objective, nonfinite: str, given: dict[str, Any]) -> Batch:
+def flatten_for(
+    where: str, flat: Tensor, targets: Tensor, objective: Objective, nonfinite: str, given: dict[str, Any]
+) -> Batch:
     """The batch beside hidden states `flat` (N, D)."""
     return flatten(
-        "fused_alp_loss",
+        where,
         objective,
         shape=targets.shape,
         dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32,

@@ -112,7 +112,8 @@ def _fused(*args: Any) -> tuple[Tensor, ...]:
     objective, targets = objective_of(spec), arguments.targets
     with torch.autocast(arguments.hidden.device.type, enabled=False):
         flat, weight, bias, plan = check_head("fused_alp_loss", arguments, needs)
-        batch = flatten_for(flat, targets, objective, nonfinite, dict(zip(BATCH_NAMES, given, strict=True)))
+        of_batch = dict(zip(BATCH_NAMES, given, strict=True))
+        batch = flatten_for("fused_alp_loss", flat, targets, objective, nonfinite, of_batch)
         order = plan_order(batch, objective, plan)
         loss, logp, entropy, grads = loss_and_gradients(flat, weight, bias, plan, batch, objective, order, needs)
         stats, index = measure_rows(logp, entropy, batch, objective, order)

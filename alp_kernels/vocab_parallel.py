@@ -23,13 +23,11 @@ from torch import Tensor
 
 from .fused import FusedLoss, LinearLogprob, plan_order
 from .gather import local_rows
-from .head import HeadArguments, check_head, row_order
-from .layout import flatten
-from .loss import LossOutput, level_log_ratio
+from .head import HeadArguments, check_head, flatten_for, measure_rows, row_order
+from .loss import LossOutput
 from .objective import Objective
 from .products import Plan
 from .reference import Head, HeadRows
-from .stats import Stats
 
 _NUM_SAMPLES, _NUM_WEIGHTS = 256, 16
 
@@ -303,28 +301,21 @@ def vocab_parallel_alp_loss(
     where = "vocab_parallel_alp_loss"
     head = (temperature, softcap, logit_scale, chunk_bytes, engine)
     flat, weight, bias, plan = _check_split(where, hidden, weight, bias, targets, mask, group, vocab_start, *head)
-    batch = flatten(
-        where,
-        objective,
-        shape=targets.shape,
-        dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32,
-        device=flat.device,
-        rollout_logp=rollout_logp,
-        advantages=advantages,
-        mask=mask,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        token_weight=token_weight,
-        cu_seqlens=cu_seqlens,
-        sequence_ids=sequence_ids,
-        turn_ends=turn_ends,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        nonfinite=nonfinite,
-    )
+    given = {
+        "rollout_logp": rollout_logp,
+        "advantages": advantages,
+        "mask": mask,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "token_weight": token_weight,
+        "cu_seqlens": cu_seqlens,
+        "sequence_ids": sequence_ids,
+        "turn_ends": turn_ends,
+        "num_tokens": num_tokens,
+        "num_sequences": num_sequences,
+    }
+    batch = flatten_for(where, flat, targets, objective, nonfinite, given)
     order = plan_order(batch, objective, plan)
     loss, logp, entropy = FusedLoss.apply(flat, weight, bias, None, plan, batch, objective, order)
-    index = order.rows.sort().values
-    live, p = batch.select(index), logp[index]
-    stats = Stats.measure(p, entropy[index], level_log_ratio(p, live, objective), live, objective)
+    stats = measure_rows(logp, entropy, batch, objective, order)[0]
     return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), stats)

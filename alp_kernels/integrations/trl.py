@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import LossOutput, Objective, fused_alp_loss, policy_loss
 from ..objective import kl_estimate
+from ._shared import turn_ends
 from .hugging_face import backbone, output_head
 from .trl_head import add_policy_loss_head
 from .trl_sigma import ALPOptions, SigmaMixin, option
@@ -223,8 +224,6 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mask = _loss_mask(inputs)
-        # a turn ends where a tool's output begins, or with the completion
-        turn_ends = mask.bool() & ~nn.functional.pad(mask[:, 1:], (0, 1)).bool()
         compute = {
             "rollout_logp": inputs["sampling_per_token_logps"],
             "advantages": inputs["advantages"],
@@ -232,7 +231,8 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             "objective": self.objective,
             "old_logp": inputs.get("old_per_token_logps"),
             "ref_logp": inputs.get("ref_per_token_logps"),
-            "turn_ends": turn_ends if self.objective.level == "cum-turn" else None,
+            # a turn ends where a tool's output begins, or with the completion
+            "turn_ends": turn_ends(mask) if self.objective.level == "cum-turn" else None,
             "nonfinite": self.args.alp_nonfinite,
         } | self._counts(inputs, mask)
         with self.noise(functools.partial(self._row_ids, inputs)):
