@@ -1,54 +1,119 @@
 """LoRA: small matrices A (r, K) and B (N, r) beside each frozen linear weight W (N, K), which acts as W + s B A.
 
 The training path keeps the two products apart, as peft does; sampling engines get the one matrix they would serve.
+peft itself adds, loads and saves adapters: transformers' own way to them asks for peft versions of its choosing.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .errors import UserError
 
 Weights = dict[str, Tensor]
 """A model's parameters by name, detached; of a sharded model its shards."""
 
-_ADAPTER = "default"  # peft's and transformers' name for the only one
+_ADAPTER = "default"  # peft's name for the only one
 _ALPHA = 2  # times the rank: s = alpha / r = 2
+_PREFIX = "base_model.model."  # of the names in adapter_model.safetensors
+_LORA = re.compile(rf"\.lora_[AB]\.{_ADAPTER}\.weight$")
 
 
 def require_peft() -> None:
+    """A UserError that says what to install where peft is missing."""
     if importlib.util.find_spec("peft") is None:
-        raise UserError("model.lora needs peft, which is not installed: pip install 'alp-kernels[lora]'")
+        raise UserError("model.lora and adapters need peft, which is not installed: pip install 'alp-kernels[lora]'")
 
 
 def add_lora(model: PreTrainedModel, rank: int) -> None:
-    """Freeze the model and put fresh adapters (B = 0) beside all its linear layers but the output head.
+    """Freeze the model and put fresh adapters (B = 0) beside all its linear layers but the output head, in place.
 
-    An adapter that came with the model's folder is trained on; it must have this rank.
+    An adapter that is there already is trained on; it must have this rank.
     """
-    require_peft()
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     present = getattr(model, "peft_config", {}).get(_ADAPTER)
     if present is None:
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=_ALPHA * rank, target_modules="all-linear", lora_dropout=0.0))
-    elif present.r != rank:
-        raise UserError(
-            f"model.lora={rank}; the adapter in {model.peft_config[_ADAPTER].base_model_name_or_path} "
-            f"has rank {present.r}"
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=_ALPHA * rank,
+            target_modules="all-linear",
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+            task_type="CAUSAL_LM",
         )
-    train_adapters(model)
+        config.base_model_name_or_path = model.name_or_path
+        inject_adapter_in_model(config, model, _ADAPTER)
+    elif present.r != rank:
+        raise UserError(f"model.lora={rank}; the adapter of {present.base_model_name_or_path} has rank {present.r}")
+    _train_adapters(model)
 
 
-def train_adapters(model: nn.Module) -> None:
-    """Adapters, and nothing else, take gradients (one that is loaded is frozen at first)."""
+def base_of(folder: str | Path) -> str:
+    """The model that an adapter belongs to, as its adapter_config.json names it; `folder` may be a name on the hub."""
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise UserError(
+            f"{folder}: its adapter_config.json names no base_model_name_or_path; write the base model there"
+        )
+    return str(base)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
+    """Put the LoRA adapter of `folder`, or of a name on the hub, on its base model, in place, to be trained further."""
+    from peft import PeftConfig, PeftType, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    config = PeftConfig.from_pretrained(str(folder))
+    fits = "it needs LoRA on linear layers alone: no DoRA, no trained biases, embeddings or copies of modules"
+    if config.peft_type != PeftType.LORA or config.bias != "none":
+        kind = f"peft_type={config.peft_type}, bias={getattr(config, 'bias', None)!r}"
+        raise UserError(f"{folder} is an adapter with {kind}; {fits}")
+    config.base_model_name_or_path, config.inference_mode = model.name_or_path, False
+    inject_adapter_in_model(config, model, _ADAPTER)
+    own = [name for name, _ in model.named_parameters() if f".{_ADAPTER}." in f"{name}."]
+    others = [name for name in own if not _LORA.search(name)]
+    if others or not own:
+        raise UserError(f"{folder} is an adapter that trains {(others or ['nothing'])[0]}; {fits}")
+    weights = load_peft_weights(str(folder), device="cpu")
+    found = set_peft_model_state_dict(model, {n.removeprefix(_PREFIX): w for n, w in weights.items()}, _ADAPTER)
+    if stray := [*found.unexpected_keys, *(name for name in found.missing_keys if name in own)]:
+        raise UserError(f"{folder}: its weights are not those of its adapter_config.json: {stray[0]}")
+    _train_adapters(model)
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """As peft saves one: adapter_config.json and adapter_model.safetensors, which peft, transformers and vLLM load."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+    from safetensors.torch import save_file
+
+    config = model.peft_config[_ADAPTER]
+    weights = get_peft_model_state_dict(model, adapter_name=_ADAPTER)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"{_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in weights.items()},
+        folder / SAFETENSORS_WEIGHTS_NAME,
+        metadata={"format": "pt"},
+    )
+    for_inference, config.inference_mode = config.inference_mode, True  # as peft writes it: loads frozen, unless asked
+    config.save_pretrained(str(folder))
+    config.inference_mode = for_inference
+
+
+def _train_adapters(model: nn.Module) -> None:
+    """Adapters, and nothing else, take gradients."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(f".{_ADAPTER}." in name)
+        parameter.requires_grad_(_LORA.search(name) is not None)
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
@@ -106,6 +171,7 @@ def served(model: nn.Module, weights: Weights) -> Weights:
         value = parameter.detach()
         if leaf == "weight":
             a, b = (weights[f"{layer}.lora_{which}.{_ADAPTER}.weight"].float() for which in "AB")
-            value = (value.float() + layers[layer].scaling[_ADAPTER] * (b @ a)).to(value.dtype)
+            product = (b @ a).T if layers[layer].fan_in_fan_out else b @ a
+            value = (value.float() + layers[layer].scaling[_ADAPTER] * product).to(value.dtype)
         merged[f"{layer}.{leaf}"] = value
     return merged

@@ -13,7 +13,8 @@ from .config import EvalConfig, TaskConfig, TrainConfig
 from .errors import UserError
 from .evaluate import resolve
 from .inference import Engine, make_engine
-from .models import Policy, load_policy
+from .load import load_policy
+from .models import Policy
 from .parallel import World
 from .rollout import sample, uniforms
 from .run import write_whole

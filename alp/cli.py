@@ -13,6 +13,7 @@ import tyro
 from .config import EvalConfig, TrainConfig
 from .errors import UserError, nearest
 from .presets import PRESETS, Preset, arms_of, contrasts_of
+from .quiet import leave_out_import_chatter
 from .signals import Stopped
 
 _Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -145,8 +146,14 @@ def doctor() -> None:
     print(describe_machine())
 
 
+def _say(what: object) -> None:
+    """One line on stderr, whatever a library's message in it looks like."""
+    print("alp:", " ".join(str(what).split()), file=sys.stderr)
+
+
 def run() -> int:
     """Run the command that sys.argv names; returns the exit code."""
+    leave_out_import_chatter()
     try:
         is_compare = sys.argv[1:2] == ["compare"]
         commands: dict[str, Callable[..., None]] = {
@@ -158,16 +165,16 @@ def run() -> int:
         }
         tyro.extras.subcommand_cli_from_dict(commands, prog="alp")
     except UserError as error:
-        print(f"alp: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except Stopped as stop:
         if str(stop):
-            print(f"alp: {stop}", file=sys.stderr)
+            _say(stop)
         return stop.exit_code
     except KeyboardInterrupt:
         again = (
             "the same command goes on" if is_compare else "alp train --resume RUN continues from the last checkpoint"
         )
-        print(f"alp: interrupted; {again}", file=sys.stderr)
+        _say(f"interrupted; {again}")
         return 130
     return 0

@@ -277,7 +277,7 @@ class _Pool:
     def __init__(self, jobs: int, devices: list[str], threads: int, logs: Path) -> None:
         self.jobs, self.devices, self.threads, self.logs = jobs, devices, threads, logs
         self.context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["alp.train"])
+        self.context.set_forkserver_preload(["alp.preloaded"])
         logs.mkdir(parents=True, exist_ok=True)
 
     def run(self, tasks: list[Task], on_progress: Any) -> list[str]:

@@ -14,7 +14,8 @@ import torch
 from .config import RolloutConfig, TrainConfig
 from .errors import UserError
 from .inference import make_engine
-from .models import Policy, load_policy
+from .load import load_policy
+from .models import Policy
 from .rollout import sample, uniforms
 from .tasks import Task, make_task
 from .tool_task import roll_out, with_tools

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -22,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from .adapters import add_lora, require_peft, train_adapters
+from .adapters import adapted, save_adapter
 from .config import ModelConfig
 from .errors import UserError
 
@@ -81,9 +78,12 @@ class Policy(NamedTuple):
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
-        """In Hugging Face form."""
+        """In Hugging Face form; of a model with adapters, the adapter alone in peft's."""
         transformers.utils.logging.disable_progress_bar()
-        self.model.save_pretrained(folder)
+        if adapted(self.model):
+            save_adapter(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -118,39 +118,13 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor
     return out.last_hidden_state[:, -keep:]
 
 
-def load_policy(config: ModelConfig, device: torch.device) -> Policy:
-    """The Hugging Face model that `config.path` names: a directory, or a name on the hub (its local cache first)."""
-    path = config.path
-    is_adapter = (Path(path) / "adapter_config.json").is_file()
-    if is_adapter or config.lora is not None:
-        require_peft()
-    transformers.utils.logging.disable_progress_bar()
-    options = {"dtype": getattr(torch, config.dtype)} | attention(config)
-    is_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
-    if not Path(path).is_dir() and is_local:
-        raise UserError(f"model.path={path!r}: there is no such directory")
-    try:
-        try:  # what is here first: without a network the hub's retries take a minute
-            tokenizer, model = _from_pretrained(path, options, local_files_only=True)
-        except OSError:
-            tokenizer, model = _from_pretrained(path, options, local_files_only=Path(path).is_dir())
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path={path!r} cannot be loaded: {reason}") from None
-    if Path(path).is_dir():
-        model.name_or_path = str(Path(path).resolve())  # an adapter notes its base: it must load from any folder
-    if config.lora is not None:
-        add_lora(model, config.lora)
-    elif is_adapter:
-        train_adapters(model)
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
-    return Policy(model.to(device).train(), tokenizer)
-
-
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """By the name that transformers gives it from 5.x on, or by its older one."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    """Without reentrance, which would lose the gradients of adapters on a frozen model."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the newer name
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def attention(config: ModelConfig) -> dict[str, str]:
@@ -162,14 +136,6 @@ def attention(config: ModelConfig) -> dict[str, str]:
             "pip install 'alp-kernels[flash]'"
         )
     return {} if chosen == "sdpa" else {"attn_implementation": chosen}
-
-
-def _from_pretrained(
-    path: str, options: dict[str, Any], local_files_only: bool
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
-    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=local_files_only, **options)
-    return tokenizer, model
 
 
 def make_tiny(config: ModelConfig, pieces: tuple[str, ...] = ()) -> Policy:

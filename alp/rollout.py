@@ -5,13 +5,14 @@ Token ids are kept end to end and never tokenised again. B = P prompts * G sampl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .models import Policy, positions
@@ -166,16 +167,15 @@ def _sample_chunk(
     u = None if u is None else u.to(device)
 
     cache = DynamicCache(config=model.config)
+    cached = {_cache_name(model): cache, "use_cache": True}  # the model adds keys and values to it in place
     # without padding no mask is passed: attention then takes its fast causal path
     out = model(
         input_ids=ids,
         attention_mask=attending if is_padded else None,
         position_ids=positions(attending),
-        past_key_values=cache,
-        use_cache=True,
         logits_to_keep=1,
+        **cached,
     )
-    cache = out.past_key_values
     cache.layers = [_for_samples(layer, num_samples, max_new_tokens) for layer in cache.layers]
     logits = out.logits[:, -1].repeat_interleave(num_samples, dim=0)
     ids, attending = (x.repeat_interleave(num_samples, dim=0) for x in (ids, attending))
@@ -204,12 +204,16 @@ def _sample_chunk(
             input_ids=tokens[:, t : t + 1],
             attention_mask=attending if is_padded else None,
             position_ids=attending.sum(dim=1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
+            **cached,
         )
         logits = out.logits[:, -1]
     attention_mask = torch.cat([attending[:, :width], mask.long()], dim=1)
     return torch.cat([ids, tokens], dim=1), attention_mask, mask, logp, alive
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    """What a forward calls its cache of keys and values: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class _RoomyLayer(DynamicLayer):

@@ -10,7 +10,6 @@ ao-int4-weights   4-bit weights, one scale for 32 of them; unpacked: the numbers
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,6 @@ def torchao_config(path: str, device: torch.device) -> Any:
         raise UserError(
             f"rollout.path={path!r} needs torchao, which is not installed: pip install 'alp-kernels[quantise]'"
         )
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of every GPU library that a CPU build lacks
     import torchao.quantization as ao
 
     if path == "ao-fp8":

@@ -23,7 +23,8 @@ from transformers import Qwen2ForCausalLM
 
 from . import chain, models, tasks, tool_task, toolchain, turns
 from .config import TrainConfig, UserError
-from .models import TINY, Policy, attention, hidden_states, load_policy, make_tiny
+from .load import load_policy
+from .models import TINY, Policy, attention, hidden_states, make_tiny
 from .parallel import World
 from .progress import Reporter
 from .rollout import sample

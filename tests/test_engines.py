@@ -20,8 +20,9 @@ from alp import vllm_engine
 from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig
 from alp.errors import UserError
 from alp.inference import InferenceEngine, make_engine
+from alp.load import load_policy
 from alp.mismatch import K3_BOUND, describe, measure_mismatch
-from alp.models import Policy, hidden_states, load_policy
+from alp.models import Policy, hidden_states
 from alp.rollout import Completions, sample, uniforms
 from alp.run import read_metrics
 from alp.tasks import Task, make_task

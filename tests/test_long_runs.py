@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from alp.config import ModelConfig, RolloutConfig, TrainConfig, UpdateConfig, UserError
-from alp.models import load_policy, make_tiny
+from alp.load import load_policy
+from alp.models import make_tiny
 from alp.run import Run, read_metrics
 from alp.signals import StopRequest
 from alp.train import Trainer, train

@@ -19,7 +19,8 @@ from alp.config import EvalConfig, ModelConfig, RolloutConfig, TaskConfig, Train
 from alp.data import read_jsonl, read_problems, read_record
 from alp.errors import UserError
 from alp.inference import InferenceEngine
-from alp.models import Policy, load_policy
+from alp.load import load_policy
+from alp.models import Policy
 from alp.parallel import World
 from alp.rollout import sample, uniforms
 from alp.run import Run, read_metrics
@@ -264,7 +265,7 @@ def test_every_engine_samples_from_the_adapted_model(folder: Path, path: Any, bo
 
 def test_an_adapters_rank_must_be_its_own(folder: Path, tmp_path: Path) -> None:
     load(folder, lora=4).save(tmp_path)
-    with pytest.raises(UserError, match=r"model.lora=8; the adapter in .* has rank 4"):
+    with pytest.raises(UserError, match=r"model.lora=8; the adapter of .* has rank 4"):
         load(tmp_path, lora=8)
     with pytest.raises(UserError, match=r"a model.path: adapters need a base"):
         TrainConfig(model=ModelConfig(lora=4))
