@@ -1,13 +1,18 @@
 # Two commands: `make train` and `make test`. Both make .venv first where it is missing or stale.
 #   make train ARGS="--update.method bypass-token --seed 1"      any flag of `alp train`
+# Every environment has the exact versions of requirements/*.txt; `make lock` renews those (CONTRIBUTING.md).
 PYTHON ?= python3
 BIN := .venv/bin
-tests-of-transformers := tests/test_architectures.py tests/test_attach.py tests/test_recompute.py tests/test_peft.py
-$(foreach version,4.57 5.0 5.5 5.12,$(eval tests-transformers-$(version) := $(tests-of-transformers)))
+tests-of-transformers := tests/test_architectures.py tests/test_attach.py tests/test_recompute.py
+tests-of-adapters := tests/test_peft.py tests/test_adapters.py tests/test_models_real.py
+$(foreach version,5.0 5.5 5.12,$(eval tests-transformers-$(version) := $(tests-of-transformers) $(tests-of-adapters)))
+tests-transformers-5.20 := $(tests-of-transformers) $(tests-of-adapters)
+tests-oldest := $(tests-of-transformers) $(tests-of-adapters) tests/test_engines.py tests/test_alp_run.py tests/test_alp_tasks.py \
+  tests/test_tools.py tests/test_quiet.py
 tests-bitsandbytes := tests/test_bitsandbytes.py
 tests-verl := tests/test_verl.py tests/test_openrlhf.py
 
-.PHONY: train test test-all bench docs lint clean
+.PHONY: train test test-newest test-all bench docs lint lock lock-keep clean
 
 train:
 	@$(PYTHON) scripts/environment.py train
@@ -17,13 +22,20 @@ test:
 	@$(PYTHON) scripts/environment.py test
 	$(BIN)/python -m pytest $(ARGS)
 
+# The same tests on whatever the index serves, in .venv-newest: run when the locks are renewed.
+test-newest:
+	@$(PYTHON) scripts/environment.py test --newest
+	.venv-newest/bin/python -m pytest $(ARGS)
+
 # Other versions of transformers, and trainers whose pins conflict: each in .venv-NAME, on top of .venv.
-test-all: test docs test-transformers-4.57 test-transformers-5.0 test-transformers-5.5 test-transformers-5.12 test-bitsandbytes test-verl
+test-all: test docs test-oldest test-transformers-5.0 test-transformers-5.5 test-transformers-5.12 test-transformers-5.20 \
+  test-bitsandbytes test-verl
 
 test-%:
 	@$(PYTHON) scripts/environment.py test --overlay $*
-	.venv-$*/bin/python -c "import $(firstword $(subst -, ,$*))"  # tests skip what they cannot import
+	.venv-$*/bin/python -c "import $(or $(module-$*),$(firstword $(subst -, ,$*)))"  # tests skip what they cannot import
 	.venv-$*/bin/python -m pytest $(tests-$*) $(ARGS)
+module-oldest := transformers
 
 bench:
 	@$(PYTHON) scripts/environment.py bench
@@ -39,5 +51,10 @@ lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# New locks: the newest versions that pyproject.toml allows; lock-keep: only what a change of pyproject.toml asks for.
+lock lock-keep:
+	@$(PYTHON) scripts/environment.py train
+	$(BIN)/python scripts/lock.py $(if $(filter lock-keep,$@),--keep)
+
 clean:
-	rm -rf .venv build dist alp_kernels/native/_native.so
+	rm -rf .venv .venv-* build dist alp_kernels/native/_native.so

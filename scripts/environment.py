@@ -1,14 +1,16 @@
-"""Make .venv and install this checkout into it; does nothing where that is done already. Standard library only.
+"""Make an environment and install this checkout into it; does nothing where that is done already. Standard library only.
 
-    python3 scripts/environment.py EXTRA
-    python3 scripts/environment.py EXTRA --overlay NAME
+    python3 scripts/environment.py EXTRA                     .venv
+    python3 scripts/environment.py EXTRA --overlay NAME      .venv-NAME, on top of .venv
+    python3 scripts/environment.py EXTRA --newest            .venv-newest
 
-EXTRA is an optional-dependency group of pyproject.toml. Where no PyTorch is in the environment yet, the build that fits
-this machine comes first: the CPU build where there is no GPU, so that no CUDA packages are fetched for nothing.
+EXTRA is an optional-dependency group of pyproject.toml. PyTorch comes first, in the build that fits this machine: the CPU
+build where there is no GPU, so that no CUDA packages are fetched for nothing. All else has the versions that
+requirements/locked.txt gives (`make lock` makes it), so that an environment is the same on any day; a machine it was not
+made for takes what pyproject.toml allows, and is told so. `--newest` takes that everywhere, anew at each call.
 
-An overlay is an environment .venv-NAME whose own packages win over those of .venv, which it sees: another version of
-transformers, or a trainer whose pins conflict. requirements/NAME.txt is the whole list, installed with --no-deps: what a
-trainer pins, torch above all, never replaces what is there.
+An overlay is an environment whose own packages win over those of .venv, which it sees: other versions of transformers, or
+a trainer whose pins conflict. It holds the lines of requirements/NAME.txt that requirements/locked.txt does not have.
 """
 
 import argparse
@@ -18,59 +20,117 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-TORCH = "2.13.0"
+REQUIREMENTS = ROOT / "requirements"
+LOCK = REQUIREMENTS / "locked.txt"
+LOCKED_PYTHONS = ((3, 11), (3, 13))
+"""The first and the last that the locks are made for, on Linux and x86-64."""
+LOCKED_MACHINES = "Python {}.{} to {}.{} on Linux and x86-64".format(*LOCKED_PYTHONS[0], *LOCKED_PYTHONS[1])
+
+TORCH, TRITON, UV = "2.13.0", "3.9.0", "0.13.9"
+"""What no lock holds: PyTorch, the Triton for a build of it that brings none, and the installer."""
+
+IGNORED = "is ignored: it is neither a file nor a directory"  # pip, of a configured folder that is not there
 
 
 def say(text: str) -> None:
     print(f"environment: {text}", flush=True)
 
 
-def run(*command: object, check: bool = True) -> bool:
+def run(*command: object) -> bool:
+    """Run a command in the checkout and show its warnings and errors; whether it succeeded."""
     say(" ".join(map(str, command)).replace(str(ROOT) + os.sep, ""))
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, check=False)
-    if check and done.returncode:
-        sys.exit(f"environment: that command failed with exit code {done.returncode}")
-    return done.returncode == 0
+    with subprocess.Popen([str(part) for part in command], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if IGNORED not in line:
+                print(line, end="", file=sys.stderr, flush=True)
+    return process.returncode == 0
+
+
+def must(done: bool) -> None:
+    if not done:
+        sys.exit("environment: the last command failed; its message is above")
+
+
+def succeeds(*command: object) -> bool:
+    """Whether a command succeeds, without its output."""
+    return subprocess.run([str(part) for part in command], capture_output=True, check=False).returncode == 0
 
 
 def has_gpu() -> bool:
     """Whether a driver shows an NVIDIA, AMD or Intel GPU for computing."""
-    if (
-        shutil.which("nvidia-smi")
-        and subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
-    ):
-        return True
-    return Path("/dev/kfd").exists()
+    return bool(shutil.which("nvidia-smi") and succeeds("nvidia-smi", "-L")) or Path("/dev/kfd").exists()
 
 
-def install_torch() -> None:
-    """The PyTorch build for this machine, unless some PyTorch is there."""
-    if subprocess.run([PYTHON, "-c", "import torch"], capture_output=True, check=False).returncode == 0:
-        return
-    pip = (PYTHON, "-m", "pip", "install", "--quiet")
-    if platform.system() != "Linux":
-        run(*pip, f"torch=={TORCH}")
-        return
-    say("a GPU was found" if has_gpu() else "no GPU was found: taking PyTorch's CPU build")
-    # a CPU build that pip can see (a local wheel folder, a mirror) wins; else uv picks the build by what the machine has
-    if has_gpu() or not run(*pip, f"torch=={TORCH}+cpu", check=False):
-        run(*pip, "uv")
-        backend = "auto" if has_gpu() else "cpu"
-        run(PYTHON, "-m", "uv", "pip", "install", "--python", PYTHON, f"--torch-backend={backend}", f"torch=={TORCH}")
+def is_locked_for_this_machine() -> bool:
+    first, last = LOCKED_PYTHONS
+    return sys.platform == "linux" and platform.machine() == "x86_64" and first <= sys.version_info[:2] <= last
+
+
+class Environment:
+    """A folder with its own Python, PyTorch and installer."""
+
+    def __init__(self, name: str, is_locked: bool) -> None:
+        self.folder = ROOT / name
+        self.python = self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        self._constraints = ("--constraint", LOCK, "--build-constraint", LOCK) if is_locked else ()
+
+    def make(self) -> None:
+        if not self.python.exists():
+            say(f"making {self.folder.name}")
+            venv.create(self.folder, with_pip=True)
+        if not succeeds(self.python, "-m", "uv", "--version"):
+            must(self._pip(f"uv=={UV}"))
+        if not succeeds(self.python, "-c", "import torch"):
+            self._install_torch()
+
+    def install(self, *what: object) -> None:
+        must(self._uv(*what, *self._constraints))
+
+    def _install_torch(self) -> None:
+        """The build for this machine. A CPU build that pip can see (a local folder, a mirror) wins; else uv finds it."""
+        say("a GPU was found" if has_gpu() else "no GPU was found: taking PyTorch's CPU build")
+        pinned = self._constraints[:2]
+        if platform.system() != "Linux":
+            must(self._pip(f"torch=={TORCH}", *pinned))
+        elif has_gpu():
+            must(self._uv("--torch-backend=auto", f"torch=={TORCH}", *pinned))
+        elif not succeeds(self.python, "-m", "pip", "install", f"torch=={TORCH}+cpu", *pinned):
+            must(self._uv("--torch-backend=cpu", f"torch=={TORCH}", *pinned))
+
+    def _pip(self, *what: object) -> bool:
+        return run(self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what)
+
+    def _uv(self, *what: object) -> bool:
+        return self.uv("pip", "install", "--quiet", "--python", self.python, *what)
+
+    def uv(self, *arguments: object) -> bool:
+        """uv does not read pip's configuration: a mirror that is set there is handed on."""
+        found = subprocess.run(
+            [self.python, "-m", "pip", "config", "get", "global.index-url"], capture_output=True, text=True, check=False
+        )
+        index = os.environ.get("PIP_INDEX_URL") or found.stdout.strip()
+        if index:
+            os.environ.setdefault("UV_DEFAULT_INDEX", index)
+        return run(self.python, "-m", "uv", *arguments)
 
 
 def fingerprint(*what: str) -> str:
     """Changes with everything that would make an installed environment stale."""
-    files = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", Path(__file__)]
+    files = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", LOCK, Path(__file__)]
     files += sorted((ROOT / "alp_kernels" / "native").glob("*.[ch]*"))
     text = b"".join(f.read_bytes() for f in files) + f"{what} {sys.version} {ROOT}".encode()
     return hashlib.sha256(text).hexdigest()
+
+
+def pin(line: str) -> str:
+    """ "name==version" of a line of a lock, without the machines it is for."""
+    return line.partition(";")[0].strip()
 
 
 def is_ready(stamp: Path, wanted: str) -> bool:
@@ -83,35 +143,52 @@ def write_stamp(stamp: Path, wanted: str) -> None:
     partial.replace(stamp)
 
 
-def make_base(extra: str) -> None:
-    """.venv with this checkout and its optional dependencies."""
-    stamp, wanted = VENV / f"installed-{extra}", fingerprint(extra)
-    if is_ready(stamp, wanted):
-        return
-    if not PYTHON.exists():
-        say("making .venv")
-        venv.create(VENV, with_pip=True)
-    install_torch()
+def make_base(extra: str, is_newest: bool) -> Environment:
+    """.venv, or .venv-newest, with this checkout and its optional dependencies."""
+    is_locked = not is_newest and is_locked_for_this_machine()
+    environment = Environment(".venv-newest" if is_newest else ".venv", is_locked)
+    stamp, wanted = environment.folder / f"installed-{extra}", fingerprint(extra)
+    if not is_newest and is_ready(stamp, wanted):
+        return environment
+    start = time.monotonic()
+    if not is_newest and not is_locked:
+        say(
+            f"{LOCK.relative_to(ROOT)} is for {LOCKED_MACHINES}; this is Python {platform.python_version()} on "
+            f"{platform.system()} and {platform.machine()}: taking the newest versions that pyproject.toml allows, "
+            "which may differ from those that were tested"
+        )
+    environment.make()
+    if extra != "train" and not succeeds(environment.python, "-c", "import triton") and platform.system() == "Linux":
+        environment.install("--no-deps", f"triton=={TRITON}")
     # editable: edits are used as they are, and the native engine is built into the checkout
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--editable", f".[{extra}]")
+    newest = ("--upgrade", f"torch=={TORCH}") if is_newest else ()
+    environment.install("--editable", f".[{extra}]", *newest)
     write_stamp(stamp, wanted)
-    say("ready")
+    say(f"{environment.folder.name} is ready after {time.monotonic() - start:.0f} s")
+    return environment
 
 
-def make_overlay(name: str) -> None:
+def make_overlay(base: Environment, name: str) -> None:
     """.venv-NAME on top of .venv."""
-    folder, requirements = VENV.with_name(f".venv-{name}"), ROOT / "requirements" / f"{name}.txt"
+    requirements = REQUIREMENTS / f"{name}.txt"
     if not requirements.is_file():
         sys.exit(f"environment: there is no {requirements.relative_to(ROOT)}")
+    if not is_locked_for_this_machine():
+        sys.exit(f"environment: {requirements.relative_to(ROOT)} is for {LOCKED_MACHINES}")
+    folder = ROOT / f".venv-{name}"
     stamp, wanted = folder / "installed", fingerprint(name, requirements.read_text())
     if is_ready(stamp, wanted):
         return
     say(f"making {folder.name}")
     venv.create(folder, clear=True)
-    base, own = (next(env.glob("lib/python*/site-packages")).resolve() for env in (VENV, folder))
+    below, own = (next(path.glob("lib/python*/site-packages")).resolve() for path in (base.folder, folder))
     # addsitedir, not a bare path: the checkout itself is in .venv by a .pth file, which a bare path would not read
-    (own / "base.pth").write_text(f"import site; site.addsitedir({str(base)!r})\n")
-    run(PYTHON, "-m", "pip", "--python", folder / "bin/python", "install", "--quiet", "--no-deps", "-r", requirements)
+    (own / "base.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
+    shared = {pin(line) for line in LOCK.read_text().splitlines()}
+    different = [line for line in requirements.read_text().splitlines() if pin(line) not in shared]
+    (folder / "different.txt").write_text("\n".join(different) + "\n")
+    what = ("--no-deps", "--build-constraint", requirements, "-r", folder / "different.txt")
+    must(base.uv("pip", "install", "--quiet", "--python", folder / "bin/python", *what))
     write_stamp(stamp, wanted)
     say(f"{folder.name} is ready")
 
@@ -124,10 +201,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("extra")
     parser.add_argument("--overlay", metavar="NAME")
+    parser.add_argument("--newest", action="store_true")
     arguments = parser.parse_args()
-    make_base(arguments.extra)
+    base = make_base(arguments.extra, arguments.newest)
     if arguments.overlay:
-        make_overlay(arguments.overlay)
+        make_overlay(base, arguments.overlay)
 
 
 if __name__ == "__main__":
