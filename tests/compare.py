@@ -25,6 +25,23 @@ def assert_within_budget(actual: Tensor, ordinary: Tensor, exact: Tensor, dtype:
     assert ours <= 2 * theirs + FLOOR[dtype], f"{what}: error {ours:.2e}, ordinary PyTorch in {dtype} {theirs:.2e}"
 
 
+def order_bound(length: int, dtype: torch.dtype) -> float:
+    """How far two orders of the same sums may lie apart, as a part of the largest value, after `length` roundings.
+
+    A sum of n products x_i y_i in any order is within n eps / 2 of sum |x_i y_i|, so two orders are within n eps; sums
+    that feed each other add their lengths. What happens is about sqrt(n) eps: the rest is room for terms that cancel,
+    where sum |x_i y_i| is larger than the largest value.
+    """
+    return length * torch.finfo(dtype).eps
+
+
+def assert_same_sums(actual: Tensor, expected: Tensor, length: int, what: str = "") -> None:
+    """Equal up to the order of sums, at most `length` roundings one after another: see order_bound."""
+    assert actual.dtype == expected.dtype
+    apart, bound = worst(actual, expected), order_bound(length, expected.dtype)
+    assert apart <= bound, f"{what}: {apart:.2e} of the largest value apart; {length} roundings allow {bound:.2e}"
+
+
 def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of function(*inputs) for each input: asked together, alone, and twice, which must all agree bit for bit."""
     before = [x.detach().clone() for x in inputs]

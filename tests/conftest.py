@@ -1,6 +1,8 @@
 """Shared settings: deterministic Hypothesis, few threads, and the engines that this machine can test."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
 
@@ -10,6 +12,8 @@ from hypothesis import HealthCheck, settings
 
 from alp_kernels.engine import ENGINES, why_not
 
+from . import processors
+
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -18,13 +22,33 @@ settings.load_profile("repeatable")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> str:
-    """Each engine that serves this machine's device by itself; Triton's interpreter has its own tests."""
-    reason = why_not(request.param, DEVICE)
+# threads and instruction sets know nothing of each other, as test_native.py shows with all pairs: here each has its turn
+NATIVE = ["native-avx512-2", "native-avx2-2", "native-portable-2", "native-portable-1"]
+
+
+def on_this_device(name: str) -> str:
+    """The engine's name; skips the test where it does not serve this machine's device by itself."""
+    reason = why_not(name, DEVICE)
     if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return str(request.param)
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+@pytest.fixture(params=[case for name in ENGINES for case in (NATIVE if name == "native" else [name])])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each engine, the native one by each instruction set and on one thread and two; Triton's interpreter has its own tests."""
+    name, _, case = request.param.partition("-")
+    on_this_device(name)
+    with processors.running(case) if case else contextlib.nullcontext():
+        yield name
+
+
+@pytest.fixture(params=processors.CASES)
+def native_case(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native engine alone, by each instruction set of this CPU, on one thread and on two."""
+    on_this_device("native")
+    with processors.running(request.param):
+        yield request.param
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from alp_kernels import LogitNoise, attach, detach, normal
 from alp_kernels.noise import FINAL_LAYER, LOGITS_LAYER
 
-from .decoders import VOCAB, Toy, all_gradients, assert_equal_gradients, ids, make_model
+from .decoders import VOCAB, Toy, all_gradients, assert_equal_gradients, ids, in_float64, make_model
 
 # ------------------------------------------------------------------ where and when
 
@@ -154,22 +154,51 @@ def test_data_parallel_ranks_never_repeat_a_row():
     assert not torch.allclose(*outputs)
 
 
+ROWS = torch.arange(24).view(4, 6) * 3 + 1
+SPLIT, WHOLE = [slice(0, 1), slice(1, 4)], [slice(0, 4)]
+
+
 def test_row_ids_make_noise_independent_of_the_micro_batch_split():
+    """Where the stream is zero, a layer reads the noise itself: no product of another shape comes before it."""
     model, x = make_model(), ids(4, 6)
-    rows = torch.arange(24).view(4, 6) * 3 + 1
-    handle = attach(model, sigma=0.1)
+    handle, seen = attach(model, sigma=[0.1, 0.2, 0.3], seed=3), []
+    model.model.embed_tokens.weight.data.zero_()
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda m, a, k: seen.append(a[0]), with_kwargs=True)
+        layer.register_forward_hook(lambda m, a, out: torch.zeros_like(out))
+
+    def noise(parts):
+        found = []
+        for part in parts:
+            seen.clear()
+            with handle.perturbed(step=5, row_ids=ROWS[part]), torch.no_grad():
+                model(x[part])
+            found.append(torch.stack(seen))
+        return torch.cat(found, dim=1)
+
+    whole = noise(WHOLE)
+    assert torch.equal(noise(SPLIT), whole)
+    for layer, found in enumerate(whole):
+        eps = normal(24, 32, seed=3, step=5, layer=layer, row_ids=ROWS.flatten())
+        rounding = 4 * torch.finfo(torch.float32).eps  # sigma's exponential and the product
+        torch.testing.assert_close(found.view(24, 32), handle.sigma[layer] * eps, rtol=rounding, atol=0)
+    with pytest.raises(ValueError, match=r"row_ids has shape \(4, 5\); the hidden states have 24 rows"):
+        with handle.perturbed(step=6, row_ids=ROWS[:, :5]):
+            model(x)
+
+
+def test_row_ids_make_gradients_independent_of_the_micro_batch_split():
+    model, x = make_model(), ids(4, 6)
+    handle = in_float64(model, attach(model, sigma=0.1))
 
     def run(parts):
         model.zero_grad(), handle.zero_grad()
         for part in parts:
-            with handle.perturbed(step=5, row_ids=rows[part]):
+            with handle.perturbed(step=5, row_ids=ROWS[part]):
                 model(x[part]).logits.square().sum().backward()
         return all_gradients(model, handle)
 
-    assert_equal_gradients(run([slice(0, 1), slice(1, 4)]), run([slice(0, 4)]))
-    with pytest.raises(ValueError, match=r"row_ids has shape \(4, 5\); the hidden states have 24 rows"):
-        with handle.perturbed(step=6, row_ids=rows[:, :5]):
-            model(x)
+    assert_equal_gradients(run(SPLIT), run(WHOLE))
 
 
 def test_state_continues_the_stream():

@@ -18,6 +18,7 @@ from alp_kernels.products import even_sizes
 from .batches import make_batch, pack
 from .compare import assert_within_budget, gradients
 from .conftest import DEVICE
+from .processors import THREADS, same_bits_everywhere
 
 LEVELS = get_args(Level)
 EXTRAS = {
@@ -167,27 +168,20 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, vocab, level):
             assert_within_budget(actual, ordinary, truth, dtype, what)
 
 
-@pytest.mark.skipif(why_not("native", DEVICE) is not None, reason="needs the native engine")
-@pytest.mark.parametrize("extra", EXTRAS)
-@pytest.mark.parametrize("tile", [1, 64, 1000, 4096])
-@pytest.mark.parametrize("chunk_rows", [None, 5])
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
-def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chunk_rows, entropy_coef):
-    from alp_kernels.native import engine as native
-
-    monkeypatch.setattr(native, "TILE", tile)
-    vocab = 1031
+def tiled(extra, entropy_coef, chunk_rows=None, vocab=1031):
+    """The fused loss of the native engine over a float32 head, its inputs, and the plain one in any arithmetic."""
     hidden, weight, targets, rest = make_head(1, 3, 11, channels=24, vocab=vocab, dtype=torch.float32)
     targets[0, :4] = torch.tensor([0, 63, 64, vocab - 1])  # ends of tiles
     extras = dict(EXTRAS[extra])
     objective = Objective("sequence", clip_low=1.0, clip_high=1e6, dual_clip=None, entropy_coef=entropy_coef)
     narrow = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
     rest.update({k: v.double() for k, v in narrow.items() if v.is_floating_point()})
-    leaves, names = [hidden, weight], []
+    leaves = {"dhidden": hidden, "dweight": weight}
     if extras.pop("bias", False):
-        names, leaves = ["bias"], [*leaves, torch.linspace(-1, 1, vocab)]
+        leaves["bias"] = torch.linspace(-1, 1, vocab)
     if extras.pop("logit_noise", False):  # noise needs whole rows: these stay right too
-        names, leaves = ["log_sigma"], [*leaves, torch.tensor(math.log(0.3))]
+        leaves["log_sigma"] = torch.tensor(math.log(0.3))
+    names = list(leaves)[2:]
     chunk_bytes = None if chunk_rows is None else chunk_rows * vocab * 4
 
     def fused(h, w, *more):
@@ -204,17 +198,49 @@ def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chu
             h, w, targets, batch, objective, extras, real=real, **dict(zip(names, more, strict=True))
         )
 
+    return fused, leaves, plain
+
+
+@pytest.mark.skipif(why_not("native", DEVICE) is not None, reason="needs the native engine")
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("tile", [1, 64, 1000, 4096])
+@pytest.mark.parametrize("chunk_rows", [None, 5])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
+def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chunk_rows, entropy_coef):
+    from alp_kernels.native import engine as native
+
+    monkeypatch.setattr(native, "TILE", tile)
+    fused, named, plain = tiled(extra, entropy_coef, chunk_rows)
+    leaves = list(named.values())
     double = [x.double() for x in leaves]
     ordinary, exact = plain(torch.float32), plain(torch.float64)
     assert_within_budget(fused(*leaves), ordinary(*leaves), exact(*double), torch.float32, "loss")
     found = zip(gradients(fused, leaves), gradients(ordinary, leaves), gradients(exact, double), strict=True)
-    for what, three in zip(("dhidden", "dweight", *names), found, strict=True):
+    for what, three in zip(named, found, strict=True):
         assert_within_budget(*three, torch.float32, what)
 
 
 @pytest.mark.skipif(why_not("native", DEVICE) is not None, reason="needs the native engine")
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("tile", [64, 1000])
+@pytest.mark.parametrize("threads", THREADS)
+def test_tiles_ignore_the_instruction_set(monkeypatch, extra, tile, threads):
+    """On one number of threads at a time: PyTorch's own products may differ between two."""
+    from alp_kernels.native import engine as native
+
+    monkeypatch.setattr(native, "TILE", tile)
+    fused, named, _ = tiled(extra, 0.05)
+
+    def loss_and_gradients():
+        leaves = [x.detach().requires_grad_() for x in named.values()]
+        loss = fused(*leaves)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    same_bits_everywhere(loss_and_gradients, threads=(threads,))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_tile_hands_on_what_is_not_finite(monkeypatch, bad):
+def test_a_tile_hands_on_what_is_not_finite(native_case, monkeypatch, bad):
     from alp_kernels.native import engine as native
 
     monkeypatch.setattr(native, "TILE", 16)

@@ -11,7 +11,9 @@ from alp_kernels import reference
 from alp_kernels.noise import LOGITS_LAYER, MAX_ROW, NORMAL_BOUND, Stream
 from alp_kernels.reference import Head, Norm
 
+from . import processors
 from .compare import assert_within_budget
+from .processors import ISAS, choose, restored, same_bits_everywhere
 from .test_noise import ONES, PUBLISHED
 
 native = pytest.importorskip("alp_kernels.native.engine", exc_type=ImportError)
@@ -23,40 +25,18 @@ CHANNELS = (1, 2, 3, 5, 7, 64, 1023, 1536)  # below, at and past a quarter, a pr
 SIGMA = torch.tensor(0.01)
 
 
-@pytest.fixture(params=native.c.ISAS)
-def isa(request):
-    """Each instruction set this CPU has, in place of the chosen one."""
-    if native.c.library.alp_choose_isa(request.param.encode()) is None:
-        pytest.skip(f"this CPU or build has no {request.param}")
-    yield request.param
-    native.c.library.alp_choose_isa(native.isa.encode())
-
-
-def on_every_isa(function):
-    """function() on each instruction set; every tensor must have the same bits on all."""
-    results = {}
-    for name in native.c.ISAS:
-        if native.c.library.alp_choose_isa(name.encode()) is not None:
-            results[name] = function()
-    native.c.library.alp_choose_isa(native.isa.encode())
-    first, *others = results.values()
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True)), list(results)
-    return first
-
-
 # ------------------------------------------------------------------ noise
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), PUBLISHED)
-def test_philox_matches_published_vectors(isa, counter, key, words):
+def test_philox_matches_published_vectors(native_case, counter, key, words):
     for count in (1, 8, 19):  # less than a vector, a vector, a vector and a rest
         out = native.philox(tuple(torch.full((count,), c) for c in counter), key)
         assert [w.unique().tolist() for w in out] == [[w] for w in words]
 
 
 @pytest.mark.parametrize("channels", [*CHANNELS, 513])
-def test_words_are_the_references_bit_for_bit(isa, channels):
+def test_words_are_the_references_bit_for_bit(native_case, channels):
     for actual, expected in zip(
         native.random_words(11, channels, STREAM, CPU), reference.random_words(11, channels, STREAM, CPU), strict=True
     ):
@@ -69,7 +49,7 @@ def exact_normals(radius_words, angle_words):
     return radius * angle.cos(), radius * angle.sin()
 
 
-def test_extreme_words_give_normals_within_the_bound(isa):
+def test_extreme_words_give_normals_within_the_bound(native_case):
     """u at its ends and at each power of two; angles around each eighth of a turn; every pair of them."""
     near = torch.arange(-40, 41)
     powers = torch.cat([(1 << k) + near for k in range(32)])
@@ -87,13 +67,12 @@ def test_extreme_words_give_normals_within_the_bound(isa):
 @given(st.lists(st.tuples(st.integers(0, ONES), st.integers(0, ONES)), min_size=1, max_size=40))
 def test_any_words_give_normals_within_the_bound(words):
     radius_words, angle_words = torch.tensor(words).T.contiguous()
-    for a, e in zip(
-        native.normals_of(radius_words, angle_words), exact_normals(radius_words, angle_words), strict=True
-    ):
+    actual = same_bits_everywhere(lambda: native.normals_of(radius_words, angle_words), threads=(1,))
+    for a, e in zip(actual, exact_normals(radius_words, angle_words), strict=True):
         assert (a.double() - e).abs().max() <= NORMAL_BOUND
 
 
-def test_far_tail_stays_within_the_bound():
+def test_far_tail_stays_within_the_bound(native_case):
     generator = torch.Generator().manual_seed(0)
     radius_words = torch.randint(0, 1150, (1 << 16,), generator=generator)  # u < 2.7e-7: beyond 5.5
     angle_words = torch.randint(0, ONES, (1 << 16,), generator=generator)
@@ -108,7 +87,7 @@ def test_normals_ignore_instruction_set():
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(0, 1 << 32, (2, 1 << 19), generator=generator)
     words[0, ::2] >>= torch.randint(0, 32, (1 << 18,), generator=generator)
-    on_every_isa(lambda: native.normals_of(*words))
+    same_bits_everywhere(lambda: native.normals_of(*words), threads=(1,))
 
 
 # ------------------------------------------------------------------ perturbation
@@ -131,9 +110,10 @@ def same_bits(a, b):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_perturb_is_the_references_sum_of_its_own_noise(isa, dtype, rounding, channels):
-    h = hidden(7, channels, dtype)
-    sums = h.float() + SIGMA * native.normal(7, channels, STREAM, CPU)
+def test_perturb_is_the_references_sum_of_its_own_noise(native_case, dtype, rounding, channels):
+    rows = 17  # of the widest two, more than a single thread gets
+    h = hidden(rows, channels, dtype)
+    sums = h.float() + SIGMA * native.normal(rows, channels, STREAM, CPU)
     stochastic = rounding == "stochastic" and dtype != torch.float32
     expected = reference.round_stochastic(sums, dtype, STREAM) if stochastic else sums.to(dtype)
     u, rms = native.perturb_fwd(h, SIGMA, STREAM, "absolute", rounding)
@@ -142,21 +122,22 @@ def test_perturb_is_the_references_sum_of_its_own_noise(isa, dtype, rounding, ch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_relative_scale_agrees_with_float64(isa, dtype):
-    h = (torch.randn(9, 1023, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 9)[:, None]).to(dtype)
+def test_relative_scale_agrees_with_float64(native_case, dtype):
+    sizes = torch.logspace(-3, 3, 17)[:, None]
+    h = (torch.randn(17, 1023, generator=torch.Generator().manual_seed(1)) * sizes).to(dtype)
     exact, exact_rms = reference.perturb_fwd(h.double(), SIGMA.double(), STREAM, "rms", "nearest")
     ordinary, ordinary_rms = reference.perturb_fwd(h, SIGMA, STREAM, "rms", "nearest")
     u, rms = native.perturb_fwd(h, SIGMA, STREAM, "rms", "nearest")
     assert rms is not None
     assert ordinary_rms is not None
-    assert_within_budget(rms / exact_rms, ordinary_rms / exact_rms, torch.ones(9), torch.float32)
+    assert_within_budget(rms / exact_rms, ordinary_rms / exact_rms, torch.ones(17), torch.float32)
     assert_within_budget(u, ordinary, exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("scale", ["absolute", "rms"])
-def test_dsigma_agrees_with_float64(dtype, channels, scale):
+def test_dsigma_agrees_with_float64(native_case, dtype, channels, scale):
     du = torch.randn(33, channels, generator=torch.Generator().manual_seed(2)).to(dtype)
     rms = torch.rand(33, generator=torch.Generator().manual_seed(3)) + 0.5 if scale == "rms" else None
     terms = du.double() * reference.normal(33, channels, STREAM, CPU).double()
@@ -177,7 +158,7 @@ def outputs(rows=37, channels=1023, row_ids=None, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_perturb_ignores_instruction_set(dtype, channels):
-    on_every_isa(lambda: outputs(channels=channels, dtype=dtype))
+    same_bits_everywhere(lambda: outputs(channels=channels, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -186,25 +167,11 @@ def test_numbers_that_are_not_finite_ignore_instruction_set(dtype):
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(256, 256)
     h = every.view(dtype) if bits == torch.int16 else (every.int() << 16 | 0x1234).view(dtype)
     for rounding in ("nearest", "stochastic"):
-        on_every_isa(lambda r=rounding: [native.perturb_fwd(h, SIGMA, STREAM, "absolute", r)[0].view(bits)])
-
-
-def on_every_thread_count(function):
-    """function() on 1 to 8 threads; every tensor must have the same bits on all."""
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            results.append(function())
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        same_bits_everywhere(lambda r=rounding: [native.perturb_fwd(h, SIGMA, STREAM, "absolute", r)[0].view(bits)])
 
 
 def test_perturb_ignores_thread_count():
-    on_every_thread_count(outputs)
+    same_bits_everywhere(outputs, threads=(1, 2, 3, 8))
 
 
 def norm_outputs(rows=37, channels=1023, dtype=torch.bfloat16):
@@ -225,25 +192,27 @@ def norm_outputs(rows=37, channels=1023, dtype=torch.bfloat16):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_perturb_rms_norm_ignores_instruction_set(dtype, channels):
-    on_every_isa(lambda: norm_outputs(channels=channels, dtype=dtype))
+    same_bits_everywhere(lambda: norm_outputs(channels=channels, dtype=dtype))
 
 
 @pytest.mark.parametrize("rows", [1, 37, 300])
 def test_perturb_rms_norm_ignores_thread_count(rows):
-    on_every_thread_count(lambda: norm_outputs(rows))
+    same_bits_everywhere(lambda: norm_outputs(rows), threads=(1, 2, 3, 8))
 
 
 @given(rows=st.lists(st.integers(0, MAX_ROW), min_size=1, max_size=9), channels=st.integers(1, 700))
 def test_a_row_is_perturbed_alike_wherever_it_stands(rows, channels):
     ids = torch.tensor(rows)
     h = torch.randn(len(rows), channels, generator=torch.Generator().manual_seed(channels)).bfloat16()
-    together, _ = native.perturb_fwd(h, SIGMA, STREAM._replace(row_ids=ids), "rms", "stochastic")
+    together, _ = same_bits_everywhere(
+        lambda: native.perturb_fwd(h, SIGMA, STREAM._replace(row_ids=ids), "rms", "stochastic")
+    )
     for n, row in enumerate(rows):
         alone, _ = native.perturb_fwd(h[n : n + 1], SIGMA, STREAM._replace(row_start=row), "rms", "stochastic")
         assert torch.equal(together[n : n + 1], alone)
 
 
-def test_no_rows_give_no_rows():
+def test_no_rows_give_no_rows(native_case):
     u, rms = native.perturb_fwd(torch.empty(0, 5), SIGMA, STREAM, "rms", "nearest")
     assert u.shape == (0, 5)
     assert rms is not None and rms.shape == (0,)
@@ -253,7 +222,7 @@ def test_no_rows_give_no_rows():
     assert [x.shape for x in out] == [(0,)] * 3
 
 
-def test_every_16_bit_number_survives_zero_sigma(isa):
+def test_every_16_bit_number_survives_zero_sigma(native_case):
     for dtype in (torch.bfloat16, torch.float16):
         every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).view(256, 256)
         for rounding in ("nearest", "stochastic"):
@@ -294,7 +263,7 @@ def in_float64(head):
 
 
 def check_head(x, targets, head, dentropy):
-    """Within the budget, with the same bits on every instruction set."""
+    """Within the budget, with the same bits on every instruction set and on one thread and two."""
     dtype, rows = x.dtype, len(x)
     dlogp = torch.linspace(-1, 1, rows) + 0.1
     dent = torch.linspace(0.3, -0.2, rows) if dentropy else None
@@ -313,7 +282,7 @@ def check_head(x, targets, head, dentropy):
         dsigma = reference.head_bwd(dx, targets, head, out, dlogp, dent)
         return [*out, dx] if dsigma is None else [*out, dx, dsigma]
 
-    actual = on_every_isa(native_results)
+    actual = same_bits_everywhere(native_results)
     ordinary = reference_results(x, head, dlogp, dent)
     exact = reference_results(x.double(), in_float64(head), dlogp.double(), None if dent is None else dent.double())
     for what, a, o, e in zip(("logp", "entropy", "lse", "dx", "dsigma"), actual, ordinary, exact, strict=False):
@@ -336,7 +305,7 @@ def test_head_stays_within_the_error_budget_on_a_real_vocabulary(dtype):
     check_head(x, targets, Head(), True)
 
 
-def test_near_certain_tokens_keep_relative_precision():
+def test_near_certain_tokens_keep_relative_precision(native_case):
     x = torch.full((1, 1000), -40.0)
     x[0, 3] = 20.0
     targets = torch.tensor([3])
@@ -347,7 +316,7 @@ def test_near_certain_tokens_keep_relative_precision():
     assert x[0, 3].item() == pytest.approx(-expected, rel=1e-5)
 
 
-def test_a_row_near_certain_of_another_token_keeps_its_entropy(isa):
+def test_a_row_near_certain_of_another_token_keeps_its_entropy(native_case):
     """In whichever block its largest logit comes, and however often the maximum rose before."""
     for certain in (0, 700, 1999):
         x = torch.linspace(-50, -30, 2000)[None].clone()
@@ -361,30 +330,25 @@ def test_a_row_near_certain_of_another_token_keeps_its_entropy(isa):
 @pytest.mark.parametrize(
     "row", [[math.nan, 1.0, 2.0], [math.inf, 1.0, 2.0], [-math.inf] * 3], ids=["nan", "inf", "-inf"]
 )
-def test_a_row_without_a_distribution_is_nan_as_in_the_reference(isa, row):
+def test_a_row_without_a_distribution_is_nan_as_in_the_reference(native_case, row):
     x, targets = torch.tensor([row, [0.0, 1.0, 2.0]]), torch.tensor([1, 1])
     actual, expected = native.head_fwd(x, targets, Head()), reference.head_fwd(x, targets, Head())
     for a, e in zip(actual[:2], expected[:2], strict=True):
         assert a.isnan().tolist() == e.isnan().tolist() == [True, False]
 
 
-def test_a_target_ruled_out_has_log_probability_minus_infinity():
+def test_a_target_ruled_out_has_log_probability_minus_infinity(native_case):
     x, targets = torch.tensor([[-math.inf, 1.0, 2.0]]), torch.tensor([0])
     out = native.head_fwd(x, targets, Head())
     assert out.logp.item() == -math.inf
     assert out.entropy.item() == pytest.approx(reference.head_fwd(x, targets, Head()).entropy.item(), rel=1e-6)
 
 
-@given(rows=st.integers(1, 6), vocabulary=st.integers(1, 2100), threads=st.integers(1, 4))
-def test_head_rows_know_nothing_of_each_other(rows, vocabulary, threads):
-    x, targets = logits(vocabulary, torch.float32, rows=6)
+@given(rows=st.integers(1, 12), vocabulary=st.integers(1, 2100))
+def test_head_rows_know_nothing_of_each_other(rows, vocabulary):
+    x, targets = logits(vocabulary, torch.float32, rows=12)
     x, targets = x[:rows], targets[:rows]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        together = native.head_fwd(x, targets, Head())
-    finally:
-        torch.set_num_threads(before)
+    together = same_bits_everywhere(lambda: native.head_fwd(x, targets, Head()), threads=(1, 2, 4))
     for n in range(rows):
         alone = native.head_fwd(x[n : n + 1], targets[n : n + 1], Head())
         assert all(torch.equal(a, b[n : n + 1]) for a, b in zip(alone, together, strict=True))
@@ -408,9 +372,30 @@ def test_other_devices_are_refused():
     assert native.unavailable(torch.device("cuda")) == "it serves CPU tensors, not cuda"
 
 
+@pytest.mark.parametrize("isa", ISAS)
 def test_an_instruction_set_can_be_forced(isa, monkeypatch):
     monkeypatch.setenv(native.c.ISA_VARIABLE, isa)
-    assert native.c.choose_isa(native.c.library) == isa
+    with restored():
+        if not choose(isa):
+            pytest.skip(f"this CPU or build has no {isa}")
+        assert native.c.choose_isa(native.c.library) == isa
+
+
+def test_the_instruction_sets_are_those_of_the_library():
+    assert ISAS == native.c.ISAS
+
+
+def test_a_failing_test_leaves_the_chosen_instruction_set_and_threads(monkeypatch):
+    chosen, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(processors, "choose", lambda isa: chosen.append(isa) or True)
+    for scope in (lambda: processors.running("portable-3"), restored):
+        with pytest.raises(ZeroDivisionError), scope():
+            torch.set_num_threads(3)
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == threads
+    with pytest.raises(ZeroDivisionError):
+        same_bits_everywhere(lambda: 1 / 0)
+    assert chosen == ["portable", native.isa, native.isa, "avx512", native.isa]
 
 
 def test_an_unknown_instruction_set_is_refused_by_name(monkeypatch):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alp_kernels import attach
 
-from .decoders import Toy, all_gradients, assert_equal_gradients, ids, make_model
+from .decoders import Toy, all_gradients, assert_equal_gradients, ids, in_float64, make_model
 
 
 def two_forwards_one_backward(model, handle, forward, in_scope):
@@ -31,7 +31,7 @@ def test_recompute_of_hooked_layers_meets_the_same_noise(reentrant, in_scope, sc
     results = []
     for kind in (None, reentrant):
         toy = Toy(reentrant=kind)
-        handle = attach(toy, sigma=0.3, scale=scale)
+        handle = in_float64(toy, attach(toy, sigma=0.3, scale=scale))
         results.append(two_forwards_one_backward(toy, handle, toy, in_scope))
     assert_equal_gradients(results[1], results[0])
 
@@ -44,7 +44,7 @@ def test_transformers_own_checkpointing_changes_no_gradient(reentrant):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        handle = attach(model, sigma=0.1)
+        handle = in_float64(model, attach(model, sigma=0.1))
         results.append(two_forwards_one_backward(model, handle, lambda x, m=model: m(x).logits, in_scope=True))
     assert_equal_gradients(results[1], results[0])
 
@@ -54,7 +54,7 @@ def test_checkpointing_of_the_call_as_in_older_transformers_changes_no_gradient(
     for checkpointing in (False, True):
         model = make_model().train()
         model.config.use_cache = False  # a recompute would fill the cache twice
-        handle = attach(model, sigma=0.1)
+        handle = in_float64(model, attach(model, sigma=0.1))
         if checkpointing:
             model.model.layers = nn.ModuleList(Old(layer) for layer in model.model.layers)
         results.append(two_forwards_one_backward(model, handle, lambda x, m=model: m(x).logits, in_scope=True))
@@ -79,7 +79,7 @@ def test_a_clean_forward_between_stays_clean_in_its_recompute():
     results = []
     for reentrant in (None, False):
         toy = Toy(reentrant)
-        handle = attach(toy, sigma=0.3)
+        handle = in_float64(toy, attach(toy, sigma=0.3))
         with handle.perturbed(step=0):
             noisy = toy(ids())
         loss = noisy.square().mean() + toy(ids(2, 5, 3)).pow(3).mean()
@@ -147,7 +147,7 @@ def test_whatever_the_flow_a_recompute_meets_its_own_noise(flow, reentrant):
     results = []
     for kind in (None, reentrant):
         toy = Segments(kind, depth=4)
-        handle = attach(toy, sigma=0.3)
+        handle = in_float64(toy, attach(toy, sigma=0.3))
         flow(toy, handle)
         results.append(all_gradients(toy, handle))
     assert_equal_gradients(results[1], results[0])
@@ -174,7 +174,7 @@ def test_compiled_layers_are_perturbed():
     results = []
     for compiled in (False, True):
         toy = Toy()
-        handle = attach(toy, sigma=0.1)
+        handle = in_float64(toy, attach(toy, sigma=0.1))
         if compiled:
             for block in toy.blocks:
                 block.compile(backend="aot_eager")

@@ -32,7 +32,20 @@ from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer, check_lo
 
 from . import trl_ranks
 from .tiny_models import write_llama
-from .trl_cases import COMPLETION, GROUP, PROMPTS, logged, made_up_rollouts, make, qwen2, rolled, trained, weights
+from .trl_cases import (
+    COMPLETION,
+    GROUP,
+    PROMPTS,
+    SGD,
+    assert_same_weights,
+    logged,
+    made_up_rollouts,
+    make,
+    qwen2,
+    rolled,
+    trained,
+    weights,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,14 +57,11 @@ def _quick_collection() -> Iterator[None]:
     gc.unfreeze()
 
 
-BOUND = 2e-5  # of a weight after some steps: sums of a few hundred products in another order
-
-
-def assert_same(actual: GRPOTrainer, expected: GRPOTrainer, bound: float = BOUND) -> None:
+def assert_same(actual: GRPOTrainer, expected: GRPOTrainer) -> None:
+    """Of trainers with SGD."""
     a, b = weights(actual), weights(expected)
     assert a.keys() - {"log_sigma"} == b.keys() - {"log_sigma"}
-    for name in a.keys() & b.keys():
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_weights(a, expected)
     losses = list(zip(logged(actual, "loss"), logged(expected, "loss"), strict=True))
     assert losses and all(x == pytest.approx(y, rel=1e-4, abs=2e-6) for x, y in losses)
 
@@ -77,11 +87,10 @@ def test_without_noise_ten_steps_are_those_of_a_plain_trainer(loss_type: str, fu
         "max_steps": 10,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
-        "optim": "sgd",  # AdamW would lift the rounding of small gradients
-        "learning_rate": 0.1,
+        **SGD,
     }
     ours = rolled(tmp_path, alp_objective="bypass-token", alp_fused_head=fused, **shared)
-    assert_same(ours, rolled(tmp_path, RolloutRatio, **CLIPS, **shared), bound=5e-6)
+    assert_same(ours, rolled(tmp_path, RolloutRatio, **CLIPS, **shared))
     moved = [(p - start).abs().max() for p, start in zip(weights(ours).values(), qwen2().parameters(), strict=True)]
     assert max(moved) > 0.005
     clipped = [sum(logged(ours, f"alp/{name}_frac")) for name in ("clip_low", "clip_high")]
@@ -91,7 +100,14 @@ def test_without_noise_ten_steps_are_those_of_a_plain_trainer(loss_type: str, fu
 def test_kl_to_the_reference_and_entropy_are_those_of_a_plain_trainer(tmp_path: Path) -> None:
     path = str(write_llama(tmp_path / "llama", initializer_range=0.1))
     # TRL averages entropy over a micro-batch whatever the loss_type; bnpo averages the loss so, too
-    shared: dict[str, Any] = {"beta": 0.2, "entropy_coef": 0.05, "loss_type": "bnpo", "max_steps": 4, "model": path}
+    shared: dict[str, Any] = {
+        "beta": 0.2,
+        "entropy_coef": 0.05,
+        "loss_type": "bnpo",
+        "max_steps": 4,
+        "model": path,
+        **SGD,
+    }
     ours = rolled(tmp_path, alp_objective="bypass-token", **shared)
     plain = rolled(tmp_path, RolloutRatio, use_bias_correction_kl=False, **CLIPS, **shared)
     assert_same(ours, plain)
@@ -106,7 +122,7 @@ def test_presets_over_the_old_policy_are_those_of_a_plain_trainer(objective: str
     preset = Objective.preset(objective)
     level = {"importance_sampling_level": "sequence"} if objective == "gspo" else {"delta": preset.dual_clip}
     # generation is out of step with the updates, so TRL scores the samples itself
-    shared: dict[str, Any] = {"steps_per_generation": 2, "max_steps": 6, "loss_type": "grpo"}
+    shared: dict[str, Any] = {"steps_per_generation": 2, "max_steps": 6, "loss_type": "grpo", **SGD}
     ours = rolled(tmp_path, alp_objective=objective, **shared)
     clips = {"epsilon": preset.clip_low, "epsilon_high": preset.clip_high}
     assert_same(ours, rolled(tmp_path, **clips, **level, **shared, kind=GRPOTrainer))
@@ -174,12 +190,7 @@ def test_statistics_of_a_step_are_those_of_its_whole_batch(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("loss_type", "size"), [("dapo", 4), ("grpo", 2)])
 def test_gradient_accumulation_changes_nothing(loss_type: str, size: int, tmp_path: Path) -> None:
-    shared: dict[str, Any] = {
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "alp_sigma_learning_rate": 0.1,
-        "loss_type": loss_type,
-    }
+    shared: dict[str, Any] = {"alp_sigma_learning_rate": 0.1, "loss_type": loss_type, **SGD}
     whole = rolled(tmp_path, **shared)
     parts = rolled(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **shared)
     assert_same(parts, whole)
@@ -354,10 +365,10 @@ def test_a_vllm_server_must_report_what_it_sampled_from() -> None:
 
 @pytest.mark.parametrize("objective", ["alp-token", "alp-sequence", "alp-cum-token"])
 def test_fused_head_and_log_probabilities_give_one_loss(objective: str, tmp_path: Path) -> None:
-    shared: dict[str, Any] = {"alp_objective": objective, "temperature": 0.8, "entropy_coef": 0.01}
+    shared: dict[str, Any] = {"alp_objective": objective, "temperature": 0.8, "entropy_coef": 0.01, **SGD}
     fused = rolled(tmp_path, alp_fused_head=True, **shared)
     assert fused.fuses_head
-    assert_same(rolled(tmp_path, alp_fused_head=False, **shared), fused, bound=1e-4)  # AdamW lifts small gradients
+    assert_same(rolled(tmp_path, alp_fused_head=False, **shared), fused)
 
 
 def other_model(name: str) -> PreTrainedModel:
@@ -393,7 +404,7 @@ def other_model(name: str) -> PreTrainedModel:
 def test_the_fused_head_knows_the_models_own_logits(name: str, tmp_path: Path) -> None:
     def trainer(fused: bool) -> GRPOTrainer:
         model = other_model(name)
-        return rolled(tmp_path, model=model, alp_fused_head=fused, max_steps=2, optim="sgd", learning_rate=0.1)
+        return rolled(tmp_path, model=model, alp_fused_head=fused, max_steps=2, **SGD)
 
     fused, plain = trainer(True), trainer(False)
     assert fused.fuses_head and not plain.fuses_head
@@ -415,7 +426,7 @@ def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    shared: dict[str, Any] = {"router_aux_loss_coef": 0.5, "max_steps": 2}
+    shared: dict[str, Any] = {"router_aux_loss_coef": 0.5, "max_steps": 2, **SGD}
 
     def model() -> PreTrainedModel:
         torch.manual_seed(0)
@@ -430,10 +441,10 @@ def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(reentrant: bool, tmp_path: Path) -> None:
-    kept = rolled(tmp_path)
+    kept = rolled(tmp_path, **SGD)
     options = {"use_reentrant": reentrant}
-    again = rolled(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
-    assert_same(again, kept, bound=1e-6)
+    again = rolled(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options, **SGD)
+    assert_same(again, kept)
 
 
 def test_turns_end_where_a_tools_output_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,9 +648,9 @@ def two_ranks(folder: Path, options: dict[str, Any], resume: bool = False) -> li
 
 def assert_one_process(ranks: list[dict[str, Any]], one: GRPOTrainer) -> None:
     first, second = ranks
-    for name, value in weights(one).items():
+    for name in weights(one):
         assert torch.equal(first["weights"][name], second["weights"][name]), name
-        torch.testing.assert_close(first["weights"][name], value, rtol=0, atol=BOUND)
+    assert_same_weights(first["weights"], one)
     assert (weights(one)["log_sigma"].exp() - 1e-2).abs().min() > 1e-6
     for name in ("alp/token_ratio/q95", "alp/k3_kl", "alp/num_tokens", "entropy", "loss"):
         assert first["log"][name] == pytest.approx(logged(one, name), rel=1e-3, abs=1e-5), name

@@ -19,9 +19,18 @@ from trl import GRPOConfig, GRPOTrainer
 from alp.models import character_tokenizer
 from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer
 
+from .compare import order_bound
+
 PROMPTS = ["ab", "cde", "f", "ghij", "kl", "mno", "p", "qrst"]
 GROUP = 4
 COMPLETION = 6
+SGD: dict[str, Any] = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+}  # AdamW lifts the rounding of small gradients to a step's size
+# roundings on the way to a gradient: two layers of four products of 32 and one of 64, a head of 32, a softmax over a
+# hundred tokens, and back, and a sum over all completions
+LENGTH = 2 * (2 * (4 * 32 + 64) + 32 + 100) + 2 * GROUP * COMPLETION
 
 
 def qwen2(**changes: Any) -> Qwen2ForCausalLM:
@@ -97,6 +106,7 @@ def make(
 
 def trained(folder: Path, *args: Any, **changes: Any) -> GRPOTrainer:
     trainer = make(folder, *args, **changes)
+    trainer.weights_before = weights(trainer)
     trainer.train()
     return trainer
 
@@ -110,6 +120,17 @@ def weights(trainer: GRPOTrainer) -> dict[str, Tensor]:
     out = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     handle = getattr(trainer, "perturbation", None)
     return out if handle is None else out | {"log_sigma": handle.log_sigma.detach().clone()}
+
+
+def assert_same_weights(actual: dict[str, Tensor], expected: GRPOTrainer) -> None:
+    """After SGD: a weight moved by its gradients, which are equal up to the order of sums, and was rounded at each step."""
+    steps, eps = expected.state.global_step, torch.finfo(torch.float32).eps
+    for name, value in weights(expected).items():
+        if name in actual:
+            moved = (value - expected.weights_before[name]).abs().max()
+            bound = order_bound(LENGTH, torch.float32) * moved + steps * eps * value.abs().max()
+            apart = (actual[name] - value).abs().max()
+            assert apart <= bound, f"{name}: {apart:.2e} apart after moving by {moved:.2e}; allowed {bound:.2e}"
 
 
 def logged(trainer: GRPOTrainer, name: str) -> list[float]:

@@ -22,8 +22,8 @@ FSDP2: dict[str, Any] = {
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {"fsdp_version": 2, "version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]},
     "optim": "adamw_torch",  # with a state to save and load
-    "learning_rate": 1e-3,
-    "adam_epsilon": 1e-3,  # so that the rounding of small gradients stays small
+    "alp_sigma_learning_rate": 1.0,
+    "adam_epsilon": 1.0,  # far above any gradient: a step is nearly the gradient, and its rounding is not lifted
     "save_strategy": "steps",
     "save_steps": 1,
 }
