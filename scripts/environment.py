@@ -10,7 +10,7 @@ requirements/locked.txt gives (`make lock` makes it), so that an environment is 
 made for takes what pyproject.toml allows, and is told so. `--newest` takes that everywhere, anew at each call.
 
 An overlay is an environment whose own packages win over those of .venv, which it sees: other versions of transformers, or
-a trainer whose pins conflict. It holds the lines of requirements/NAME.txt that requirements/locked.txt does not have.
+a trainer whose pins conflict. It holds what requirements/NAME.txt has and .venv has not.
 """
 
 import argparse
@@ -107,7 +107,8 @@ class Environment:
         return run(self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what)
 
     def _uv(self, *what: object) -> bool:
-        return self.uv("pip", "install", "--quiet", "--python", self.python, *what)
+        # compiled now: the first command is quicker, and does not print the compiler's remarks on other people's code
+        return self.uv("pip", "install", "--quiet", "--compile-bytecode", "--python", self.python, *what)
 
     def uv(self, *arguments: object) -> bool:
         """uv does not read pip's configuration: a mirror that is set there is handed on."""
@@ -130,7 +131,7 @@ def fingerprint(*what: str) -> str:
 
 def pin(line: str) -> str:
     """ "name==version" of a line of a lock, without the machines it is for."""
-    return line.partition(";")[0].strip()
+    return line.partition(";")[0].strip().lower().replace("_", "-")
 
 
 def is_ready(stamp: Path, wanted: str) -> bool:
@@ -184,11 +185,14 @@ def make_overlay(base: Environment, name: str) -> None:
     below, own = (next(path.glob("lib/python*/site-packages")).resolve() for path in (base.folder, folder))
     # addsitedir, not a bare path: the checkout itself is in .venv by a .pth file, which a bare path would not read
     (own / "base.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
-    shared = {pin(line) for line in LOCK.read_text().splitlines()}
+    there = subprocess.run(
+        [base.python, "-m", "uv", "pip", "freeze", "--python", base.python], capture_output=True, text=True, check=True
+    )
+    shared = {pin(line) for line in there.stdout.splitlines()}
     different = [line for line in requirements.read_text().splitlines() if pin(line) not in shared]
     (folder / "different.txt").write_text("\n".join(different) + "\n")
     what = ("--no-deps", "--build-constraint", requirements, "-r", folder / "different.txt")
-    must(base.uv("pip", "install", "--quiet", "--python", folder / "bin/python", *what))
+    must(base.uv("pip", "install", "--quiet", "--compile-bytecode", "--python", folder / "bin/python", *what))
     write_stamp(stamp, wanted)
     say(f"{folder.name} is ready")
 

@@ -5,7 +5,7 @@ import torch
 
 from alp_kernels import Objective, attach, fused_alp_loss
 
-peft = pytest.importorskip("peft", minversion="0.18")
+peft = pytest.importorskip("peft", minversion="0.19")
 bnb = pytest.importorskip("bitsandbytes")
 
 from alp_kernels.integrations.hugging_face import backbone, output_head  # noqa: E402
