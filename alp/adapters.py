@@ -51,6 +51,7 @@ def add_lora(model: PreTrainedModel, rank: int) -> None:
         )
         config.base_model_name_or_path = model.name_or_path
         inject_adapter_in_model(config, model, _ADAPTER)
+        _widen_adapters(model)
     elif present.r != rank:
         raise UserError(f"model.lora={rank}; the adapter of {present.base_model_name_or_path} has rank {present.r}")
     _train_adapters(model)
@@ -84,6 +85,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     others = [name for name in own if not _LORA.search(name)]
     if others or not own:
         raise UserError(f"{folder} is an adapter that trains {(others or ['nothing'])[0]}; {fits}")
+    _widen_adapters(model)
     weights = load_peft_weights(str(folder), device="cpu")
     found = set_peft_model_state_dict(model, {n.removeprefix(_PREFIX): w for n, w in weights.items()}, _ADAPTER)
     if stray := [*found.unexpected_keys, *(name for name in found.missing_keys if name in own)]:
@@ -108,6 +110,13 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     for_inference, config.inference_mode = config.inference_mode, True  # as peft writes it: loads frozen, unless asked
     config.save_pretrained(str(folder))
     config.inference_mode = for_inference
+
+
+def _widen_adapters(model: nn.Module) -> None:
+    """float32 beside a model of 16 bits, as peft's own models have them: small steps would be rounded away."""
+    for name, parameter in model.named_parameters():
+        if _LORA.search(name):
+            parameter.data = parameter.data.float()
 
 
 def _train_adapters(model: nn.Module) -> None:

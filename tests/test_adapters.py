@@ -58,7 +58,24 @@ def test_what_peft_wrote_loads_with_its_logits_and_takes_gradients(base: Path, t
     assert trained == {n.removeprefix("base_model.model.") for n, p in theirs.named_parameters() if p.requires_grad}
     if dtype == "float32":
         assert torch.equal(logits(policy.model), logits(theirs))
-    assert {p.dtype for p in policy.model.parameters()} == {getattr(torch, dtype)}
+    assert {p.dtype for p in policy.model.parameters() if not p.requires_grad} == {getattr(torch, dtype)}
+    for name, p in policy.model.named_parameters():
+        if p.requires_grad:  # all of their bits, whatever the base has
+            assert torch.equal(p, theirs.get_parameter(f"base_model.model.{name}")), name
+
+
+def test_fresh_adapters_of_a_16_bit_model_move_by_small_steps(base: Path) -> None:
+    policy = load(base, dtype="bfloat16", lora=2)
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    with torch.no_grad():
+        for p in trained:
+            p.normal_()
+    policy.model(TOKENS).logits.float().square().mean().backward()
+    before = [p.clone() for p in trained]
+    optimizer.step()
+    for p, old in zip(trained, before, strict=True):
+        assert p.grad is not None and ((p != old) == (p.grad != 0)).float().mean() > 0.9
 
 
 def test_what_we_write_is_what_peft_writes_of_the_same_adapter(base: Path, tmp_path: Path) -> None:
