@@ -35,6 +35,15 @@ def order_bound(length: int, dtype: torch.dtype) -> float:
     return length * torch.finfo(dtype).eps
 
 
+def likely_order_bound(length: int, dtype: torch.dtype) -> float:
+    """The same, for roundings that do not conspire: five standard deviations of `length` independent ones.
+
+    For float32, where order_bound would let small faults through. One rounding is at most eps / 2 and has a deviation of
+    at most eps / 2, two orders make sqrt(2) of that.
+    """
+    return 5 * (2 * length) ** 0.5 * torch.finfo(dtype).eps / 2
+
+
 def assert_same_sums(actual: Tensor, expected: Tensor, length: int, what: str = "") -> None:
     """Equal up to the order of sums, at most `length` roundings one after another: see order_bound."""
     assert actual.dtype == expected.dtype

@@ -23,6 +23,8 @@ from alp.update import Experience, Updater, score_clean
 
 RANKS = 2
 NUM_ROWS, WIDTH, LENGTH, VOCAB = 8, 5, 6, 61  # 61: rows of the embedding do not divide by two ranks
+ROUNDINGS = 2 * (3 * (4 * 32 + 3 * 48) + 61) + NUM_ROWS * (WIDTH + LENGTH)
+"""One after another in a gradient: each layer's products and the head's, forward and backward, and a weight's tokens."""
 STEP = 3
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scale.md"
 

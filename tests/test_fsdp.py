@@ -15,10 +15,10 @@ from alp.parallel import World
 from alp.train import train
 
 from . import sharded
+from .compare import likely_order_bound
 from .sharded import CASES, RANKS
 
-# of each tensor's largest element; sums of up to 32 x 48 products in another order, and of 8 rows' parts
-BOUND = 2e-5
+BOUND = likely_order_bound(sharded.ROUNDINGS, torch.float32)  # of each tensor's largest element
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from alp.rollout import Completions
 from alp.update import Experience, Updater, last_token
 from alp_kernels import Stats, policy_loss
 
-from .sharded import NUM_ROWS, Case, make_experience, make_model
+from .compare import likely_order_bound
+from .sharded import NUM_ROWS, ROUNDINGS, Case, make_experience, make_model
 
-# float32 sums in another order, of each tensor's largest element
-BOUND = 2e-5
+BOUND = likely_order_bound(ROUNDINGS, torch.float32)  # of each tensor's largest element
 
 
 class Step(NamedTuple):
