@@ -1,7 +1,10 @@
 # Two commands: `make train` and `make test`. Both make .venv first where it is missing or stale.
 #   make train ARGS="--update.method bypass-token --seed 1"      any flag of `alp train`
 # Every environment has the exact versions of requirements/*.txt; `make lock` renews those (CONTRIBUTING.md).
+# Tests run in JOBS processes: a core each, a file at a time.
 PYTHON ?= python3
+JOBS ?= 2
+PYTEST := -m pytest -n $(JOBS) --dist loadfile
 BIN := .venv/bin
 tests-of-transformers := tests/test_architectures.py tests/test_attach.py tests/test_recompute.py
 tests-of-adapters := tests/test_peft.py tests/test_adapters.py tests/test_models_real.py
@@ -20,12 +23,12 @@ train:
 
 test:
 	@$(PYTHON) scripts/environment.py test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 # The same tests on whatever the index serves, in .venv-newest: run when the locks are renewed.
 test-newest:
 	@$(PYTHON) scripts/environment.py test --newest
-	.venv-newest/bin/python -m pytest $(ARGS)
+	.venv-newest/bin/python $(PYTEST) $(ARGS)
 
 # Other versions of transformers, and trainers whose pins conflict: each in .venv-NAME, on top of .venv.
 test-all: test docs test-oldest test-transformers-5.0 test-transformers-5.5 test-transformers-5.12 test-transformers-5.20 \
@@ -34,7 +37,7 @@ test-all: test docs test-oldest test-transformers-5.0 test-transformers-5.5 test
 test-%:
 	@$(PYTHON) scripts/environment.py test --overlay $*
 	.venv-$*/bin/python -c "import $(or $(module-$*),$(firstword $(subst -, ,$*)))"  # tests skip what they cannot import
-	.venv-$*/bin/python -m pytest $(tests-$*) $(ARGS)
+	.venv-$*/bin/python $(PYTEST) $(tests-$*) $(ARGS)
 module-oldest := transformers
 
 bench:
