@@ -19,15 +19,20 @@ EXTRAS = ("test", "bench", "docs", "dev")
 """Of .venv; the others are in these, or need a GPU."""
 
 OVERLAY_EXTRA = "test"
+FEWEST = ("--fork-strategy", "fewest")
+"""One version of a package for all Pythons, wherever one serves them all."""
+
+LOWEST = ("--fork-strategy", "requires-python", "--resolution", "lowest-direct")
+
 OLDEST = "oldest"
 """The overlay whose direct dependencies have their lower bounds."""
 
 
 def compile_lock(inputs: list[Path], extras: tuple[str, ...], output: Path, *options: object) -> None:
-    """One resolution for all Pythons of the locks, with as few versions of a package as can be."""
+    """One resolution for all Pythons of the locks."""
     command = [
         *(sys.executable, "-m", "uv", "--config-file", REQUIREMENTS / "uv.toml", "pip", "compile", "--quiet"),
-        *("--universal", "--python-version", ".".join(map(str, LOCKED_PYTHONS[0])), "--fork-strategy", "fewest"),
+        *("--universal", "--python-version", ".".join(map(str, LOCKED_PYTHONS[0]))),
         *("--no-annotate", "--custom-compile-command", "make lock", "--constraint", "-"),
         *(f"--no-emit-package={name}" for name in ("torch", "triton", "alp-kernels")),
         *(f"--extra={extra}" for extra in extras),
@@ -46,17 +51,24 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true")
     keep = parser.parse_args().keep
     project = ROOT / "pyproject.toml"
-    compile_lock([project, REQUIREMENTS / "build.in"], EXTRAS, LOCK, *([] if keep else ["--upgrade"]))
+    compile_lock([project, REQUIREMENTS / "build.in"], EXTRAS, LOCK, *FEWEST, *([] if keep else ["--upgrade"]))
     for forced in sorted(REQUIREMENTS.glob("*.in")):
         output = forced.with_suffix(".txt")
         if forced.stem == "build":
             continue
-        resolution = ["--resolution", "lowest-direct"] if forced.stem == OLDEST else []
+        is_oldest = forced.stem == OLDEST
         if not keep:
             output.unlink(missing_ok=True)
-        if not output.exists() and not resolution:
+        if not output.exists() and not is_oldest:
             shutil.copyfile(LOCK, output)  # uv stays with what an output file holds: an overlay differs where it must
-        compile_lock([project, forced], (OVERLAY_EXTRA,), output, "--override", forced.relative_to(ROOT), *resolution)
+        compile_lock(
+            [project, forced],
+            (OVERLAY_EXTRA,),
+            output,
+            "--override",
+            forced.relative_to(ROOT),
+            *(LOWEST if is_oldest else FEWEST),
+        )
 
 
 if __name__ == "__main__":

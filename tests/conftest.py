@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one of several processes, each with a core
+if os.environ.pop("PYTEST_XDIST_WORKER", None):  # one of several processes, each with a core; not so what tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
