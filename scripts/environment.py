@@ -62,6 +62,12 @@ def succeeds(*command: object) -> bool:
     return subprocess.run([str(part) for part in command], capture_output=True, check=False).returncode == 0
 
 
+def output_of(*command: object) -> str:
+    """What a command prints; nothing where it fails."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def has_gpu() -> bool:
     """Whether a driver shows an NVIDIA, AMD or Intel GPU for computing."""
     return bool(shutil.which("nvidia-smi") and succeeds("nvidia-smi", "-L")) or Path("/dev/kfd").exists()
@@ -112,12 +118,10 @@ class Environment:
 
     def uv(self, *arguments: object) -> bool:
         """uv does not read pip's configuration: a mirror that is set there is handed on."""
-        found = subprocess.run(
-            [self.python, "-m", "pip", "config", "get", "global.index-url"], capture_output=True, text=True, check=False
-        )
-        index = os.environ.get("PIP_INDEX_URL") or found.stdout.strip()
-        if index:
-            os.environ.setdefault("UV_DEFAULT_INDEX", index)
+        if mirror := os.environ.get("PIP_INDEX_URL") or output_of(
+            self.python, "-m", "pip", "config", "get", "global.index-url"
+        ):
+            os.environ.setdefault("UV_DEFAULT_INDEX", mirror)
         return run(self.python, "-m", "uv", *arguments)
 
 
@@ -185,10 +189,8 @@ def make_overlay(base: Environment, name: str) -> None:
     below, own = (next(path.glob("lib/python*/site-packages")).resolve() for path in (base.folder, folder))
     # addsitedir, not a bare path: the checkout itself is in .venv by a .pth file, which a bare path would not read
     (own / "base.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
-    there = subprocess.run(
-        [base.python, "-m", "uv", "pip", "freeze", "--python", base.python], capture_output=True, text=True, check=True
-    )
-    shared = {pin(line) for line in there.stdout.splitlines()}
+    there = output_of(base.python, "-m", "uv", "pip", "freeze", "--python", base.python)
+    shared = {pin(line) for line in there.splitlines()}
     different = [line for line in requirements.read_text().splitlines() if pin(line) not in shared]
     (folder / "different.txt").write_text("\n".join(different) + "\n")
     what = ("--no-deps", "--build-constraint", requirements, "-r", folder / "different.txt")
