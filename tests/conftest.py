@@ -53,6 +53,12 @@ def native_case(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of several processes none is left with them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `gpu` need a device that Triton serves; TRITON_INTERPRET=1 makes the CPU one."""
     if item.get_closest_marker("gpu") is not None and (reason := why_not("triton", DEVICE)) is not None:
