@@ -4,7 +4,7 @@
 # Tests run in JOBS processes: a core each, a file at a time.
 PYTHON ?= python3
 JOBS ?= 2
-PYTEST := -m pytest -n $(JOBS) --dist loadfile
+PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 tests-of-transformers := tests/test_architectures.py tests/test_attach.py tests/test_recompute.py
 tests-of-adapters := tests/test_peft.py tests/test_adapters.py tests/test_models_real.py
