@@ -1,9 +1,9 @@
 # Two commands: `make train` and `make test`. Both make .venv first where it is missing or stale.
 #   make train ARGS="--update.method bypass-token --seed 1"      any flag of `alp train`
 # Every environment has the exact versions of requirements/*.txt; `make lock` renews those (CONTRIBUTING.md).
-# Tests run in JOBS processes: a core each, a file at a time.
+# Tests run in JOBS processes, a file at a time: one more than two cores, for many tests wait for processes of their own.
 PYTHON ?= python3
-JOBS ?= 2
+JOBS ?= 3
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 tests-of-transformers := tests/test_architectures.py tests/test_attach.py tests/test_recompute.py

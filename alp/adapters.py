@@ -42,6 +42,7 @@ def add_lora(model: PreTrainedModel, rank: int) -> None:
 
     present = getattr(model, "peft_config", {}).get(_ADAPTER)
     if present is None:
+        plain = _names(model)
         config = LoraConfig(
             r=rank,
             lora_alpha=_ALPHA * rank,
@@ -51,6 +52,8 @@ def add_lora(model: PreTrainedModel, rank: int) -> None:
         )
         config.base_model_name_or_path = model.name_or_path
         inject_adapter_in_model(config, model, _ADAPTER)
+        if stray := _not_served(model, plain):
+            raise UserError(f"model.lora={rank}: this model's {stray[0]} cannot be merged; train it without adapters")
         _widen_adapters(model)
     elif present.r != rank:
         raise UserError(f"model.lora={rank}; the adapter of {present.base_model_name_or_path} has rank {present.r}")
@@ -75,14 +78,20 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     from peft.utils import load_peft_weights
 
     config = PeftConfig.from_pretrained(str(folder))
-    fits = "it needs LoRA on linear layers alone: no DoRA, no trained biases, embeddings or copies of modules"
+    fits = (
+        "it needs LoRA on linear layers alone: no DoRA or aLoRA, no trained biases, embeddings, experts' tensors or copies "
+        "of modules, no repeated layers, and no output head that is tied to the embeddings"
+    )
     if config.peft_type != PeftType.LORA or config.bias != "none":
         kind = f"peft_type={config.peft_type}, bias={getattr(config, 'bias', None)!r}"
         raise UserError(f"{folder} is an adapter with {kind}; {fits}")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise UserError(f"{folder} is an adapter with alora_invocation_tokens; {fits}")
     config.base_model_name_or_path, config.inference_mode = model.name_or_path, False
+    plain = _names(model)
     inject_adapter_in_model(config, model, _ADAPTER)
     own = [name for name, _ in model.named_parameters() if f".{_ADAPTER}." in f"{name}."]
-    others = [name for name in own if not _LORA.search(name)]
+    others = [name for name in own if not _LORA.search(name)] or _not_served(model, plain)
     if others or not own:
         raise UserError(f"{folder} is an adapter that trains {(others or ['nothing'])[0]}; {fits}")
     _widen_adapters(model)
@@ -110,6 +119,17 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     for_inference, config.inference_mode = config.inference_mode, True  # as peft writes it: loads frozen, unless asked
     config.save_pretrained(str(folder))
     config.inference_mode = for_inference
+
+
+def _names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters()}
+
+
+def _not_served(model: nn.Module, plain: set[str]) -> list[str]:
+    """What `served` would leave out of a model whose parameters were `plain` before it got its adapters."""
+    names = {name for name in _names(model) if f".{_ADAPTER}." not in f"{name}."}
+    unmerged = [layer for layer in adapted(model) if f"{layer}.base_layer.weight" not in names]
+    return sorted({name.replace(".base_layer.", ".") for name in names} ^ plain) + unmerged
 
 
 def _widen_adapters(model: nn.Module) -> None:

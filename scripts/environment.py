@@ -54,17 +54,23 @@ def run(*command: object) -> bool:
 
 def must(done: bool) -> None:
     if not done:
-        sys.exit("environment: the last command failed; its message is above")
+        sys.exit("environment: the last command failed, or was stopped; its message, if it had one, is above")
 
 
 def succeeds(*command: object) -> bool:
     """Whether a command succeeds, without its output."""
-    return subprocess.run([str(part) for part in command], capture_output=True, check=False).returncode == 0
+    try:
+        return subprocess.run([str(part) for part in command], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def output_of(*command: object) -> str:
-    """What a command prints; nothing where it fails."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    """What a command prints; nothing where it fails or is not there."""
+    try:
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -87,13 +93,22 @@ class Environment:
         self._constraints = ("--constraint", LOCK, "--build-constraint", LOCK) if is_locked else ()
 
     def make(self) -> None:
-        if not self.python.exists():
+        asked = "import sys, pip; print(sys.version)"  # without pip it was stopped while it was made
+        if output_of(self.python, "-c", asked) != sys.version:
             say(f"making {self.folder.name}")
-            venv.create(self.folder, with_pip=True)
-        if not succeeds(self.python, "-m", "uv", "--version"):
+            venv.create(self.folder, with_pip=True, clear=True)
+        if output_of(self.python, "-m", "uv", "--version").split()[1:2] != [UV]:
             must(self._pip(f"uv=={UV}"))
-        if not succeeds(self.python, "-c", "import torch"):
+        ours = self.folder / "torch-installed"  # a build that someone put there by hand stays
+        if not succeeds(self.python, "-c", "import torch") or (ours.exists() and ours.read_text() != TORCH):
             self._install_torch()
+            ours.write_text(TORCH)
+
+    def install_triton(self) -> None:
+        """For a PyTorch that brings none."""
+        asked = "import importlib.metadata as m; print(any(r.startswith('triton') for r in m.requires('torch')))"
+        if platform.system() == "Linux" and output_of(self.python, "-c", asked) != "True":
+            self.install("--no-deps", f"triton=={TRITON}")
 
     def install(self, *what: object) -> None:
         must(self._uv(*what, *self._constraints))
@@ -163,8 +178,8 @@ def make_base(extra: str, is_newest: bool) -> Environment:
             "which may differ from those that were tested"
         )
     environment.make()
-    if extra != "train" and not succeeds(environment.python, "-c", "import triton") and platform.system() == "Linux":
-        environment.install("--no-deps", f"triton=={TRITON}")
+    if extra != "train":
+        environment.install_triton()
     # editable: edits are used as they are, and the native engine is built into the checkout
     newest = ("--upgrade", f"torch=={TORCH}") if is_newest else ()
     environment.install("--editable", f".[{extra}]", *newest)

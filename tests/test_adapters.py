@@ -1,5 +1,6 @@
 """Adapters as peft keeps them: what it wrote loads, what we write is what it writes, and what cannot be served is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from alp import cli
 from alp.adapters import adapted, add_lora, served, snapshot
@@ -22,6 +23,8 @@ from .tiny_models import write_llama, write_sums
 
 CPU = torch.device("cpu")
 LAYERS = ["q_proj", "down_proj"]
+SMALL = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
@@ -115,6 +118,8 @@ OTHERS = {
     "embeddings": ({"target_modules": ["embed_tokens", "q_proj"]}, r"lora_embedding_A"),
     "biases": ({"bias": "all"}, r"bias='all'"),
     "biases of adapters": ({"lora_bias": True}, r"lora_B\.default\.bias"),
+    "aLoRA": ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens"),
+    "repeated layers": ({"layer_replication": [[0, 2], [0, 2]]}, r"model\.layers"),
 }
 
 
@@ -125,6 +130,36 @@ def test_adapters_that_would_not_be_served_whole_are_refused_by_name(base: Path,
     write_with_peft(base, tmp_path, config)
     with pytest.raises(UserError, match=f"{says}.*; it needs LoRA on linear layers alone"):
         load(tmp_path)
+
+
+def test_an_adapter_on_a_tied_head_is_refused_and_on_an_untied_one_served(base: Path, tmp_path: Path) -> None:
+    """The head's weight is the embeddings': merged into it, the adapter would act on the inputs too."""
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    tied = write_llama(tmp_path / "tied", tie_word_embeddings=True)
+    write_with_peft(tied, tmp_path / "on_tied", config)
+    with pytest.raises(UserError, match=r"lm_head.*no output head that is tied"):
+        load(tmp_path / "on_tied")
+    write_with_peft(base, tmp_path / "on_untied", config)
+    model = load(tmp_path / "on_untied").model
+    plain, weight = served(model, snapshot(model)), model.get_output_embeddings()
+    torch.testing.assert_close(plain["lm_head.weight"], weight.base_layer.weight + weight.get_delta_weight("default"))
+
+
+def test_an_adapter_on_experts_tensors_is_refused(tmp_path: Path) -> None:
+    if "target_parameters" not in {field.name for field in dataclasses.fields(peft.LoraConfig)}:
+        pytest.skip("this peft has no target_parameters")
+    settings = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
+    mixtral = MixtralForCausalLM(MixtralConfig(**{**SMALL, **settings}))
+    if not hasattr(mixtral.model.layers[0], "mlp"):
+        pytest.skip("this transformers keeps experts as linear layers")
+    mixtral.save_pretrained(tmp_path / "base")
+    write_llama(tmp_path / "tokens")
+    for file in (tmp_path / "tokens").glob("token*"):
+        file.rename(tmp_path / "base" / file.name)
+    config = peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"], task_type="CAUSAL_LM")
+    write_with_peft(tmp_path / "base", tmp_path / "adapter", config)
+    with pytest.raises(UserError, match=r"experts.*; it needs LoRA on linear layers alone"):
+        load(tmp_path / "adapter")
 
 
 def test_adapters_that_are_no_lora_are_refused_by_name(base: Path, tmp_path: Path) -> None:
