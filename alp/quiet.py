@@ -12,5 +12,9 @@ _CHATTER = {
 
 def leave_out_import_chatter() -> None:
     """From now on, in this process, drop these messages and no others."""
-    for name, start in _CHATTER.items():
-        logging.getLogger(name).addFilter(lambda record, start=start: not str(record.msg).startswith(start))
+    for name in _CHATTER:
+        logging.getLogger(name).addFilter(_is_worth_saying)
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_CHATTER[record.name])
