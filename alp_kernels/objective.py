@@ -155,10 +155,15 @@ class LossRows(NamedTuple):
     ref_logp: Tensor | None = None  # where kl_coef > 0
 
 
+def _clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """clamp with the gradient 1 on its bounds, as within them: PyTorch's own gives another one there from 2.14 on."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 def surrogate(ell: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
     """The clipped surrogate loss of each row, differentiable in its log-ratio `ell`."""
-    rho = ell.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
-    clipped = rho.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    rho = _clamp(ell, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    clipped = _clamp(rho, 1 - objective.clip_low, 1 + objective.clip_high)
     loss = torch.maximum(-advantages * rho, -advantages * clipped)
     if objective.dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * objective.dual_clip), loss)
@@ -172,7 +177,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: KL) -> Tensor:
         return log_ratio
     if kl == "k2":
         return log_ratio.square() / 2
-    away = (-log_ratio).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    away = _clamp(-log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     k3 = torch.expm1(away) - away
     if kl == "k3":
         return k3

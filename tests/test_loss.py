@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from alp_kernels import PRESETS, Objective, Stats, importance_weight, policy_loss
 from alp_kernels.layout import BATCH_NAMES
 from alp_kernels.loss import check_loss, level_log_ratio
-from alp_kernels.objective import KL, Aggregation, Level, row_gradient
+from alp_kernels.objective import KL, Aggregation, Level, row_gradient, surrogate
 
 from .batches import by_hand, make_batch, pack
 
@@ -30,6 +30,17 @@ def objectives():
         yield Objective(denominator="old", weight=weight, weight_level=at)
     yield Objective(clip_low=1.0, clip_high=0.0, dual_clip=None)
     yield from PRESETS.values()
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_on_its_bounds_the_surrogate_has_the_gradient_of_within(advantage):
+    """Whatever PyTorch's own clamp does there, which changed in 2.14: the log-ratio's clamp, and clips of no width."""
+    wide = Objective(clip_low=1.0, clip_high=1e12, dual_clip=None)
+    none = Objective(clip_low=0.0, clip_high=0.0, dual_clip=None)
+    for objective, at in ((wide, 20.0), (wide, -20.0), (none, 0.0)):
+        ell = torch.tensor([at], dtype=torch.float64, requires_grad=True)
+        surrogate(ell, torch.tensor([advantage], dtype=torch.float64), objective).sum().backward()
+        assert ell.grad.item() == pytest.approx(-advantage * math.exp(at), rel=1e-12)
 
 
 def differentiated(b, objective, **options):
