@@ -23,6 +23,7 @@ train:
 
 test:
 	@$(PYTHON) scripts/environment.py test
+	@echo "all tests: about nine minutes on two cores"
 	$(BIN)/python $(PYTEST) $(ARGS)
 
 # The same tests on whatever the index serves, in .venv-newest: run when the locks are renewed.
