@@ -391,7 +391,7 @@ class Perturbation(nn.Module):
         is_compiling = torch.compiler.is_compiling()
         if not (self._switch.is_on if is_compiling else self._on or _in_backward()):
             return None
-        by_position = bool(args) and isinstance(args[0], Tensor)
+        by_position = len(args) > 0 and isinstance(args[0], Tensor)
         hidden = args[0] if by_position else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor):
             raise TypeError(
