@@ -10,17 +10,19 @@ Derivation: docs/math.md, section 4
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import Batch, first_and_last, segment_sum
+from .layout import Batch, Unread
 from .loss import level_log_ratio
 from .objective import Objective, row_gradient, row_loss
 from .products import Plan, Whole, even_sizes
 from .reference import HeadRows
+from .stats import Stats
+from .transfer import Asked, Transfer
 
 
 class Order(NamedTuple):
@@ -33,7 +35,38 @@ class Order(NamedTuple):
     num_plain: int  # rows at the end that need only their log-probability
 
 
-def loss_and_gradients(
+@dataclass(frozen=True)
+class Fused:
+    """What the fused head returns; nothing of it carries a graph."""
+
+    loss: Tensor  # ()
+    logp: Tensor  # (N,), 0 off the mask
+    entropy: Tensor  # (N,)
+    gradients: list[Tensor | None]  # of loss / gradient_scale, in hidden, weight, bias and sigma, not yet rounded
+    index: Tensor  # (n,) the rows in the loss, in order
+    stats: Stats
+
+
+class Given(NamedTuple):
+    """What the fused head is given; a second backward needs it again."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    plan: Plan
+    batch: Batch
+    objective: Objective
+    order: Order
+    needs: Sequence[bool]  # whether hidden, weight, bias and sigma need a gradient
+
+
+def fused_head(given: Given) -> Fused:
+    """The loss and its gradients, chunk by chunk."""
+    with torch.no_grad(), torch.autocast(given.hidden.device.type, enabled=False):
+        return _fused_head(*given)
+
+
+def _fused_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -42,11 +75,7 @@ def loss_and_gradients(
     objective: Objective,
     order: Order,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    """The loss (), logp and entropy (N,), and the gradients of hidden, weight, bias and sigma where `needs` asks.
-
-    The gradients are those of loss / gradient_scale, summed and not yet rounded to their tensors' dtypes.
-    """
+) -> Fused:
     real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logp, entropy = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(2))
     products = plan.products(hidden, weight, bias, needs, sum(map(len, order.groups)))
@@ -55,21 +84,23 @@ def loss_and_gradients(
         logp[index], entropy[index] = out.logp, out.entropy
         return out
 
-    scaled = replace(batch, weight=batch.weight / gradient_scale(batch, hidden.dtype))
+    scale = gradient_scale(batch, hidden.dtype)
     num_graded = len(order.rows) - order.num_plain if any(needs) else 0
     for index in products.parts(order.rows[num_graded:]):
         noted(index, products.logprob(index))
     groups = order.rows[:num_graded].split([sum(sizes) for sizes in order.groups]) if num_graded else ()
     for group, sizes in zip(groups, order.groups, strict=False):
-        rows = scaled.select(group)
+        rows = batch.loss_rows(group, scale)
         if isinstance(products, Whole) and objective.level == "token" and plan.engine.FUSES_TOKEN_LOSS:
-            noted(group, products.token_loss(group, rows.loss_rows(), objective))
+            noted(group, products.token_loss(group, rows, objective))
             continue
         *before, last = group.split(sizes)  # one part, but for a sequence longer than a chunk
         outs = [noted(index, products.logprob(index)) for index in before]
         out, kept = products.keep(last, objective.entropy_coef != 0)
         noted(last, out)
-        dlogp, dentropy = coefficients(logp[group], rows, objective)
+        p = logp[group]
+        ell = p - rows.denominator if objective.level == "token" else level_log_ratio(p, batch.select(group), objective)
+        dlogp, dentropy = row_gradient(ell, p, rows, objective)
         dlogps = dlogp.split(sizes)
         dentropies = [None] * len(sizes) if dentropy is None else dentropy.split(sizes)
         products.backward(last, kept, out, dlogps[-1], dentropies[-1])
@@ -79,15 +110,15 @@ def loss_and_gradients(
     index = order.rows.sort().values  # sequences in order again
     live, p, h = batch.select(index), logp[index], entropy[index]
     ell = level_log_ratio(p, live, objective)
-    loss = (live.weight * row_loss(ell, p, h, live.loss_rows(), objective)).sum()
-    return loss, logp, entropy, products.gradients()
+    loss = (live["weight"] * row_loss(ell, p, h, live.loss_rows(), objective)).sum()
+    return Fused(loss, logp, entropy, products.gradients(), index, Stats.measure(p, h, ell, live, batch, objective))
 
 
 class FusedLoss(torch.autograd.Function):
-    """Returns (sum of weighted row losses, logp (N,), entropy (N,)); the gradients are formed with the loss.
+    """Hangs the loss and the gradients that were formed with it into the graph; returns the loss ().
 
-    The first backward hands them out, scaled in place, so that no second copy of a V x D gradient is made; a second one
-    forms them again.
+    The first backward hands the gradients out, scaled in place, so that no second copy of a V x D gradient is made; a second
+    one forms them again.
     """
 
     @staticmethod
@@ -97,37 +128,31 @@ class FusedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         log_sigma: Tensor | None,
-        plan: Plan,
-        batch: Batch,
-        objective: Objective,
-        order: Order,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        needs = [need and plan.with_grad for need in ctx.needs_input_grad[:4]]
-        with torch.autocast(hidden.device.type, enabled=False):
-            out = loss_and_gradients(hidden, weight, bias, plan, batch, objective, order, needs)
-        loss, logp, entropy, ctx.grads = out
+        given: Given,
+        fused: Fused,
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.again = (plan, batch, objective, order, needs)
+        ctx.rest, ctx.gradients = given[3:], fused.gradients
         ctx.log_sigma_shape = None if log_sigma is None else log_sigma.shape
-        ctx.mark_non_differentiable(logp, entropy)
-        return loss, logp, entropy
+        return fused.loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _dlogp: Tensor, _dentropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        grads, ctx.grads = ctx.grads, None
-        plan, batch = ctx.again[:2]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        given = Given(*ctx.saved_tensors, *ctx.rest)
+        grads, ctx.gradients = ctx.gradients, None
         if grads is None:
-            with torch.autocast(hidden.device.type, enabled=False):
-                *_, grads = loss_and_gradients(hidden, weight, bias, *ctx.again)
-        by = dloss * gradient_scale(batch, hidden.dtype)
-        likes = (hidden, weight, bias, by)
+            grads = fused_head(given).gradients
+        scale = gradient_scale(given.batch, given.hidden.dtype)
+        by = dloss if scale is None else dloss * scale
+        likes = (given.hidden, given.weight, given.bias, by)
         dhidden, dweight, dbias, dsigma = (
-            None if g is None else _rounded(g, like.dtype, by, plan) for g, like in zip(grads, likes, strict=True)
+            None if g is None or like is None else _rounded(g, like.dtype, by, given.plan)
+            for g, like in zip(grads, likes, strict=True)
         )
-        dlog_sigma = None if dsigma is None else (dsigma * plan.head.sigma).reshape(ctx.log_sigma_shape)
-        return dhidden, dweight, dbias, dlog_sigma, *[None] * 4
+        sigma = given.plan.head.sigma
+        dlog_sigma = None if dsigma is None or sigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)
+        return dhidden, dweight, dbias, dlog_sigma, None, None
 
 
 def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor, plan: Plan) -> Tensor:
@@ -138,21 +163,17 @@ def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor, plan: Plan) -> Te
     return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
 
 
-def gradient_scale(batch: Batch, dtype: torch.dtype) -> Tensor:
-    """() what gradients are divided by while they are formed: 1, but for float16, which would underflow.
+def gradient_scale(batch: Batch, dtype: torch.dtype) -> Tensor | None:
+    """() what gradients are divided by while they are formed; None: by nothing. Only float16 would underflow.
 
     There it is the largest aggregation weight, up to the next power of two: a loss scaled by its caller (GradScaler) comes
     too late for gradients that are formed with the loss.
     """
     if dtype != torch.float16:
-        return torch.ones_like(batch.weight[0])
-    _, exponent = torch.frexp(batch.weight.amax())
-    return torch.ldexp(torch.ones_like(batch.weight[0]), exponent)
-
-
-def coefficients(logp: Tensor, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the weighted loss with respect to logp and (where it has a coefficient) entropy, each (n,)."""
-    return row_gradient(level_log_ratio(logp, batch, objective), logp, batch.loss_rows(), objective)
+        return None
+    weight = batch.numbers[batch.columns.index("weight")]
+    _, exponent = torch.frexp(weight.amax())
+    return torch.ldexp(torch.ones_like(weight[0]), exponent)
 
 
 class LinearLogprob(torch.autograd.Function):
@@ -220,18 +241,37 @@ def logprob_gradients(
     return [dhidden, dweight, dbias, None if dsigma is None or sigma is None else dsigma * sigma]
 
 
-def plan_order(batch: Batch, objective: Objective, plan: Plan) -> Order:
-    """Sort a batch's rows into those with a gradient and those without, and group them."""
-    graded = batch.mask & ((batch.advantages != 0) | objective.has_penalty)
-    if objective.level != "token":  # a sequence with one graded row goes whole
-        graded = batch.mask & (segment_sum(graded, *first_and_last(batch.sequence)) > 0)
-    rows = torch.argsort(2 * (~batch.mask).long() + (~graded).long(), stable=True)
-    num_graded, num_live = torch.stack([graded.sum(), batch.mask.sum()]).tolist()
-    rows, num_plain = rows[:num_live], num_live - num_graded
-    if objective.level == "token":
-        return Order(rows, [[size] for size in even_sizes(num_graded, plan.first_rows, plan.chunk_rows)], num_plain)
-    lengths = torch.unique_consecutive(batch.sequence[rows[:num_graded]], return_counts=True)[1].tolist()
-    return Order(rows, _whole_sequences(lengths, plan.first_rows, plan.chunk_rows), num_plain)
+class Ranked(NamedTuple):
+    """The rows in the order they will be taken in, before anybody knows how many of each kind there are."""
+
+    rows: Tensor  # (N,) those that may have a gradient, the others in the loss, those off the mask
+    counts: Asked  # as Unread.counts
+    lengths: Asked | None  # rows of each sequence where any has a gradient, else 0; None at token level
+
+    def order(self, plan: Plan) -> Order:
+        num_live, _, num_graded = map(int, self.counts.numbers)
+        if self.lengths is None:
+            groups = [[size] for size in even_sizes(num_graded, plan.first_rows, plan.chunk_rows)]
+        else:
+            lengths = [int(length) for length in self.lengths.numbers if length]
+            num_graded = sum(lengths)
+            groups = _whole_sequences(lengths, plan.first_rows, plan.chunk_rows)
+        return Order(self.rows[:num_live], groups, num_live - num_graded)
+
+
+def rank_rows(unread: Unread, transfer: Transfer) -> Ranked:
+    """Sort a batch's rows into those with a gradient and those without, and ask how many there are."""
+    graded, lengths = unread.graded, None
+    if unread.objective.level != "token":  # a sequence with one graded row goes whole
+        sequence = unread.sequence()
+        starts = torch.searchsorted(sequence, torch.arange(unread.count() + 1, device=sequence.device))
+        sums = torch.zeros(2, len(graded) + 1, dtype=torch.int64, device=graded.device)
+        torch.cumsum(torch.stack([graded, unread.mask]), dim=1, out=sums[:, 1:])
+        num_graded, num_live = sums[:, starts].diff(dim=1)
+        lengths = transfer.ask(num_live * (num_graded > 0))
+        graded = unread.mask & (num_graded > 0)[sequence]
+    rank = graded.view(torch.uint8) + unread.mask.view(torch.uint8)
+    return Ranked(torch.argsort(rank, descending=True, stable=True), unread.counts, lengths)
 
 
 def _whole_sequences(lengths: list[int], first: int, rest: int) -> list[list[int]]:

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from . import ops
 from .engine import pick
-from .fused import FusedLoss, LinearLogprob, Order, plan_order
-from .layout import Batch, batch_arguments, flatten
-from .loss import LossOutput, level_log_ratio
+from .fused import FusedLoss, Given, LinearLogprob, fused_head, rank_rows
+from .layout import batch_arguments, flatten
+from .loss import LossOutput
 from .noise import LOGITS_LAYER
 from .objective import Objective
 from .perturb import DTYPES, check_tensor, make_stream
 from .products import Plan, is_tiled
 from .reference import Head
 from .stats import Stats
+from .transfer import Transfer
 
 CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 1 << 30
 """Memory for a chunk of logits where the caller names none."""
@@ -64,11 +65,12 @@ def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
 
 
 def check_head(
-    where: str, arguments: HeadArguments, needs: Sequence[bool] | None = None
+    where: str, arguments: HeadArguments, transfer: Transfer, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
     """Check the arguments both public functions share. Returns hidden (N, D), weight, bias in one dtype, and the plan.
 
-    needs: of hidden, weight, bias and log_sigma, whether a gradient will be asked for; None: as autograd has it.
+    transfer: looks at the values of targets and temperature.
+    needs: of hidden, weight, bias and log_sigma, whether a gradient will be asked for.
     """
     hidden, weight, bias, targets, mask, temperature, softcap, logit_scale, logit_noise, chunk_bytes, engine = arguments
     tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, "mask": mask}
@@ -122,16 +124,23 @@ def check_head(
     for name, value in (("weight", weight), ("bias", bias), ("targets", targets), ("mask", mask)):
         if value is not None and value.device != hidden.device:
             raise ValueError(f"{where}: {name} is on {value.device}, hidden on {hidden.device}; they must share one")
-    outside = (targets < 0) | (targets >= vocab)
-    if mask is not None:
-        outside &= mask != 0
-    count, first = torch.stack([outside.sum(), outside.reshape(-1).to(torch.uint8).argmax()]).tolist()
-    if count:
-        wrong = int(targets.reshape(-1)[first])
-        at = (first,) if targets.dim() == 1 else divmod(first, targets.shape[1])
-        raise ValueError(
-            f"{where}: targets has {count} values outside the vocabulary [0, {vocab}), first {wrong} at {at}"
-        )
+    if mask is not None:  # a target off the mask may be anything
+        targets = targets * (mask != 0)
+    flat_targets = targets.reshape(-1).long()
+    span = [transfer.ask(value) for value in flat_targets.aminmax()]
+
+    def check_targets() -> None:
+        low, high = (int(asked.numbers[0]) for asked in span)
+        if low < 0 or high >= vocab:
+            outside = (flat_targets < 0) | (flat_targets >= vocab)
+            count, first = int(outside.sum()), int(outside.to(torch.uint8).argmax())
+            at = (first,) if targets.dim() == 1 else divmod(first, targets.shape[1])
+            raise ValueError(
+                f"{where}: targets has {count} values outside the vocabulary [0, {vocab}), first "
+                f"{int(flat_targets[first])} at {at}"
+            )
+
+    transfer.check(check_targets)
     if not (math.isfinite(logit_scale) and logit_scale != 0):
         raise ValueError(f"{where}: logit_scale={logit_scale}; it needs a finite number other than 0")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -145,9 +154,14 @@ def check_head(
             raise ValueError(
                 f"{where}: temperature has shape {tuple(temperature.shape)}; it needs () or {tuple(targets.shape)}"
             )
-        tau = temperature.detach().to(hidden.device, real).expand(targets.shape).reshape(-1)
-        if not bool((tau > 0).all()):
-            raise ValueError(f"{where}: temperature has values <= 0; it needs positive ones")
+        tau = temperature.detach().to(hidden.device, real, non_blocking=True).expand(targets.shape).reshape(-1)
+        lowest = transfer.ask(temperature.detach().amin())
+
+        def check_temperature() -> None:
+            if not lowest.numbers[0] > 0:
+                raise ValueError(f"{where}: temperature has values <= 0; it needs positive ones")
+
+        transfer.check(check_temperature)
     else:
         if not 0 < temperature < math.inf:
             raise ValueError(f"{where}: temperature={temperature}; it needs a number > 0")
@@ -165,12 +179,15 @@ def check_head(
         stream = make_stream(where, targets.numel(), hidden.device, seed, step, LOGITS_LAYER, row_ids, row_start)
         stream = stream._replace(row_ids=stream.rows(targets.numel(), hidden.device), row_start=0)
         head = head._replace(sigma=log_sigma.detach().reshape(()).exp(), stream=stream)
-    flat_targets = targets.reshape(-1).long().clamp(0, vocab - 1)
-    with_grad = torch.is_grad_enabled() if needs is None else any(needs)
-    sums_weight = with_grad and (weight.requires_grad if needs is None else needs[1])
-    chosen = pick(engine, hidden.device)
-    plan = _plan(chosen, head, flat_targets, hidden, weight, chunk_bytes, with_grad, sums_weight)
+    plan = _plan(pick(engine, hidden.device), head, flat_targets, hidden, weight, chunk_bytes, any(needs), needs[1])
     return hidden.reshape(-1, channels), weight, bias, plan
+
+
+def needs_gradient(arguments: HeadArguments) -> list[bool]:
+    """Whether autograd will ask for the gradients of hidden, weight, bias and log_sigma."""
+    log_sigma = None if arguments.logit_noise is None else arguments.logit_noise.log_sigma
+    graded = (arguments.hidden, arguments.weight, arguments.bias, log_sigma)
+    return [torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in graded]
 
 
 def _plan(
@@ -262,38 +279,41 @@ def fused_alp_loss(
         of_batch = batch_arguments("fused_alp_loss", objective, hidden.device, nonfinite, given)
         out = torch.ops.alp_kernels.fused_alp_loss(*head_arguments("fused_alp_loss", arguments), *of_batch)
         loss, logp, entropy, *_, numbers, flags, num_nonfinite = out
-        return LossOutput(loss, logp, entropy, Stats.of_rows(numbers, flags, num_nonfinite, has_entropy=True))
-    flat, head_weight, head_bias, plan = check_head("fused_alp_loss", arguments)
-    batch = flatten_for("fused_alp_loss", flat, targets, objective, nonfinite, given)
-    order = plan_order(batch, objective, plan)
-    log_sigma = None if logit_noise is None else logit_noise.log_sigma
-    loss, logp, entropy = FusedLoss.apply(flat, head_weight, head_bias, log_sigma, plan, batch, objective, order)
-    stats = measure_rows(logp, entropy, batch, objective, order)[0]
-    return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), stats)
+        knows = targets.dim() == 2 or cu_seqlens is not None or sequence_ids is not None
+        stats = Stats.of_rows(numbers, flags, num_nonfinite, objective, knows_sequences=knows, has_entropy=True)
+        return LossOutput(loss, logp, entropy, stats)
+    transfer, needs = Transfer(), needs_gradient(arguments)
+    checked = check_head("fused_alp_loss", arguments, transfer, needs)
+    prepared = prepare("fused_alp_loss", checked, targets.shape, objective, nonfinite, given, transfer, needs)
+    return fused_loss(prepared, targets.shape, None if logit_noise is None else logit_noise.log_sigma)
 
 
-def flatten_for(
-    where: str, flat: Tensor, targets: Tensor, objective: Objective, nonfinite: str, given: dict[str, Any]
-) -> Batch:
-    """The batch beside hidden states `flat` (N, D)."""
-    return flatten(
-        where,
-        objective,
-        shape=targets.shape,
-        dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32,
-        device=flat.device,
-        nonfinite=nonfinite,
-        **given,
+def prepare(
+    where: str,
+    checked: tuple[Tensor, Tensor, Tensor | None, Plan],
+    shape: torch.Size,
+    objective: Objective,
+    nonfinite: str,
+    given: dict[str, Any],
+    transfer: Transfer,
+    needs: Sequence[bool],
+) -> Given:
+    """Check the batch beside a head that `check_head` has checked, and look at all values at once."""
+    flat, weight, bias, plan = checked
+    real = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    unread = flatten(
+        where, objective, transfer, shape=shape, dtype=real, device=flat.device, nonfinite=nonfinite, **given
     )
+    ranked = rank_rows(unread, transfer)
+    transfer.bring()
+    return Given(flat, weight, bias, plan, unread.batch(), objective, ranked.order(plan), needs)
 
 
-def measure_rows(
-    logp: Tensor, entropy: Tensor, batch: Batch, objective: Objective, order: Order
-) -> tuple[Stats, Tensor]:
-    """Statistics of the rows in the loss, and which rows those are."""
-    index = order.rows.sort().values  # not mask.nonzero(), which would wait for the kernels
-    live, p = batch.select(index), logp[index]
-    return Stats.measure(p, entropy[index], level_log_ratio(p, live, objective), live, objective), index
+def fused_loss(given: Given, shape: torch.Size, log_sigma: Tensor | None) -> LossOutput:
+    """The loss with its gradients, as part of the graph."""
+    fused = fused_head(given)
+    loss = FusedLoss.apply(*given[:3], log_sigma, given, fused)
+    return LossOutput(loss, fused.logp.view(shape), fused.entropy.view(shape), fused.stats)
 
 
 def linear_logprob(
@@ -321,16 +341,23 @@ def linear_logprob(
     if isinstance(hidden, Tensor) and ops.serves(hidden):
         logp, entropy, _ = torch.ops.alp_kernels.linear_logprob(*head_arguments("linear_logprob", arguments))
         return logp, entropy
-    flat, head_weight, head_bias, plan = check_head("linear_logprob", arguments)
-    order = row_order(flat, mask)
+    transfer = Transfer()
+    flat, head_weight, head_bias, plan = check_head("linear_logprob", arguments, transfer, needs_gradient(arguments))
+    order = row_order(flat, mask, transfer)
     log_sigma = None if logit_noise is None else logit_noise.log_sigma
     logp, entropy = LinearLogprob.apply(flat, head_weight, head_bias, log_sigma, plan, order)
     return logp.view(targets.shape), entropy.view(targets.shape)
 
 
-def row_order(flat: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows to compute, (n,) int64."""
-    return torch.arange(len(flat), device=flat.device) if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+def row_order(flat: Tensor, mask: Tensor | None, transfer: Transfer) -> Tensor:
+    """The rows to compute, (n,) int64; makes the transfer."""
+    if mask is None:
+        transfer.bring()
+        return torch.arange(len(flat), device=flat.device)
+    live = mask.reshape(-1) != 0
+    count = transfer.ask(live.sum())
+    transfer.bring()
+    return torch.argsort(live.view(torch.uint8), descending=True, stable=True)[: int(count.numbers[0])]
 
 
 HEAD_SCHEMA = (
@@ -349,8 +376,7 @@ def head_arguments(where: str, arguments: HeadArguments) -> tuple[Any, ...]:
     if noise is not None:
         log_sigma, row_ids = noise.log_sigma, noise.row_ids
         at, _ = ops.coordinates(noise.step, noise.row_start, noise.seed, LOGITS_LAYER)
-    graded = (hidden, weight, bias, log_sigma)
-    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in graded]
+    needs = needs_gradient(arguments)
     by_row = isinstance(temperature, Tensor)
     return (
         hidden, weight, bias, log_sigma, targets, mask, temperature if by_row else None, 1.0 if by_row else temperature,

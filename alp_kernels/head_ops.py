@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .fused import gradient_scale, logprob_gradients, logprob_rows, loss_and_gradients, plan_order
-from .head import HEAD_SCHEMA, arguments_of, check_head, flatten_for, measure_rows, row_order
+from .fused import fused_head, gradient_scale, logprob_gradients, logprob_rows
+from .head import HEAD_SCHEMA, arguments_of, check_head, prepare, row_order
 from .layout import BATCH_NAMES, BATCH_SCHEMA
 from .loss_ops import stats_fake
 from .objective import objective_of
 from .reference import HeadRows
+from .transfer import Transfer
 
 NUM_HEAD = HEAD_SCHEMA.count(",") + 1
 TARGETS, NEEDS = 4, NUM_HEAD - 1  # positions in HEAD_SCHEMA
@@ -58,8 +59,9 @@ def _linear_logprob(*args: Any) -> tuple[Tensor, ...]:
     """logp, entropy and log-sum-exp, like targets."""
     arguments, needs = arguments_of(*args)
     with torch.autocast(arguments.hidden.device.type, enabled=False):
-        flat, weight, bias, plan = check_head("linear_logprob", arguments, needs)
-        rows = logprob_rows(flat, weight, bias, plan, row_order(flat, arguments.mask))
+        transfer = Transfer()
+        flat, weight, bias, plan = check_head("linear_logprob", arguments, transfer, needs)
+        rows = logprob_rows(flat, weight, bias, plan, row_order(flat, arguments.mask, transfer))
     return tuple(v.view(arguments.targets.shape) for v in rows)
 
 
@@ -71,9 +73,10 @@ def _linear_logprob_fake(*args: Any) -> tuple[Tensor, ...]:
 def _linear_logprob_backward(*args: Any) -> tuple[Tensor, ...]:
     (arguments, needs), rest = arguments_of(*args[:NUM_HEAD]), [v.reshape(-1) for v in args[NUM_HEAD:]]
     with torch.autocast(arguments.hidden.device.type, enabled=False):
-        flat, weight, bias, plan = check_head("linear_logprob", arguments, needs)
+        transfer = Transfer()
+        flat, weight, bias, plan = check_head("linear_logprob", arguments, transfer, needs)
         logp, entropy, lse, dlogp, dentropy = rest
-        order, rows = row_order(flat, arguments.mask), HeadRows(logp, entropy, lse)
+        order, rows = row_order(flat, arguments.mask, transfer), HeadRows(logp, entropy, lse)
         grads = logprob_gradients(flat, weight, bias, plan, order, rows, dlogp, dentropy, needs)
     return _gradients(grads, args[:4], arguments.hidden)
 
@@ -111,22 +114,23 @@ def _fused(*args: Any) -> tuple[Tensor, ...]:
     *given, nonfinite, spec = args[NUM_HEAD:]
     objective, targets = objective_of(spec), arguments.targets
     with torch.autocast(arguments.hidden.device.type, enabled=False):
-        flat, weight, bias, plan = check_head("fused_alp_loss", arguments, needs)
+        transfer = Transfer()
+        checked = check_head("fused_alp_loss", arguments, transfer, needs)
         of_batch = dict(zip(BATCH_NAMES, given, strict=True))
-        batch = flatten_for("fused_alp_loss", flat, targets, objective, nonfinite, of_batch)
-        order = plan_order(batch, objective, plan)
-        loss, logp, entropy, grads = loss_and_gradients(flat, weight, bias, plan, batch, objective, order, needs)
-        stats, index = measure_rows(logp, entropy, batch, objective, order)
-    if grads[3] is not None and plan.head.sigma is not None:
-        grads[3] = grads[3] * plan.head.sigma
+        prepared = prepare("fused_alp_loss", checked, targets.shape, objective, nonfinite, of_batch, transfer, needs)
+    fused, flat, sigma = fused_head(prepared), prepared.hidden, prepared.plan.head.sigma
+    grads = fused.gradients
+    if grads[3] is not None and sigma is not None:
+        grads[3] = grads[3] * sigma
+    scale = gradient_scale(prepared.batch, flat.dtype)
     return (
-        loss,
-        logp.view(targets.shape),
-        entropy.view(targets.shape),
+        fused.loss,
+        fused.logp.view(targets.shape),
+        fused.entropy.view(targets.shape),
         *_gradients(grads, args[:4], flat),
-        gradient_scale(batch, flat.dtype),
-        *stats.rows(index, targets.numel()),
-        stats.num_nonfinite.clone(),
+        torch.ones_like(fused.loss) if scale is None else scale,
+        *fused.stats.rows(fused.index, targets.numel()),
+        fused.stats.num_nonfinite.clone(),
     )
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .layout import Batch, batch_arguments, first_and_last, flatten, segment_sum
+from .layout import Batch, Rows, batch_arguments, first_and_last, flatten, segment_sum
 from .objective import Objective, row_loss
 from .stats import Stats
+from .transfer import Transfer
 
 
 class LossOutput(NamedTuple):
@@ -33,17 +34,17 @@ class LossOutput(NamedTuple):
     """Ratio, KL and clipping statistics that merge exactly; on the device until `.summary()`."""
 
 
-def level_log_ratio(logp: Tensor, batch: Batch, objective: Objective) -> Tensor:
-    """ell of each row of a batch that holds only masked-in rows and whole sequences; differentiable in logp (n,)."""
-    r = logp - batch.denominator
+def level_log_ratio(logp: Tensor, rows: Rows, objective: Objective) -> Tensor:
+    """ell of each of some rows in the loss, whole sequences of them; differentiable in logp (n,)."""
+    r = logp - rows.denominator
     if objective.level == "token":
         return r
-    first, last = first_and_last(batch.sequence)
+    first, last = first_and_last(rows.sequence)
     if objective.level == "cum-token":
         last = torch.arange(len(r), device=r.device)
     elif objective.level == "cum-turn":
-        assert batch.turn is not None
-        _, last = first_and_last(batch.turn)
+        assert rows.turn is not None
+        _, last = first_and_last(rows.turn)
     total = segment_sum(r.detach(), first, last)
     if objective.geometric:
         total = total / (last + 1 - first)
@@ -111,41 +112,45 @@ def policy_loss(
         arguments = batch_arguments("policy_loss", objective, logp.device, nonfinite, given)
         loss, _, _, *rest = torch.ops.alp_kernels.policy_loss(logp, entropy, *arguments)
         masked, masked_entropy, numbers, flags, num_nonfinite = rest
-        stats = Stats.of_rows(numbers, flags, num_nonfinite, entropy is not None)
+        knows, has_entropy = logp.dim() == 2 or cu_seqlens is not None or sequence_ids is not None, entropy is not None
+        stats = Stats.of_rows(numbers, flags, num_nonfinite, objective, knows_sequences=knows, has_entropy=has_entropy)
         return LossOutput(loss, masked, None if entropy is None else masked_entropy, stats)
-    batch = check_loss(logp, entropy, objective, nonfinite, given)
-    index = batch.mask.nonzero().squeeze(1)
+    batch, index = check_loss(logp, entropy, objective, nonfinite, given)
     live = batch.select(index)
     p = logp.reshape(-1)[index]
     h = None if entropy is None else entropy.reshape(-1)[index]
     ell = level_log_ratio(p, live, objective)
-    loss = (live.weight * row_loss(ell, p, h, live.loss_rows(), objective)).sum()
+    loss = (live["weight"] * row_loss(ell, p, h, live.loss_rows(), objective)).sum()
     masked = torch.where(batch.mask.view(logp.shape), logp.detach(), 0.0)
     return LossOutput(
         loss,
         masked,
         None if entropy is None else torch.where(batch.mask.view(logp.shape), entropy.detach(), 0.0),
-        Stats.measure(p.detach(), None if h is None else h.detach(), ell.detach(), live, objective),
+        Stats.measure(p.detach(), None if h is None else h.detach(), ell.detach(), live, batch, objective),
     )
 
 
 def check_loss(
     logp: Tensor, entropy: Tensor | None, objective: Objective, nonfinite: str, given: dict[str, Any]
-) -> Batch:
-    """Check the arguments of `policy_loss` and flatten them."""
+) -> tuple[Batch, Tensor]:
+    """Check the arguments of `policy_loss` and flatten them. Returns the batch and its rows in the loss, (n,) in order."""
     where = "policy_loss"
     if logp.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{where}: logp is {logp.dtype}; it needs torch.float32 (a 16-bit log-probability is too coarse)"
         )
-    batch = flatten(
-        where, objective, shape=logp.shape, dtype=logp.dtype, device=logp.device, nonfinite=nonfinite, **given
+    transfer = Transfer()
+    unread = flatten(
+        where, objective, transfer, shape=logp.shape, dtype=logp.dtype, device=logp.device, nonfinite=nonfinite, **given
     )
     if objective.entropy_coef != 0 and entropy is None:
         raise ValueError(f"{where}: entropy_coef={objective.entropy_coef} needs entropy {tuple(logp.shape)}")
     if entropy is not None and entropy.shape != logp.shape:
         raise ValueError(f"{where}: entropy has shape {tuple(entropy.shape)}; it needs {tuple(logp.shape)}")
-    return batch
+    first = torch.argsort(unread.mask.view(torch.uint8), descending=True, stable=True)
+    transfer.bring()
+    batch = unread.batch()
+    return batch, first[: batch.num_live]
 
 
 def importance_weight(
@@ -166,9 +171,11 @@ def importance_weight(
         raise ValueError(
             "importance_weight: objective.weight is None; presets 'tis-token', 'tis-sequence', 'mis' have one"
         )
-    batch = flatten(
+    transfer = Transfer()
+    unread = flatten(
         "importance_weight",
         objective,
+        transfer,
         shape=old_logp.shape,
         dtype=old_logp.dtype,
         device=old_logp.device,
@@ -185,5 +192,6 @@ def importance_weight(
         num_sequences=None,
         nonfinite="raise",
     )
-    assert batch.is_weight is not None
-    return batch.is_weight.view(old_logp.shape)
+    transfer.bring()
+    batch = unread.batch()
+    return batch.numbers[batch.columns.index("is_weight")].view(old_logp.shape)

@@ -16,7 +16,7 @@ from .loss import check_loss, level_log_ratio
 from .objective import objective_of, row_gradient, row_loss
 from .stats import Stats
 
-NUM_NUMBERS, NUM_FLAGS = 6, 5  # of Stats.rows
+NUM_NUMBERS, NUM_FLAGS = 6, 2  # of Stats.rows
 
 ops.library.define(
     f"policy_loss(Tensor logp, Tensor? entropy, {BATCH_SCHEMA})"
@@ -29,12 +29,11 @@ def _policy_loss(logp: Tensor, entropy: Tensor | None, *batch_arguments: Any) ->
     Stats.rows with num_nonfinite (1,)."""
     *given, nonfinite, spec = batch_arguments
     objective, logp = objective_of(spec), logp.detach()
-    batch = check_loss(logp, entropy, objective, nonfinite, dict(zip(BATCH_NAMES, given, strict=True)))
-    index = batch.mask.nonzero().squeeze(1)
+    batch, index = check_loss(logp, entropy, objective, nonfinite, dict(zip(BATCH_NAMES, given, strict=True)))
     live, p = batch.select(index), logp.reshape(-1)[index]
     h = None if entropy is None else entropy.detach().reshape(-1)[index]
     ell, rows = level_log_ratio(p, live, objective), live.loss_rows()
-    loss = (live.weight * row_loss(ell, p, h, rows, objective)).sum()
+    loss = (live["weight"] * row_loss(ell, p, h, rows, objective)).sum()
 
     def spread(values: Tensor | None) -> Tensor:
         out = torch.zeros(logp.shape, dtype=logp.dtype, device=logp.device)
@@ -43,7 +42,7 @@ def _policy_loss(logp: Tensor, entropy: Tensor | None, *batch_arguments: Any) ->
         return out
 
     dlogp, dentropy = row_gradient(ell, p, rows, objective)
-    stats = Stats.measure(p, h, ell, live, objective)
+    stats = Stats.measure(p, h, ell, live, batch, objective)
     numbers, flags = stats.rows(index, logp.numel())
     none = logp.new_empty(0)
     of_entropy = (none, none.clone()) if h is None else (spread(dentropy), spread(h))

@@ -157,6 +157,8 @@ class LossRows(NamedTuple):
 
 def _clamp(x: Tensor, low: float, high: float) -> Tensor:
     """clamp with the gradient 1 on its bounds, as within them: PyTorch's own gives another one there from 2.14 on."""
+    if not x.requires_grad:
+        return x.clamp(low, high)
     return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
@@ -164,9 +166,10 @@ def surrogate(ell: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
     """The clipped surrogate loss of each row, differentiable in its log-ratio `ell`."""
     rho = _clamp(ell, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
     clipped = _clamp(rho, 1 - objective.clip_low, 1 + objective.clip_high)
-    loss = torch.maximum(-advantages * rho, -advantages * clipped)
+    minus = -advantages
+    loss = torch.maximum(minus * rho, minus * clipped)
     if objective.dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * objective.dual_clip), loss)
+        loss = torch.where(advantages < 0, torch.minimum(loss, minus * objective.dual_clip), loss)
     return loss
 
 

@@ -6,8 +6,9 @@ stay on the device (a few numbers a token), micro-batches and ranks are concaten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,21 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .layout import Batch, first_and_last, segment_sum
+from .layout import Batch, Rows, first_and_last, segment_sum
 from .objective import LOG_RATIO_CLAMP, Objective
 
 QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "q99": 0.99, "q99.9": 0.999}
 
-_NUMBERS = (
-    "log_ratio", "rollout_log_ratio", "rollout_logp", "entropy", "sequence_log_ratio", "rollout_sequence_log_ratio",
-)  # fmt: skip
-_FLAGS = ("is_last", "clipped_low", "clipped_high", "clipped_dual")
+_NUMBERS = ("log_ratio", "rollout_log_ratio", "rollout_logp", "entropy", "level_log_ratio", "advantages")
 
 
 @dataclass(frozen=True)
 class Stats:
     """Per-token values of the tokens in the loss, (n,), detached, on the device where the loss ran.
 
+    What can be computed from them is computed when it is read, not in the step.
     Compiled code, whose shapes may not depend on the mask, returns the values of all rows (N,) with `is_live`; every method
     leaves the others out.
     """
@@ -38,67 +37,106 @@ class Stats:
     rollout_log_ratio: Tensor  # p - q: current over rollout policy, whatever the denominator
     rollout_logp: Tensor  # q
     entropy: Tensor | None  # nats
-    sequence_log_ratio: Tensor  # sum (mean where geometric) of log_ratio over the token's sequence
-    rollout_sequence_log_ratio: Tensor  # sum of rollout_log_ratio over the token's sequence
+    level_log_ratio: Tensor  # what the loss clips: log_ratio at token level
+    advantages: Tensor
     is_last: Tensor  # bool: the last token of its sequence; selects one value a sequence, none where they are unknown
-    clipped_low: Tensor  # bool: A < 0 and the ratio is below 1 - clip_low: no gradient
-    clipped_high: Tensor  # bool: A > 0 and the ratio is above 1 + clip_high: no gradient
-    clipped_dual: Tensor  # bool: A < 0 and the ratio is above dual_clip: no gradient
     num_nonfinite: Tensor  # (1,) tokens masked for a NaN or inf rollout log-probability
+    objective: Objective
+    knows_sequences: bool
     is_live: Tensor | None = None  # (N,) bool where there are values of rows that are not in the loss; None: of none
 
     @staticmethod
-    def measure(logp: Tensor, entropy: Tensor | None, ell: Tensor, batch: Batch, objective: Objective) -> Stats:
-        """Statistics of a batch of masked-in rows; logp, entropy and ell (n,) detached."""
-        log_ratio, rollout_log_ratio = logp - batch.denominator, logp - batch.rollout_logp
-        first, last = first_and_last(batch.sequence)
-        sequence = segment_sum(log_ratio, first, last)
-        if objective.geometric:
-            sequence = sequence / (last + 1 - first)
-        rho = ell.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
-        negative, positive = batch.advantages < 0, batch.advantages > 0
-        cap = float("inf") if objective.dual_clip is None else objective.dual_clip
+    def measure(
+        logp: Tensor, entropy: Tensor | None, ell: Tensor, rows: Rows, batch: Batch, objective: Objective
+    ) -> Stats:
+        """Statistics of the rows in the loss, in order; logp, entropy and ell (n,) detached."""
+        log_ratio = ell if objective.level == "token" else logp - rows.denominator
+        is_last = torch.full_like(rows.sequence, batch.knows_sequences, dtype=torch.bool)
+        if batch.knows_sequences:
+            torch.ne(rows.sequence[1:], rows.sequence[:-1], out=is_last[:-1])
         return Stats(
             log_ratio=log_ratio,
-            rollout_log_ratio=rollout_log_ratio,
-            rollout_logp=batch.rollout_logp,
+            rollout_log_ratio=log_ratio if objective.denominator == "rollout" else logp - rows["rollout_logp"],
+            rollout_logp=rows["rollout_logp"],
             entropy=entropy,
-            sequence_log_ratio=sequence.to(logp.dtype),
-            rollout_sequence_log_ratio=segment_sum(rollout_log_ratio, first, last).to(logp.dtype),
-            is_last=(last == torch.arange(len(logp), device=logp.device)) & batch.knows_sequences,
-            clipped_low=negative & (rho < 1 - objective.clip_low),
-            clipped_high=positive & (rho > 1 + objective.clip_high),
-            clipped_dual=negative & (rho > cap),
-            num_nonfinite=batch.num_nonfinite.reshape(1),
+            level_log_ratio=ell,
+            advantages=rows["advantages"],
+            is_last=is_last,
+            num_nonfinite=rows.sequence.new_zeros(1) if batch.num_nonfinite is None else batch.num_nonfinite,
+            objective=objective,
+            knows_sequences=batch.knows_sequences,
         )
 
+    def _clipped(self, sign: int, low: float, high: float) -> Tensor:
+        host = self.live()
+        rho = host.level_log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+        return (host.advantages * sign > 0) & ((rho < low) | (rho > high))
+
+    @property
+    def clipped_low(self) -> Tensor:
+        """(n,) bool: A < 0 and the ratio is below 1 - clip_low: no gradient."""
+        return self._clipped(-1, 1 - self.objective.clip_low, math.inf)
+
+    @property
+    def clipped_high(self) -> Tensor:
+        """(n,) bool: A > 0 and the ratio is above 1 + clip_high: no gradient."""
+        return self._clipped(1, -math.inf, 1 + self.objective.clip_high)
+
+    @property
+    def clipped_dual(self) -> Tensor:
+        """(n,) bool: A < 0 and the ratio is above dual_clip: no gradient."""
+        return self._clipped(-1, -math.inf, math.inf if self.objective.dual_clip is None else self.objective.dual_clip)
+
+    @property
+    def sequence_log_ratio(self) -> Tensor:
+        """(n,) sum (mean where geometric) of log_ratio over the token's sequence."""
+        return self._of_sequence("log_ratio", self.objective.geometric)
+
+    @property
+    def rollout_sequence_log_ratio(self) -> Tensor:
+        """(n,) sum of rollout_log_ratio over the token's sequence."""
+        return self._of_sequence("rollout_log_ratio", False)
+
+    def _of_sequence(self, name: str, is_mean: bool) -> Tensor:
+        host = self.live()
+        values: Tensor = getattr(host, name)
+        first, last = first_and_last(host.is_last.cumsum(0) - host.is_last.long())
+        total = segment_sum(values, first, last)
+        return (total / (last + 1 - first) if is_mean else total).to(values.dtype)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
     def rows(self, index: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        """In tensors of fixed shapes, for an operator: numbers (6, num_rows) and flags (5, num_rows) bool, 0 but at `index`."""
+        """In tensors of fixed shapes, for an operator: numbers (6, num_rows) and flags (2, num_rows) bool, 0 but at `index`."""
         columns = [torch.zeros_like(self.log_ratio) if (v := getattr(self, n)) is None else v for n in _NUMBERS]
-        flags = [getattr(self, n) for n in _FLAGS]
         numbers_of_all = self.log_ratio.new_zeros(len(_NUMBERS), num_rows)
-        flags_of_all = self.is_last.new_zeros(len(_FLAGS) + 1, num_rows)
+        flags_of_all = self.is_last.new_zeros(2, num_rows)
         numbers_of_all[:, index] = torch.stack(columns)
-        flags_of_all[:, index] = torch.stack([*flags, torch.ones_like(self.is_last)])
+        flags_of_all[:, index] = torch.stack([self.is_last, torch.ones_like(self.is_last)])
         return numbers_of_all, flags_of_all
 
     @staticmethod
-    def of_rows(numbers: Tensor, flags: Tensor, num_nonfinite: Tensor, has_entropy: bool) -> Stats:
+    def of_rows(
+        numbers: Tensor,
+        flags: Tensor,
+        num_nonfinite: Tensor,
+        objective: Objective,
+        *,
+        knows_sequences: bool,
+        has_entropy: bool,
+    ) -> Stats:
         """What `rows` made, with `is_live`."""
-        log_ratio, rollout_log_ratio, rollout_logp, entropy, of_sequence, rollout_of_sequence = numbers.unbind()
-        is_last, low, high, dual, is_live = flags.unbind()
+        columns: dict[str, Any] = dict(zip(_NUMBERS, numbers.unbind(), strict=True))
+        if not has_entropy:
+            columns["entropy"] = None
+        is_last, is_live = flags.unbind()
         return Stats(
-            log_ratio=log_ratio,
-            rollout_log_ratio=rollout_log_ratio,
-            rollout_logp=rollout_logp,
-            entropy=entropy if has_entropy else None,
-            sequence_log_ratio=of_sequence,
-            rollout_sequence_log_ratio=rollout_of_sequence,
+            **columns,
             is_last=is_last,
-            clipped_low=low,
-            clipped_high=high,
-            clipped_dual=dual,
             num_nonfinite=num_nonfinite,
+            objective=objective,
+            knows_sequences=knows_sequences,
             is_live=is_live,
         )
 
@@ -108,21 +146,22 @@ class Stats:
         parts = [part.live() for part in parts]
         if not parts:
             raise ValueError("Stats.cat: no parts came; it needs at least one")
-        if len({part.entropy is None for part in parts}) > 1:
-            raise ValueError("Stats.cat: some parts have entropy and some have not")
-        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Stats)}
-        merged: dict[str, Any] = {n: None if values[0] is None else torch.cat(values) for n, values in columns.items()}
-        return Stats(**merged)
+        for differ, values in (
+            ("some parts have entropy and some have not", {part.entropy is None for part in parts}),
+            ("some parts know their sequences and some do not", {part.knows_sequences for part in parts}),
+            ("the parts are of different objectives", {part.objective for part in parts}),
+        ):
+            if len(values) > 1:
+                raise ValueError(f"Stats.cat: {differ}")
+        merged: dict[str, Any] = {n: torch.cat([getattr(part, n) for part in parts]) for n in parts[0]._tensors()}
+        return replace(parts[0], **merged)
 
     def live(self) -> Stats:
         """Without the rows that are not in the loss."""
         if self.is_live is None:
             return self
-        chosen: dict[str, Any] = {
-            f.name: v if (v := getattr(self, f.name)) is None or f.name == "num_nonfinite" else v[self.is_live]
-            for f in fields(self)
-        }
-        return Stats(**{**chosen, "is_live": None})
+        chosen: dict[str, Any] = {n: v[self.is_live] for n, v in self._tensors().items() if n != "num_nonfinite"}
+        return replace(self, **{**chosen, "is_live": None})
 
     def gather(self, group: dist.ProcessGroup | None = None) -> Stats:
         """The statistics of all ranks together, on the CPU; a collective call. Without torch.distributed: itself."""
@@ -134,10 +173,8 @@ class Stats:
         return Stats.cat([part for part in parts if part is not None])
 
     def cpu(self) -> Stats:
-        moved: dict[str, Any] = {
-            f.name: None if (v := getattr(self, f.name)) is None else v.cpu() for f in fields(self)
-        }
-        return Stats(**moved).live()
+        moved: dict[str, Any] = {name: value.cpu() for name, value in self._tensors().items()}
+        return replace(self, **moved).live()
 
     def summary(self) -> dict[str, float]:
         """Reduce once, with one transfer from the device. Ratios are exp of log-ratios clamped at +-20, as in the loss.
@@ -148,7 +185,10 @@ class Stats:
         num_tokens, num_sequences, num_nonfinite. Without tokens only the counts; without sequences no values by sequence.
         """
         host = self.cpu()
-        values = {f.name: v.double().numpy() for f in fields(host) if (v := getattr(host, f.name)) is not None}
+        values = {name: value.double().numpy() for name, value in host._tensors().items()}
+        of_sequence = {
+            n: getattr(host, n).double().numpy() for n in ("sequence_log_ratio", "rollout_sequence_log_ratio")
+        }
         is_last = host.is_last.numpy()
         out = {
             "num_tokens": float(len(is_last)),
@@ -163,7 +203,7 @@ class Stats:
 
         ratios = {"token_ratio": ratio(values["log_ratio"])}
         if is_last.any():
-            ratios["sequence_ratio"] = ratio(values["sequence_log_ratio"][is_last])
+            ratios["sequence_ratio"] = ratio(of_sequence["sequence_log_ratio"][is_last])
         for name, rho in ratios.items():
             out |= {
                 f"{name}/mean": rho.mean(),
@@ -174,7 +214,9 @@ class Stats:
             quantiles = np.quantile(rho, list(QUANTILES.values()))
             out |= {f"{name}/{key}": value for key, value in zip(QUANTILES, quantiles, strict=True)}
         for clip in ("low", "high", "dual"):
-            out["dual_clip_frac" if clip == "dual" else f"clip_{clip}_frac"] = values[f"clipped_{clip}"].mean()
+            out["dual_clip_frac" if clip == "dual" else f"clip_{clip}_frac"] = (
+                getattr(host, f"clipped_{clip}").double().mean()
+            )
         r = np.clip(values["rollout_log_ratio"], -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
         w = np.exp(r)
         out["k1_kl"] = -r.mean()
@@ -182,7 +224,7 @@ class Stats:
         out["ess_frac"] = w.sum() ** 2 / (len(w) * np.square(w).sum())
         out["chi2_token"] = np.square(w).mean() - 1
         if is_last.any():
-            out["chi2_sequence"] = np.square(ratio(values["rollout_sequence_log_ratio"][is_last])).mean() - 1
+            out["chi2_sequence"] = np.square(ratio(of_sequence["rollout_sequence_log_ratio"][is_last])).mean() - 1
         if "entropy" in values:
             out["entropy"] = values["entropy"].mean()
         return {key: float(value) for key, value in out.items()}

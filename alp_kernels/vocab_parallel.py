@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .fused import FusedLoss, LinearLogprob, plan_order
+from .fused import LinearLogprob
 from .gather import local_rows
-from .head import HeadArguments, check_head, flatten_for, measure_rows, row_order
+from .head import HeadArguments, check_head, fused_loss, needs_gradient, prepare, row_order
 from .loss import LossOutput
 from .objective import Objective
 from .products import Plan
 from .reference import Head, HeadRows
+from .transfer import Transfer
 
 _NUM_SAMPLES, _NUM_WEIGHTS = 256, 16
 
@@ -127,8 +128,12 @@ def _check_split(
     logit_scale: float,
     chunk_bytes: int | None,
     engine: str | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Plan]:
-    """Check the arguments, here and against the other ranks'. Returns what `check_head` does, for this rank's shard."""
+    transfer: Transfer,
+) -> tuple[tuple[Tensor, Tensor, Tensor | None, Plan], list[bool]]:
+    """Check the arguments, here and against the other ranks'.
+
+    Returns what `check_head` does, for this rank's shard, and whether hidden, weight, bias and noise need a gradient.
+    """
     if not dist.is_initialized():
         raise RuntimeError(f"{where}: torch.distributed is not initialised; in one process take the unsplit function")
     if hasattr(weight, "full_tensor"):
@@ -155,12 +160,13 @@ def _check_split(
     arguments = HeadArguments(
         hidden, weight, bias, stand_in, mask, temperature, softcap, logit_scale, None, chunk_bytes, engine
     )
-    flat, weight, bias, plan = check_head(where, arguments)
+    needs = needs_gradient(arguments)
+    flat, weight, bias, plan = check_head(where, arguments, transfer, needs)
     shard, rows = _agree(where, flat, weight, targets, mask, group, vocab_start, plan)
     flat_targets = targets.reshape(-1).long().clamp(0, shard.vocab - 1)
     split = cast(ModuleType, _SplitEngine(plan.engine, shard))
     plan = replace(plan, engine=split, targets=flat_targets, chunk_rows=rows, first_rows=rows)
-    return _SumGradient.apply(flat, group), weight, bias, plan
+    return (_SumGradient.apply(flat, group), weight, bias, plan), needs
 
 
 def _agree(
@@ -262,8 +268,10 @@ def vocab_parallel_logprob(
     """
     where = "vocab_parallel_logprob"
     head = (temperature, softcap, logit_scale, chunk_bytes, engine)
-    flat, weight, bias, plan = _check_split(where, hidden, weight, bias, targets, mask, group, vocab_start, *head)
-    logp, entropy = LinearLogprob.apply(flat, weight, bias, None, plan, row_order(flat, mask))
+    transfer = Transfer()
+    checked, _ = _check_split(where, hidden, weight, bias, targets, mask, group, vocab_start, *head, transfer)
+    flat, weight, bias, plan = checked
+    logp, entropy = LinearLogprob.apply(flat, weight, bias, None, plan, row_order(flat, mask, transfer))
     return logp.view(targets.shape), entropy.view(targets.shape)
 
 
@@ -300,7 +308,8 @@ def vocab_parallel_alp_loss(
     """
     where = "vocab_parallel_alp_loss"
     head = (temperature, softcap, logit_scale, chunk_bytes, engine)
-    flat, weight, bias, plan = _check_split(where, hidden, weight, bias, targets, mask, group, vocab_start, *head)
+    transfer = Transfer()
+    checked, needs = _check_split(where, hidden, weight, bias, targets, mask, group, vocab_start, *head, transfer)
     given = {
         "rollout_logp": rollout_logp,
         "advantages": advantages,
@@ -314,8 +323,5 @@ def vocab_parallel_alp_loss(
         "num_tokens": num_tokens,
         "num_sequences": num_sequences,
     }
-    batch = flatten_for(where, flat, targets, objective, nonfinite, given)
-    order = plan_order(batch, objective, plan)
-    loss, logp, entropy = FusedLoss.apply(flat, weight, bias, None, plan, batch, objective, order)
-    stats = measure_rows(logp, entropy, batch, objective, order)[0]
-    return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), stats)
+    prepared = prepare(where, checked, targets.shape, objective, nonfinite, given, transfer, needs)
+    return fused_loss(prepared, targets.shape, None)

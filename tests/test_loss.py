@@ -271,8 +271,8 @@ def test_the_closed_form_of_the_gradient_is_autograds(level, kl):
     b = make_batch(3)
     objective = Objective(level, kl=kl, kl_coef=0.1, entropy_coef=0.05)
     _, dlogp, dentropy = differentiated(b, objective)
-    batch = check_loss(b["logp"], b["entropy"], objective, "raise", {name: b.get(name) for name in BATCH_NAMES})
-    index = batch.mask.nonzero().squeeze(1)
+    given = {name: b.get(name) for name in BATCH_NAMES}
+    batch, index = check_loss(b["logp"], b["entropy"], objective, "raise", given)
     live, p = batch.select(index), b["logp"].view(-1)[index]
     closed = row_gradient(level_log_ratio(p, live, objective), p, live.loss_rows(), objective)
     for actual, expected in zip(closed, (dlogp, dentropy), strict=True):

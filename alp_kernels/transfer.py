@@ -1,0 +1,47 @@
+"""What the host must see of a device's values, brought by one copy: the host waits once, however much is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Asked:
+    """The values of one small tensor, flattened; `numbers` is there once the transfer has been made."""
+
+    numbers: list[float]
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values.detach().reshape(-1)
+
+
+class Transfer:
+    """Collects questions and what is to be checked of the answers; `bring` makes the copy and checks in that order."""
+
+    def __init__(self) -> None:
+        self._asked: list[Asked] = []
+        self._checks: list[Callable[[], None]] = []
+
+    def ask(self, values: Tensor) -> Asked:
+        """values: bool, integers or floats of 32 or 64 bits, any shape."""
+        self._asked.append(Asked(values))
+        return self._asked[-1]
+
+    def check(self, raise_if_wrong: Callable[[], None]) -> None:
+        """Have this called once the numbers are there."""
+        self._checks.append(raise_if_wrong)
+
+    def bring(self) -> None:
+        for device in {asked.values.device for asked in self._asked}:
+            parts = [asked for asked in self._asked if asked.values.device == device]
+            content = torch.cat([part.values.view(torch.uint8) for part in parts]).cpu().numpy().tobytes()
+            start = 0
+            for part in parts:
+                kind = np.dtype(str(part.values.dtype).removeprefix("torch."))
+                part.numbers = np.frombuffer(content, kind, part.values.numel(), start).tolist()
+                start += part.values.nbytes
+        for raise_if_wrong in self._checks:
+            raise_if_wrong()
