@@ -207,7 +207,8 @@ def _plan(
         # several chunks need a float32 dW to be summed in; a single one of that size needs none, and no pass over it
         limit = max(limit, 4 * vocab * channels)
     rows = max(1, limit // (vocab * hidden.element_size()))
-    lies_in_dweight = chunk_bytes is None and sums_weight and is_tiled(engine, head, hidden.dtype)
+    in_float32 = hidden.dtype == torch.float32
+    lies_in_dweight = chunk_bytes is None and sums_weight and in_float32 and is_tiled(engine, head, hidden.dtype, 1)
     return Plan(engine, head, targets, limit, rows, max(rows, channels) if lies_in_dweight else rows, with_grad)
 
 

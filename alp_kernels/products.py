@@ -2,10 +2,10 @@
 
 x = h W' + bias;   dh = dx W;   dW += dx' h.   One N x V x D product each.
 
-Two ways with one interface. `Whole` makes a chunk's logits as one matrix, which their gradient replaces. `Tiled`, for
-float32 on engines with tiles, cuts the vocabulary: a tile is used while the cache holds it, and the tiles of a first chunk of
-at most D rows lie in the memory of dW, which they turn into one after the other: but for one or two tiles they take none of
-their own.
+Two ways with one interface. `Whole` makes a chunk's logits as one matrix, which their gradient replaces. `Tiled`, on engines
+with tiles, cuts the vocabulary: a tile is used while the cache holds it, and the tiles of a first chunk of at most D rows lie in
+the memory of dW, which they turn into one after the other: but for one or two tiles they take none of their own. It serves
+float32, and bfloat16 where a single chunk gives each element of dW in one product, which is rounded once.
 """
 
 from __future__ import annotations
@@ -46,13 +46,19 @@ class Plan:
         num_parts: int,
     ) -> Whole | Tiled:
         """For one pass over the rows; num_parts: how often `backward` will be called (a single product is rounded once)."""
-        way = Tiled if is_tiled(self.engine, self.head, weight.dtype) else Whole
+        serves = is_tiled(self.engine, self.head, weight.dtype, num_parts)
+        way = Tiled if serves else Whole
         return way(self, hidden, weight, bias, needs, num_parts)
 
 
-def is_tiled(engine: ModuleType, head: Head, dtype: torch.dtype) -> bool:
+def is_tiled(engine: ModuleType, head: Head, dtype: torch.dtype, num_parts: int) -> bool:
     """Whether `Tiled` serves. Noise on the logits needs whole rows, since a Philox call serves four distant tokens."""
-    return engine.TILE is not None and head.sigma is None and dtype == torch.float32
+    fits = dtype == torch.float32 or (dtype == torch.bfloat16 and num_parts <= 1)
+    return engine.TILE is not None and head.sigma is None and fits
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 class Kept(NamedTuple):
@@ -119,7 +125,7 @@ class Whole(_Sums):
     def backward(self, index: Tensor, kept: Kept | None, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None) -> None:
         """From logits (None: made again) of rows `index` to the gradients; on the CPU rows without one are dropped."""
         x = self._logits(index) if kept is None else kept.tiles.pop()
-        if x.device.type == "cpu":  # on a device the count would cost a sync
+        if is_on_host(x):  # on a device the count would make the host wait
             keep = _graded(dlogp, dentropy)
             if len(keep) < _WORTH_DROPPING * len(x):
                 x, index, dlogp = x.index_select(0, keep), index[keep], dlogp[keep]
@@ -177,7 +183,8 @@ class Tiled(_Sums):
 
     def parts(self, index: Tensor) -> Sequence[Tensor]:
         """Rows whose logits are not kept: two tiles of them are in memory at a time."""
-        return index.split(max(1, self.plan.chunk_bytes // (2 * 4 * self._width()))) if len(index) else ()
+        row = 2 * self.hidden.element_size() * self._width()
+        return index.split(max(1, self.plan.chunk_bytes // row)) if len(index) else ()
 
     def logprob(self, index: Tensor) -> HeadRows:
         return self._forward(index, [None] * len(self._starts()), None)
@@ -195,7 +202,7 @@ class Tiled(_Sums):
         tiles = [self._shape(piece, num_rows, start) for piece, start in zip(pieces, starts, strict=True)]
         # logits whose gradient is a multiple of their exponentials, but at the target, need no pass of their own for it
         is_plain = self.plan.head.softcap is None and not has_dentropy
-        bases = [self.hidden.new_empty(num_rows) for _ in starts] if is_plain else None
+        bases = [self.hidden.new_empty(num_rows, dtype=torch.float32) for _ in starts] if is_plain else None
         return self._forward(index, tiles, bases), Kept(tiles, bases)
 
     def _forward(self, index: Tensor, tiles: Sequence[Tensor | None], bases: list[Tensor] | None) -> HeadRows:
@@ -218,7 +225,7 @@ class Tiled(_Sums):
             dh = self._from_logits(index, None if kept is None else kept.tiles, out, dlogp, dentropy, wanted)
         self._is_dweight_begun = True
         if self.dhidden is not None:
-            self.dhidden[index[wanted]] = dh
+            self.dhidden[index[wanted]] = dh.to(self.dhidden.dtype)
 
     def _from_logits(
         self,
@@ -232,16 +239,20 @@ class Tiled(_Sums):
         """Takes up the gradient of rows `wanted` of a chunk, and returns theirs of hidden."""
         rows, targets, head = self.hidden[index], self.plan.targets[index], self.plan.head.rows(index)
         graded = rows[wanted]
-        dh = torch.zeros_like(graded)
+        dh = torch.zeros_like(graded, dtype=torch.float32)
         for k, start in reversed(list(enumerate(self._starts()))):
             x = self._logits(rows, start, None) if tiles is None else tiles[k]
             dx = self._gradient(len(wanted), start)
             self.plan.engine.head_bwd_tile(x, start, len(self.weight), targets, head, out, dlogp, dentropy, wanted, dx)
             if self.dhidden is not None:
-                dh.addmm_(dx, self.weight[start : start + dx.shape[1]])
+                tile = self.weight[start : start + dx.shape[1]]
+                if dx.dtype == dh.dtype:
+                    dh.addmm_(dx, tile)
+                else:
+                    dh += dx @ tile
             self._add(start, dx, graded)
             if self.dbias is not None:
-                self.dbias[start : start + dx.shape[1]] += dx.sum(dim=0)
+                self.dbias[start : start + dx.shape[1]] += dx.sum(dim=0, dtype=dh.dtype)
         return dh
 
     def _from_exponentials(
@@ -255,25 +266,45 @@ class Tiled(_Sums):
         by = dlogp[wanted] * head.logit_scale
         by = by if head.temperature is None else by / head.temperature
         graded, targets, lse = self.hidden[index[wanted]], self.plan.targets[index[wanted]], out.lse[wanted].double()
-        dh = torch.zeros_like(graded)
+        dh = torch.zeros_like(graded, dtype=torch.float32)
+        certain = by * -torch.expm1(out.logp[wanted])
+        is_exact = graded.dtype == dh.dtype
         for k, start in reversed(list(enumerate(self._starts()))):
             e = tiles[k]
             if len(wanted) < len(e):
                 e = torch.index_select(e, 0, wanted, out=self._gradient(len(wanted), start))
             c = (-by * (bases[k][wanted].double() - lse).exp()).float()
             if self.dhidden is not None:
-                dh.addcmul_(e @ self.weight[start : start + e.shape[1]], c[:, None])
+                dh.addcmul_((e @ self.weight[start : start + e.shape[1]]).to(dh.dtype), c[:, None])
             if self.dbias is not None:
-                self.dbias[start : start + e.shape[1]] += c @ e
-            self._add(start, e, c[:, None] * graded)
-        certain = by * -torch.expm1(out.logp[wanted])
+                self.dbias[start : start + e.shape[1]] += c @ e.to(dh.dtype)
+            if is_exact:
+                self._add(start, e, c[:, None] * graded)
+            elif self.needs_dweight:
+                targets_dweight = self._of_targets(start, e, c, graded, targets, certain)
+                self._add(start, e, (c[:, None] * graded).to(e.dtype))
+                self._share(start)[targets_dweight[0]] = targets_dweight[1]
         if self.dhidden is not None:
-            dh.addcmul_(self.weight[targets], certain[:, None])
-        if self.dweight is not None:
+            dh.addcmul_(self.weight[targets].to(dh.dtype), certain[:, None])
+        if self.dweight is not None and is_exact:
             self.dweight.index_add_(0, targets, certain[:, None] * graded)
         if self.dbias is not None:
             self.dbias.index_add_(0, targets, certain)
         return dh
+
+    def _of_targets(
+        self, start: int, e: Tensor, c: Tensor, graded: Tensor, targets: Tensor, certain: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The rows of dW, counted from `start`, of the tokens of a tile that are targets, and these rows.
+
+        Whole in float32 and rounded once: a target's own share, added to a row that is 16 bits already, would be rounded
+        as often as the token is a target.
+        """
+        own = ((targets >= start) & (targets < start + e.shape[1])).nonzero().squeeze(1)
+        tokens, place = torch.unique(targets[own] - start, return_inverse=True)
+        rows = (e[:, tokens].float() * c[:, None]).t() @ graded.float()
+        rows.index_add_(0, place, certain[own, None] * graded[own])
+        return tokens, rows.to(e.dtype)
 
     def _add(self, start: int, a: Tensor, b: Tensor) -> None:
         """dW += a' b for the tile from token `start` on."""
