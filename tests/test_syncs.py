@@ -72,18 +72,20 @@ def counted(monkeypatch):
 
         return run
 
+    def waiting(method):
+        def run(tensor):
+            counter.waits.append(method.__name__)
+            return method(tensor)
+
+        return run
+
     engine = SimpleNamespace(**vars(reference) | {name: launched(getattr(reference, name)) for name in ENGINE})
     engine.FUSES_TOKEN_LOSS = True
     with monkeypatch.context() as patch:
         patch.setattr(alp_kernels.engine, "_choose", lambda device_type: engine)
         patch.setattr(alp_kernels.products, "is_on_host", lambda tensor: False)
         for name in ("tolist", "cpu"):
-
-            def wait(tensor, original=getattr(torch.Tensor, name), name=name):
-                counter.waits.append(name)
-                return original(tensor)
-
-            patch.setattr(torch.Tensor, name, wait)
+            patch.setattr(torch.Tensor, name, waiting(getattr(torch.Tensor, name)))
         with counter:
             yield counter
 
