@@ -168,21 +168,22 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, vocab, level):
             assert_within_budget(actual, ordinary, truth, dtype, what)
 
 
-def tiled(extra, entropy_coef, chunk_rows=None, vocab=1031):
-    """The fused loss of the native engine over a float32 head, its inputs, and the plain one in any arithmetic."""
-    hidden, weight, targets, rest = make_head(1, 3, 11, channels=24, vocab=vocab, dtype=torch.float32)
+def tiled(extra, entropy_coef, chunk_rows=None, vocab=1031, dtype=torch.float32):
+    """The fused loss of the native engine, its inputs, and the plain one in any arithmetic."""
+    hidden, weight, targets, rest = make_head(1, 3, 11, channels=24, vocab=vocab, dtype=dtype)
     targets[0, :4] = torch.tensor([0, 63, 64, vocab - 1])  # ends of tiles
+    targets[0, 4:] = 65  # one token many times
     extras = dict(EXTRAS[extra])
     objective = Objective("sequence", clip_low=1.0, clip_high=1e6, dual_clip=None, entropy_coef=entropy_coef)
     narrow = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
     rest.update({k: v.double() for k, v in narrow.items() if v.is_floating_point()})
     leaves = {"dhidden": hidden, "dweight": weight}
     if extras.pop("bias", False):
-        leaves["bias"] = torch.linspace(-1, 1, vocab)
+        leaves["bias"] = torch.linspace(-1, 1, vocab).to(dtype)
     if extras.pop("logit_noise", False):  # noise needs whole rows: these stay right too
         leaves["log_sigma"] = torch.tensor(math.log(0.3))
     names = list(leaves)[2:]
-    chunk_bytes = None if chunk_rows is None else chunk_rows * vocab * 4
+    chunk_bytes = None if chunk_rows is None else chunk_rows * vocab * dtype.itemsize
 
     def fused(h, w, *more):
         given_ = dict(zip(names, more, strict=True))
@@ -206,18 +207,19 @@ def tiled(extra, entropy_coef, chunk_rows=None, vocab=1031):
 @pytest.mark.parametrize("tile", [1, 64, 1000, 4096])
 @pytest.mark.parametrize("chunk_rows", [None, 5])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.05])
-def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chunk_rows, entropy_coef):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chunk_rows, entropy_coef, dtype):
     from alp_kernels.native import engine as native
 
     monkeypatch.setattr(native, "TILE", tile)
-    fused, named, plain = tiled(extra, entropy_coef, chunk_rows)
+    fused, named, plain = tiled(extra, entropy_coef, chunk_rows, dtype=dtype)
     leaves = list(named.values())
     double = [x.double() for x in leaves]
     ordinary, exact = plain(torch.float32), plain(torch.float64)
-    assert_within_budget(fused(*leaves), ordinary(*leaves), exact(*double), torch.float32, "loss")
+    assert_within_budget(fused(*leaves), ordinary(*leaves), exact(*double), dtype, "loss")
     found = zip(gradients(fused, leaves), gradients(ordinary, leaves), gradients(exact, double), strict=True)
     for what, three in zip(named, found, strict=True):
-        assert_within_budget(*three, torch.float32, what)
+        assert_within_budget(*three, dtype, what)
 
 
 @pytest.mark.skipif(why_not("native", DEVICE) is not None, reason="needs the native engine")
