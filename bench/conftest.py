@@ -2,6 +2,7 @@
 
     --all-cases             every model, not only the default ones; what does not fit in memory is skipped by name
     --sweep                 time and memory of the loss head along V and N, in test_sweep.py (see bench.plots)
+    --tuning                the kernels with other tiles and warps, in test_tuning.py; on a GPU
     --variants=A,B          only variants whose name holds A or B: --variants limit,alp_kernels
     --save-results          also write the numbers as JSON lines, a new file for each run, in bench/results
     --results-folder=DIR    ... or there
@@ -39,12 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--passes", type=int, metavar="N", help="how often the variants take turns")
     group.addoption("--all-cases", action="store_true", help="every model that fits in memory")
     group.addoption("--sweep", action="store_true", help="the loss head along V and N")
+    group.addoption("--tuning", action="store_true", help="the kernels with other tiles and warps")
     group.addoption("--smoke", action="store_true", help="tiny shapes; the numbers mean nothing")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config.stash[CONTEST] = Contest(device)
+    config.stash[CONTEST] = Contest(device, config.getoption("smoke"))
     config.option.benchmark_quiet = True  # a row for each pass tells less than the table below
 
 
