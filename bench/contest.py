@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -171,7 +172,8 @@ class Contest:
         for entry in self.entries.values():
             entry.function = None
         self._inputs = None
-        torch.compiler.reset()  # past a few shapes a compiled function would go on in eager mode, and not say so
+        if "torch._dynamo" in sys.modules:  # which takes seconds to import
+            torch.compiler.reset()  # past a few shapes a compiled function would go on in eager mode, and not say so
         self.groups.append(group)
         self._free_mib = free_mib(self.device)
         if group.needs_mib <= self._free_mib:

@@ -200,19 +200,24 @@ def _signal(child: subprocess.Popen[bytes], number: int) -> None:
 # ------------------------------------------------------------------ steps
 
 
+def unpack(session: Session, wheels: Path) -> None:
+    """Into a folder of our own, by this process: pip would take seconds for each."""
+    site = session.work / "site"
+    for wheel in sorted(wheels.glob("*.whl")):
+        try:
+            zipfile.ZipFile(wheel).extractall(site)
+        except (OSError, zipfile.BadZipFile) as error:
+            session.done.append(Done("environment", wheel.name, notes=[str(error)]))
+    session.environment["PYTHONPATH"] += os.pathsep + str(site)
+
+
 def prepare(session: Session, wheels: Path | None, cpu: bool) -> None:
-    """The wheels into a folder of our own; what is here."""
+    """The wheels of what is missing; what is here."""
     if cpu:
         session.environment["CUDA_VISIBLE_DEVICES"] = ""
-    until = session.began + 0.25 * (session.end - session.began)
     if wheels is not None:
-        site = session.work / "site"
-        for wheel in sorted(wheels.glob("*.whl")):
-            try:
-                zipfile.ZipFile(wheel).extractall(site)
-            except (OSError, zipfile.BadZipFile) as error:
-                session.done.append(Done("environment", wheel.name, notes=[str(error)]))
-        session.environment["PYTHONPATH"] += os.pathsep + str(site)
+        unpack(session, wheels)
+    until = session.began + 0.25 * (session.end - session.began)
     report = session.run("environment", "python", (sys.executable, "-c", ENVIRONMENT), until)
     last = report.log.strip().splitlines()[-1:] or [""]
     if last[0].startswith("{"):
@@ -280,7 +285,7 @@ def kernel_tests() -> list[Path]:
     return [f for f in files if f.exists()]
 
 
-TRIED = "dtype1 or strided_batch or engine"
+TRIED = "strided_batch or dtype1-token or dtype1-False or engine"
 """Tests of the device that stand for the others in Triton's interpreter, where `make test` runs triton_cases.py."""
 
 
@@ -360,24 +365,6 @@ def read_sanitizer(done: Done, pattern: re.Pattern[str]) -> None:
         done.notes.append(f"no report: {(lines or done.log.strip().splitlines())[-1][:110]}")
 
 
-def run_bench(session: Session, until: float, file: str, cases: str = "", variants: str = "", *options: str) -> None:
-    """One file of bench/, some of its cases (pytest -k) and variants, in a process that a crash ends alone."""
-    name = " ".join(part for part in (file, cases, variants) if part)
-    if session.lacks("bench", name, "pytest-benchmark"):
-        return
-    if not session.has_gpu:
-        cases, variants = "bfloat16 or update", "" if file == TUNING else "limit,alp_kernels"
-        options = (*options, "--smoke", "--passes=1")
-    report = session.work / f"bench-{len(session.done)}.xml"
-    command = [sys.executable, "-m", "pytest", ROOT / "bench" / file, "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "pytest_benchmark.plugin", "--benchmark-only", f"--junitxml={report}"]
-    command += ["--save-results", f"--results-folder={session.work / 'results'}", *options]
-    command += ["-k", cases] if cases else []
-    command += [f"--variants={variants}"] if variants else []
-    extra = session.interpreted if file == TUNING else {}
-    read_junit(session.run("bench", name, command, until, extra), report)
-
-
 def run_counts(session: Session, until: float) -> None:
     options = () if session.has_gpu else ("--smoke",)
     session.run("profile", "counts", (sys.executable, "-m", "bench.counts", session.work / "counts", *options), until)
@@ -405,41 +392,61 @@ class Step(NamedTuple):
     run: Callable[[Session, float], None]
 
 
-def _bench(seconds: float, *arguments: str) -> Step:
-    file, *rest = arguments
-    return Step(seconds, lambda session, until: run_bench(session, until, file, *rest))
+class Bench(NamedTuple):
+    """A step that times one file of bench/, in a process that a crash ends alone."""
+
+    seconds: float
+    file: str
+    cases: str = ""  # pytest -k
+    variants: str = ""  # parts of names
+    options: tuple[str, ...] = ()
+
+    def run(self, session: Session, until: float) -> None:
+        name = " ".join(part for part in (self.file, self.cases, self.variants) if part)
+        if session.lacks("bench", name, "pytest-benchmark"):
+            return
+        cases, variants, options, extra = self.cases, self.variants, self.options, {}
+        if not session.has_gpu:
+            cases, options = "bfloat16 or update", (*options, "--smoke", "--passes=1")
+            variants, extra = ("shipped,warps", session.interpreted) if self.file == TUNING else (OWN, {})
+        report = session.work / f"bench-{len(session.done)}.xml"
+        command = [sys.executable, "-m", "pytest", ROOT / "bench" / self.file, "-q", "-p", "no:cacheprovider"]
+        command += ["-p", "pytest_benchmark.plugin", "--benchmark-only", f"--junitxml={report}"]
+        command += ["--save-results", f"--results-folder={session.work / 'results'}", *options]
+        command += ["-k", cases] if cases else []
+        command += [f"--variants={variants}"] if variants else []
+        read_junit(session.run("bench", name, command, until, extra), report)
 
 
 def _sanitizer(seconds: float, tools: tuple[str, ...], chosen: tuple[str, ...] = ()) -> Step:
     return Step(seconds, lambda session, until: run_sanitizer(session, until, tools, chosen))
 
 
-OWN, TUNING = "limit,alp_kernels,released", "test_tuning.py"
+TUNING, OWN = "test_tuning.py", "limit,alp_kernels"
 LAYER, HEAD, LONG_HEAD = "qwen3-8b and bfloat16", "qwen3-8b", "qwen2.5-1.5b and 16384"
 
-STEPS = {
+STEPS: dict[str, Step | Bench] = {
     "kernels": Step(50, run_kernels),
-    "perturb": _bench(14, "test_perturb.py", LAYER, OWN),
-    "rms-norm": _bench(14, "test_perturb_rms_norm.py", LAYER, f"{OWN},liger"),
-    "head": _bench(30, "test_loss_head.py", HEAD, OWN),
-    "head-long": _bench(20, "test_loss_head.py", LONG_HEAD, OWN),
-    "update": _bench(30, "test_update.py"),
+    "perturb": Bench(14, "test_perturb.py", LAYER, f"{OWN},released"),
+    "rms-norm": Bench(14, "test_perturb_rms_norm.py", LAYER, f"{OWN},liger"),
+    "head": Bench(30, "test_loss_head.py", HEAD, OWN),
+    "head-long": Bench(20, "test_loss_head.py", LONG_HEAD, OWN),
+    "update": Bench(30, "test_update.py"),
     "profile": Step(25, run_profile),
     "counts": Step(25, run_counts),
-    "tuning": _bench(45, TUNING, "", "", "--tuning"),
-    "perturb-peers": _bench(25, "test_perturb.py", LAYER),
-    "rms-norm-peers": _bench(25, "test_perturb_rms_norm.py", LAYER),
-    "head-peers": _bench(55, "test_loss_head.py", HEAD),
-    "head-long-peers": _bench(40, "test_loss_head.py", LONG_HEAD),
+    "tuning": Bench(45, TUNING, options=("--tuning",)),
+    "perturb-peers": Bench(25, "test_perturb.py", LAYER),
+    "rms-norm-peers": Bench(25, "test_perturb_rms_norm.py", LAYER),
+    "head-peers": Bench(55, "test_loss_head.py", HEAD),
+    "head-long-peers": Bench(40, "test_loss_head.py", LONG_HEAD),
     "tests": Step(70, run_tests),
     "memcheck": _sanitizer(35, ("memcheck",), WATCHED),
     # in neither run
     "sanitizer": _sanitizer(200, tuple(SUMMARY)),
-    "other-layers": _bench(60, "test_perturb.py", f"not ({LAYER})"),
-    "other-norms": _bench(60, "test_perturb_rms_norm.py", f"not ({LAYER})"),
-    "other-heads": _bench(120, "test_loss_head.py", f"not ({HEAD}) and not ({LONG_HEAD})"),
-    "training-step": _bench(60, "test_train_step.py"),
-    "sweep": _bench(120, "test_sweep.py", "", "", "--sweep"),
+    "other-layers": Bench(60, "test_perturb.py", f"not ({LAYER})"),
+    "other-norms": Bench(60, "test_perturb_rms_norm.py", f"not ({LAYER})"),
+    "other-heads": Bench(120, "test_loss_head.py", f"not ({HEAD}) and not ({LONG_HEAD})"),
+    "sweep": Bench(120, "test_sweep.py", options=("--sweep",)),
 }
 FIRST = ("kernels", "perturb", "rms-norm", "head", "head-long", "update", "profile", "counts", "tuning")
 SECOND = ("perturb-peers", "rms-norm-peers", "head-peers", "head-long-peers", "update", "tests", "memcheck")

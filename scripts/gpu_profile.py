@@ -13,7 +13,7 @@ KERNELS = "regex:^_(perturb|head)"
 SECTIONS = ("SpeedOfLight", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats")
 TIME, READ, WRITTEN = "gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum"
 ISSUE, REGISTERS = "smsp__issue_active.avg.per_cycle_active", "launch__registers_per_thread"
-STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+STALL = re.compile(r"smsp__average_warps_issue_stalled_((?:(?!_not_issued)\w)+)_per_issue_active\.ratio")
 NUM_STALLS = 4
 
 

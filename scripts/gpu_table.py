@@ -11,7 +11,7 @@ Record = dict[str, Any]  # one line of a results file, see bench/report.py
 OURS = "alp_kernels"
 OWN = (OURS, "alp, ")  # how the names of our variants begin; the second are of our training loop
 LESS = (" alone", " only", "that allocate")  # in the names of variants that compute less than the others
-MAX_GROUPS = 24
+MAX_GROUPS = 20
 
 PERTURB = "N 16384 D 4096 bfloat16"
 HEAD = "N 8192 D 4096 V 151936 bfloat16"

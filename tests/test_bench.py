@@ -16,6 +16,7 @@ pytest.importorskip("pytest_benchmark", reason="bench needs pytest-benchmark, wh
 from bench import head, peers, perturb, roofline, table, test_loss_head, test_perturb, test_perturb_rms_norm
 from bench import test_sweep as sweep
 from bench import test_threads as threads
+from bench import test_tuning as tuning
 from bench.cases import HeadCase, PerturbCase, head_cases, perturb_cases
 from bench.contest import Contest, Group, Turn, Variant, turns
 
@@ -239,6 +240,22 @@ def test_the_least_time_is_the_larger_of_bytes_and_flop():
     ceilings = roofline.Ceilings(bytes_per_s=1e9, flop_per_s=1e12)
     assert ceilings.least_ms(roofline.Cost(bytes=10**6, flop=10**6)) == 1.0
     assert ceilings.least_ms(roofline.Cost(bytes=10**6, flop=10**10)) == 10.0
+
+
+# ------------------------------------------------------------------ tuning
+
+
+def test_every_constant_that_is_tuned_is_there_and_comes_back():
+    pytest.importorskip("triton")
+    from alp_kernels.triton import perturb as kernels
+
+    for setting in (*tuning.OF_PERTURB, *tuning.OF_HEAD):
+        for place, value in setting.constants.items():
+            owner, name = tuning.located(place)
+            assert callable(getattr(owner, name)) == callable(value)
+    before = kernels.MAX_BLOCKS
+    inside = tuning.Setting("", {"perturb.MAX_BLOCKS": 3}, num_warps=2).around(lambda: kernels.MAX_BLOCKS)
+    assert (inside(), kernels.MAX_BLOCKS) == (3, before)
 
 
 # ------------------------------------------------------------------ tables and plots
