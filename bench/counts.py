@@ -100,7 +100,7 @@ def calls(sample: Sample) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is counted, by name: gpu_table.py's targets know these names."""
 
     def fused(level: str, sample: Sample, **options: Any) -> None:
-        out = fused_alp_loss(*sample, objective=Objective(level), **options)  # type: ignore[arg-type]
+        out = fused_alp_loss(*sample, objective=Objective(level), **options)
         torch.autograd.grad(out.loss, (sample.hidden, sample.weight))
 
     device, (sequences, length) = sample.mask.device, sample.mask.shape
@@ -154,11 +154,14 @@ def profiled(call: Callable[[], Any], device: torch.device) -> tuple[list[Launch
         if on_cuda:
             torch.cuda.synchronize()
     wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
-    return [
+    launches = [
         Launch(event.name, event.time_range.elapsed_us())
         for event in found.events()
         if event.device_type == wanted and not event.name.startswith(("Memcpy", "Memset"))
-    ], found
+    ]
+    if not launches:
+        raise RuntimeError("the profiler saw no kernel: it needs access to the device's counters (CUPTI)")
+    return launches, found
 
 
 def by_time(launches: list[Launch]) -> list[str]:
@@ -177,14 +180,16 @@ def count_launches(device: torch.device, smoke: bool, counts: Counts, folder: Pa
     (case,) = cases(device, smoke)
     inputs = update.make_inputs(device, case)
     clean, noisy = update.without_noise(inputs), update.ours(inputs)
+    if device.type == "cuda":
+        found = {"an update": waits(noisy), "an update without noise": waits(clean)}
+        for what, where in found.items():
+            counts.add(f"syncs of {what}", where.total(), lines=[f"{n} x {at}" for at, n in where.most_common()])
+        counts.add("syncs of an update's noise", (found["an update"] - found["an update without noise"]).total())
     without, _ = profiled(clean, device)
-    with_noise, found = profiled(noisy, device)
+    with_noise, trace = profiled(noisy, device)
     counts.add("launches a layer", (len(with_noise) - len(without)) / case.layers, case=str(case))
     counts.add("launches of an update", len(with_noise), case=str(case), lines=by_time(with_noise))
-    if device.type == "cuda":
-        more = waits(noisy) - waits(clean)
-        counts.add("syncs of the noise of an update", more.total(), lines=[f"{n} x {at}" for at, n in more.items()])
-    found.export_chrome_trace(str(folder / "trace.json.gz"))
+    trace.export_chrome_trace(str(folder / "trace.json.gz"))
 
 
 def main() -> None:

@@ -175,7 +175,7 @@ TARGETS = (
     ),
     # forward, its recompute, the measurement, backward and its sum, log_sigma's gradient
     Target("update: kernels a layer launches for its noise", "<= 8", _count("launches a layer")),
-    Target("update: syncs of its noise", "<= 0", _count("syncs of the noise of an update")),
+    Target("update: syncs of its noise", "<= 0", _count("syncs of an update's noise")),
     Target("fused_alp_loss, token level: syncs", "<= 1", _count(f"{SYNCS}token level")),
     Target("fused_alp_loss, other levels and packed: syncs", "<= 2", _most_syncs),
     Target("linear_logprob with a mask: syncs", "<= 1", _count("syncs of linear_logprob with a mask")),
