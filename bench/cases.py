@@ -123,7 +123,8 @@ def perturb_cases(device: torch.device, smoke: bool) -> list[PerturbCase]:
 def head_cases(device: torch.device, smoke: bool) -> list[HeadCase]:
     """The default cases first, then every other model; dtypes as one would train there.
 
-    The GPU's qwen3-8b case is that of huggingface/trl#7244: N 8192, D 4096, V 151936, bfloat16.
+    The GPU's qwen3-8b case is that of huggingface/trl#7244: N 8192, D 4096, V 151936, bfloat16. The long case of
+    qwen2.5-1.5b is the head of the update: few channels, so that the passes over the logits weigh most.
     """
     if smoke:
         return [HeadCase("smoke", 4, 32, *SMOKE, torch.float32), HeadCase("smoke", 4, 32, *SMOKE, torch.bfloat16, 0.6)]
@@ -143,6 +144,7 @@ def head_cases(device: torch.device, smoke: bool) -> list[HeadCase]:
         chosen = [
             *(case(model, 2048, torch.bfloat16) for model in default),
             case("qwen3-8b", 2048, torch.bfloat16, 0.6),
+            case("qwen2.5-1.5b", 4096, torch.bfloat16),
         ]
         others = [case(model, 2048, torch.bfloat16) for model in MODELS]
     return chosen + [replace(other, default=False) for other in others if other not in chosen]

@@ -2,26 +2,30 @@
 
     --all-cases             every model, not only the default ones; what does not fit in memory is skipped by name
     --sweep                 time and memory of the loss head along V and N, in test_sweep.py (see bench.plots)
+    --tuning                the kernels with other tiles and warps, in test_tuning.py; on a GPU
+    --variants=A,B          only variants whose name holds A or B: --variants limit,alp_kernels
     --save-results          also write the numbers as JSON lines, a new file for each run, in bench/results
     --results-folder=DIR    ... or there
     --passes=N              how often the variants take turns; more for numbers to publish
     --smoke                 tiny shapes: tries the harness in two minutes; its numbers mean nothing
     --benchmark-verbose     pytest-benchmark's own table too
-    -k "native or eager or limit"    some variants only
+    -k "qwen3-8b and bfloat16"       some cases only
 
-Every variant's result is checked before any is timed: one that is wrong fails, is not timed, and fails the run.
+Every variant's result is checked before it is timed: one that is wrong fails, is not timed, and fails the run.
+What is saved is on disk after each turn: a run that is killed keeps what it measured.
 Ratios come from medians of the same run. What this machine lacks is skipped by name.
 `python -m bench.table` makes Markdown of saved records, `python -m bench.plots` the sweep's picture.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from .contest import Contest, Turn, turns
+from .contest import Contest, turns
 from .report import save, table
 
 CONTEST = pytest.StashKey[Contest]()
@@ -32,15 +36,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--save-results", action="store_true", help="write the numbers as JSON lines")
     results = Path(__file__).parent / "results"
     group.addoption("--results-folder", type=Path, default=results, metavar="DIR", help=f"where to; default {results}")
+    group.addoption("--variants", default="", metavar="A,B", help="only variants whose name holds A or B")
     group.addoption("--passes", type=int, metavar="N", help="how often the variants take turns")
     group.addoption("--all-cases", action="store_true", help="every model that fits in memory")
     group.addoption("--sweep", action="store_true", help="the loss head along V and N")
+    group.addoption("--tuning", action="store_true", help="the kernels with other tiles and warps")
     group.addoption("--smoke", action="store_true", help="tiny shapes; the numbers mean nothing")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config.stash[CONTEST] = Contest(device)
+    config.stash[CONTEST] = Contest(device, config.getoption("smoke"))
     config.option.benchmark_quiet = True  # a row for each pass tells less than the table below
 
 
@@ -49,17 +55,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         option = metafunc.config.getoption
         groups = metafunc.module.groups(metafunc.config.stash[CONTEST].device, option("smoke"))
         wanted = [group for group in groups if group.wants is None or option(group.wants)]
-        metafunc.parametrize("turn", turns(wanted, option("passes")), ids=str)
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    chosen = [item.callspec.params.get("turn") for item in session.items if hasattr(item, "callspec")]
-    session.config.stash[CONTEST].select(turn for turn in chosen if isinstance(turn, Turn))
+        metafunc.parametrize("turn", turns(wanted, option("passes"), option("variants").split(",")), ids=str)
 
 
 @pytest.fixture
-def contest(pytestconfig: pytest.Config) -> Contest:
-    return pytestconfig.stash[CONTEST]
+def contest(pytestconfig: pytest.Config) -> Iterator[Contest]:
+    contest = pytestconfig.stash[CONTEST]
+    yield contest
+    if pytestconfig.getoption("save_results"):
+        save(contest, pytestconfig.getoption("results_folder"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

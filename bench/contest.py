@@ -1,9 +1,10 @@
 """Variants of one computation, timed in turns on the same inputs.
 
-A group is an op on a case with its variants. Before any variant of a group is timed, each has run once: that run
-checks the result, compiles and warms up. Then the variants take turns, pass after pass, so that a machine that slows
-down slows them alike. A variant that is not available, or whose memory this machine does not have, is skipped with its
-reason; one with a wrong result fails, and is never timed.
+A group is an op on a case with its variants. Before a variant is timed it has run once: that run checks the result,
+compiles and warms up. The variants take turns in the order they are given, pass after pass, so that a machine that slows
+down slows them alike; a variant is prepared when its first turn comes, so a run that is cut off has the times of those
+before it. A variant that is not available, or whose memory this machine does not have, is skipped with its reason; one
+with a wrong result fails, and is never timed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import statistics
+import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -105,28 +107,29 @@ class Entry:
         return statistics.quantiles(self.ms, n=100, method="inclusive")[percent - 1]
 
 
-def turns(groups: Iterable[Group], num_passes: int | None) -> list[Turn]:
+def turns(groups: Iterable[Group], num_passes: int | None, names: Sequence[str] = ("",)) -> list[Turn]:
+    """One group after the other, in each pass after pass; only variants whose name holds one of `names`."""
     return [
         Turn(group, variant, number)
         for group in groups
         for number in range(num_passes or group.num_passes)
         for variant in group.variants
+        if any(name in variant.name for name in names)
     ]
 
 
 class Contest:
-    """A session's groups in the order they ran, with an entry for each variant that was selected."""
+    """A session's groups in the order they ran, with an entry for each variant whose turn came."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, smoke: bool = False) -> None:
         self.device = device
-        self.selected: set[tuple[int, str]] = set()  # (id of the group, name of the variant)
+        self.smoke = smoke  # tiny shapes, and ceilings and turns as short as they can be
         self.groups: list[Group] = []
-        self.entries: dict[tuple[int, str], Entry] = {}
+        self.entries: dict[tuple[int, str], Entry] = {}  # by id of the group and name of the variant
+        self._inputs: Any = None  # of the last group
+        self._free_mib = 0.0  # before they were made
         self._copy: float | None = None  # bytes per second
         self._product: dict[torch.dtype, float] = {}  # FLOP per second
-
-    def select(self, selected: Iterable[Turn]) -> None:
-        self.selected = {(id(turn.group), turn.variant.name) for turn in selected}
 
     def entry(self, group: Group, name: str) -> Entry | None:
         return self.entries.get((id(group), name))
@@ -137,22 +140,26 @@ class Contest:
             return None
         dtype = group.case.dtype
         if self._copy is None:
-            self._copy = copy_bytes_per_s(self.device)
+            self._copy = copy_bytes_per_s(self.device, self.smoke)
         if dtype not in self._product:
-            self._product[dtype] = product_flop_per_s(self.device, dtype)
+            self._product[dtype] = product_flop_per_s(self.device, dtype, self.smoke)
         return Ceilings(self._copy, self._product[dtype])
 
     def play(self, turn: Turn, benchmark: Any) -> None:
-        """One variant's rounds in one pass; the first turn of a group prepares all its variants."""
-        if turn.group not in self.groups:
-            self._prepare(turn.group)
-        entry = self.entries[id(turn.group), turn.variant.name]
+        """One variant's rounds in one pass; its first turn prepares it, and the first of a group the group's inputs."""
+        if not self.groups or turn.group is not self.groups[-1]:
+            self._begin(turn.group)
+        entry = self.entry(turn.group, turn.variant.name)
+        if entry is None:
+            entry = self._prepare(turn.group, turn.variant)
+            self.entries[id(turn.group), turn.variant.name] = entry
         if entry.skipped is not None:
             pytest.skip(entry.skipped)
         if entry.failed is not None:
             pytest.fail(entry.failed, pytrace=False)
         assert entry.function is not None
-        rounds = round(TURN_MS[self.device.type] / (entry.median or entry.first_ms))
+        turn_ms = 0 if self.smoke else TURN_MS[self.device.type]
+        rounds = round(turn_ms / (entry.median or entry.first_ms))
         clock = Clock(self.device)
         benchmark.group = f"{turn.group.op} {turn.group.case}"
         benchmark.pedantic(clock.run, args=(entry.function,), rounds=min(max(rounds, 1), MAX_ROUNDS), iterations=1)
@@ -160,25 +167,25 @@ class Contest:
             entry.peak_mib = clock.peak_mib
         entry.ms += clock.ms
 
-    def _prepare(self, group: Group) -> None:
+    def _begin(self, group: Group) -> None:
+        assert group not in self.groups, f"{group.op}, {group.case}: its turns do not follow each other"
         for entry in self.entries.values():
-            entry.function = None  # and with it the last group's inputs
-        torch.compiler.reset()  # past a few shapes a compiled function would go on in eager mode, and not say so
+            entry.function = None
+        self._inputs = None
+        if "torch._dynamo" in sys.modules:  # which takes seconds to import
+            torch.compiler.reset()  # past a few shapes a compiled function would go on in eager mode, and not say so
         self.groups.append(group)
-        chosen = [variant for variant in group.variants if (id(group), variant.name) in self.selected]
-        free = free_mib(self.device)
-        if group.needs_mib <= free:
+        self._free_mib = free_mib(self.device)
+        if group.needs_mib <= self._free_mib:
             self.ceilings(group)
-            inputs = group.inputs(self.device)
-        for variant in chosen:
-            needs = group.needs_mib + variant.needs_mib
-            if needs <= free:
-                entry = self._try(variant, inputs)
-            else:
-                entry = Entry(
-                    skipped=f"{variant.name}, {group.case}: {_gib(needs)} GiB of memory, {_gib(free)} are free"
-                )
-            self.entries[id(group), variant.name] = entry
+            self._inputs = group.inputs(self.device)
+
+    def _prepare(self, group: Group, variant: Variant) -> Entry:
+        needs = group.needs_mib + variant.needs_mib
+        if needs <= self._free_mib:
+            return self._try(variant, self._inputs)
+        free = _gib(self._free_mib)
+        return Entry(skipped=f"{variant.name}, {group.case}: {_gib(needs)} GiB of memory, {free} are free")
 
     def _try(self, variant: Variant, inputs: Any) -> Entry:
         reason = variant.unavailable(self.device)

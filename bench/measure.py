@@ -127,8 +127,9 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+@functools.cache
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What a number needs beside it to be believed: device, versions, commit and whether files differ from it."""
+    """What a number needs beside it to be believed: device, versions, commit, whether files differ from it, since when."""
     commit, changed = (_git("rev-parse", "HEAD"), _git("status", "--porcelain"))
     return {
         "device": device_name(device),

@@ -137,7 +137,7 @@ def _row(cells: tuple[str, ...], width: int) -> str:
 
 
 def save(contest: Contest, folder: Path) -> Path:
-    """Write this run's records as one new file of JSON lines, beside it first and then renamed."""
+    """Write this run's records so far as a file of JSON lines, the same file each time: beside it first, then renamed."""
     lines = [json.dumps(record) for record in records(contest)]
     origin = provenance(contest.device)
     stamp = origin["time"].replace(":", "").replace("-", "")

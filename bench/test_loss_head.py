@@ -35,15 +35,6 @@ ALLOCATING = "three GEMMs that allocate their results"
 
 def variants(case: HeadCase) -> Iterator[Variant]:
     yield Variant(LIMIT, three_gemms, check_gemms, needs_mib=case.logits_mib + case.gradient_mib)
-    needs = case.logits_mib + 2 * case.gradient_mib
-    yield Variant(ALLOCATING, three_allocating_gemms, check_gemms, needs_mib=needs)
-    yield variant(REFERENCE, peers.eager, needs_mib=case.eager_mib)
-    yield variant(
-        "torch.compile of its log-probabilities",
-        peers.compiled,
-        needs_mib=case.eager_mib,
-        unavailable=compile_unavailable,
-    )
     for engine in ("triton", "native"):
         for level in OBJECTIVES:
             yield variant(
@@ -54,11 +45,15 @@ def variants(case: HeadCase) -> Iterator[Variant]:
             )
     specification = functools.partial(ours, "reference", "token")
     yield variant("alp_kernels reference, token level", specification, unavailable=engine_unavailable("reference"))
+    needs = case.logits_mib + 2 * case.gradient_mib
+    yield Variant(ALLOCATING, three_allocating_gemms, check_gemms, needs_mib=needs)
+    yield variant(REFERENCE, peers.eager, needs_mib=case.eager_mib)
     yield variant(
-        "liger-kernel GRPO, token level",
-        peers.liger,
-        unavailable=package_unavailable("liger-kernel", "liger_kernel", wanted="0.8."),
+        "trl chunked log-prob, token level",
+        peers.trl,
+        unavailable=package_unavailable("trl", "trl", wanted="1.16."),
     )
+    # what compiles comes last: a run that is cut off has timed the others
     yield variant(
         "cut-cross-entropy (cross-entropy only)",
         peers.cut_cross_entropy,
@@ -66,9 +61,15 @@ def variants(case: HeadCase) -> Iterator[Variant]:
         unavailable=package_unavailable("cut-cross-entropy", "cut_cross_entropy"),
     )
     yield variant(
-        "trl chunked log-prob, token level",
-        peers.trl,
-        unavailable=package_unavailable("trl", "trl", wanted="1.16."),
+        "liger-kernel GRPO, token level",
+        peers.liger,
+        unavailable=package_unavailable("liger-kernel", "liger_kernel", wanted="0.8."),
+    )
+    yield variant(
+        "torch.compile of its log-probabilities",
+        peers.compiled,
+        needs_mib=case.eager_mib,
+        unavailable=compile_unavailable,
     )
 
 

@@ -38,13 +38,14 @@ LIMIT = "copy of h (limit)"
 
 
 def variants(case: PerturbCase, with_backward: bool) -> Iterator[Variant]:
-    ways: list[tuple[str, Way, Check, dict[str, Any]]] = [
-        (REFERENCE, eager, check_noise, {}),
-        ("torch.compile of that", compiled, check_noise, {"unavailable": compile_unavailable}),
-        ("released ALP: generator, checkpoint", released, check_noise, {}),
-    ]
+    ways: list[tuple[str, Way, Check, dict[str, Any]]] = []
     for engine in ("triton", "native", "reference"):
         ways.append((f"alp_kernels {engine}", ours(engine), check_ours, {"unavailable": engine_unavailable(engine)}))
+    ways += [
+        (REFERENCE, eager, check_noise, {}),
+        ("released ALP: generator, checkpoint", released, check_noise, {}),
+        ("torch.compile of that", compiled, check_noise, {"unavailable": compile_unavailable}),
+    ]
     yield Variant(LIMIT, copy, check_copy, cost=perturb_forward(case))
     for name, way, check, options in ways:
         if with_backward:

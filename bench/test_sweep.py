@@ -38,11 +38,11 @@ def cases(device: torch.device, smoke: bool) -> Iterator[tuple[str, HeadCase]]:
 
 def variants(case: HeadCase, device: torch.device) -> Iterator[Variant]:
     yield Variant(LIMIT, three_gemms, check_gemms, needs_mib=case.logits_mib + case.gradient_mib)
-    yield variant(REFERENCE, peers.eager, needs_mib=case.eager_mib)
     engine = "native" if device.type == "cpu" else "triton"
     for level in peers.OBJECTIVES:
         name, step = f"alp_kernels {engine}, {level} level", functools.partial(ours, engine, level)
         yield variant(name, step, level, unavailable=engine_unavailable(engine))
+    yield variant(REFERENCE, peers.eager, needs_mib=case.eager_mib)
     yield variant(
         "liger-kernel GRPO, token level",
         peers.liger,

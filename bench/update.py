@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -152,9 +153,10 @@ def ours(inputs: Inputs) -> Callable[[], Update]:
     # a model with the same parameters and hooks of its own: the others run without any
     model = copy.deepcopy(inputs.model, {id(parameter): parameter for parameter in inputs.model.parameters()})
     handle = attach(model, sigma=SIGMA, seed=1)
+    steps = itertools.count()  # a step's first forward also measures its noise
 
     def run() -> Update:
-        with handle.perturbed(step=0):
+        with handle.perturbed(step=next(steps)):
             loss, logp = fused(inputs, model)
             loss.backward()
         dlog_sigma, handle.log_sigma.grad = handle.log_sigma.grad, None

@@ -1,17 +1,22 @@
-"""Tests, sanitizer and benchmarks on a machine with a GPU, within a few minutes and whatever happens. Standard library only.
+"""What a GPU alone can show, in runs of five minutes and whatever happens. Standard library only.
 
-    python scripts/gpu.py --out DIR [--wheels DIR] [--minutes 9] [--only tests,sanitizer,bench,sweep] [--cpu]
+    python scripts/gpu.py --out DIR (--first | --second | --only STEP,...) [--wheels DIR] [--minutes 5] [--cpu]
 
-Needs PyTorch, Triton and pytest and nothing from the network; --wheels names a folder of wheels of peers to compare with.
-Every step is a process with a limit of its own; one that fails or is cut off ends no other. DIR gets eight files, stdout a
-short table last. Exit code 1: a test, or a check of compute-sanitizer, failed. Where there is no GPU, or with --cpu, the
-same steps run in Triton's interpreter and at tiny shapes: that tries this script, and its times mean nothing.
+--first: each kernel once, the targets without their peers, profiles, counts, and other tiles and warps.
+--second: the targets again beside their peers, the tests of the device, a memcheck.
+Needs PyTorch, Triton and pytest and nothing from the network; what a step needs beside them is named where it is missing.
+--wheels is a folder of such wheels: pytest-benchmark, transformers, the peers. Every step is one process or more with a
+limit of its own, its share of the time that is left; one that fails or is cut off ends no other. DIR gets eight files,
+written anew after each step; stdout a short table last. Exit code 1: a test, or a check of a kernel, failed. Where there
+is no GPU, or with --cpu, the same steps run in Triton's interpreter and at tiny shapes: that tries this script, and its
+times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -22,46 +27,58 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
+import gpu_profile
 import gpu_table
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("tests", "sanitizer", "bench", "sweep")
 GRACE_S = 8  # from the request to stop, which lets pytest write what it has, to the kill
 CLOSING_S = 4  # to combine the logs
 MAX_LOG = 8 << 20  # bytes of one file in DIR
 MAX_DETAILS = 10  # lines of the table that name what failed
+MAX_WORKERS = 8  # processes on one GPU
+LOGS = {
+    "environment": "environment",
+    "kernels": "checks",
+    "tests": "checks",
+    "sanitizer": "checks",
+    "bench": "bench",
+    "profile": "profile",
+}
+"""The file of DIR that what a process wrote goes to, by its kind."""
 
 ENVIRONMENT = """
 import importlib.metadata as m, json, platform
 import torch
 print("python", platform.python_version())
-names = "torch triton transformers numpy pytest pytest-benchmark pytest-xdist liger-kernel cut-cross-entropy trl".split()
-for name in names:
+names = "torch triton transformers numpy pytest hypothesis pytest-benchmark pytest-xdist liger-kernel cut-cross-entropy trl"
+found = {"missing": [], "cuda": torch.cuda.is_available(), "device": "no GPU: Triton's interpreter on the CPU"}
+for name in names.split():
     try:
         print(name, m.version(name))
     except m.PackageNotFoundError:
+        found["missing"].append(name)
         print(name, "is not installed")
-found = {"cuda": torch.cuda.is_available(), "device": "no GPU: Triton's interpreter on the CPU"}
 if found["cuda"]:
     p = torch.cuda.get_device_properties(0)
     print(p)
     found["device"] = f"{p.name}, {p.total_memory / 2**30:.0f} GiB"
-found["xdist"] = any(d.metadata["Name"] == "pytest-xdist" for d in m.distributions())
 print(json.dumps(found))
 """
 
 
 @dataclass
 class Done:
-    """A process that ran, or a step that could not."""
+    """A process that ran, or one that could not."""
 
-    step: str
+    kind: str  # a key of LOGS
     name: str
     log: str = ""
     code: int | None = None  # None: it did not start
@@ -86,13 +103,17 @@ class Session:
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "HF_HUB_OFFLINE": "1",
             "TRITON_CACHE_DIR": str(self.work / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
         }
-        self.has_gpu = self.has_xdist = False
+        self.has_gpu = False
+        self.missing: set[str] = set()  # packages
         self.device = "no environment report"
         self.done: list[Done] = []
+        self.profiles: list[gpu_table.Record] = []
+        self.seconds: dict[str, float] = {}  # by step
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self.is_stopped = False
@@ -100,17 +121,35 @@ class Session:
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    @property
+    def interpreted(self) -> dict[str, str]:
+        """For processes whose kernels must run, wherever that is."""
+        return {} if self.has_gpu else {"TRITON_INTERPRET": "1"}
+
+    @property
+    def workers(self) -> int:
+        """Processes at a time: on a GPU each compiles beside its own thread."""
+        cores = len(os.sched_getaffinity(0))
+        return max(1, min(MAX_WORKERS, cores // 2 if self.has_gpu else cores))
+
+    def lacks(self, kind: str, name: str, *packages: str) -> bool:
+        """Whether one of the packages is missing; then the table says so."""
+        missing = [package for package in packages if package in self.missing]
+        if missing:
+            self.done.append(Done(kind, name, notes=[f"{package} is not installed" for package in missing]))
+        return bool(missing)
+
     def run(
-        self, step: str, name: str, command: Iterable[object], until: float, environment: dict[str, str] | None = None
+        self, kind: str, name: str, command: Iterable[object], until: float, environment: dict[str, str] | None = None
     ) -> Done:
         """One process with its own log, asked to stop at `until` (time.monotonic) and then killed with all its children."""
-        done = Done(step, name)
+        done = Done(kind, name)
         self.done.append(done)
         until = min(until, self.end)
         if self.is_stopped or until - time.monotonic() < 2:
             done.notes.append("no time was left for it")
             return done
-        path, start = self.work / f"{step}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.log", time.monotonic()
+        path, start = self.work / f"{kind}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.log", time.monotonic()
         parts = [str(part) for part in command]
         with path.open("wb") as log:
             log.write(f"$ {' '.join(parts)[:2000]}\n".encode())
@@ -161,38 +200,74 @@ def _signal(child: subprocess.Popen[bytes], number: int) -> None:
 # ------------------------------------------------------------------ steps
 
 
+def unpack(session: Session, wheels: Path) -> None:
+    """Into a folder of our own, by this process: pip would take seconds for each."""
+    site = session.work / "site"
+    for wheel in sorted(wheels.glob("*.whl")):
+        try:
+            zipfile.ZipFile(wheel).extractall(site)
+        except (OSError, zipfile.BadZipFile) as error:
+            session.done.append(Done("environment", wheel.name, notes=[str(error)]))
+    session.environment["PYTHONPATH"] += os.pathsep + str(site)
+
+
 def prepare(session: Session, wheels: Path | None, cpu: bool) -> None:
-    """What is here; the peers' wheels into a folder of our own; the native library, if it can be built."""
+    """The wheels of what is missing; what is here."""
     if cpu:
         session.environment["CUDA_VISIBLE_DEVICES"] = ""
-    until = session.began + 0.25 * (session.end - session.began)
     if wheels is not None:
-        site = session.work / "site"
-        for wheel in sorted(wheels.glob("*.whl")):
-            options = ("--no-index", "--no-deps", "--no-compile", "--quiet", "--target", site)
-            session.run("build", wheel.name, (sys.executable, "-m", "pip", "install", *options, wheel), until)
-        session.environment["PYTHONPATH"] += os.pathsep + str(site)
+        unpack(session, wheels)
+    until = session.began + 0.25 * (session.end - session.began)
     report = session.run("environment", "python", (sys.executable, "-c", ENVIRONMENT), until)
     last = report.log.strip().splitlines()[-1:] or [""]
     if last[0].startswith("{"):
         found = json.loads(last[0])
-        session.has_gpu, session.has_xdist, session.device = found["cuda"], found["xdist"], found["device"]
+        session.has_gpu, session.missing, session.device = found["cuda"], set(found["missing"]), found["device"]
     if not session.has_gpu:
         session.environment["OMP_NUM_THREADS"] = "1"
-    for tool in ("nvidia-smi", "nvcc --version", "compute-sanitizer --version", "lscpu"):
+    for tool in ("nvidia-smi", "nvcc --version", "ncu --version", "compute-sanitizer --version", "lscpu"):
         if shutil.which(tool.split()[0]):
             session.run("environment", tool.split()[0], tool.split(), until)
-    native = ROOT / "alp_kernels" / "native"
-    newest = max(path.stat().st_mtime for path in native.glob("*.[ch]*"))
-    if any(path.stat().st_mtime > newest for path in native.glob("_native*")):
+
+
+def at_once(session: Session, jobs: Iterable[Callable[[], None]]) -> None:
+    with ThreadPoolExecutor(session.workers) as pool:
+        for future in [pool.submit(job) for job in jobs]:
+            future.result()
+
+
+ONCE = (sys.executable, "-m", "tests.gpu_kernels_once")
+SHAPES = ("2x4096", "2x1031")
+"""Rows of the kernels: as the benchmarks have them, which compiles for those too, then with an odd length."""
+
+
+def ops(session: Session, until: float) -> list[str]:
+    listing = session.run("environment", "ops", (*ONCE, "--list"), until, session.interpreted)
+    return listing.log.strip().splitlines()[-1].split() if listing.code == 0 else []
+
+
+def run_kernels(session: Session, until: float) -> None:
+    """Each op's kernels compared with the reference, in processes of their own; without a GPU all of them in one."""
+
+    def job(name: str, *arguments: str) -> None:
+        done = session.run("kernels", name, (*ONCE, *arguments), until, session.interpreted)
+        if done.code is not None and not done.is_cut:
+            done.counts = {"passed": int(done.code == 0), "failed": int(done.code != 0)}
+
+    if not session.has_gpu:
+        job("every op", "2x20")
         return
-    if shutil.which("cmake") is None:
-        session.done.append(Done("build", "native library", notes=["cmake is not installed"]))
-        return
-    folder = session.work / "build"
-    made = session.run("build", "configure", ("cmake", "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release"), until)
-    if made.code == 0:
-        session.run("build", "compile", ("cmake", "--build", folder, "--parallel"), until)
+    found = ops(session, until)
+    if not found:
+        session.done.append(Done("kernels", "every op", counts={"failed": 1}, notes=["no list of kernels"]))
+    at_once(
+        session, [functools.partial(job, f"{op} {shape}", op, shape) for shape in SHAPES for op in _slow_first(found)]
+    )
+
+
+def _slow_first(found: list[str]) -> list[str]:
+    """Those with the most kernels to compile, so that none of them begins last."""
+    return sorted(found, key=lambda op: not op.startswith(("head", "perturb_rms")))
 
 
 def kernel_tests() -> list[Path]:
@@ -210,17 +285,29 @@ def kernel_tests() -> list[Path]:
     return [f for f in files if f.exists()]
 
 
-def run_tests(session: Session, until: float) -> list[Callable[[], None]]:
-    def job(path: Path) -> None:
-        report = session.work / f"{path.stem}.xml"
-        # Triton compiles a kernel for each test's constants: one process would spend minutes in its compiler
-        workers = ("-n", "4") if session.has_xdist and session.has_gpu else ()
-        options = ("-q", "-rs", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}", *workers)
-        extra = {} if session.has_gpu else {"TRITON_INTERPRET": "1"}
-        done = session.run("tests", path.name, (sys.executable, "-m", "pytest", *options, path), until, extra)
-        read_junit(done, report)
+TRIED = "strided_batch or dtype1-token or dtype1-False or engine"
+"""Tests of the device that stand for the others in Triton's interpreter, where `make test` runs triton_cases.py."""
 
-    return [lambda path=path: job(path) for path in kernel_tests()]
+
+def run_tests(session: Session, until: float) -> None:
+    """All files in one pytest-xdist where that is installed, so that no file's last tests run alone; else one by one."""
+    files = kernel_tests()
+    for file in [f for f in files if "from hypothesis import" in f.read_text()]:
+        if session.lacks("tests", file.name, "hypothesis"):
+            files.remove(file)
+
+    def job(name: str, *arguments: object) -> None:
+        report = session.work / f"tests-{name}.xml"
+        options = ("-q", "-rs", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}")
+        command = (sys.executable, "-m", "pytest", *options, *arguments)
+        read_junit(session.run("tests", name, command, until, session.interpreted), report)
+
+    if not session.has_gpu:
+        job("a part", "-k", TRIED, *files[1:4])
+    elif "pytest-xdist" in session.missing:
+        at_once(session, [functools.partial(job, file.name, file) for file in files])
+    else:
+        job("every file", "-p", "xdist.plugin", "-n", session.workers, *files)
 
 
 def read_junit(done: Done, report: Path) -> None:
@@ -243,34 +330,28 @@ SUMMARY = {
     "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
     "racecheck": re.compile(r"RACECHECK SUMMARY: .*\((\d+) error"),
 }
+WATCHED = ("perturb_fwd", "perturb_rms_norm_bwd", "head_token_loss")
+"""The ops of a short memcheck: together they have every kind of load, store and reduction."""
 
 
-def run_sanitizer(session: Session, until: float) -> list[Callable[[], None]]:
-    """Each op's kernels: compared with the reference first, which compiles them, then under each tool."""
-    once = (sys.executable, "-m", "tests.gpu_kernels_once")
-    # tensors out of one cached block would hide a write past an end
-    extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if session.has_gpu else {"TRITON_INTERPRET": "1"}
-    listing = session.run("environment", "ops", (*once, "--list"), until, extra)
-    ops = listing.log.strip().splitlines()[-1].split() if listing.code == 0 else []
+def run_sanitizer(session: Session, until: float, tools: tuple[str, ...], chosen: tuple[str, ...]) -> None:
+    """The chosen ops, or all, under compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") if session.has_gpu else None
-    why = "compute-sanitizer is not installed" if session.has_gpu else "no GPU"
-    if not ops:
-        session.done.append(Done("sanitizer", "compare", counts={"failed": 1}, notes=["no list of kernels"]))
+    if tool is None:
+        why = "compute-sanitizer is not installed" if session.has_gpu else "no GPU"
+        session.done += [Done("sanitizer", name, notes=[why]) for name in tools]
+        return
+    # tensors out of one cached block would hide a write past an end
+    extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
-    def job(op: str) -> None:
-        compared = session.run("sanitizer", f"compare {op}", (*once, op), until, extra)
-        if compared.code is not None and not compared.is_cut:
-            compared.counts = {"passed": int(compared.code == 0), "failed": int(compared.code != 0)}
-        for name, pattern in SUMMARY.items():
-            if tool is None:
-                session.done.append(Done("sanitizer", f"{name} {op}", notes=[why]))
-                continue
-            # PyTorch probes the driver for calls it may lack: not errors of a kernel
-            options = ("--report-api-errors", "no") if name == "memcheck" else ()
-            done = session.run("sanitizer", f"{name} {op}", (tool, "--tool", name, *options, *once, op), until, extra)
-            read_sanitizer(done, pattern)
+    def job(name: str, op: str) -> None:
+        # PyTorch probes the driver for calls it may lack: not errors of a kernel
+        options = ("--report-api-errors", "no") if name == "memcheck" else ()
+        command = (tool, "--tool", name, *options, *ONCE, op, SHAPES[-1])
+        read_sanitizer(session.run("sanitizer", f"{name} {op}", command, until, extra), SUMMARY[name])
 
-    return [lambda op=op: job(op) for op in ops]
+    found = chosen or ops(session, until)
+    at_once(session, [functools.partial(job, name, op) for name in tools for op in found])
 
 
 def read_sanitizer(done: Done, pattern: re.Pattern[str]) -> None:
@@ -284,57 +365,110 @@ def read_sanitizer(done: Done, pattern: re.Pattern[str]) -> None:
         done.notes.append(f"no report: {(lines or done.log.strip().splitlines())[-1][:110]}")
 
 
-# file, cases (pytest -k), and its part of the time: what has a target first, so that a cut costs the least
-BENCHES = (
-    ("test_perturb.py", "qwen3-8b and bfloat16", 2),
-    ("test_perturb_rms_norm.py", "qwen3-8b and bfloat16", 2),
-    ("test_loss_head.py", "qwen3-8b", 3),
-    ("test_update.py", "", 2),
-    ("test_perturb.py", "not (qwen3-8b and bfloat16)", 2),
-    ("test_perturb_rms_norm.py", "not (qwen3-8b and bfloat16)", 2),
-    ("test_loss_head.py", "not qwen3-8b", 3),
-)
-SWEEP = "test_sweep.py"
+def run_counts(session: Session, until: float) -> None:
+    options = () if session.has_gpu else ("--smoke",)
+    session.run("profile", "counts", (sys.executable, "-m", "bench.counts", session.work / "counts", *options), until)
 
 
-def run_bench(session: Session, step: str, until: float) -> None:
-    """Each part by itself, so that a crash costs only its own numbers; what has run by the end is saved and shown."""
-    if step == "sweep":
-        parts = [(SWEEP, "", 1)]
+def run_profile(session: Session, until: float) -> None:
+    """Nsight Compute on one launch of each kernel; without a GPU the launches alone."""
+    launches = (sys.executable, "-m", "bench.launches")
+    tool = shutil.which("ncu")
+    if not session.has_gpu:
+        session.run("profile", "launches", (*launches, "--smoke"), until, session.interpreted)
+    elif tool is None:
+        session.done.append(Done("profile", "ncu", notes=["ncu is not installed"]))
     else:
-        known = {SWEEP, *(name for name, _, _ in BENCHES)}
-        rest = [f.name for f in sorted((ROOT / "bench").glob("test_*.py")) if f.name not in known]
-        parts = [*BENCHES, *((name, "", 1) for name in rest)]
-    for position, (name, cases, weight) in enumerate(parts):
-        share = max(0.0, until - time.monotonic()) * weight / sum(part[2] for part in parts[position:])
-        options = ["--benchmark-only", "--save-results", f"--results-folder={session.work / 'results'}"]
-        options += ["-k", cases] if cases else []
-        options += ["--sweep"] if step == "sweep" else []
-        options += [] if session.has_gpu else ["--smoke"]
-        options += ["--passes=1"] if share < 20 else []
-        report = session.work / f"{step}-{position}.xml"
-        command = (sys.executable, "-m", "pytest", ROOT / "bench" / name, "-q", "-p", "no:cacheprovider")
-        label = f"{name} {cases}".strip()
-        done = session.run(step, label, (*command, f"--junitxml={report}", *options), time.monotonic() + share)
-        read_junit(done, report)
+        done = session.run("profile", "ncu", (tool, *gpu_profile.options(), *launches), until)
+        session.profiles = gpu_profile.read(done.log)
+        if not session.profiles:
+            done.notes += re.findall(r"^==ERROR== (.{,110})", done.log, re.M)[:1] or ["no launch was profiled"]
+
+
+class Step(NamedTuple):
+    """A part of a run. Its limit is its share, by estimate, of the time that is left."""
+
+    seconds: float  # estimated, on a GPU with 16 cores
+    run: Callable[[Session, float], None]
+
+
+class Bench(NamedTuple):
+    """A step that times one file of bench/, in a process that a crash ends alone."""
+
+    seconds: float
+    file: str
+    cases: str = ""  # pytest -k
+    variants: str = ""  # parts of names
+    options: tuple[str, ...] = ()
+
+    def run(self, session: Session, until: float) -> None:
+        name = " ".join(part for part in (self.file, self.cases, self.variants) if part)
+        if session.lacks("bench", name, "pytest-benchmark"):
+            return
+        cases, variants, options, extra = self.cases, self.variants, self.options, {}
+        if not session.has_gpu:
+            cases, options = "bfloat16 or update", (*options, "--smoke", "--passes=1")
+            variants, extra = ("shipped,warps", session.interpreted) if self.file == TUNING else (OWN, {})
+        report = session.work / f"bench-{len(session.done)}.xml"
+        command = [sys.executable, "-m", "pytest", ROOT / "bench" / self.file, "-q", "-p", "no:cacheprovider"]
+        command += ["-p", "pytest_benchmark.plugin", "--benchmark-only", f"--junitxml={report}"]
+        command += ["--save-results", f"--results-folder={session.work / 'results'}", *options]
+        command += ["-k", cases] if cases else []
+        command += [f"--variants={variants}"] if variants else []
+        read_junit(session.run("bench", name, command, until, extra), report)
+
+
+def _sanitizer(seconds: float, tools: tuple[str, ...], chosen: tuple[str, ...] = ()) -> Step:
+    return Step(seconds, lambda session, until: run_sanitizer(session, until, tools, chosen))
+
+
+TUNING, OWN = "test_tuning.py", "limit,alp_kernels"
+LAYER, HEAD, LONG_HEAD = "qwen3-8b and bfloat16", "qwen3-8b", "qwen2.5-1.5b and 16384"
+
+STEPS: dict[str, Step | Bench] = {
+    "kernels": Step(50, run_kernels),
+    "perturb": Bench(14, "test_perturb.py", LAYER, f"{OWN},released"),
+    "rms-norm": Bench(14, "test_perturb_rms_norm.py", LAYER, f"{OWN},liger"),
+    "head": Bench(30, "test_loss_head.py", HEAD, OWN),
+    "head-long": Bench(20, "test_loss_head.py", LONG_HEAD, OWN),
+    "update": Bench(30, "test_update.py"),
+    "profile": Step(25, run_profile),
+    "counts": Step(25, run_counts),
+    "tuning": Bench(45, TUNING, options=("--tuning",)),
+    "perturb-peers": Bench(25, "test_perturb.py", LAYER),
+    "rms-norm-peers": Bench(25, "test_perturb_rms_norm.py", LAYER),
+    "head-peers": Bench(55, "test_loss_head.py", HEAD),
+    "head-long-peers": Bench(40, "test_loss_head.py", LONG_HEAD),
+    "tests": Step(70, run_tests),
+    "memcheck": _sanitizer(35, ("memcheck",), WATCHED),
+    # in neither run
+    "sanitizer": _sanitizer(200, tuple(SUMMARY)),
+    "other-layers": Bench(60, "test_perturb.py", f"not ({LAYER})"),
+    "other-norms": Bench(60, "test_perturb_rms_norm.py", f"not ({LAYER})"),
+    "other-heads": Bench(120, "test_loss_head.py", f"not ({HEAD}) and not ({LONG_HEAD})"),
+    "sweep": Bench(120, "test_sweep.py", options=("--sweep",)),
+}
+FIRST = ("kernels", "perturb", "rms-norm", "head", "head-long", "update", "profile", "counts", "tuning")
+SECOND = ("perturb-peers", "rms-norm-peers", "head-peers", "head-long-peers", "update", "tests", "memcheck")
 
 
 # ------------------------------------------------------------------ the end
 
 
 def write(session: Session) -> list[str]:
-    """Combine the logs and results in DIR; returns the table."""
+    """Combine the logs and results so far in DIR; returns the table."""
     session.out.mkdir(parents=True, exist_ok=True)
-    for step in ("environment", "build", "tests", "sanitizer", "bench"):
-        steps = ("bench", "sweep") if step == "bench" else (step,)
-        text = "\n".join(
-            f"===== {d.name} ({d.seconds:.0f} s)\n{_clip(d.log)}" for d in list(session.done) if d.step in steps
-        )
-        (session.out / f"{step}.log").write_text(text[-MAX_LOG:])
-    records = gpu_table.read(session.work / "results")
+    done = list(session.done)
+    for log in dict.fromkeys(LOGS.values()):
+        text = "\n".join(f"===== {d.name} ({d.seconds:.0f} s)\n{_clip(d.log)}" for d in done if LOGS[d.kind] == log)
+        (session.out / f"{log}.log").write_text(text[-MAX_LOG:])
+    records = gpu_table.read(session.work / "results") + gpu_table.read(session.work / "counts") + session.profiles
     (session.out / "results.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
-    status = [{k: v for k, v in vars(d).items() if k != "log"} for d in list(session.done)]
-    (session.out / "status.json").write_text(json.dumps(status, indent=1))
+    trace = session.work / "counts" / "trace.json.gz"
+    if trace.exists() and trace.stat().st_size <= MAX_LOG:
+        shutil.copy(trace, session.out)
+    status = [{k: v for k, v in vars(d).items() if k != "log"} for d in done]
+    (session.out / "status.json").write_text(json.dumps({"steps": session.seconds, "processes": status}, indent=1))
     lines = summary(session, records)
     (session.out / "summary.txt").write_text("\n".join(lines) + "\n")
     return lines
@@ -350,36 +484,33 @@ def summary(session: Session, records: list[gpu_table.Record]) -> list[str]:
     lines, details = ["", f"===== {session.device}; {elapsed:.0f} s"], []
     if any(d.is_cut or d.code is None for d in session.done):
         lines.append("INCOMPLETE: what was cut off or got no time is named below")
-    for step in ("tests", "bench", "sweep"):
-        done = [d for d in session.done if d.step == step]
+    if session.seconds:
+        lines.append("seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in session.seconds.items()))
+    for kind in ("kernels", "tests", "bench"):
+        done = [d for d in session.done if d.kind == kind]
         if done:
             total = {k: sum(d.counts.get(k, 0) for d in done) for k in ("passed", "failed", "skipped")}
-            lines.append(f"{step}: " + ", ".join(f"{n} {k}" for k, n in total.items()) + _unfinished(done))
+            lines.append(f"{kind}: " + ", ".join(f"{n} {k}" for k, n in total.items()) + _unfinished(done))
         details += [f"  {d.name}: {', '.join(d.notes)}" for d in done if d.counts.get("failed")]
-    checks = [d for d in session.done if d.step == "sanitizer"]
-    for tool in ("compare", *SUMMARY):
-        done = [d for d in checks if d.name.startswith(tool)]
+    for tool in SUMMARY:
+        done = [d for d in session.done if d.kind == "sanitizer" and d.name.startswith(tool)]
         if done:
-            cells = [f"{d.name.removeprefix(tool).strip()} {_cell(d)}" for d in done if d.counts]
+            cells = [f"{d.name.removeprefix(tool).strip()} {d.counts['errors']}" for d in done if d.counts]
             lines.append(f"{tool}: {', '.join(cells) or 'none'}{_unfinished(done)}")
         details += [f"  {d.name}: {'; '.join(d.notes)}" for d in done if d.counts.get("errors")]
     for d in session.done:
-        if d.step in ("build", "environment") and (d.code != 0 or d.is_cut):
+        if d.kind in ("environment", "profile") and (d.code != 0 or d.is_cut or d.notes):
             why = "cut off" if d.is_cut else ", ".join(d.notes) or f"exit code {d.code}"
-            details.append(f"{d.step}: {d.name}: {why}")
+            details.append(f"{d.kind}: {d.name}: {why}")
     lines = [line[:400] for line in lines] + [line[:150] for line in details[:MAX_DETAILS]]
     if len(details) > MAX_DETAILS:
         lines.append(f"  and {len(details) - MAX_DETAILS} more in status.json")
-    lines += ["", *gpu_table.groups(records), "", "target", *gpu_table.targets(records)]
+    lines += ["", *gpu_table.groups(records), *gpu_table.tuned(records)]
+    lines += [line[:200] for line in (*gpu_profile.lines(records), *gpu_table.launched(records))]
+    lines += ["", "target", *gpu_table.targets(records)]
     if not session.has_gpu:
         lines.append("Tiny shapes on a CPU: these times mean nothing, and no target was measured.")
     return lines
-
-
-def _cell(done: Done) -> str:
-    if "errors" in done.counts:
-        return str(done.counts["errors"])
-    return "differs" if done.counts.get("failed") else "ok"
 
 
 def _unfinished(done: list[Done]) -> str:
@@ -398,27 +529,30 @@ def _unfinished(done: list[Done]) -> str:
 def has_failed(session: Session) -> bool:
     """Whether a check failed, hung until it was killed, or ended without a report; one that got no time did neither."""
     return any(
-        d.counts.get("failed") or d.counts.get("errors") or (d.step == "tests" and d.code is not None and not d.counts)
+        d.counts.get("failed") or d.counts.get("errors") or (d.kind == "tests" and d.code is not None and not d.counts)
         for d in session.done
-        if d.step in ("tests", "sanitizer")
+        if d.kind in ("kernels", "tests", "sanitizer")
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs, results and the table")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels of peers")
-    parser.add_argument("--minutes", type=float, default=9, help="when this must have ended")
-    parser.add_argument("--only", default=",".join(STEPS), help=f"some of {','.join(STEPS)}, or none")
+    plan = parser.add_mutually_exclusive_group(required=True)
+    plan.add_argument("--first", dest="steps", action="store_const", const=",".join(FIRST), help=", ".join(FIRST))
+    plan.add_argument("--second", dest="steps", action="store_const", const=",".join(SECOND), help=", ".join(SECOND))
+    plan.add_argument("--only", dest="steps", metavar="STEP,...", help=f"some of {', '.join(STEPS)}; or none")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels of what is missing")
+    parser.add_argument("--minutes", type=float, default=5, help="when this must have ended")
     parser.add_argument("--cpu", action="store_true", help="leave a GPU that is there alone")
     arguments = parser.parse_args()
-    only = set(arguments.only.split(",")) - {"none"}
-    if only and arguments.minutes < 1:
-        parser.error(f"--minutes={arguments.minutes}; it needs 1 or more, 9 for everything")
+    steps = [] if arguments.steps == "none" else arguments.steps.split(",")
+    if steps and arguments.minutes < 1:
+        parser.error(f"--minutes={arguments.minutes}; it needs 1 or more, 5 for --first or --second")
     if arguments.wheels is not None and not list(arguments.wheels.glob("*.whl")):
         parser.error(f"--wheels={arguments.wheels}; it needs a folder that holds *.whl files")
-    if not only <= set(STEPS):
-        parser.error(f"--only={arguments.only}; it needs some of {','.join(STEPS)}, or none")
+    if not set(steps) <= STEPS.keys():
+        parser.error(f"--only={arguments.steps}; it needs some of {', '.join(STEPS)}; or none")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "summary.txt").touch()
@@ -427,7 +561,7 @@ def main() -> int:
     session = Session(arguments.out.resolve(), arguments.minutes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        work(session, only, arguments)
+        work(session, steps, arguments)
     except KeyboardInterrupt:
         session.stop()
     finally:
@@ -437,22 +571,16 @@ def main() -> int:
     return int(has_failed(session))
 
 
-def work(session: Session, only: set[str], arguments: argparse.Namespace) -> None:
-    if only:
+def work(session: Session, steps: list[str], arguments: argparse.Namespace) -> None:
+    if steps:
         prepare(session, arguments.wheels, arguments.cpu)
-    share = 0.45 if only & {"bench", "sweep"} else 1.0
-    until = time.monotonic() + share * session.left()
-    jobs = run_tests(session, until) if "tests" in only else []
-    # behind the two longest files: one that starts last is cut off first
-    jobs[2:2] = run_sanitizer(session, until) if "sanitizer" in only else []
-    if jobs:
-        with ThreadPoolExecutor(min(len(jobs), max(2, 3 * (os.cpu_count() or 2) // 4))) as pool:
-            for future in [pool.submit(job) for job in jobs]:
-                future.result()
-    if "bench" in only:
-        run_bench(session, "bench", time.monotonic() + (0.85 if "sweep" in only else 1.0) * session.left())
-    if "sweep" in only:
-        run_bench(session, "sweep", session.end)
+        session.seconds["start"] = time.monotonic() - session.began
+    for position, name in enumerate(steps):
+        start, weights = time.monotonic(), [STEPS[later].seconds for later in steps[position:]]
+        STEPS[name].run(session, start + max(0.0, session.left()) * weights[0] / sum(weights))
+        session.seconds[name] = time.monotonic() - start
+        print(f"{name}: {session.seconds[name]:.0f} s", flush=True)
+        write(session)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Shared settings: deterministic Hypothesis, few threads, and the engines that this machine can test."""
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -10,16 +11,10 @@ if os.environ.pop("PYTEST_XDIST_WORKER", None):  # one of several processes, eac
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from alp_kernels.engine import ENGINES, why_not
 
 from . import processors
-
-settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("repeatable")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -51,6 +46,18 @@ def native_case(request: pytest.FixtureRequest) -> Iterator[str]:
     on_this_device("native")
     with processors.running(request.param):
         yield request.param
+
+
+def pytest_configure() -> None:
+    """What runs on a GPU does without Hypothesis: PyTorch, Triton and pytest are enough there."""
+    if importlib.util.find_spec("hypothesis") is None:
+        return
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "repeatable", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,8 @@
 """Launches every Triton kernel at small odd shapes and compares it with float64: what compute-sanitizer watches.
 
-    python -m tests.gpu_kernels_once [--list] [op ...]
+    python -m tests.gpu_kernels_once [--list] [op ...] [NxM ...]
 
+NxM: these sizes in place of each op's own.
 Inputs are made, and the reference runs, on the CPU: a sanitizer slows every launch down, so only ours are made.
 Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1 there: tensors out of one cached block would hide a write past an end.
 """
@@ -329,16 +330,18 @@ def main(arguments: list[str]) -> int:
         print(*OPS)
         return 0
     failed, seen = False, set()
-    for op in arguments or OPS:
+    chosen = [a for a in arguments if not a[0].isdigit()]
+    shapes = [tuple(map(int, a.split("x"))) for a in arguments if a[0].isdigit()]
+    for op in chosen or OPS:
         with launched() as names:
             try:
-                OPS[op]()
+                OPS[op](*([shapes] if shapes else []))
                 verdict = "agrees with the reference"
             except Exception:
                 failed, verdict = True, f"FAILED\n{traceback.format_exc()}"
         seen |= names
         print(f"{op} ({', '.join(sorted(names))}): {verdict}", flush=True)
-    missing = set() if arguments else all_kernels() - seen
+    missing = set() if chosen else all_kernels() - seen
     if missing:
         print(f"FAILED: no op launched {', '.join(sorted(missing))}")
     return int(failed or bool(missing))

@@ -16,8 +16,9 @@ pytest.importorskip("pytest_benchmark", reason="bench needs pytest-benchmark, wh
 from bench import head, peers, perturb, roofline, table, test_loss_head, test_perturb, test_perturb_rms_norm
 from bench import test_sweep as sweep
 from bench import test_threads as threads
+from bench import test_tuning as tuning
 from bench.cases import HeadCase, PerturbCase, head_cases, perturb_cases
-from bench.contest import Contest, Group, Turn, Variant
+from bench.contest import Contest, Group, Turn, Variant, turns
 
 from .test_head_cost import Multiplications
 
@@ -47,7 +48,6 @@ def group_of(*variants, **options):
 def play(group):
     """Plays every variant once; returns the contest and the outcome of each."""
     contest = Contest(CPU)
-    contest.select(Turn(group, variant, 0) for variant in group.variants)
     outcomes = []
     for variant in group.variants:
         try:
@@ -82,6 +82,72 @@ def test_what_does_not_fit_in_memory_is_skipped_by_name_before_it_runs():
     assert "large" in outcomes[0] and "GiB" in outcomes[0]
     _, outcomes = play(group_of(Variant("small", build), needs_mib=1e12))
     assert "small" in outcomes[0]
+
+
+def test_a_variant_is_timed_before_the_next_is_prepared_and_a_group_ends_before_the_next_begins():
+    seen = []
+
+    def building(name):
+        def build(inputs):
+            seen.append(f"build {name}")
+            return lambda: seen.append(name)
+
+        return Variant(name, build)
+
+    groups = [group_of(building("limit"), building("ours")), group_of(building("peer"))]
+    order = turns(groups, 2)
+    assert [turn.variant.name for turn in order] == ["limit", "ours", "limit", "ours", "peer", "peer"]
+    contest = Contest(CPU)
+    for turn in order:
+        contest.play(turn, Pedantic())
+    began = [seen.index(f"build {name}") for name in ("limit", "ours", "peer")]
+    assert seen[began[0] : began[1]].count("limit") > 1 and seen[began[1] : began[2]].count("ours") > 1
+    assert {"limit", "ours"}.isdisjoint(seen[began[2] :])
+    with pytest.raises(AssertionError, match="do not follow"):
+        contest.play(order[0], Pedantic())
+
+
+def test_variants_are_chosen_by_parts_of_their_names():
+    group = test_perturb.groups(CPU, smoke=True)[0]
+    names = [turn.variant.name for turn in turns([group], 1, ["limit", "alp_kernels native", "released"])]
+    assert names == ["copy of h (limit)", "alp_kernels native", "released ALP: generator, checkpoint"]
+    assert len(turns([group], 1, [""])) == len(turns([group], 1)) == len(group.variants)
+
+
+def test_the_limit_and_ours_come_first_and_what_compiles_last():
+    device = torch.device("cuda")
+    layer, output = perturb_cases(device, smoke=True)[0], head_cases(device, smoke=True)[0]
+    for variants in (
+        test_loss_head.variants(output),
+        test_perturb.variants(layer, with_backward=True),
+        test_perturb_rms_norm.variants(layer, with_backward=True),
+    ):
+        names = [variant.name for variant in variants]
+        ours = [name for name in names if name.startswith("alp_kernels")]
+        assert "(limit)" in names[0] and names[1 : 1 + len(ours)] == ours
+        assert names[-1].startswith("torch.compile")
+
+
+def test_a_benchmark_that_is_killed_keeps_what_it_measured(tmp_path):
+    code = """
+import os
+from bench import test_perturb
+
+def killed(*_):
+    os.kill(os.getpid(), 9)
+
+test_perturb.released = killed
+import pytest
+pytest.main(["bench/test_perturb.py", "--benchmark-only", "--smoke", "--save-results", "-p", "no:cacheprovider",
+             "--variants=limit,eager,released", "-k", "float32", f"--results-folder={FOLDER}"])
+"""
+    code = f"FOLDER = {str(tmp_path)!r}\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stdout + done.stderr
+    (results,) = tmp_path.glob("*.jsonl")
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [record["variant"] for record in found] == ["copy of h (limit)", "eager: h + sigma * randn_like(h)"]
+    assert all(record["ms"]["p50"] > 0 for record in found)
 
 
 def test_threads_are_restored_after_each_call():
@@ -174,6 +240,22 @@ def test_the_least_time_is_the_larger_of_bytes_and_flop():
     ceilings = roofline.Ceilings(bytes_per_s=1e9, flop_per_s=1e12)
     assert ceilings.least_ms(roofline.Cost(bytes=10**6, flop=10**6)) == 1.0
     assert ceilings.least_ms(roofline.Cost(bytes=10**6, flop=10**10)) == 10.0
+
+
+# ------------------------------------------------------------------ tuning
+
+
+def test_every_constant_that_is_tuned_is_there_and_comes_back():
+    pytest.importorskip("triton")
+    from alp_kernels.triton import perturb as kernels
+
+    for setting in (*tuning.OF_PERTURB, *tuning.OF_HEAD):
+        for place, value in setting.constants.items():
+            owner, name = tuning.located(place)
+            assert callable(getattr(owner, name)) == callable(value)
+    before = kernels.MAX_BLOCKS
+    inside = tuning.Setting("", {"perturb.MAX_BLOCKS": 3}, num_warps=2).around(lambda: kernels.MAX_BLOCKS)
+    assert (inside(), kernels.MAX_BLOCKS) == (3, before)
 
 
 # ------------------------------------------------------------------ tables and plots

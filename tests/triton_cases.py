@@ -22,7 +22,7 @@ from alp_kernels.triton import engine, head, noise, perturb, rms_norm, rounding
 
 from .compare import assert_within_budget
 from .conftest import DEVICE
-from .test_noise import PUBLISHED
+from .philox_vectors import PUBLISHED
 
 STREAM = Stream(seed=7, step=3, layer=2)
 HALF = (torch.bfloat16, torch.float16)
