@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import gpu  # noqa: E402
 import gpu_profile  # noqa: E402
+import gpu_report  # noqa: E402
+import gpu_session  # noqa: E402
 import gpu_table  # noqa: E402
 
 ALONE = """
@@ -179,7 +181,7 @@ def test_a_step_of_the_benchmarks_selects_cases_and_variants_of_a_gpu(name):
 
 def test_a_run_takes_less_than_its_five_minutes():
     for plan in (gpu.FIRST, gpu.SECOND):
-        assert 240 < sum(gpu.STEPS[name].seconds for name in plan) <= 300 - gpu.GRACE_S - gpu.CLOSING_S
+        assert 240 < sum(gpu.STEPS[name].seconds for name in plan) <= 300 - gpu_session.GRACE_S - gpu_session.CLOSING_S
     assert gpu.SECOND[-1] == "memcheck"
 
 
@@ -204,7 +206,7 @@ def test_sanitizer_reports_are_counted(session):
     assert not gpu.has_failed(session)
     session.done = [clean, race]
     assert gpu.has_failed(session)
-    assert "racecheck: head_fwd 1" in gpu.summary(session, [])
+    assert "racecheck: head_fwd 1" in gpu_report.summary(session, [])
 
 
 NCU = """==PROF== Connected to process 7 (/usr/bin/python3)
@@ -239,7 +241,7 @@ def test_what_a_step_lacks_is_named(session):
     gpu.STEPS["head"].run(session, session.end)
     assert session.lacks("tests", "test_head.py", "hypothesis") and not session.lacks("tests", "test_gpu.py", "torch")
     session.has_gpu = True
-    lines = gpu.summary(session, [])
+    lines = gpu_report.summary(session, [])
     assert any(line.startswith("bench") and "pytest-benchmark is not installed" in line for line in lines)
     assert any(line.startswith("tests") and "hypothesis is not installed): test_head.py" in line for line in lines)
 
@@ -301,7 +303,7 @@ def test_a_step_past_its_end_is_stopped_with_its_children(tmp_path, session):
     code = f"import subprocess, sys, time; subprocess.Popen(['sh', '-c', 'sleep 4; touch {mark}']); time.sleep(30)"
     start = time.monotonic()
     done = session.run("tests", "sleeper", (sys.executable, "-c", code), start + 2.5)
-    assert time.monotonic() - start < 2.5 + gpu.GRACE_S
+    assert time.monotonic() - start < 2.5 + gpu_session.GRACE_S
     assert done.is_cut
     assert "KeyboardInterrupt" in done.log, "it was asked before it was killed"
     late = session.run("tests", "late", ("true",), time.monotonic())
@@ -354,7 +356,7 @@ def test_a_full_table_stays_short(session):
     ]
     records.append(count("launches of an update", 5000, lines=["x" * 300] * 25))
     records += 8 * gpu_profile.read(NCU)
-    assert len("\n".join(gpu.summary(session, records))) < 11000
+    assert len("\n".join(gpu_report.summary(session, records))) < 11000
 
 
 @pytest.mark.slow
