@@ -223,7 +223,10 @@ def read_sanitizer(done: Done, pattern: re.Pattern[str]) -> None:
 
 def run_counts(session: Session, until: float) -> None:
     options = () if session.has_gpu else ("--smoke",)
-    session.run("profile", "counts", (sys.executable, "-m", "bench.counts", session.work / "counts", *options), until)
+    command = (sys.executable, "-m", "bench.counts", session.work / "counts", *options)
+    done = session.run("profile", "counts", command, until)
+    if "transformers" in session.missing:
+        done.notes.append("transformers is not installed: nothing of an update was counted")
 
 
 def run_profile(session: Session, until: float) -> None:
@@ -256,10 +259,11 @@ class Bench(NamedTuple):
     cases: str = ""  # pytest -k
     variants: str = ""  # parts of names
     options: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ("pytest-benchmark",)
 
     def run(self, session: Session, until: float) -> None:
         name = " ".join(part for part in (self.file, self.cases, self.variants) if part)
-        if session.lacks("bench", name, "pytest-benchmark"):
+        if session.lacks("bench", name, *self.needs):
             return
         cases, variants, options, extra = self.cases, self.variants, self.options, {}
         if not session.has_gpu:
@@ -287,7 +291,7 @@ STEPS: dict[str, Step | Bench] = {
     "rms-norm": Bench(14, "test_perturb_rms_norm.py", LAYER, f"{OWN},liger"),
     "head": Bench(30, "test_loss_head.py", HEAD, OWN),
     "head-long": Bench(20, "test_loss_head.py", LONG_HEAD, OWN),
-    "update": Bench(30, "test_update.py"),
+    "update": Bench(30, "test_update.py", needs=("pytest-benchmark", "transformers")),
     "profile": Step(25, run_profile),
     "counts": Step(25, run_counts),
     "tuning": Bench(45, TUNING, options=("--tuning",)),

@@ -59,6 +59,8 @@ def summary(session: Session, records: list[gpu_table.Record]) -> list[str]:
         lines.append("INCOMPLETE: what was cut off or got no time is named below")
     if session.seconds:
         lines.append("seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in session.seconds.items()))
+    if session.missing:
+        lines.append(f"not installed: {', '.join(sorted(session.missing))}")
     for kind in ("kernels", "tests", "bench"):
         done = [d for d in session.done if d.kind == kind]
         if done:

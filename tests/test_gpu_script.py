@@ -239,9 +239,11 @@ def test_the_profilers_table_is_read_between_its_messages():
 def test_what_a_step_lacks_is_named(session):
     session.missing = {"pytest-benchmark", "hypothesis"}
     gpu.STEPS["head"].run(session, session.end)
+    gpu.STEPS["update"].run(session, session.end)
     assert session.lacks("tests", "test_head.py", "hypothesis") and not session.lacks("tests", "test_gpu.py", "torch")
     session.has_gpu = True
     lines = gpu_report.summary(session, [])
+    assert "not installed: hypothesis, pytest-benchmark" in lines
     assert any(line.startswith("bench") and "pytest-benchmark is not installed" in line for line in lines)
     assert any(line.startswith("tests") and "hypothesis is not installed): test_head.py" in line for line in lines)
 
