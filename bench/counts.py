@@ -82,7 +82,7 @@ class Sample(NamedTuple):
 
 
 def make_sample(device: torch.device, smoke: bool) -> Sample:
-    model, sequences, length = (SMOKE, 2, 16) if smoke else (MODELS["qwen2.5-1.5b"], 4, 512)
+    model, sequences, length = (SMOKE, 2, 4) if smoke else (MODELS["qwen2.5-1.5b"], 4, 512)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     generator = torch.Generator(device).manual_seed(0)
     draw = functools.partial(torch.randn, generator=generator, device=device)

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     smoke = parser.parse_args().smoke
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, rows = (SMOKE, 256) if smoke else (MODELS["qwen3-8b"], 16384)
+    model, rows = (SMOKE, 2) if smoke else (MODELS["qwen3-8b"], 16384)
     layer = perturb.make_inputs(device, PerturbCase("", rows, model.channels, torch.bfloat16))
     perturb.forward_backward(perturb.ours("triton"), layer)()
     print("perturb: launched")

@@ -82,6 +82,7 @@ LAYOUTS = (
     ),
 )
 DRAWN = ("loss head along V", "loss head along N")  # by bench.plots
+TUNING = "tuning: "  # how the ops of test_tuning.py begin: no page shows them
 
 
 def three(value: float) -> str:
@@ -100,8 +101,12 @@ def newest(folder: Path = RESULTS) -> list[Path]:
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """All records; of two of the same variant on the same kind of device the later one counts."""
+    """All times, without the counts and profiles that scripts/gpu.py writes among them.
+
+    Of two of the same variant on the same kind of device the later one counts.
+    """
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    lines = [record for record in lines if "op" in record and not record["op"].startswith(TUNING)]
     return list({(r["device_type"], r["op"], r["case"], r["variant"]): r for r in lines}.values())
 
 

@@ -230,8 +230,12 @@ def tuned(records: Iterable[Record]) -> Iterator[str]:
             yield f"{op}: as shipped {shipped:.3g} ms; as a share of it: {others or 'none'}"[:300]
 
 
-def launched(records: Iterable[Record]) -> Iterator[str]:
-    """Of an update: how many kernels, and those that take longest."""
+def counted(records: Iterable[Record]) -> Iterator[str]:
+    """All counts of syncs in a line; of an update how many kernels, and those that take longest."""
+    records = list(records)
+    syncs = {r["count"].removeprefix("syncs of "): r["value"] for r in records if "syncs of" in r.get("count", "")}
+    if syncs:
+        yield "syncs: " + "; ".join(f"{what} {value:g}" for what, value in syncs.items())
     for record in (r for r in records if r.get("count") == "launches of an update"):
         yield f"an update launches {record['value']:.0f}; longest:"
         yield from record["lines"][:6]

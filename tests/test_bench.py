@@ -292,6 +292,14 @@ def test_a_file_with_the_markers_is_rewritten_between_them_only():
         table.replaced("before", [], records)
 
 
+def test_counts_profiles_and_tuning_are_no_rows(tmp_path):
+    records = table.read(table.newest())
+    other = [{"count": "syncs", "value": 1}, {"profile": "_a_kernel"}, records[0] | {"op": "tuning: perturb forward"}]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (*other, *records)))
+    assert table.read([path]) == records
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
 def test_a_page_shows_what_its_records_say(page):
     text = (ROOT / page).read_text()
@@ -325,8 +333,11 @@ def test_a_run_saves_records_that_become_tables_and_plots(tmp_path):
     assert printed.stdout == table.markdown(table.read([results])) + "\n"
     assert "| forward, smoke: N 256, D 128, float32 |" in printed.stdout
     pytest.importorskip("matplotlib")
-    drawn = python("-m", "bench.plots", str(results), f"--folder={tmp_path}")
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    code = "import sys; from bench.plots import main; [main([sys.argv[1], f'--folder={folder}']) for folder in sys.argv[2:]]"
+    drawn = python("-c", code, str(results), *map(str, folders))
     assert drawn.returncode == 0, drawn.stderr
-    first = (tmp_path / f"head-sweep-{records[0]['device_type']}.svg").read_bytes()
-    python("-m", "bench.plots", str(results), f"--folder={tmp_path}")
-    assert first == (tmp_path / f"head-sweep-{records[0]['device_type']}.svg").read_bytes()
+    first, second = (folder / f"head-sweep-{records[0]['device_type']}.svg" for folder in folders)
+    assert first.read_bytes() == second.read_bytes()
