@@ -47,19 +47,20 @@ MIN_LOOP = 60
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 D, V = 4096, 151936
-IDS = torch.zeros(2, dtype=torch.int64)
+ROWS = 6  # as many as keep the one multiprocessor of a CPU busy
+IDS = torch.zeros(ROWS, dtype=torch.int64)
 NUMBERED, NAMED = Stream(1 << 63, 1 << 31, 5, 1 << 33), Stream(1, 2, LOGITS_LAYER, 0, IDS)
 PLAIN = Head()
-FULL = Head(1.5, 30.0, torch.ones(2), torch.ones(()), NAMED)
+FULL = Head(1.5, 30.0, torch.ones(ROWS), torch.ones(()), NAMED)
 EVERYTHING = Objective(denominator="old", weight="mask", kl="k3", kl_coef=0.1, entropy_coef=0.1)
 
 
 def _numbers(count: int = 1) -> list[Tensor]:
-    return [torch.zeros(2) for _ in range(count)]
+    return [torch.zeros(ROWS) for _ in range(count)]
 
 
 def _logits(dtype: torch.dtype) -> Tensor:
-    return torch.zeros(2, V, dtype=dtype)
+    return torch.zeros(ROWS, V, dtype=dtype)
 
 
 def _perturb_fwd(dtype: torch.dtype, stream: Stream, scale: str, rounding: str) -> None:
