@@ -250,7 +250,7 @@ def _add_tile(
                     shrunk = round_nearest(widen(written) * shrink, x_ptr.dtype.element_ty)
                     _store(x_ptr, shrunk, j, before, V, Q, BLOCK_Q, False)
         base = new_base
-        t = (z[0] - base, z[1] - base, z[2] - base, z[3] - base)
+        t, _, _ = _tile(x_ptr, start, target, head, noise, base, V, Q, BLOCK_Q, IS_LAST)  # not z - base: z is rounded
         e, tile, weighted_tile = _exponentials(t, x_ptr.dtype.element_ty)
     if IN_PLACE:
         for j in tl.static_range(4):
@@ -577,8 +577,8 @@ def _head_args(x: Tensor, head: Head) -> tuple[tuple[Tensor | float | int | None
     quarter = triton.cdiv(vocabulary, 4)
     stream = (None, 0, 0, 0, 0, 0) if head.sigma is None or head.stream is None else stream_args(head.stream)
     softcap = None if head.softcap is None else float(head.softcap)
-    # four groups a thread: one 128-bit load of float32, and registers enough for Philox and both pairs of normals
-    largest = MAX_TILE if head.sigma is None else MAX_TILE // 2
+    # one 128-bit load a thread from each of the four streams; with noise, registers for Philox and both pairs of normals
+    largest = MAX_TILE if head.sigma is None and x.itemsize == 2 else MAX_TILE // 2
     # rows that fill the device take four warps each; fewer take more, and tiles that keep as much on its way a thread
     filled = ROWS_A_MULTIPROCESSOR * multiprocessors(x.device)
     more = 1 if num_rows >= filled else 2 if 2 * num_rows >= filled else 4
