@@ -10,6 +10,7 @@ float32, and bfloat16 where a single chunk gives each element of dW in one produ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,10 +20,13 @@ import torch
 from torch import Tensor
 
 from .objective import LossRows, Objective
-from .reference import Head, HeadRows
+from .reference import Head, HeadRows, exp_coefficient, is_plain
 
 _WORTH_DROPPING = 0.95
 """Rows without a gradient are dropped from a chunk where fewer than this fraction have one: dropping copies the others."""
+
+BLOCK_ROWS = 256
+"""A device's chunks are multiples of it but for the last: whole tiles of the products, and sizes that come again."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Kept(NamedTuple):
     """What a forward pass keeps of a chunk for its backward pass."""
 
     tiles: list[Tensor]  # logits (n, width), or e^(logits - base) with 0 at the target
-    bases: list[Tensor] | None  # (n,) float32 for each tile of exponentials
+    bases: list[Tensor] | None  # (n,) float32 for each tile of exponentials; `Whole`: what head_exp returned
+    rows: Tensor | None = None  # (n, D) of hidden; `Tiled` takes them again
 
 
 class _Sums:
@@ -100,55 +105,76 @@ class _Sums:
 class Whole(_Sums):
     """Logits of a chunk as one matrix (n, V)."""
 
+    _room: Tensor | None = None  # for a chunk's logits, one after the other
+
     def parts(self, index: Tensor) -> Sequence[Tensor]:
         """Rows whose logits are not kept, so many at a time; none where there are no rows."""
         return index.split(self.plan.chunk_rows) if len(index) else ()
 
     def logprob(self, index: Tensor) -> HeadRows:
-        return self.keep(index, has_dentropy=True)[0]
+        x = self._logits(self.hidden[index])
+        out: HeadRows = self.plan.engine.head_fwd(x, self.plan.targets[index], self.plan.head.rows(index))
+        return out
 
     def keep(self, index: Tensor, has_dentropy: bool) -> tuple[HeadRows, Kept]:
         """Log-probabilities of rows `index`, and what `backward` needs; has_dentropy: it will have a gradient of the entropy."""
-        x = self._logits(index)
-        out = self.plan.engine.head_fwd(x, self.plan.targets[index], self.plan.head.rows(index))
-        return out, Kept([x], None)
+        rows, targets, head = self.hidden[index], self.plan.targets[index], self.plan.head.rows(index)
+        x, engine = self._logits(rows), self.plan.engine
+        if engine.KEEPS_EXPONENTIALS and is_plain(head, x.dtype, has_dentropy):
+            out, whole = engine.head_exp(x, targets, head)
+            return out, Kept([x], [whole], rows)
+        return engine.head_fwd(x, targets, head), Kept([x], None, rows)
 
     def token_loss(self, index: Tensor, rows: LossRows, objective: Objective) -> HeadRows:
         """The token-level loss of rows `index` and its gradients, in one launch."""
-        x = self._logits(index)
-        out, dsigma = self.plan.engine.head_token_loss(
+        hidden = self.hidden[index]
+        x = self._logits(hidden)
+        out, dsigma, c = self.plan.engine.head_token_loss(
             x, self.plan.targets[index], self.plan.head.rows(index), rows, objective
         )
-        self._add(index, x, dsigma)
+        self._add(index, hidden, x, c, dsigma)
         return out
 
     def backward(self, index: Tensor, kept: Kept | None, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None) -> None:
         """From logits (None: made again) of rows `index` to the gradients; on the CPU rows without one are dropped."""
-        x = self._logits(index) if kept is None else kept.tiles.pop()
+        rows = self.hidden[index] if kept is None or kept.rows is None else kept.rows
+        x = self._logits(rows) if kept is None else kept.tiles.pop()
+        whole = None if kept is None or kept.bases is None else kept.bases[0]
         if is_on_host(x):  # on a device the count would make the host wait
             keep = _graded(dlogp, dentropy)
             if len(keep) < _WORTH_DROPPING * len(x):
-                x, index, dlogp = x.index_select(0, keep), index[keep], dlogp[keep]
+                x, rows, index, dlogp = x.index_select(0, keep), rows[keep], index[keep], dlogp[keep]
                 out, dentropy = HeadRows(*(v[keep] for v in out)), None if dentropy is None else dentropy[keep]
+                whole = None if whole is None else whole[keep]
         if len(index) == 0:
             return
-        plan = self.plan
-        self._add(
-            index,
-            x,
-            plan.engine.head_bwd(x, plan.targets[index], plan.head.rows(index), out, dlogp, dentropy),
-        )
+        head = self.plan.head.rows(index)
+        if whole is not None:
+            self._add(index, rows, x, exp_coefficient(dlogp, head, whole), None)
+        else:
+            dsigma = self.plan.engine.head_bwd(x, self.plan.targets[index], head, out, dlogp, dentropy)
+            self._add(index, rows, x, None, dsigma)
 
-    def _logits(self, index: Tensor) -> Tensor:
-        return torch.nn.functional.linear(self.hidden[index], self.weight, self.bias)
+    def _logits(self, rows: Tensor) -> Tensor:
+        """Logits of rows of hidden, where those of the chunk before were."""
+        vocab = len(self.weight)
+        size = len(rows) if is_on_host(rows) else -(-len(rows) // BLOCK_ROWS) * BLOCK_ROWS
+        if self._room is None or len(self._room) < len(rows) * vocab:
+            self._room = None  # before there is another
+            self._room = rows.new_empty(min(size, max(len(rows), self.plan.chunk_rows)) * vocab)
+        x = self._room[: len(rows) * vocab].view(len(rows), vocab)
+        if self.bias is None:
+            return torch.mm(rows, self.weight.t(), out=x)
+        return torch.addmm(self.bias, rows, self.weight.t(), out=x)
 
-    def _add(self, index: Tensor, dx: Tensor, dsigma: Tensor | None) -> None:
+    def _add(self, index: Tensor, rows: Tensor, dx: Tensor, c: Tensor | None, dsigma: Tensor | None) -> None:
+        """Takes up the gradient of the logits of rows `index` of hidden: dx, or c dx with one coefficient a row."""
         if self.dhidden is not None:
-            self.dhidden[index] = dx @ self.weight
+            self.dhidden[index] = dx @ self.weight if c is None else _scaled(_product(dx, self.weight), c, rows.dtype)
         if self.needs_dweight:
-            self._add_weight(dx.t(), self.hidden[index])
+            self._add_weight(dx.t(), rows if c is None else _scaled(rows, c, rows.dtype))
         if self.dbias is not None:
-            self.dbias += dx.sum(dim=0, dtype=self.dbias.dtype)
+            self.dbias += dx.sum(dim=0, dtype=self.dbias.dtype) if c is None else _summed(dx, c)
         if self.dsigma is not None and dsigma is not None:
             self.dsigma += dsigma
 
@@ -160,17 +186,66 @@ class Whole(_Sums):
         elif is_exact:
             assert self.dweight is not None
             self.dweight.addmm_(a, b)
-        elif a.is_cuda and torch.version.hip is None:
-            if self.dweight is None:
-                self.dweight = torch.mm(a, b, out_dtype=torch.float32)
-            else:
-                torch.addmm(self.dweight, a, b, out_dtype=torch.float32, out=self.dweight)
-        else:  # no mixed product there: widen, a block of rows at a time
+        elif self.dweight is None and _has_mixed_products(a):
+            self.dweight = torch.mm(a, b, out_dtype=torch.float32)
+        else:
             if self.dweight is None:
                 self.dweight = torch.zeros_like(self.weight, dtype=torch.float32)
-            for start in range(0, len(a), 16384):
-                block = slice(start, start + 16384)
-                self.dweight[block].addmm_(a[block].float(), b.float())
+            _add_product(self.dweight, a, b)
+
+
+def _has_mixed_products(a: Tensor) -> bool:
+    """Whether PyTorch multiplies 16-bit matrices on a's device into a float32 one."""
+    return a.is_cuda and torch.version.hip is None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, where it can be in float32 or wider. Elsewhere in 16 bits: products of widened matrices would be far slower."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.itemsize == 2 and _has_mixed_products(a) else a @ b
+
+
+def _scaled(rows: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+    """c rows, rounded once to `dtype`."""
+    return torch.mul(rows, c[:, None], out=torch.empty_like(rows, dtype=dtype))
+
+
+def _summed(e: Tensor, c: Tensor) -> Tensor:
+    """sum_n c_n e_n, (V,) float32 or wider."""
+    if e.itemsize > 2:
+        return c @ e
+    high = c.to(e.dtype)
+    middle = (c - high).to(e.dtype)
+    low = (c - high - middle).to(e.dtype)  # the three together are c
+    sums = torch.zeros(e.shape[1], 3, dtype=torch.float32, device=e.device)
+    _add_product(sums, e.t(), torch.stack([high, middle, low], dim=1))
+    return sums.sum(dim=1)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (float32) += a @ b of 16-bit matrices."""
+    if _has_mixed_products(a) and _adds_mixed_products(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return
+    for start in range(0, len(a), 16384):  # a block of rows at a time: what is widened takes memory
+        block = slice(start, start + 16384)
+        if _has_mixed_products(a):
+            total[block] += torch.mm(a[block], b, out_dtype=torch.float32)
+        else:
+            total[block].addmm_(a[block].float(), b.float())
+
+
+@functools.cache
+def _adds_mixed_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch adds a product of 16-bit matrices to a float32 one in place, tried once.
+
+    2.8 refuses a float32 matrix to add to, or writes over it (pytorch/pytorch issue 154086, mended by 167931).
+    """
+    total, one = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
 
 
 class Tiled(_Sums):
@@ -201,8 +276,8 @@ class Tiled(_Sums):
             pieces = [room[num_rows * start :] for start in starts]
         tiles = [self._shape(piece, num_rows, start) for piece, start in zip(pieces, starts, strict=True)]
         # logits whose gradient is a multiple of their exponentials, but at the target, need no pass of their own for it
-        is_plain = self.plan.head.softcap is None and not has_dentropy
-        bases = [self.hidden.new_empty(num_rows, dtype=torch.float32) for _ in starts] if is_plain else None
+        has_bases = is_plain(self.plan.head, self.hidden.dtype, has_dentropy)
+        bases = [self.hidden.new_empty(num_rows, dtype=torch.float32) for _ in starts] if has_bases else None
         return self._forward(index, tiles, bases), Kept(tiles, bases)
 
     def _forward(self, index: Tensor, tiles: Sequence[Tensor | None], bases: list[Tensor] | None) -> HeadRows:
@@ -364,9 +439,15 @@ def _room_for(room: Tensor | None, like: Tensor, size: int) -> Tensor:
 
 
 def even_sizes(num_rows: int, first: int, rest: int) -> list[int]:
-    """Rows in as few chunks as fit, the first of at most `first` rows and the others of `rest`, filled alike."""
+    """Rows in as few chunks as fit, the first of at most `first` rows and the others of `rest`, filled alike.
+
+    Where `rest` is a multiple of BLOCK_ROWS, so are they, but for the last.
+    """
+    unit = BLOCK_ROWS if rest % BLOCK_ROWS == 0 else 1
     others = max(0, -(-(num_rows - first) // rest))
-    sizes = [-(-first * num_rows // (first + others * rest))] if num_rows else []
-    for i in range(others):
-        sizes.append(-(-(num_rows - sum(sizes)) // (others - i)))
+    sizes: list[int] = []
+    for i in range(others + 1 if num_rows else 0):
+        left = num_rows - sum(sizes)
+        share = -(-first * left // (first + others * rest)) if i == 0 else -(-left // (others + 1 - i))
+        sizes.append(min(left, -(-share // unit) * unit))
     return sizes

@@ -245,6 +245,31 @@ def head_bwd(
     return dsigma
 
 
+def is_plain(head: Head, dtype: torch.dtype, has_dentropy: bool) -> bool:
+    """Whether `head_exp` serves: a row's gradient is a multiple of its exponentials, in numbers of logits' `dtype`."""
+    return head.softcap is None and head.sigma is None and not has_dentropy and dtype != torch.float16
+
+
+def head_exp(x: Tensor, targets: Tensor, head: Head) -> tuple[HeadRows, Tensor]:
+    """What head_fwd returns; logits x (n, V) are replaced by e_v = exp(z_v - base), at the target minus the others' sum.
+
+    The gradient of a row is then c e with c = exp_coefficient(dlogp, head, whole). Returns whole (n,), the sum of all
+    exponentials. A row's base is its engine's choice: no e is infinite, no c too small.
+    """
+    z, _, _ = _transform(x, head)
+    exp = (z - z.amax(dim=1, keepdim=True)).exp()
+    others = exp.scatter(1, targets[:, None], 0.0).sum(dim=1, keepdim=True)
+    out = head_fwd(x, targets, head)
+    x.copy_(exp.scatter(1, targets[:, None], -others))
+    return out, exp.sum(dim=1)
+
+
+def exp_coefficient(dlogp: Tensor, head: Head, whole: Tensor) -> Tensor:
+    """c (n,) with dx = c e for what head_exp left: dx_v = -dlogp p_v scale / temperature with p_v = e_v / whole."""
+    c = dlogp * -head.logit_scale / whole
+    return c if head.temperature is None else c / head.temperature
+
+
 def scale_(tensor: Tensor, by: Tensor) -> Tensor:
     """tensor *= by (), in place."""
     return tensor.mul_(by)
@@ -253,17 +278,27 @@ def scale_(tensor: Tensor, by: Tensor) -> Tensor:
 TILE: int | None = None
 """How many tokens of the vocabulary HeadTiles and head_bwd_tile of native/engine.py take at a time; None: it has none."""
 
+KEEPS_EXPONENTIALS = False
+"""Whether products.py should call head_exp, where it serves, instead of head_fwd and head_bwd."""
+
 FUSES_TOKEN_LOSS = False
-"""Whether products.py should call head_token_loss for token-level chunks, instead of head_fwd, coefficients and head_bwd."""
+"""Whether products.py should call head_token_loss for token-level chunks, instead of one of those and the coefficients."""
 
 
 def head_token_loss(
     x: Tensor, targets: Tensor, head: Head, rows: LossRows, objective: Objective
-) -> tuple[HeadRows, Tensor | None]:
-    """The whole token-level loss of a chunk: logits x (n, V) are replaced by the gradient of sum(weight * row_loss).
+) -> tuple[HeadRows, Tensor | None, Tensor | None]:
+    """The whole token-level loss of a chunk: logits x (n, V) become the gradient of sum(weight * row_loss), or multiples.
 
-    Returns what head_fwd returns, and dsigma () where there is noise on the logits.
+    Returns what head_fwd returns, dsigma () where there is noise on the logits, and, where head_exp serves, c (n,): the
+    gradient is c x. Elsewhere c is None, and x the gradient.
     """
-    out = head_fwd(x, targets, head)
+    whole = None
+    if is_plain(head, x.dtype, objective.entropy_coef != 0):
+        out, whole = head_exp(x, targets, head)
+    else:
+        out = head_fwd(x, targets, head)
     dlogp, dentropy = row_gradient(out.logp - rows.denominator, out.logp, rows, objective)
-    return out, head_bwd(x, targets, head, out, dlogp, dentropy)
+    if whole is not None:
+        return out, None, exp_coefficient(dlogp, head, whole)
+    return out, head_bwd(x, targets, head, out, dlogp, dentropy), None

@@ -46,6 +46,7 @@ class _SplitEngine:
     """An engine's head for one rank's columns, for `products.Whole`: targets are those of the whole vocabulary."""
 
     TILE = None
+    KEEPS_EXPONENTIALS = False
     FUSES_TOKEN_LOSS = False
 
     def __init__(self, engine: ModuleType, shard: _Shard) -> None:

@@ -34,8 +34,8 @@ from .conftest import DEVICE
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = ((1, 1), (3, 7), (2, 1031), (5, 512))
 """(N, D): one number, fewer channels than a group's quarter fills, a prime past one tile, full tiles of whole vectors."""
-VOCABS = ((1, 1), (2, 5), (3, 1024), (3, 4099))
-"""(n, V): likewise; 4099 is past one tile of 4096."""
+VOCABS = ((1, 1), (2, 5), (3, 1024), (3, 16391), (800, 4099))
+"""(n, V): likewise; past one tile of 16384, of few rows, and one of 4096, of rows that fill a device."""
 
 
 class Options(NamedTuple):
@@ -224,6 +224,22 @@ def head_fwd(shapes: Iterable[tuple[int, int]] = VOCABS) -> None:
                 against_float64(run, f"{n} x {vocab} {dtype} {head}", [torch.float32] * 3)
 
 
+def head_exp(shapes: Iterable[tuple[int, int]] = VOCABS) -> None:
+    for n, vocab in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            x, targets = logits(n, vocab, dtype)
+            x[:, -1] += 100  # raises the base, but for a row whose target it is
+            for head in (Head(), Head(1.3, None, heads(n)[2].temperature)):
+
+                def run(module, device, double, given=(x, targets, head)):
+                    x, *rest = (moved(part, device, double) for part in given)
+                    x = x.clone()
+                    rows, whole = module.head_exp(x, *rest)
+                    return (*rows, x / whole[:, None])
+
+                against_float64(run, f"{n} x {vocab} {dtype} {head}", [*[torch.float32] * 3, dtype])
+
+
 def head_bwd(shapes: Iterable[tuple[int, int]] = VOCABS) -> None:
     for n, vocab in shapes:
         for dtype in DTYPES:
@@ -259,8 +275,8 @@ def head_token_loss(shapes: Iterable[tuple[int, int]] = VOCABS) -> None:
             def run(module, device, double, given=(x, targets, head, rows), objective=objective):
                 x, *rest = (moved(part, device, double) for part in given)
                 x = x.clone()
-                out, dsigma = module.head_token_loss(x, *rest, objective)
-                return x, dsigma, *out
+                out, dsigma, c = module.head_token_loss(x, *rest, objective)
+                return x if c is None else c[:, None] * x, dsigma, *out
 
             against_float64(run, f"{n} x {vocab} {dtype} {objective}", [dtype, *[torch.float32] * 4])
 
@@ -288,6 +304,7 @@ OPS: dict[str, Callable[[], None]] = {
         perturb_rms_norm_fwd,
         perturb_rms_norm_bwd,
         head_fwd,
+        head_exp,
         head_bwd,
         head_token_loss,
         scale_,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -56,10 +57,32 @@ def test_noise_costs_at_most_26_instructions_an_element(measured, dtype):
     assert measured["cuda:90"][f"perturb_bwd {dtype}: _perturb_bwd_kernel"]["per_element"] <= 26
 
 
+@pytest.mark.parametrize(
+    ("limit", "names"),
+    [
+        (10, ["head_token_loss bf16 alp: _head_token_loss_kernel"]),
+        (10, ["head_exp bf16: _head_fwd_kernel"]),
+        (10, ["head_exp bf16 few rows: _head_fwd_kernel"]),
+        (11, ["head_exp fp32: _head_fwd_kernel"]),
+        (20, ["head_token_loss bf16 entropy: _head_token_loss_kernel"]),
+        (20, ["head_fwd bf16: _head_fwd_kernel", "head_bwd bf16: _head_bwd_kernel"]),
+    ],
+)
+def test_the_head_costs_at_most_so_many_instructions_a_logit(measured, limit, names):
+    assert sum(measured["cuda:90"][name]["per_element"] for name in names) <= limit
+
+
+def test_every_loop_over_a_row_is_counted(measured):
+    for rows in measured.values():
+        assert rows["head_token_loss bf16 entropy: _head_token_loss_kernel"]["loops"].count("_row_") == 2
+        assert "_add_tile" in rows["head_token_loss bf16 alp: _head_token_loss_kernel"]["loops"]
+        assert all(row["loops"] for name, row in rows.items() if re.search("head|perturb_[fb]wd_k|scale|long", name))
+
+
 @each_target
 def test_no_kernel_spills_or_uses_local_memory(measured, target):
     spilled = {name: row for name, row in measured[target].items() if row["spills"] or row["stack"]}
-    assert len(measured[target]) >= 22
+    assert len(measured[target]) >= 26
     assert not spilled
 
 
@@ -80,6 +103,8 @@ def test_no_kernel_computes_in_double_precision(measured, target):
         "perturb_fwd bf16: _perturb_fwd_kernel",
         "perturb_fwd fp32 rms: _perturb_fwd_kernel",
         "head_bwd bf16: _head_bwd_kernel",
+        "head_exp bf16: _head_fwd_kernel",
+        "head_exp bf16 few rows: _head_fwd_kernel",
         "head_token_loss bf16 alp: _head_token_loss_kernel",
     ],
 )

@@ -80,6 +80,7 @@ def test_every_engine_offers_the_functions_of_the_reference():
         assert module.name == name
         assert all(callable(getattr(module, f)) for f in functions)
         assert not module.FUSES_TOKEN_LOSS or callable(module.head_token_loss)
+        assert not module.KEEPS_EXPONENTIALS or callable(module.head_exp)
 
 
 def test_importing_needs_neither_transformers_nor_triton_nor_a_gpu():

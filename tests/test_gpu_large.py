@@ -120,8 +120,8 @@ def test_the_head_reaches_logits_past_two_to_the_31(gib):
         results = []
         for wide in (before.clone(), before.double()):
             numbers = LossRows(*(v[part].to(torch.promote_types(wide.dtype, torch.float32)) for v in rows[:3]))
-            found, _ = reference.head_token_loss(wide, targets[part], Head(), numbers, PRESETS["alp-token"])
-            results.append([*found, wide])
+            found, _, c = reference.head_token_loss(wide, targets[part], Head(), numbers, PRESETS["alp-token"])
+            results.append([*found, c[:, None] * wide])
         dtypes = [torch.float32] * 3 + [BF16]
         ours = [*(value[part] for value in out), dx]
         for one, two, three, dtype in zip(ours, *results, dtypes, strict=True):
@@ -130,11 +130,11 @@ def test_the_head_reaches_logits_past_two_to_the_31(gib):
     out = engine.head_fwd(x, targets, Head())
     for part, before in zip(parts, kept, strict=True):
         assert torch.equal(x[part], before), "head_fwd edited its logits"
-    again, _ = engine.head_token_loss(x, targets, Head(), rows, PRESETS["alp-token"])
+    again, _, c = engine.head_token_loss(x, targets, Head(), rows, PRESETS["alp-token"])
     for one, two in zip(out, again, strict=True):
         assert torch.equal(one, two)
     for part, before in zip(parts, kept, strict=True):
-        check(part, before, out, x[part])
+        check(part, before, out, c[part, None] * x[part])
     x, dlogp = filled(n, V), torch.linspace(-1, 1, n, device=DEVICE)
     engine.head_bwd(x, targets, Head(), out, dlogp, None)
     for part, before in zip(parts, kept, strict=True):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alp_kernels import Objective, fused_alp_loss, head, linear_logprob
+from alp_kernels import Objective, fused_alp_loss, head, linear_logprob, reference
 from alp_kernels.engine import why_not
+from alp_kernels.products import even_sizes
 
 from .conftest import DEVICE
 from .test_head import LEVELS, make_head
@@ -76,16 +77,20 @@ def test_clipped_rows_save_their_backward_products():
 def test_one_chunk_of_logits_is_alive_at_a_time(level):
     hidden, weight, targets, rest = make_head(0, 4, 64, channels=8, vocab=512, dtype=torch.float32)
     rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
-    chunks = []
+    rooms, num_chunks = {}, 0
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal num_chunks
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == 512:
                 assert out.shape[0] <= 16
-                if func is torch.ops.aten.mm.default:
-                    assert all(ref() is None for ref in chunks), "the chunk before is still in memory"
-                    chunks.append(weakref.ref(out.untyped_storage()))
+                if func is torch.ops.aten.mm.out:
+                    num_chunks += 1
+                    room = out.untyped_storage()
+                    rooms.setdefault(room.data_ptr(), weakref.ref(room))
+                    assert room.nbytes() <= 16 * 512 * 4
+                    assert sum(ref() is not None for ref in rooms.values()) == 1, "the chunk before is still in memory"
             return out
 
     with Watch():
@@ -93,7 +98,36 @@ def test_one_chunk_of_logits_is_alive_at_a_time(level):
             hidden.requires_grad_(), weight, targets, **rest, objective=Objective(level), chunk_bytes=16 * 512 * 4,
             engine="reference",
         ).loss.backward()  # fmt: skip
-    assert len(chunks) >= 4
+    assert num_chunks >= 4
+    assert level != "token" or len(rooms) == 1, "chunks that are filled alike take the first one's memory again"
+
+
+@pytest.mark.parametrize("num_rows", [1, 8192, 8193, 8704, 8705, 20000, 65536])
+def test_chunks_on_a_device_are_multiples_of_256_rows(num_rows):
+    sizes = even_sizes(num_rows, 8704, 8704)
+    assert sum(sizes) == num_rows and len(sizes) == -(-num_rows // 8704)
+    assert all(size % 256 == 0 for size in sizes[:-1]) and max(sizes) <= 8704
+    assert max(sizes) - sizes[-1] < 256 * len(sizes)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "channels", "dtype", "num_rows"),
+    [
+        (151936, 1536, torch.bfloat16, 8704),
+        (151936, 8192, torch.bfloat16, 16384),  # as many as a float32 dW takes
+        (151936, 1536, torch.float32, 4352),
+        (32000, 1536, torch.bfloat16, 41728),
+    ],
+)
+def test_the_default_chunk_of_a_device(vocab, channels, dtype, num_rows):
+    hidden, weight = (torch.empty(size, channels, dtype=dtype, device="meta") for size in (1, vocab))
+    for chunk_bytes, expected in (
+        (None, num_rows),
+        (100 * vocab * dtype.itemsize, 100),
+        (700 * vocab * dtype.itemsize, 512),
+    ):
+        plan = head._plan(reference, reference.Head(), torch.zeros(1), hidden, weight, chunk_bytes, True, True)
+        assert plan.chunk_rows == plan.first_rows == expected
 
 
 @pytest.mark.skipif(why_not("native", DEVICE) is not None, reason="needs the native engine")

@@ -20,7 +20,7 @@ from alp_kernels.objective import PRESETS, LossRows, Objective
 from alp_kernels.reference import Head
 from alp_kernels.triton import engine, head, noise, perturb, rms_norm, rounding
 
-from .compare import assert_within_budget
+from .compare import assert_within_budget, gradients
 from .conftest import DEVICE
 from .philox_vectors import PUBLISHED
 
@@ -391,11 +391,12 @@ def make_logits(num_rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Ten
     return x.to(dtype), targets
 
 
+@pytest.mark.parametrize("tile", [16, 1024])  # whole tiles and a last one; the last one alone
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_head_stays_within_the_error_budget(kind, dtype):
-    # 203: one tile, a last quarter that is not full
-    x, targets = make_logits(5, 203, dtype)
+def test_head_stays_within_the_error_budget(monkeypatch, kind, dtype, tile):
+    monkeypatch.setattr(head, "MAX_TILE", tile)
+    x, targets = make_logits(5, 203, dtype)  # a last quarter that is not full
     settings = make_head(5, **HEADS[kind])
     dlogp, dentropy = randn(5, seed=4), randn(5, seed=5)
     results = []
@@ -410,9 +411,10 @@ def test_head_stays_within_the_error_budget(kind, dtype):
         assert_within_budget(ours, ordinary, exact, dtype if position == 3 else torch.float32, f"output {position}")
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 5, 4099])
-def test_odd_vocabularies_agree_with_the_reference(vocabulary):
-    # 4099: past one tile of 4096
+@pytest.mark.parametrize("vocabulary", [1, 2, 5, 4096, 4099])
+def test_odd_vocabularies_agree_with_the_reference(monkeypatch, vocabulary):
+    # 4096: whole tiles of a quarter of that, no last one; 4099: past them
+    monkeypatch.setattr(head, "ROWS_A_MULTIPROCESSOR", 1)
     x, targets = make_logits(2, vocabulary, torch.float16)
     rows, ordinary = (module.head_fwd(x, targets, Head()) for module in (engine, reference))
     for ours, theirs in zip(rows, ordinary, strict=True):
@@ -460,6 +462,94 @@ def test_a_nan_logit_shows_in_its_row_alone():
     x[1, 30] = math.nan
     assert head.head_fwd(x, targets, Head()).logp.isnan().tolist() == [False, True, False]
 
+    y = x.clone()
+    _, whole = engine.head_exp(y, targets, Head())
+    assert y[1].isnan().any() and whole.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan, -math.inf])
+def test_rows_without_a_distribution_become_nan_and_no_other(monkeypatch, bad):
+    monkeypatch.setattr(head, "MAX_TILE", 4)
+    x, targets = make_logits(4, 50, torch.float32)
+    x[1, 30] = x[2, targets[2]] = bad  # another token's, and the target's
+    if bad < 0:
+        x[1:3] = bad
+    for rows in (engine.head_fwd(x, targets, Head()), engine.head_exp(x, targets, Head())[0]):
+        assert rows.logp.isnan().tolist() == [False, True, True, False]
+
+
+def exp_gradient(module, x, targets, part, dlogp):
+    """The rows and the gradient of x by what head_exp leaves of a copy of it."""
+    x = x.clone()
+    rows, whole = module.head_exp(x, targets, part)
+    return *rows, reference.exp_coefficient(dlogp, part, whole)[:, None] * x
+
+
+def two_pass_gradient(x, targets, part, dlogp):
+    """The same by the reference's head_fwd and head_bwd."""
+    x = x.clone()
+    rows = reference.head_fwd(x, targets, part)
+    reference.head_bwd(x, targets, part, rows, dlogp, None)
+    return *rows, x
+
+
+@pytest.mark.parametrize("module", [engine, reference])
+@pytest.mark.parametrize("part", [Head(), Head(0.7), Head(-1.3)], ids=["plain", "scale", "negative scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exponentials_by_their_coefficient_are_the_gradient(monkeypatch, dtype, part, module):
+    monkeypatch.setattr(head, "MAX_TILE", 16)
+    x, targets = make_logits(5, 203, dtype)
+    part = part._replace(temperature=make_head(5, has_temperature=True).temperature)
+    dlogp = randn(5, seed=4)
+    ours, ordinary = exp_gradient(module, x, targets, part, dlogp), two_pass_gradient(x, targets, part, dlogp)
+    exact = two_pass_gradient(x.double(), targets, double(part), dlogp.double())
+    for one, two, three, kind in zip(ours, ordinary, exact, [torch.float32] * 3 + [dtype], strict=True):
+        assert_within_budget(one, two, three, kind)
+
+
+STEPS = torch.arange(203) // 4 * 4.0
+FAR_APART = {
+    "each tile far above the one before": STEPS * 20 - 3000,
+    "each far below": -STEPS * 20,
+    "one in the last tile": torch.where(torch.arange(203) == 201, 500.0, 0.0),
+    "the target far below": torch.where(torch.arange(203) == 100, -300.0, 0.0),
+    "the target at -inf": torch.where(torch.arange(203) == 100, -math.inf, STEPS / 50),
+    "the target far above": torch.where(torch.arange(203) == 100, 300.0, 0.0),
+    "all equal": torch.full((203,), -1e4),
+    "a tile far above the rest": torch.where(torch.arange(203) % 51 == 40, 700.0, 0.0),
+    "-inf but for a few": torch.where(torch.arange(203) % 50 == 49, STEPS / 10, -math.inf),
+    "-inf but for the target": torch.where(torch.arange(203) == 100, 3.0, -math.inf),
+    "larger than 2^127 apart": torch.where(torch.arange(203) < 150, -1e30, STEPS / 30),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_that_rises_keeps_the_error_budget(monkeypatch, dtype):
+    monkeypatch.setattr(head, "MAX_TILE", 16)
+    x = torch.stack(list(FAR_APART.values())).to(DEVICE) + randn(203)
+    x, targets = x.to(dtype), torch.full((len(x),), 100, device=DEVICE)
+    dlogp = 1 + randn(len(x), seed=4).abs()
+    ours, ordinary = exp_gradient(engine, x, targets, Head(), dlogp), two_pass_gradient(x, targets, Head(), dlogp)
+    exact = two_pass_gradient(x.double(), targets, Head(), dlogp.double())
+    for row, name in enumerate(FAR_APART):
+        has_target = bool(exact[0][row].isfinite())
+        assert has_target or torch.equal(ours[0][row], ordinary[0][row])
+        for k, kind in ((0, torch.float32), (2, torch.float32), (3, dtype)):
+            if k or has_target:
+                assert_within_budget(ours[k][row], ordinary[k][row], exact[k][row], kind, f"{name}: {k}")
+    # in nats: an entropy of 1e-200 has no relative precision
+    assert_within_budget(ours[1], ordinary[1], exact[1], torch.float32, "entropy")
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4])
+def test_few_rows_take_more_warps_and_larger_tiles(num_rows):
+    x, targets = make_logits(num_rows, 30000, torch.float32)
+    (*_, block_q), options = head._head_args(x, Head())
+    assert (block_q, options["num_warps"]) == {1: (2048, 16), 2: (1024, 8), 3: (1024, 8), 4: (512, 4)}[num_rows]
+    part = Head()
+    for ours, theirs in zip(engine.head_fwd(x, targets, part), reference.head_fwd(x, targets, part), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=2e-6)
+
 
 # ------------------------------------------------------------------ token-level loss
 
@@ -500,6 +590,13 @@ OBJECTIVES = {
 }
 
 
+def token_gradient(module, x, targets, part, rows, objective):
+    """head_token_loss on a copy of x: what it returns of the rows, dsigma, and the gradient of x."""
+    x = x.clone()
+    out, dsigma, c = module.head_token_loss(x, targets, part, rows, objective)
+    return out, dsigma, x if c is None else c[:, None] * x
+
+
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_token_loss_stays_within_the_error_budget(kind):
     objective = OBJECTIVES[kind]
@@ -514,10 +611,14 @@ def test_token_loss_stays_within_the_error_budget(kind):
         is_weight=None if objective.weight is None else torch.rand(8, generator=generator(7)).to(DEVICE),
         ref_logp=None if objective.kl is None else logp + randn(8, seed=8),
     )
-    ours, ordinary, exact = x.clone(), x.clone(), x.double()
-    out, dsigma = engine.head_token_loss(ours, targets, settings, rows, objective)
-    _, ordinary_dsigma = reference.head_token_loss(ordinary, targets, settings, rows, objective)
-    _, exact_dsigma = reference.head_token_loss(exact, targets, double(settings), double(rows), objective)
+    (out, dsigma, ours), (_, ordinary_dsigma, ordinary), (_, exact_dsigma, exact) = (
+        token_gradient(module, y, targets, part, numbers, objective)
+        for module, y, part, numbers in (
+            (engine, x, settings, rows),
+            (reference, x, settings, rows),
+            (reference, x.double(), double(settings), double(rows)),
+        )
+    )
     for row in range(8):  # each by itself: a large row hides none
         assert_within_budget(ours[row], ordinary[row], exact[row], torch.float32, f"row {row}")
     if kind == "everything":
@@ -528,15 +629,18 @@ def test_token_loss_stays_within_the_error_budget(kind):
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_token_loss_of_half_logits_is_that_of_float32_rounded_once(dtype):
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.bfloat16, None), (torch.bfloat16, 30.0), (torch.float16, 30.0)])
+def test_token_loss_of_half_logits_is_that_of_float32_rounded_once(dtype, softcap):
     x, targets = make_logits(5, 37, dtype)
-    logp = reference.head_fwd(x, targets, Head()).logp
+    part = Head(softcap=softcap)
+    logp = reference.head_fwd(x, targets, part).logp
     rows = LossRows(logp - 0.1, randn(5, seed=4), torch.ones(5, device=DEVICE))
     wide = x.float()
-    engine.head_token_loss(x, targets, Head(), rows, PRESETS["alp-token"])
-    engine.head_token_loss(wide, targets, Head(), rows, PRESETS["alp-token"])
+    *_, c = engine.head_token_loss(x, targets, part, rows, PRESETS["alp-token"])
+    *_, wide_c = engine.head_token_loss(wide, targets, part, rows, PRESETS["alp-token"])
     assert torch.equal(x, wide.to(dtype))
+    assert (c is None) == (wide_c is None) == (softcap is not None)
+    assert c is None or torch.equal(c, wide_c)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -560,14 +664,49 @@ def test_the_public_functions_have_the_references_gradients(level):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("level", ["token", "cum-token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_exponentials_keep_the_error_budget(dtype, level):
+    hidden, weight, bias = (
+        part.to(dtype) for part in (randn(4, 5, 16), 0.5 * randn(230, 16, seed=1), randn(230, seed=2))
+    )
+    targets = torch.arange(20, device=DEVICE).view(4, 5)
+    settings = {
+        "objective": Objective(level, clip_high=1e9, dual_clip=None),
+        "num_tokens": 20,
+        "temperature": 0.5 + torch.rand(4, 5, generator=generator(3)).to(DEVICE),
+        "logit_scale": 0.7,
+        "chunk_bytes": 10 * 230 * dtype.itemsize,  # two chunks
+    }
+    advantages = torch.tensor([1.0, -1.0, 2.0, 0.5], device=DEVICE)
+
+    def found(name: str, real: torch.dtype) -> list[Tensor]:
+        inputs = [part.to(real) for part in (hidden, weight, bias)]
+        wide = torch.promote_types(real, torch.float32)
+        rest = (
+            torch.full((4, 5), -5.0, device=DEVICE, dtype=wide),
+            advantages.to(wide),
+            torch.ones(4, 5, device=DEVICE),
+        )
+        own = settings | {"temperature": settings["temperature"].to(wide), "chunk_bytes": 10 * 230 * real.itemsize}
+
+        def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            return fused_alp_loss(h, w, targets, *rest, bias=b, **own, engine=name).loss
+
+        return gradients(loss, inputs)
+
+    ours, ordinary, exact = found("triton", dtype), found("reference", dtype), found("reference", torch.float64)
+    for one, two, three, what in zip(ours, ordinary, exact, ("hidden", "weight", "bias"), strict=True):
+        assert_within_budget(one, two, three, dtype, what)
+
+
 def test_numbers_of_rows_may_be_expanded_scalars():
     x, targets = make_logits(3, 37, torch.float32)
     rows = LossRows(torch.full((3,), -3.0, device=DEVICE), torch.ones(3, device=DEVICE), torch.ones(3, device=DEVICE))
     expanded = LossRows(*(value[:1].expand(3) for value in rows[:3]))
-    y = x.clone()
-    engine.head_token_loss(x, targets, Head(), rows, Objective())
-    engine.head_token_loss(y, targets, Head(), expanded, Objective())
-    assert torch.equal(x, y)
+    _, _, one = token_gradient(engine, x, targets, Head(), rows, Objective())
+    _, _, two = token_gradient(engine, x, targets, Head(), expanded, Objective())
+    assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -582,6 +721,6 @@ def test_scaling_in_place_is_pytorchs(dtype, size):
 def test_empty_chunks_launch_nothing():
     x, targets = torch.empty(0, 9, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
     none = torch.empty(0, device=DEVICE)
-    out, dsigma = engine.head_token_loss(x, targets, Head(), LossRows(none, none, none), Objective())
-    assert out.logp.shape == (0,)
+    out, dsigma, c = engine.head_token_loss(x, targets, Head(), LossRows(none, none, none), Objective())
+    assert out.logp.shape == c.shape == engine.head_exp(x, targets, Head())[1].shape == (0,)
     assert dsigma is None

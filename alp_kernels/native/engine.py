@@ -18,6 +18,7 @@ from . import library as c
 from .library import isa as isa
 
 name = "native"
+KEEPS_EXPONENTIALS = False
 FUSES_TOKEN_LOSS = False
 TILE = 4096
 

@@ -6,7 +6,7 @@ float32, bfloat16 and float16 tensors run in kernels; float64, which no kernel s
 import torch
 import triton
 
-from .head import head_bwd, head_fwd, head_token_loss
+from .head import head_bwd, head_exp, head_fwd, head_token_loss
 from .noise import normal, philox
 from .perturb import perturb_bwd, perturb_fwd
 from .rms_norm import perturb_rms_norm_bwd, perturb_rms_norm_fwd
@@ -14,8 +14,10 @@ from .scale import scale_
 
 __all__ = [
     "FUSES_TOKEN_LOSS",
+    "KEEPS_EXPONENTIALS",
     "TILE",
     "head_bwd",
+    "head_exp",
     "head_fwd",
     "head_token_loss",
     "name",
@@ -32,7 +34,8 @@ __all__ = [
 name = "triton"
 
 TILE = None
-FUSES_TOKEN_LOSS = True  # one launch instead of head_fwd, the coefficients and head_bwd
+KEEPS_EXPONENTIALS = True  # one pass over the logits instead of two
+FUSES_TOKEN_LOSS = True  # and one launch, coefficients included
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -4,7 +4,8 @@
     logp = z_t - lse(z)        H = -sum_v p_v ln p_v
     dz_v = dlogp (is_target_v - p_v) - dH p_v (ln p_v + H)        dsigma = sum_v dz_v eps_v / temperature
 
-The row is walked in channel groups q, as noise is made: logits q, Q + q, 2Q + q, 3Q + q share one Philox call. Sums run
+The row is walked in channel groups q, as noise is made: logits q, Q + q, 2Q + q, 3Q + q share one Philox call. Exponentials
+are powers of two, 2^(z log2 e - base), of a base that is known before the first and rises where one would be too large. Sums run
 over the tokens other than the target, so that 1 - p of a near-certain one keeps its digits. Derivation: docs/math.md
 """
 
@@ -17,18 +18,47 @@ from torch import Tensor
 
 from .. import reference
 from ..objective import LOG_RATIO_CLAMP, LossRows, Objective
-from ..reference import Head, HeadRows
-from .noise import MAX_TILE, STREAM_ARGS, four_normals, log_accurate, on_device, row_identity, stream_args
-from .rounding import round_nearest
+from ..reference import Head, HeadRows, is_plain
+from .noise import (
+    LN2,
+    MAX_TILE,
+    STREAM_ARGS,
+    four_normals,
+    is_nvidia,
+    laid_out_like,
+    log_accurate,
+    multiprocessors,
+    on_device,
+    row_identity,
+    stream_args,
+)
+from .rounding import round_nearest, widen
 
 LOG_RATIO_MAX = tl.constexpr(LOG_RATIO_CLAMP)
-START = tl.constexpr(-1e30)
-"""Running maximum before the first logit: finite, so that no difference of two is NaN."""
-ABSENT = tl.constexpr(-2e30)
-"""Stands for -inf and for lanes outside the row: exp(ABSENT - START) = 0."""
+LOG2E = tl.constexpr(1.4426950408889634)
+ABSENT = tl.constexpr(-1e30)
+"""Stands for -inf, for the target and for lanes outside the row: 2^ABSENT = 0, and finite, so that 0 * ABSENT is 0."""
+LIMIT = tl.constexpr(2.3538526683702e17)
+"""e^40: a larger exponential raises the base. Up to it a row's coefficient times a hidden state is no subnormal number."""
+
+ROWS_A_MULTIPROCESSOR = 4
+"""Programs of four warps that a multiprocessor holds, by registers: 528 rows on 132 multiprocessors."""
 
 
 # ------------------------------------------------------------------ functions of one number
+
+
+@triton.jit
+def _exp2(t):
+    """2^t with a relative error below 2^-22; 0 below the normal numbers.
+
+    NVIDIA's CUDA programming guide gives its unit 2 ulp (the constant part of the bound of __expf).
+    """
+    if is_nvidia():
+        power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], tl.float32, is_pure=True, pack=1)
+    else:
+        power = tl.exp2(t)
+    return power
 
 
 @triton.jit
@@ -54,47 +84,40 @@ def _tanh(x):
     p = tl.fma(x2, p, -0.053743497)
     p = tl.fma(x2, p, 0.13331491)
     p = tl.fma(x2, p, -0.33333284)
-    decay = tl.exp(-2.0 * tl.abs(x))
+    decay = _exp2(tl.abs(x) * -2.8853900817779268)
     far = (1.0 - decay) / (1.0 + decay)
     return tl.where(tl.abs(x) < 0.625, tl.fma(x2 * x, p, x), tl.where(x < 0, -far, far))
 
 
 # ------------------------------------------------------------------ one row
 # Two tuples go from kernel to helper:
-#   head  = (scale, softcap or None, 1 / temperature)
-#   noise = (sigma_ptr or None, sigma, row, seed_lo, seed_hi, step, layer); row: the row's global identity
+#   head  = (gain, inner, softcap or None, sigma): z log2 e = gain y + sigma eps with y = x, or tanh(inner x)
+#   noise = (sigma_ptr or None, row, seed_lo, seed_hi, step, layer); row: the row's global identity
 
 
 @triton.jit
-def _row_settings(n, logit_scale, temperature_ptr, sigma_ptr, row_ids_ptr, row_start):
+def _row_settings(n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_ptr, row_start):
+    """head, the row's identity, scale and 1 / temperature."""
     over_temperature = 1.0
     if temperature_ptr is not None:
         over_temperature = tl.div_rn(1.0, tl.load(temperature_ptr + n))
+    # float32 now: a compiler may pass scalars as float64 and widen the whole row
+    scale = tl.cast(logit_scale, tl.float32)
+    outer, inner = scale, scale
+    if softcap is not None:
+        outer = tl.cast(softcap, tl.float32)
+        inner = tl.div_rn(scale, outer)
     sigma = 0.0
     if sigma_ptr is not None:
-        sigma = tl.load(sigma_ptr)
-    # float32 now: a compiler may pass scalars as float64 and widen the whole row
-    return tl.cast(logit_scale, tl.float32), over_temperature, sigma, row_identity(n, row_ids_ptr, row_start, True)
-
-
-@triton.jit
-def _transform(x, eps, head, noise):
-    """z and tanh (0 without a softcap) of raw logits."""
-    scale, softcap, over_temperature = head
-    z = x.to(tl.float32) * scale
-    tanh = 0.0
-    if softcap is not None:
-        tanh = _tanh(z / tl.cast(softcap, tl.float32))
-        z = tl.cast(softcap, tl.float32) * tanh
-    if noise[0] is not None:
-        z = tl.fma(tl.broadcast_to(noise[1], z.shape), eps, z)
-    return z * over_temperature, tanh
+        sigma = tl.load(sigma_ptr) * over_temperature * LOG2E
+    head = (outer * over_temperature * LOG2E, inner, softcap, sigma)
+    return head, row_identity(n, row_ids_ptr, row_start, True), scale, over_temperature
 
 
 @triton.jit
 def _eps(q, noise):
     """Noise on logits q, Q + q, 2Q + q, 3Q + q."""
-    sigma_ptr, _, row, seed_lo, seed_hi, step, layer = noise
+    sigma_ptr, row, seed_lo, seed_hi, step, layer = noise
     eps = (0.0, 0.0, 0.0, 0.0)
     if sigma_ptr is not None:
         eps = four_normals(q, row, seed_lo, seed_hi, step, layer)
@@ -102,93 +125,237 @@ def _eps(q, noise):
 
 
 @triton.jit
-def _other_logit(x_ptr, j, q, eps, target, head, noise, V, Q):
-    """z of tokens j*Q + q; ABSENT at the target, at -inf and outside the row. NaN stays NaN."""
-    v = j * Q + q
-    in_row = (q < Q) & (v < V)
-    z, _ = _transform(tl.load(x_ptr + v, mask=in_row, other=0.0), eps, head, noise)
-    return tl.where(in_row & (v != target) & ~(z < ABSENT), z, ABSENT)
+def _capped(x, head):
+    """y of logits in float32."""
+    y = x
+    if head[2] is not None:
+        y = _tanh(x * head[1])
+    return y
 
 
 @triton.jit
-def _target_logit(x_ptr, target, head, noise, Q):
+def _power(y, eps, head, noise, base):
+    """z log2 e - base: one rounding from the exact product, so that what a base lost in rounding is in no difference."""
+    t = tl.fma(y, head[0], -base)
+    if noise[0] is not None:
+        t = tl.fma(tl.broadcast_to(head[3], t.shape), eps, t)
+    return t
+
+
+@triton.jit
+def _tile(x_ptr, start, target, head, noise, base, V, Q, BLOCK_Q: tl.constexpr, IS_LAST: tl.constexpr):
+    """Of logits q, Q + q, 2Q + q, 3Q + q from q = start on, four tiles each: powers z log2 e - base, y and eps.
+
+    A power is ABSENT at -inf, at the target and, in the last tile of a row, outside it. NaN stays NaN.
+    """
+    q = start + tl.arange(0, BLOCK_Q)
+    if IS_LAST:
+        in_row = q < Q
+        x0 = tl.load(x_ptr + q, mask=in_row, other=0.0)
+        x1 = tl.load(x_ptr + Q + q, mask=in_row & (Q + q < V), other=0.0)
+        x2 = tl.load(x_ptr + 2 * Q + q, mask=in_row & (2 * Q + q < V), other=0.0)
+        x3 = tl.load(x_ptr + 3 * Q + q, mask=in_row & (3 * Q + q < V), other=0.0)
+    else:
+        x0 = tl.load(x_ptr + q)
+        x1 = tl.load(x_ptr + Q + q)
+        x2 = tl.load(x_ptr + 2 * Q + q)
+        x3 = tl.load(x_ptr + 3 * Q + q)
+    y0 = _capped(widen(x0), head)
+    y1 = _capped(widen(x1), head)
+    y2 = _capped(widen(x2), head)
+    y3 = _capped(widen(x3), head)
+    eps = _eps(laid_out_like(q, y0), noise)
+    t0 = _at_least_absent(_power(y0, eps[0], head, noise, base))
+    t1 = _at_least_absent(_power(y1, eps[1], head, noise, base))
+    t2 = _at_least_absent(_power(y2, eps[2], head, noise, base))
+    t3 = _at_least_absent(_power(y3, eps[3], head, noise, base))
+    if IS_LAST:
+        t0 = tl.where(in_row, t0, ABSENT)
+        t1 = tl.where(in_row & (Q + q < V), t1, ABSENT)
+        t2 = tl.where(in_row & (2 * Q + q < V), t2, ABSENT)
+        t3 = tl.where(in_row & (3 * Q + q < V), t3, ABSENT)
+    # one tile of the row takes this branch; a comparison in all of them would cost two instructions a logit
+    if (target % Q >= start) & (target % Q < start + BLOCK_Q):
+        t0 = tl.where(q == target, ABSENT, t0)
+        t1 = tl.where(Q + q == target, ABSENT, t1)
+        t2 = tl.where(2 * Q + q == target, ABSENT, t2)
+        t3 = tl.where(3 * Q + q == target, ABSENT, t3)
+    return (t0, t1, t2, t3), (y0, y1, y2, y3), eps
+
+
+@triton.jit
+def _at_least_absent(t):
+    return tl.maximum(t, ABSENT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _store(x_ptr, value, j: tl.constexpr, start, V, Q, BLOCK_Q: tl.constexpr, IS_LAST: tl.constexpr):
+    """One of the four in place of its logits."""
+    q = start + tl.arange(0, BLOCK_Q)
+    if IS_LAST:
+        tl.store(x_ptr + j * Q + q, value, mask=(q < Q) & (j * Q + q < V))
+    else:
+        tl.store(x_ptr + j * Q + q, value)
+
+
+@triton.jit
+def _last_start(V, Q, BLOCK_Q: tl.constexpr):
+    """Where the first tile starts that does not lie in the row as a whole: the last one, or the row's end."""
+    return tl.maximum(V - 3 * Q, 0) // BLOCK_Q * BLOCK_Q
+
+
+@triton.jit
+def _at_target(x_ptr, target, head, noise, Q):
+    """y and eps of the target."""
     e0, e1, e2, e3 = _eps(target % Q, noise)
     j = target // Q
-    eps = tl.where(j == 0, e0, tl.where(j == 1, e1, tl.where(j == 2, e2, e3)))
-    z, _ = _transform(tl.load(x_ptr + target), eps, head, noise)
-    return z
+    return _capped(tl.load(x_ptr + target).to(tl.float32), head), tl.where(
+        j == 0, e0, tl.where(j == 1, e1, tl.where(j == 2, e2, e3))
+    )
 
 
 @triton.jit
-def _row_fwd(x_ptr, target, head, noise, V, Q, BLOCK_Q: tl.constexpr):
-    """logp, entropy and lse of the row at x_ptr; every lane keeps its own maximum and sums, joined at the end."""
-    target_z = _target_logit(x_ptr, target, head, noise, Q)
-    top = tl.full([BLOCK_Q], START, tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)  # sum of exp(z - top)
-    weighted = tl.zeros([BLOCK_Q], tl.float32)  # sum of exp(z - top) (z - top)
-    for start in range(0, Q, BLOCK_Q):
-        q = start + tl.arange(0, BLOCK_Q)
-        eps = _eps(q, noise)
-        z0 = _other_logit(x_ptr, 0, q, eps[0], target, head, noise, V, Q)
-        z1 = _other_logit(x_ptr, 1, q, eps[1], target, head, noise, V, Q)
-        z2 = _other_logit(x_ptr, 2, q, eps[2], target, head, noise, V, Q)
-        z3 = _other_logit(x_ptr, 3, q, eps[3], target, head, noise, V, Q)
-        new_top = tl.maximum(top, tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3)))
-        shrink = tl.exp(top - new_top)
-        e0 = tl.exp(z0 - new_top)
-        e1 = tl.exp(z1 - new_top)
-        e2 = tl.exp(z2 - new_top)
-        e3 = tl.exp(z3 - new_top)
-        weighted = shrink * tl.fma(total, top - new_top, weighted)
-        weighted = tl.fma(e0, z0 - new_top, tl.fma(e1, z1 - new_top, weighted))
-        weighted = tl.fma(e2, z2 - new_top, tl.fma(e3, z3 - new_top, weighted))
-        total = tl.fma(total, shrink, (e0 + e1) + (e2 + e3))
-        top = new_top
-    others_top = tl.max(top, axis=0)
-    shrink = tl.exp(top - others_top)
-    others = tl.sum(total * shrink, axis=0)
-    others_weighted = tl.sum(shrink * tl.fma(total, top - others_top, weighted), axis=0)
-    # join with the target; the largest term of the whole sum is 1 and stays out of `rest`, which enters by log1p
-    is_top = target_z >= others_top
-    whole_top = tl.where(is_top, target_z, others_top)
-    shrink = tl.exp(others_top - whole_top)
-    target_exp = tl.exp(target_z - whole_top)
-    rest = tl.where(is_top, others * shrink, (others - 1.0) + target_exp)
-    log_total = _log1p(rest)
-    target_weighted = tl.where(target_exp > 0, target_exp * (target_z - whole_top), 0.0)
-    whole_weighted = shrink * tl.fma(others, others_top - whole_top, others_weighted) + target_weighted
-    entropy = log_total - whole_weighted / (1.0 + rest)
-    return (target_z - whole_top) - log_total, entropy, whole_top + log_total
+def _largest(t):
+    return tl.max(tl.maximum(tl.maximum(t[0], t[1]), tl.maximum(t[2], t[3])), axis=0)
+
+
+@triton.jit
+def _exponentials(t, dtype: tl.constexpr):
+    """e = 2^t of four tiles, rounded, and the sums of the four e and e t, not yet rounded."""
+    e0, e1, e2, e3 = _exp2(t[0]), _exp2(t[1]), _exp2(t[2]), _exp2(t[3])
+    weighted = tl.fma(e0, t[0], tl.fma(e1, t[1], tl.fma(e2, t[2], e3 * t[3])))
+    rounded = (round_nearest(e0, dtype), round_nearest(e1, dtype), round_nearest(e2, dtype), round_nearest(e3, dtype))
+    return rounded, (e0 + e1) + (e2 + e3), weighted
+
+
+@triton.jit
+def _add_tile(
+    x_ptr, start, target, head, noise, base, total, weighted, V, Q,
+    BLOCK_Q: tl.constexpr, IS_LAST: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """base and the sums of e = 2^t and e t, with the tile at `start`; IN_PLACE: e replaces its logits."""
+    t, _, _ = _tile(x_ptr, start, target, head, noise, base, V, Q, BLOCK_Q, IS_LAST)
+    e, tile, weighted_tile = _exponentials(t, x_ptr.dtype.element_ty)
+    if tl.max(tile, axis=0) > LIMIT:  # infinity too; a few times in a row at most
+        z, _, _ = _tile(x_ptr, start, target, head, noise, 0.0, V, Q, BLOCK_Q, IS_LAST)
+        new_base = _largest(z)
+        shrink = _exp2(base - new_base)
+        weighted = shrink * tl.fma(total, base - new_base, weighted)
+        total *= shrink
+        if IN_PLACE:
+            tl.debug_barrier()
+            for before in range(0, start, BLOCK_Q):
+                for j in tl.static_range(4):
+                    written = tl.load(x_ptr + j * Q + before + tl.arange(0, BLOCK_Q))
+                    shrunk = round_nearest(widen(written) * shrink, x_ptr.dtype.element_ty)
+                    _store(x_ptr, shrunk, j, before, V, Q, BLOCK_Q, False)
+        base = new_base
+        t, _, _ = _tile(x_ptr, start, target, head, noise, base, V, Q, BLOCK_Q, IS_LAST)  # not z - base: z is rounded
+        e, tile, weighted_tile = _exponentials(t, x_ptr.dtype.element_ty)
+    if IN_PLACE:
+        for j in tl.static_range(4):
+            _store(x_ptr, e[j], j, start, V, Q, BLOCK_Q, IS_LAST)
+    return base, total + tile, weighted + weighted_tile
+
+
+@triton.jit
+def _row_fwd(x_ptr, target, head, noise, V, Q, BLOCK_Q: tl.constexpr, IN_PLACE: tl.constexpr):
+    """logp, entropy and lse of the row at x_ptr, and the sum of its exponentials e = exp(z - base).
+
+    IN_PLACE: they replace the row, but for the target's, which becomes minus the sum of the others.
+    """
+    target_y, target_eps = _at_target(x_ptr, target, head, noise, Q)
+    z, _, _ = _tile(x_ptr, 0, target, head, noise, 0.0, V, Q, BLOCK_Q, True)
+    target_z = _power(target_y, target_eps, head, noise, 0.0)
+    base = tl.maximum(_largest(z), _at_least_absent(target_z))
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    weighted = tl.zeros([BLOCK_Q], tl.float32)
+    last = _last_start(V, Q, BLOCK_Q)
+    for start in range(0, last, BLOCK_Q):
+        base, total, weighted = _add_tile(
+            x_ptr, start, target, head, noise, base, total, weighted, V, Q, BLOCK_Q, False, IN_PLACE
+        )
+    if last < Q:
+        base, total, weighted = _add_tile(
+            x_ptr, last, target, head, noise, base, total, weighted, V, Q, BLOCK_Q, True, IN_PLACE
+        )
+    others = tl.sum(total, axis=0)
+    others_weighted = tl.sum(weighted, axis=0)
+    # from here on relative to the target where it is among the largest: its 1 stays out of log1p, and the logarithm of a
+    # near-certain row keeps its digits
+    t = _power(target_y, target_eps, head, noise, base)
+    e = _exp2(t)
+    whole = others + e
+    is_near = t > -1.0
+    shift = tl.where(is_near, t, 0.0)
+    log_whole = tl.where(is_near, _log1p(others * _exp2(-shift)), log_accurate(whole))
+    log_whole = tl.where(whole > 0.0, log_whole, float("nan"))  # NaN, or nothing but -inf
+    logp = tl.fma(t - shift, LN2, -log_whole)
+    spread = tl.fma(shift, others, -others_weighted) + tl.where(e > 0.0, e * (shift - t), 0.0)
+    entropy = tl.fma(spread / whole, LN2, log_whole)
+    if IN_PLACE:
+        tl.debug_barrier()
+        tl.store(x_ptr + target, round_nearest(-others, x_ptr.dtype.element_ty))
+    return logp, entropy, tl.fma(base + shift, LN2, log_whole), whole
+
+
+@triton.jit
+def _bwd_tile(
+    x_ptr, start, target, head, noise, lse, factor, by_entropy, dsigma, V, Q,
+    BLOCK_Q: tl.constexpr, IS_LAST: tl.constexpr, HAS_DENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Replace a tile by p (factor + by_entropy t) dz/dx, and add its part to dsigma."""
+    t, y, eps = _tile(x_ptr, start, target, head, noise, lse, V, Q, BLOCK_Q, IS_LAST)
+    for j in tl.static_range(4):
+        slope = factor
+        if HAS_DENTROPY:
+            slope = tl.fma(tl.broadcast_to(by_entropy, t[j].shape), t[j], factor)
+        d = _exp2(t[j]) * slope
+        if noise[0] is not None:
+            dsigma = tl.fma(d, eps[j], dsigma)
+        if head[2] is not None:
+            d *= 1.0 - y[j] * y[j]
+        _store(x_ptr, round_nearest(d, x_ptr.dtype.element_ty), j, start, V, Q, BLOCK_Q, IS_LAST)
+    return dsigma
 
 
 @triton.jit
 def _row_bwd(
-    x_ptr, target, head, noise, logp, entropy, lse, dlogp, dentropy, HAS_DENTROPY: tl.constexpr,
-    V, Q, BLOCK_Q: tl.constexpr,
+    x_ptr, target, head, noise, scale, over_temperature, logp, entropy, lse, dlogp, dentropy,
+    HAS_DENTROPY: tl.constexpr, V, Q, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Replace the row at x_ptr by its gradient; returns the row's part of dsigma (0 without noise)."""
-    certain = dlogp * -_expm1(logp)  # dlogp (1 - p), without cancellation
+    target_y, target_eps = _at_target(x_ptr, target, head, noise, Q)
+    tl.debug_barrier()  # before another thread replaces it
+    to_x = scale * over_temperature
+    base = lse * LOG2E
+    lost = _exp2(-tl.fma(lse, LOG2E, -base))  # what base lost in rounding
+    factor = -to_x * lost * dlogp
+    by_entropy = -to_x * lost * LN2 * dentropy
+    if HAS_DENTROPY:
+        factor -= to_x * lost * dentropy * entropy
     dsigma = tl.zeros([BLOCK_Q], tl.float32)
-    for start in range(0, Q, BLOCK_Q):
-        q = start + tl.arange(0, BLOCK_Q)
-        eps = _eps(q, noise)
-        for j in tl.static_range(4):
-            v = j * Q + q
-            in_row = (q < Q) & (v < V)
-            z, tanh = _transform(tl.load(x_ptr + v, mask=in_row, other=0.0), eps[j], head, noise)
-            log_p = tl.where(v == target, logp, z - lse)  # logp has the digits that z - lse lost
-            p = tl.exp(log_p)
-            dz = tl.where(v == target, certain, -dlogp * p)
-            if HAS_DENTROPY:
-                dz -= tl.where(p > 0, dentropy * p * (log_p + entropy), 0.0)
-            dz *= head[2]
-            if noise[0] is not None:
-                dsigma = tl.where(in_row, tl.fma(dz, eps[j], dsigma), dsigma)
-            dx = dz * head[0]
-            if head[1] is not None:
-                dx *= 1.0 - tanh * tanh
-            tl.store(x_ptr + v, round_nearest(dx, x_ptr.dtype.element_ty), mask=in_row)
-    return tl.sum(dsigma, axis=0)
+    last = _last_start(V, Q, BLOCK_Q)
+    for start in range(0, last, BLOCK_Q):
+        dsigma = _bwd_tile(
+            x_ptr, start, target, head, noise, base, factor, by_entropy, dsigma, V, Q, BLOCK_Q, False, HAS_DENTROPY
+        )
+    if last < Q:
+        dsigma = _bwd_tile(
+            x_ptr, last, target, head, noise, base, factor, by_entropy, dsigma, V, Q, BLOCK_Q, True, HAS_DENTROPY
+        )
+    # the target apart: logp has the digits that z - lse lost, and 1 - p does not cancel
+    d = dlogp * -_expm1(logp)
+    if HAS_DENTROPY:
+        p = tl.exp(logp)
+        d -= tl.where(p > 0.0, dentropy * p * (logp + entropy), 0.0)
+    d *= to_x
+    row_dsigma = tl.sum(dsigma, axis=0) + d * target_eps
+    if head[2] is not None:
+        d *= 1.0 - target_y * target_y
+    tl.debug_barrier()
+    tl.store(x_ptr + target, round_nearest(d, x_ptr.dtype.element_ty))
+    return row_dsigma / scale
 
 
 # ------------------------------------------------------------------ forward
@@ -197,23 +364,22 @@ def _row_bwd(
 @triton.jit(do_not_specialize=STREAM_ARGS)
 def _head_fwd_kernel(
     x_ptr, targets_ptr, temperature_ptr,  # (n, V), (n,) int64, (n,) float32 or None
-    logp_ptr, entropy_ptr, lse_ptr,  # (n,) float32
+    logp_ptr, entropy_ptr, lse_ptr, whole_ptr,  # (n,) float32, the last None: x stays as it is
     sigma_ptr, row_ids_ptr,  # () float32 or None: no noise, (n,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
     logit_scale, softcap,  # softcap: None, or a float
     V, Q, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    scale, over_temperature, sigma, row = _row_settings(
-        n, logit_scale, temperature_ptr, sigma_ptr, row_ids_ptr, row_start
-    )
-    head = (scale, softcap, over_temperature)
-    noise = (sigma_ptr, sigma, row, seed_lo, seed_hi, step, layer)
+    head, row, _, _ = _row_settings(n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_ptr, row_start)
+    noise = (sigma_ptr, row, seed_lo, seed_hi, step, layer)
     target = tl.load(targets_ptr + n).to(tl.int32)
-    logp, entropy, lse = _row_fwd(x_ptr + n * V, target, head, noise, V, Q, BLOCK_Q)
+    logp, entropy, lse, whole = _row_fwd(x_ptr + n * V, target, head, noise, V, Q, BLOCK_Q, whole_ptr is not None)
     tl.store(logp_ptr + n, logp)
     tl.store(entropy_ptr + n, entropy)
     tl.store(lse_ptr + n, lse)
+    if whole_ptr is not None:
+        tl.store(whole_ptr + n, whole)
 
 
 def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
@@ -222,9 +388,23 @@ def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
         return reference.head_fwd(x, targets, head)
     out = _empty_rows(x)
     if len(x):
+        args, options = _head_args(x, head)
         with on_device(x):
-            _head_fwd_kernel[(len(x),)](x, *_contiguous(targets, head.temperature), *out, *_head_args(x, head))
+            _head_fwd_kernel[(len(x),)](x, *_contiguous(targets, head.temperature), *out, None, *args, **options)
     return out
+
+
+def head_exp(x: Tensor, targets: Tensor, head: Head) -> tuple[HeadRows, Tensor]:
+    """The same, and the sum (n,) of the exponentials that replace the row (reference.head_exp). float64: the reference's."""
+    if x.dtype == torch.float64:
+        return reference.head_exp(x, targets, head)
+    assert is_plain(head, x.dtype, False)
+    out, whole = _empty_rows(x), _empty(x)
+    if len(x):
+        args, options = _head_args(x, head)
+        with on_device(x):
+            _head_fwd_kernel[(len(x),)](x, *_contiguous(targets, head.temperature), *out, whole, *args, **options)
+    return out, whole
 
 
 # ------------------------------------------------------------------ backward
@@ -241,16 +421,15 @@ def _head_bwd_kernel(
     V, Q, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    scale, over_temperature, sigma, row = _row_settings(
-        n, logit_scale, temperature_ptr, sigma_ptr, row_ids_ptr, row_start
+    head, row, scale, over_temperature = _row_settings(
+        n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_ptr, row_start
     )
-    head = (scale, softcap, over_temperature)
-    noise = (sigma_ptr, sigma, row, seed_lo, seed_hi, step, layer)
+    noise = (sigma_ptr, row, seed_lo, seed_hi, step, layer)
     dentropy = 0.0
     if dentropy_ptr is not None:
         dentropy = tl.load(dentropy_ptr + n)
     dsigma = _row_bwd(
-        x_ptr + n * V, tl.load(targets_ptr + n).to(tl.int32), head, noise,
+        x_ptr + n * V, tl.load(targets_ptr + n).to(tl.int32), head, noise, scale, over_temperature,
         tl.load(logp_ptr + n), tl.load(entropy_ptr + n), tl.load(lse_ptr + n), tl.load(dlogp_ptr + n),
         dentropy, dentropy_ptr is not None, V, Q, BLOCK_Q,
     )  # fmt: skip
@@ -264,12 +443,12 @@ def head_bwd(
     """Replace logits x (n, V) by their gradient, in place; returns dsigma () or None. float64: the reference's."""
     if x.dtype == torch.float64:
         return reference.head_bwd(x, targets, head, rows, dlogp, dentropy)
-    dsigma = _empty_dsigma(x, head)
+    dsigma = None if head.sigma is None else _empty(x)  # a part a row, added up in a fixed order afterwards
     if len(x):
+        args, options = _head_args(x, head)
+        numbers = _contiguous(targets, head.temperature, *rows, dlogp, dentropy)
         with on_device(x):
-            _head_bwd_kernel[(len(x),)](
-                x, *_contiguous(targets, head.temperature, *rows, dlogp, dentropy), dsigma, *_head_args(x, head)
-            )
+            _head_bwd_kernel[(len(x),)](x, *numbers, dsigma, *args, **options)
     return None if dsigma is None else dsigma.sum()
 
 
@@ -318,7 +497,8 @@ def _dkl(log_ratio, KL: tl.constexpr):
 @triton.jit(do_not_specialize=STREAM_ARGS)
 def _head_token_loss_kernel(
     x_ptr, targets_ptr, temperature_ptr,  # (n, V), (n,) int64, (n,) float32 or None
-    logp_ptr, entropy_ptr, lse_ptr, dsigma_ptr,  # (n,) float32, the last may be None
+    logp_ptr, entropy_ptr, lse_ptr,  # (n,) float32
+    coefficient_ptr, dsigma_ptr,  # (n,) float32 or None
     denominator_ptr, advantages_ptr, weight_ptr, is_weight_ptr, ref_logp_ptr,  # (n,) float32, the last two may be None
     clip_min, clip_max, dual_clip, kl_coef, entropy_coef,  # the last three: None, or a float
     sigma_ptr, row_ids_ptr,
@@ -328,13 +508,12 @@ def _head_token_loss_kernel(
     KL: tl.constexpr,  # Objective.kl
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    scale, over_temperature, sigma, row = _row_settings(
-        n, logit_scale, temperature_ptr, sigma_ptr, row_ids_ptr, row_start
+    head, row, scale, over_temperature = _row_settings(
+        n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_ptr, row_start
     )
-    head = (scale, softcap, over_temperature)
-    noise = (sigma_ptr, sigma, row, seed_lo, seed_hi, step, layer)
+    noise = (sigma_ptr, row, seed_lo, seed_hi, step, layer)
     target = tl.load(targets_ptr + n).to(tl.int32)
-    logp, entropy, lse = _row_fwd(x_ptr + n * V, target, head, noise, V, Q, BLOCK_Q)
+    logp, entropy, lse, whole = _row_fwd(x_ptr + n * V, target, head, noise, V, Q, BLOCK_Q, coefficient_ptr is not None)
     tl.store(logp_ptr + n, logp)
     tl.store(entropy_ptr + n, entropy)
     tl.store(lse_ptr + n, lse)
@@ -348,57 +527,65 @@ def _head_token_loss_kernel(
         dlogp *= tl.load(is_weight_ptr + n)
     if kl_coef is not None:
         dlogp += tl.cast(kl_coef, tl.float32) * _dkl(logp - tl.load(ref_logp_ptr + n), KL)
-    dentropy = 0.0
-    if entropy_coef is not None:
-        dentropy = -tl.cast(entropy_coef, tl.float32) * weight
-    dsigma = _row_bwd(
-        x_ptr + n * V, target, head, noise, logp, entropy, lse, dlogp * weight,
-        dentropy, entropy_coef is not None, V, Q, BLOCK_Q,
-    )  # fmt: skip
-    if dsigma_ptr is not None:
-        tl.store(dsigma_ptr + n, dsigma)
+    dlogp *= weight
+    if coefficient_ptr is not None:
+        tl.store(coefficient_ptr + n, -dlogp * scale * over_temperature / whole)
+    else:
+        dentropy = 0.0
+        if entropy_coef is not None:
+            dentropy = -tl.cast(entropy_coef, tl.float32) * weight
+        dsigma = _row_bwd(
+            x_ptr + n * V, target, head, noise, scale, over_temperature, logp, entropy, lse, dlogp,
+            dentropy, entropy_coef is not None, V, Q, BLOCK_Q,
+        )  # fmt: skip
+        if dsigma_ptr is not None:
+            tl.store(dsigma_ptr + n, dsigma)
 
 
 def head_token_loss(
     x: Tensor, targets: Tensor, head: Head, rows: LossRows, objective: Objective
-) -> tuple[HeadRows, Tensor | None]:
-    """Replace logits x (n, V) by the gradient of sum(weight * row_loss), in one launch. float64: the reference's.
-
-    Returns what head_fwd returns, and dsigma () or None.
-    """
+) -> tuple[HeadRows, Tensor | None, Tensor | None]:
+    """The token-level loss of a chunk and its gradient, in one launch (reference.head_token_loss). float64: the reference's."""
     if x.dtype == torch.float64:
         return reference.head_token_loss(x, targets, head, rows, objective)
     out = _empty_rows(x)
-    dsigma = _empty_dsigma(x, head)
+    dsigma = None if head.sigma is None else _empty(x)
+    coefficient = _empty(x) if is_plain(head, x.dtype, objective.entropy_coef != 0) else None
     dual_clip, kl_coef, entropy_coef = objective.dual_clip, objective.kl_coef, objective.entropy_coef
     if len(x):
+        args, options = _head_args(x, head)
         with on_device(x):
             _head_token_loss_kernel[(len(x),)](
-                x, *_contiguous(targets, head.temperature), *out, dsigma,
+                x, *_contiguous(targets, head.temperature), *out, coefficient, dsigma,
                 *_contiguous(rows.denominator, rows.advantages, rows.weight, rows.is_weight),
                 *_contiguous(rows.ref_logp if kl_coef > 0 else None),
                 float(1 - objective.clip_low), float(1 + objective.clip_high),
                 None if dual_clip is None else float(dual_clip),
                 float(kl_coef) if kl_coef > 0 else None,
                 float(entropy_coef) if entropy_coef != 0 else None,
-                *_head_args(x, head), objective.kl,
+                *args, objective.kl, **options,
             )  # fmt: skip
-    return out, None if dsigma is None else dsigma.sum()
+    return out, None if dsigma is None else dsigma.sum(), coefficient
 
 
 # ------------------------------------------------------------------ launching
 
 
-def _head_args(x: Tensor, head: Head) -> tuple[Tensor | float | int | None, ...]:
-    """sigma_ptr, the stream, logit_scale, softcap, V, Q, BLOCK_Q."""
-    vocabulary = x.shape[1]
+def _head_args(x: Tensor, head: Head) -> tuple[tuple[Tensor | float | int | None, ...], dict[str, int]]:
+    """sigma_ptr, the stream, logit_scale, softcap, V, Q, BLOCK_Q; and the launch's options."""
+    num_rows, vocabulary = x.shape
     quarter = triton.cdiv(vocabulary, 4)
     stream = (None, 0, 0, 0, 0, 0) if head.sigma is None or head.stream is None else stream_args(head.stream)
     softcap = None if head.softcap is None else float(head.softcap)
-    # four groups a thread: one 128-bit load of float32, and registers enough for Philox and both pairs of normals
-    largest = MAX_TILE if head.sigma is None else MAX_TILE // 2
-    block_q = min(largest, triton.next_power_of_2(quarter))
-    return head.sigma, *stream, float(head.logit_scale), softcap, vocabulary, quarter, block_q
+    # one 128-bit load a thread from each of the four streams; with noise, registers for Philox and both pairs of normals
+    largest = MAX_TILE if head.sigma is None and x.itemsize == 2 else MAX_TILE // 2
+    # rows that fill the device take four warps each; fewer take more, and tiles that keep as much on its way a thread
+    filled = ROWS_A_MULTIPROCESSOR * multiprocessors(x.device)
+    more = 1 if num_rows >= filled else 2 if 2 * num_rows >= filled else 4
+    block_q = min(more * largest, triton.next_power_of_2(quarter))
+    return (head.sigma, *stream, float(head.logit_scale), softcap, vocabulary, quarter, block_q), {
+        "num_warps": 4 * more
+    }
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -406,10 +593,9 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(len(x), dtype=torch.float32, device=x.device)
+
+
 def _empty_rows(x: Tensor) -> HeadRows:
-    return HeadRows(*(torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(3)))
-
-
-def _empty_dsigma(x: Tensor, head: Head) -> Tensor | None:
-    """One partial sum a row, added up in a fixed order afterwards."""
-    return None if head.sigma is None else torch.empty(len(x), dtype=torch.float32, device=x.device)
+    return HeadRows(_empty(x), _empty(x), _empty(x))
