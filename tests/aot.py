@@ -95,6 +95,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "perturb_fwd fp16 rms stochastic": lambda: _perturb_fwd(torch.float16, NAMED, "rms", "stochastic"),
     "perturb_bwd bf16": lambda: engine.perturb_bwd(torch.zeros(2, D, dtype=torch.bfloat16), NUMBERED, None),
     "perturb_bwd fp32 rms": lambda: engine.perturb_bwd(torch.zeros(2, D), NAMED, torch.ones(2)),
+    "measure bf16": lambda: engine.measure(*(torch.zeros(2, D, dtype=torch.bfloat16) for _ in range(2)), 2),
     "perturb_rms_norm_fwd bf16": lambda: _rms_norm_fwd(torch.bfloat16, NUMBERED, "absolute", "nearest"),
     "perturb_rms_norm_fwd fp16 rms stochastic": lambda: _rms_norm_fwd(torch.float16, NAMED, "rms", "stochastic"),
     "perturb_rms_norm_fwd fp32 long": lambda: _rms_norm_fwd(torch.float32, NUMBERED, "absolute", "nearest", 10001),

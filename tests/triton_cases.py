@@ -315,6 +315,17 @@ def test_perturb_bwd_stays_within_the_error_budget(dtype, has_rms):
 # ------------------------------------------------------------------ perturb and RMSNorm
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_measured_noise_stays_within_the_error_budget(dtype):
+    h = randn(5, 1031).to(dtype)
+    u = torch.where(randn(5, 1031, seed=1) > 0, h, h + randn(5, 1031, seed=2).to(dtype) / 8)
+    found, ordinary = (module.measure(h, u, 3) for module in (engine, reference))
+    exact = reference.measure(h.double(), u.double(), 3)
+    assert torch.equal(found[:, 1].double(), exact[:, 1])
+    for column in (0, 2):
+        assert_within_budget(found[:, column], ordinary[:, column], exact[:, column], torch.float32)
+
+
 @pytest.mark.parametrize("block", [16, 2048])  # rows in pieces, and whole
 @pytest.mark.parametrize(("scale", "rounding_mode"), [("absolute", "nearest"), ("rms", "stochastic")])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
