@@ -42,15 +42,6 @@ attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Perturbation]] = weak
 """The handle on each perturbed decoder, so that none is perturbed twice, by whatever module it is reached."""
 
 
-class _Shared(NamedTuple):
-    """What a forward's layers have in common where their hidden states are alike: made and checked once, not a layer."""
-
-    engine: ModuleType
-    row_ids: Tensor | None  # (N,)
-    log_sigma: Tensor  # (L,)
-    sigmas: tuple[Tensor, ...]  # L of ()
-
-
 class _Forward(NamedTuple):
     """One perturbed forward pass through the layers."""
 
@@ -59,8 +50,9 @@ class _Forward(NamedTuple):
     row_start: int
     row_ids: Tensor | None
     at: Tensor  # the same for compiled layers: ops.py
+    log_sigma: Tensor  # the handle's own
     ran: set[int]  # layers
-    shared: dict[tuple[torch.Size, torch.dtype, torch.device], _Shared]
+    draws: dict[tuple[torch.Size, torch.dtype, torch.device], list[Draw]]  # by what the hidden states are like, a layer
 
 
 class _Measured(NamedTuple):
@@ -344,7 +336,7 @@ class Perturbation(nn.Module):
         row_ids = self._scope.row_ids
         start, number, step = self._first_row() if row_ids is None else 0, self._forwards, self._step
         at = ops.integers(self._number, self.seed, step, start, number)
-        return _Forward(number, step, start, row_ids, at, set(), {})
+        return _Forward(number, step, start, row_ids, at, self.log_sigma, set(), {})
 
     def note(
         self, number: int, row_start: int, position: int, hidden: Tensor, u: Tensor, sigma: Tensor, engine: ModuleType
@@ -393,10 +385,10 @@ class Perturbation(nn.Module):
         forward.ran.add(index)
         return forward
 
-    def _share(self, forward: _Forward, index: int, hidden: Tensor) -> _Shared:
-        """What the layers of `forward` with hidden states like these share; checked as `perturb` does."""
+    def _draws(self, forward: _Forward, hidden: Tensor) -> list[Draw]:
+        """How each layer of `forward` with hidden states like these draws its noise; checked as `perturb` does."""
         device, num_rows = hidden.device, hidden.numel() // max(hidden.shape[-1], 1)
-        log_sigma, row_ids = self.log_sigma.detach().to(device), forward.row_ids  # layers on several devices
+        log_sigma, row_ids = forward.log_sigma.detach().to(device), forward.row_ids  # layers on several devices
         check_perturb("perturb", hidden, log_sigma[0], self.scale, self.rounding)
         if row_ids is not None:
             if row_ids.numel() != num_rows:
@@ -404,22 +396,24 @@ class Perturbation(nn.Module):
                     f"perturbed: row_ids has shape {tuple(row_ids.shape)}; the hidden states have {num_rows} rows"
                 )
             row_ids = row_ids.to(device)
-        row_ids = make_stream(
-            "perturb", num_rows, device, self.seed, forward.step, index, row_ids, forward.row_start
-        ).row_ids
-        sigmas = log_sigma.exp().unbind()
-        shared = _Shared(pick(self.engine, device), row_ids, self.log_sigma, sigmas)
-        forward.shared[hidden.shape, hidden.dtype, device] = shared
-        return shared
+        seed, step, start, engine = self.seed, forward.step, forward.row_start, pick(self.engine, device)
+        row_ids = make_stream("perturb", num_rows, device, seed, step, self.layers[0], row_ids, start).row_ids
+        return [
+            Draw(engine, Stream(seed, step, layer, start, row_ids), sigma, position, self.scale, self.rounding)
+            for position, (layer, sigma) in enumerate(zip(self.layers, log_sigma.exp().unbind(), strict=True))
+        ]
 
     def _add(self, position: int, index: int, hidden: Tensor, forward: _Forward) -> Tensor:
         if ops.serves(hidden):
             return self._add_to_fake(position, index, hidden, forward)
-        device = hidden.device
-        shared = forward.shared.get((hidden.shape, hidden.dtype, device)) or self._share(forward, index, hidden)
-        stream = Stream(self.seed, forward.step, index, forward.row_start, shared.row_ids)
-        draw = Draw(shared.engine, stream, shared.sigmas[position], position, self.scale, self.rounding)
-        u: Tensor = Perturb.apply(hidden, shared.log_sigma.to(device), draw)
+        device, log_sigma = hidden.device, forward.log_sigma
+        alike = hidden.shape, hidden.dtype, device
+        if alike not in forward.draws:
+            forward.draws[alike] = self._draws(forward, hidden)
+        draw = forward.draws[alike][position]
+        if log_sigma.device != device:
+            log_sigma = log_sigma.to(device)
+        u: Tensor = Perturb.apply(hidden, log_sigma, draw)
         self.note(forward.number, forward.row_start, position, hidden, u, draw.sigma, draw.engine)
         return u
 

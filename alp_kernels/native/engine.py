@@ -64,7 +64,7 @@ def _stream(stream: noise.Stream | None, row_ids: Tensor | None) -> c.Stream:
 
 
 def _row_ids(stream: noise.Stream | None, num_rows: int) -> Tensor | None:
-    return _vector(stream and stream.row_ids, torch.int64, num_rows)
+    return None if stream is None or stream.row_ids is None else _vector(stream.row_ids, torch.int64, num_rows)
 
 
 # ------------------------------------------------------------------ noise
@@ -120,7 +120,7 @@ def perturb_fwd(
     sigma32, row_ids = _scalar(sigma), _row_ids(stream, num_rows)
     u = torch.empty_like(h)
     rms = _floats(num_rows) if scale == "rms" else None
-    args = c.PerturbFwd(_at(h), _at(u), _at(sigma32), _at(rms), num_channels, rounding == "stochastic")
+    args = c.PerturbFwd(_at(h), u.data_ptr(), _at(sigma32), _at(rms), num_channels, rounding == "stochastic")
     c.library.alp_perturb_fwd(
         byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[h.dtype], torch.get_num_threads()
     )
