@@ -44,7 +44,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 def random_words(num_rows: int, num_channels: int, stream: Stream, device: torch.device) -> tuple[Tensor, ...]:
     """The four Philox words of each group of channels: four (num_rows, Q) int64 tensors of uint32, Q = ceil(D / 4)."""
-    quarter = -(-num_channels // 4)
+    quarter, stream = -(-num_channels // 4), stream.read()
     rows = stream.rows(num_rows, device)[:, None].expand(num_rows, quarter)
     c0 = torch.arange(quarter, device=device, dtype=torch.int64).expand(num_rows, quarter)
     c2 = (rows >> 32 << 16) | stream.layer

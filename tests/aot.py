@@ -49,6 +49,7 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 D, V = 4096, 151936
 IDS = torch.zeros(2, dtype=torch.int64)
 NUMBERED, NAMED = Stream(1 << 63, 1 << 31, 5, 1 << 33), Stream(1, 2, LOGITS_LAYER, 0, IDS)
+AT_POINTER = NUMBERED._replace(at=torch.zeros(2, dtype=torch.int64))
 PLAIN = Head()
 FULL = Head(1.5, 30.0, torch.ones(2), torch.ones(()), NAMED)
 EVERYTHING = Objective(denominator="old", weight="mask", kl="k3", kl_coef=0.1, entropy_coef=0.1)
@@ -91,6 +92,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "philox": lambda: engine.philox((IDS,) * 4, (1, 2)),
     "normal": lambda: engine.normal(2, D, NUMBERED, torch.device("cpu")),
     "perturb_fwd bf16": lambda: _perturb_fwd(torch.bfloat16, NUMBERED, "absolute", "nearest"),
+    "perturb_fwd bf16 at a pointer": lambda: _perturb_fwd(torch.bfloat16, AT_POINTER, "absolute", "nearest"),
     "perturb_fwd fp32 rms": lambda: _perturb_fwd(torch.float32, NAMED, "rms", "nearest"),
     "perturb_fwd fp16 rms stochastic": lambda: _perturb_fwd(torch.float16, NAMED, "rms", "stochastic"),
     "perturb_bwd bf16": lambda: engine.perturb_bwd(torch.zeros(2, D, dtype=torch.bfloat16), NUMBERED, None),

@@ -253,6 +253,25 @@ def test_perturb_fwd_agrees_with_the_reference(dtype, scale, rounding_mode):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("block_n", [1, 4])
+def test_a_launch_with_the_same_arguments_draws_what_the_pointer_says(monkeypatch, block_n):
+    """As when a CUDA graph is replayed: every argument is as it was, the numbers at the pointer are new."""
+    set_tile(monkeypatch, block_n, 16)
+    h, sigma, rms = randn(5, 203).bfloat16(), torch.tensor(0.3, device=DEVICE), randn(5, seed=1).abs()
+    at = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    pointing = STREAM._replace(at=at)
+    for step, row_start in ((0, 0), (3, 7), (MAX_STEP, (1 << 32) - 2), (1, MAX_ROW - 4)):
+        at.copy_(torch.tensor([step, row_start]))
+        scalars = STREAM._replace(step=step, row_start=row_start)
+        assert pointing.read() == scalars
+        for rounding_mode in ("nearest", "stochastic"):
+            one, two = (
+                engine.perturb_fwd(h, sigma, stream, "absolute", rounding_mode)[0] for stream in (pointing, scalars)
+            )
+            assert torch.equal(one, two)
+        assert torch.equal(engine.perturb_bwd(h, pointing, rms), engine.perturb_bwd(h, scalars, rms))
+
+
 @pytest.mark.parametrize("rounding_mode", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_no_noise_is_the_identity(dtype, rounding_mode):

@@ -60,6 +60,7 @@ def _scalar(tensor: Tensor | None) -> Tensor | None:
 def _stream(stream: noise.Stream | None, row_ids: Tensor | None) -> c.Stream:
     if stream is None:
         return c.Stream()
+    stream = stream.read()
     return c.Stream(stream.seed, stream.row_start, _at(row_ids), stream.step, stream.layer)
 
 

@@ -18,6 +18,7 @@ from .. import reference
 from ..noise import ROUNDING_BIT, Stream
 from .noise import (
     STREAM_ARGS,
+    coordinates,
     four_normals,
     laid_out_like,
     multiprocessors,
@@ -113,11 +114,13 @@ def launch_tiles(
 def _perturb_fwd_kernel(
     h_ptr, sigma_ptr, rms_ptr, u_ptr, row_ids_ptr,  # (N, D), (), (N,) or None, (N, D), (N,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
+    at_ptr,  # (2,) int64 or None
     N, blocks,
     D: tl.constexpr, IS_STOCHASTIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
     sigma = tl.load(sigma_ptr)
+    step, row_start = coordinates(at_ptr, step, row_start)
     first = tl.program_id(0) * blocks
     for block in range(first, tl.minimum(first + blocks, tl.cdiv(N, BLOCK_N))):
         n = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -144,7 +147,7 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
             if rms is not None:
                 row_rms_kernel[(num_rows,)](h, rms, num_channels, RMS_BLOCK)
             _perturb_fwd_kernel[grid](
-                h, sigma, rms, u, *stream_args(stream), num_rows, blocks, num_channels, is_stochastic, *tiles
+                h, sigma, rms, u, *stream_args(stream), stream.at, num_rows, blocks, num_channels, is_stochastic, *tiles
             )
     return u, rms
 
@@ -165,10 +168,12 @@ def row_rms_kernel(h_ptr, rms_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def _perturb_bwd_kernel(
     du_ptr, rms_ptr, partials_ptr, row_ids_ptr,  # (N, D), (N,) or None, (programs,) float32, (N,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
+    at_ptr,  # (2,) int64 or None
     N, blocks,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
+    step, row_start = coordinates(at_ptr, step, row_start)
     first = tl.program_id(0) * blocks
     total = tl.zeros([BLOCK_N, BLOCK_Q], dtype=tl.float32)
     for block in range(first, tl.minimum(first + blocks, tl.cdiv(N, BLOCK_N))):
@@ -194,7 +199,7 @@ def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
     partials = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=du.device)
     if num_rows:
         with on_device(du):
-            _perturb_bwd_kernel[grid](du, rms, partials, *stream_args(stream), num_rows, blocks, num_channels, *tiles)
+            _perturb_bwd_kernel[grid](du, rms, partials, *stream_args(stream), stream.at, num_rows, blocks, num_channels, *tiles)
     return partials.sum()
 
 
