@@ -38,6 +38,7 @@ logger = logging.getLogger("alp_kernels")
 _RANK_SHIFT = 32  # numbered rows: data-parallel rank above, running number below
 _MEASURED_ROWS = 64
 _OUTSIDE = "ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
+_NOT_COMPILED = "perturbed: compiled layers take their coordinates from the host; attach with capturable=False"
 attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Perturbation]] = weakref.WeakKeyDictionary()
 """The handle on each perturbed decoder, so that none is perturbed twice, by whatever module it is reached."""
 
@@ -49,6 +50,7 @@ class _Forward(NamedTuple):
     step: int
     row_start: int
     row_ids: Tensor | None
+    pointer: Tensor | None  # (2,) step and row_start on the device, where the handle is capturable
     at: Tensor  # the same for compiled layers: ops.py
     log_sigma: Tensor  # the handle's own
     ran: set[int]  # layers
@@ -99,6 +101,11 @@ def _in_backward() -> bool:
     return _backward_id() != -1
 
 
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether what is done to `tensor` now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _a_tensor(output: Any) -> Tensor:
     """One that the decoder's layers made."""
     if isinstance(output, Tensor):
@@ -142,6 +149,7 @@ class Perturbation(nn.Module):
         sigma_bounds: tuple[float, float] | None,
         data_rank: int | None,
         engine: str | None,
+        capturable: bool,
     ) -> None:
         super().__init__()
         if learnable:
@@ -153,6 +161,10 @@ class Perturbation(nn.Module):
         self.sigma_bounds, self.data_rank, self.engine = sigma_bounds, data_rank, engine
         self._parent = weakref.ref(parent)
         self._step, self._next_row, self._forwards = -1, 0, 0
+        self.capturable = capturable
+        # (3,) int64 on the device: step, next row, forwards of the scope. Of a capturable handle these count, not the host's,
+        # which knows of no replay
+        self._position: Tensor | None = None
         self._scope = _Scope()
         self._said_partial = False
         self._backward: tuple[int, _Forward | None] = (-1, None)  # a backward call, and whose layers it is at
@@ -189,6 +201,21 @@ class Perturbation(nn.Module):
                 e.g. sample * max_length + position. Then packing, padding, order, micro-batches and ranks do not
                 change a row's noise. Without them rows are numbered, after those of the data-parallel rank before.
 
+        With `attach(capturable=True)` a CUDA graph that was captured in a scope draws the noise of the scope it is replayed in.
+        Rows are numbered on over replays and eager forwards alike; row_ids are read from the tensor given at capture:
+
+            with handle.perturbed(step=0):
+                warm_up(tokens)  # as each capture needs it
+                with torch.cuda.graph(graph):
+                    loss = update(tokens)  # forward and backward
+            for step in range(1, num_steps):
+                tokens.copy_(batches[step])
+                with handle.perturbed(step=step):
+                    graph.replay()
+
+        A scope in which Python perturbed no layer then waits for the device at its end, and asks whether a replay did. A graph
+        replayed outside of a scope draws noise too, as if the last one were open still.
+
         Raises:
             RuntimeError: at the end, if no layer was perturbed: a run that would silently be without noise.
         """
@@ -199,13 +226,20 @@ class Perturbation(nn.Module):
             raise RuntimeError("perturbed: this scope is already open; scopes do not nest")
         if not self._removables:
             raise RuntimeError("perturbed: this perturbation was detached from its model")
-        if step != self._step:
+        if _is_captured(self.log_sigma):
+            raise RuntimeError(
+                "perturbed: a CUDA graph would hold this step's number; open the scope around the capture"
+            )
+        is_new = step != self._step
+        if is_new:
             self._step, self._next_row, self._forwards = step, 0, 0
         if self.sigma_bounds is not None:
             with torch.no_grad():
                 self.log_sigma.clamp_(*map(math.log, self.sigma_bounds))
         for forward in self._own_forwards:
             forward.set()
+        if self.capturable:
+            self._set_position(is_new)
         self._scope.open(row_ids)
         self._set_switch()
         try:
@@ -213,7 +247,7 @@ class Perturbation(nn.Module):
         finally:
             self._scope.close()
             self._set_switch()
-        if self._scope.num_perturbed == 0:
+        if self._scope.num_perturbed == 0 and (self._position is None or int(self._position[2]) == 0):
             if self.layers == (LOGITS_LAYER,):
                 raise RuntimeError(
                     "perturbed: no logits were perturbed inside the scope; run the model's own forward, or with a fused "
@@ -236,6 +270,10 @@ class Perturbation(nn.Module):
         """For layers="logits" with a fused head: the noise that `fused_alp_loss(logit_noise=...)` adds. Inside the scope."""
         if self.layers != (LOGITS_LAYER,):
             raise RuntimeError('logit_noise: it belongs to attach(layers="logits")')
+        if self.capturable:
+            raise RuntimeError(
+                "logit_noise: the loss reads no coordinates from the device; attach with capturable=False"
+            )
         if not self._scope.is_on:
             raise RuntimeError("logit_noise: open the scope first: with handle.perturbed(step=...)")
         if row_ids is None and self._scope.row_ids is not None:
@@ -260,6 +298,21 @@ class Perturbation(nn.Module):
         if rank is None:  # asked for now: attach may come before torch.distributed starts
             rank = dist.get_rank() if dist.is_initialized() else 0
         return (rank << _RANK_SHIFT) + self._next_row
+
+    def _set_position(self, is_new: bool) -> None:
+        """Write where the noise stands to the device, without waiting for it."""
+        device = self.log_sigma.device
+        if self._position is None or self._position.device != device:
+            if not is_new:
+                self._next_row = self._rows_so_far()
+            self._position, is_new = torch.empty(3, dtype=torch.int64, device=device), True
+        if is_new:
+            self._position[0].fill_(self._step)
+            self._position[1].fill_(self._first_row())
+        self._position[2].zero_()
+
+    def _rows_so_far(self) -> int:
+        return self._next_row if self._position is None else int(self._position[1]) % (1 << _RANK_SHIFT)
 
     def _use_rows(self, start: int, num_rows: int) -> None:
         self._next_row = max(self._next_row, start % (1 << _RANK_SHIFT) + num_rows)
@@ -297,6 +350,8 @@ class Perturbation(nn.Module):
 
     def begin_compiled(self) -> Tensor:
         """What the operator `begin` runs: `on_enter` of a decoder that is compiled whole."""
+        if self.capturable:
+            raise RuntimeError(_NOT_COMPILED)
         if _in_backward():
             raise RuntimeError(
                 "perturbed: a compiled decoder is recomputed in backward as a whole, and whose noise it needs cannot be told; "
@@ -333,10 +388,14 @@ class Perturbation(nn.Module):
 
     def _next_forward(self) -> _Forward:
         """The forward that comes next. It counts as one with its first perturbed layer."""
+        log_sigma = self.log_sigma
+        if not self.capturable and _is_captured(log_sigma):
+            raise RuntimeError("perturbed: a CUDA graph would repeat this forward's noise; attach with capturable=True")
         row_ids = self._scope.row_ids
         start, number, step = self._first_row() if row_ids is None else 0, self._forwards, self._step
         at = ops.integers(self._number, self.seed, step, start, number)
-        return _Forward(number, step, start, row_ids, at, self.log_sigma, set(), {})
+        pointer = None if self._position is None else self._position[:2].clone()
+        return _Forward(number, step, start, row_ids, pointer, at, log_sigma, set(), {})
 
     def note(
         self, number: int, row_start: int, position: int, hidden: Tensor, u: Tensor, sigma: Tensor, engine: ModuleType
@@ -352,8 +411,13 @@ class Perturbation(nn.Module):
         scope.ran.add(position)
         if number == self._forwards:
             self._forwards += 1
-            if scope.row_ids is None:
-                self._use_rows(row_start, hidden.numel() // hidden.shape[-1])
+            num_rows = hidden.numel() // hidden.shape[-1]
+            if self._position is not None:
+                self._position[2] += 1
+                if scope.row_ids is None:
+                    self._position[1] += num_rows
+            elif scope.row_ids is None:
+                self._use_rows(row_start, num_rows)
         if number == 0:
             num_channels = hidden.shape[-1]
             sums = engine.measure(hidden.contiguous(), u, min(hidden.numel() // num_channels, _MEASURED_ROWS))
@@ -397,9 +461,10 @@ class Perturbation(nn.Module):
                 )
             row_ids = row_ids.to(device)
         seed, step, start, engine = self.seed, forward.step, forward.row_start, pick(self.engine, device)
+        at = None if forward.pointer is None else forward.pointer.to(device)
         row_ids = make_stream("perturb", num_rows, device, seed, step, self.layers[0], row_ids, start).row_ids
         return [
-            Draw(engine, Stream(seed, step, layer, start, row_ids), sigma, position, self.scale, self.rounding)
+            Draw(engine, Stream(seed, step, layer, start, row_ids, at), sigma, position, self.scale, self.rounding)
             for position, (layer, sigma) in enumerate(zip(self.layers, log_sigma.exp().unbind(), strict=True))
         ]
 
@@ -435,6 +500,8 @@ class Perturbation(nn.Module):
 
     def _add_compiled(self, place: Tensor, hidden: Tensor) -> Tensor:
         """The same as an operator in a graph."""
+        if self.capturable:
+            raise RuntimeError(_NOT_COMPILED)
         at, row_ids = self._switch.at, self._switch.row_ids
         if at is None:
             raise RuntimeError(f"perturbed: a layer {_OUTSIDE}")
@@ -557,7 +624,7 @@ class Perturbation(nn.Module):
         return f"layers={list(self.layers)}, scale={self.scale!r}, rounding={self.rounding!r}, seed={self.seed}"
 
     def get_extra_state(self) -> dict[str, Any]:
-        position = {"seed": self.seed, "step": self._step, "next_row": self._next_row, "forwards": self._forwards}
+        position = {"seed": self.seed, "step": self._step, "next_row": self._rows_so_far(), "forwards": self._forwards}
         return position | {"layers": list(self.layers), "scale": self.scale, "rounding": self.rounding}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -566,6 +633,7 @@ class Perturbation(nn.Module):
                 raise ValueError(f"load_state_dict: the state has {name}={state[name]!r}, this perturbation {own!r}")
         self.seed, self._step = state["seed"], state["step"]
         self._next_row, self._forwards = state["next_row"], state["forwards"]
+        self._position = None
 
     def detach(self) -> None:
         """Take every hook off the model, which is then exactly as before. Doing it twice does nothing."""

@@ -199,7 +199,9 @@ def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
     partials = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=du.device)
     if num_rows:
         with on_device(du):
-            _perturb_bwd_kernel[grid](du, rms, partials, *stream_args(stream), stream.at, num_rows, blocks, num_channels, *tiles)
+            _perturb_bwd_kernel[grid](
+                du, rms, partials, *stream_args(stream), stream.at, num_rows, blocks, num_channels, *tiles
+            )
     return partials.sum()
 
 
