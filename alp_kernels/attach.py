@@ -34,6 +34,7 @@ def attach(
     data_rank: int | None = None,
     path: str | None = None,
     engine: str | None = None,
+    capturable: bool = False,
 ) -> Perturbation:
     """Prepare `model` for Adaptive Layerwise Perturbation (arXiv 2603.19470); nothing changes until the scope is open.
 
@@ -51,6 +52,8 @@ def attach(
             noise is drawn. Ranks that hold the same rows (tensor parallel) must give the same one.
         path: of the ModuleList ("model.layers") where it cannot be told from the model's structure.
         engine: "triton", "native", "reference" or None for the automatic choice.
+        capturable: whether kernels read step and row number from the device, so that CUDA graphs may hold perturbed forwards:
+            see `Perturbation.perturbed`. Not with torch.compile, `logit_noise` or hidden states in float64.
 
     Returns:
         Its handle: open the scope with `perturbed(step=...)`; `detach()`, or leaving a `with attach(...)`, restores.
@@ -104,6 +107,7 @@ def attach(
         sigma_bounds=sigma_bounds,
         data_rank=data_rank,
         engine=engine,
+        capturable=capturable,
     )
     attached[found.parent] = weakref.ref(handle)
     return handle

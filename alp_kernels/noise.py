@@ -35,7 +35,8 @@ MAX_SEED = (1 << 64) - 1
 class Stream(NamedTuple):
     """Where noise is read: everything but the row's and the channel's position in the tensor.
 
-    Row n of the tensor has the global identity `row_ids[n]`, or `row_start + n` where `row_ids` is None.
+    Row n of the tensor has the global identity `row_ids[n]`, or `row_start + n` where `row_ids` is None. `at` stands in
+    for step and row_start: a kernel reads it when it runs, so a CUDA graph that is replayed draws the noise of that time.
     """
 
     seed: int
@@ -43,6 +44,7 @@ class Stream(NamedTuple):
     layer: int
     row_start: int = 0
     row_ids: Tensor | None = None  # (N,) int64 in [0, 2^48)
+    at: Tensor | None = None  # (2,) int64 on the tensor's device: step, row_start
 
     @property
     def key(self) -> tuple[int, int]:
@@ -53,6 +55,13 @@ class Stream(NamedTuple):
         if self.row_ids is not None:
             return self.row_ids
         return torch.arange(self.row_start, self.row_start + num_rows, device=device, dtype=torch.int64)
+
+    def read(self) -> Stream:
+        """The same with the numbers that `at` holds now; waits for its device."""
+        if self.at is None:
+            return self
+        step, row_start = self.at.tolist()
+        return self._replace(step=step, row_start=row_start, at=None)
 
     def for_rounding(self) -> Stream:
         return self._replace(layer=self.layer | ROUNDING_BIT)

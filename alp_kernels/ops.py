@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +56,8 @@ def register(
 
 
 def integers(*values: int) -> Tensor:
-    """An int64 tensor on the CPU; values of 64 bits wrap, as seeds need."""
-    return torch.tensor([(v + (1 << 63)) % (1 << 64) - (1 << 63) for v in values], dtype=torch.int64, device="cpu")
+    """An int64 tensor on the CPU; values of 64 bits wrap, as seeds need. From a buffer: torch.tensor() is five times slower."""
+    return torch.frombuffer(array("Q", [value % (1 << 64) for value in values]), dtype=torch.int64)
 
 
 def real(hidden: Tensor) -> torch.dtype:
@@ -112,11 +113,10 @@ def _perturb(
     stream, num_rows = stream_of(at, int(place[1]), row_ids), hidden.numel() // hidden.shape[-1]
     check_stream("perturb", stream, num_rows, hidden.device)
     sigma = log_sigma.detach()[int(place[0])].exp()
-    rows = hidden.detach().reshape(num_rows, hidden.shape[-1]).contiguous()
-    flat, rms = pick(engine, hidden.device).perturb_fwd(rows, sigma, stream, scale, rounding)
-    u = flat.view(hidden.shape)
+    chosen = pick(engine, hidden.device)
+    u, rms = chosen.perturb_fwd(hidden.detach().contiguous(), sigma, stream, scale, rounding)
     if (handle := handles.get(int(at[0]))) is not None:
-        handle.note(int(at[4]), stream.row_start, int(place[0]), hidden, u)
+        handle.note(int(at[4]), stream.row_start, int(place[0]), hidden.detach(), u, sigma, chosen)
     return u, sigma, rms if rms is not None else torch.empty(0, dtype=real(hidden), device=hidden.device)
 
 
@@ -145,8 +145,8 @@ def _perturb_backward(
     engine: str | None,
 ) -> Tensor:
     """dlog_sigma (num_sigmas,), zero but for the layer's own: sigma * sum(du * rms * eps)."""
-    rows, stream = du.reshape(-1, du.shape[-1]).contiguous(), stream_of(at, int(place[1]), row_ids)
-    dsigma = pick(engine, du.device).perturb_bwd(rows, stream, rms if len(rms) else None)
+    stream = stream_of(at, int(place[1]), row_ids)
+    dsigma = pick(engine, du.device).perturb_bwd(du.contiguous(), stream, rms if len(rms) else None)
     dlog_sigma = sigma.new_zeros(num_sigmas)
     dlog_sigma[int(place[0])] = sigma * dsigma
     return dlog_sigma

@@ -6,7 +6,7 @@ du arrives; dh = du; dlog_sigma = sigma * sum(du * eps).   Derivation: docs/math
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,29 +20,45 @@ SCALES = ("absolute", "rms")
 ROUNDINGS = ("nearest", "stochastic")
 
 
+class Draw(NamedTuple):
+    """How a call draws its noise."""
+
+    engine: ModuleType
+    stream: Stream
+    sigma: Tensor  # ()
+    position: int  # of sigma's logarithm in log_sigma
+    scale: str
+    rounding: str
+
+
 class Perturb(torch.autograd.Function):
-    """Saves sigma, the row identities and (scale="rms") one number a row: nothing of the size of `h`."""
+    """Keeps sigma, the row identities and (scale="rms") one number a row: nothing of the size of `h`."""
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        """The base class's, without what it does for torch.func's sake: ten microseconds beside a small model's layer."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args, **kwargs)
+        return super(torch.autograd.Function, cls).apply(*args, **kwargs)  # type: ignore[misc]
 
     @staticmethod
-    def forward(
-        ctx: Any, h: Tensor, log_sigma: Tensor, engine: ModuleType, stream: Stream, scale: str, rounding: str
-    ) -> Tensor:
-        sigma = log_sigma.detach().reshape(()).exp()
-        u, rms = engine.perturb_fwd(h.reshape(-1, h.shape[-1]).contiguous(), sigma, stream, scale, rounding)
-        ctx.save_for_backward(sigma, rms, stream.row_ids)
-        ctx.engine, ctx.stream, ctx.sigma_shape = engine, stream._replace(row_ids=None), log_sigma.shape
-        return u.view(h.shape)
+    def forward(ctx: Any, h: Tensor, log_sigma: Tensor, draw: Draw) -> Tensor:
+        u, rms = draw.engine.perturb_fwd(h.contiguous(), draw.sigma, draw.stream, draw.scale, draw.rounding)
+        if rms is not None:
+            ctx.save_for_backward(rms)
+        ctx.draw, ctx.sigma_shape = draw, log_sigma.shape
+        return u
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
         dlog_sigma = None
         if ctx.needs_input_grad[1]:
-            sigma, rms, row_ids = ctx.saved_tensors
-            stream = ctx.stream._replace(row_ids=row_ids)
-            dsigma = ctx.engine.perturb_bwd(du.reshape(-1, du.shape[-1]).contiguous(), stream, rms)
-            dlog_sigma = (sigma * dsigma).reshape(ctx.sigma_shape).to(sigma.dtype)
-        return du, dlog_sigma, None, None, None, None
+            (rms,), draw = ctx.saved_tensors or (None,), ctx.draw
+            dsigma = draw.engine.perturb_bwd(du.contiguous(), draw.stream, rms)
+            dlog_sigma = draw.sigma.new_zeros(ctx.sigma_shape)
+            torch.mul(draw.sigma, dsigma, out=dlog_sigma.view(-1)[draw.position])
+        return du, dlog_sigma, None
 
 
 def perturb(
@@ -86,7 +102,8 @@ def perturb(
     stream = make_stream(
         "perturb", hidden.numel() // hidden.shape[-1], hidden.device, seed, step, layer, row_ids, row_start
     )
-    return Perturb.apply(hidden, log_sigma, pick(engine, hidden.device), stream, scale, rounding)
+    sigma = log_sigma.detach().reshape(()).exp()
+    return Perturb.apply(hidden, log_sigma, Draw(pick(engine, hidden.device), stream, sigma, 0, scale, rounding))
 
 
 def check_tensor(where: str, name: str, value: object) -> None:

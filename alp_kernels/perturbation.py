@@ -19,6 +19,7 @@ import operator
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,16 +27,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
+from .engine import pick
 from .head import LogitNoise
 from .hooks import Enter, LayerInput, Leave, Output, OwnForward
-from .noise import FINAL_LAYER, LOGITS_LAYER, MAX_STEP
-from .perturb import perturb
+from .noise import FINAL_LAYER, LOGITS_LAYER, MAX_STEP, Stream
+from .perturb import Draw, Perturb, check_perturb, make_stream, perturb
 
 logger = logging.getLogger("alp_kernels")
 
 _RANK_SHIFT = 32  # numbered rows: data-parallel rank above, running number below
 _MEASURED_ROWS = 64
 _OUTSIDE = "ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
+_NOT_COMPILED = "perturbed: compiled layers take their coordinates from the host; attach with capturable=False"
 attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Perturbation]] = weakref.WeakKeyDictionary()
 """The handle on each perturbed decoder, so that none is perturbed twice, by whatever module it is reached."""
 
@@ -47,8 +50,38 @@ class _Forward(NamedTuple):
     step: int
     row_start: int
     row_ids: Tensor | None
+    pointer: Tensor | None  # (2,) step and row_start on the device, where the handle is capturable
     at: Tensor  # the same for compiled layers: ops.py
+    log_sigma: Tensor  # the handle's own
     ran: set[int]  # layers
+    draws: dict[tuple[torch.Size, torch.dtype, torch.device], list[Draw]]  # by what the hidden states are like, a layer
+
+
+class _Measured(NamedTuple):
+    """The noise in a layer's first rows."""
+
+    sums: Tensor  # (n, 3): what engine.measure returns
+    num_channels: int
+    sigma: Tensor  # ()
+
+
+class _Scope:
+    """The scope that is open, or was the last. No module, on which each assignment takes as long as an addition of PyTorch."""
+
+    is_on = False
+    row_ids: Tensor | None = None
+    forward: _Forward | None = None  # the one the decoder is in
+    num_perturbed = 0
+
+    def __init__(self) -> None:
+        self.ran: set[int] = set()  # positions of the layers perturbed in it
+
+    def open(self, row_ids: Tensor | None) -> None:
+        self.is_on, self.row_ids, self.forward, self.num_perturbed = True, row_ids, None, 0
+        self.ran.clear()
+
+    def close(self) -> None:
+        self.is_on, self.row_ids, self.forward = False, None, None
 
 
 class _Switch:
@@ -66,6 +99,11 @@ def _backward_id() -> int:
 
 def _in_backward() -> bool:
     return _backward_id() != -1
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether what is done to `tensor` now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _a_tensor(output: Any) -> Tensor:
@@ -111,6 +149,7 @@ class Perturbation(nn.Module):
         sigma_bounds: tuple[float, float] | None,
         data_rank: int | None,
         engine: str | None,
+        capturable: bool,
     ) -> None:
         super().__init__()
         if learnable:
@@ -122,17 +161,18 @@ class Perturbation(nn.Module):
         self.sigma_bounds, self.data_rank, self.engine = sigma_bounds, data_rank, engine
         self._parent = weakref.ref(parent)
         self._step, self._next_row, self._forwards = -1, 0, 0
-        self._scope_row_ids: Tensor | None = None
-        self._on = False
-        self._current: _Forward | None = None  # the forward the decoder is in
-        self._num_perturbed = 0
-        self._ran: set[int] = set()  # positions of the layers perturbed in this scope
+        self.capturable = capturable
+        # (3,) int64 on the device: step, next row, forwards of the scope. Of a capturable handle these count, not the host's,
+        # which knows of no replay
+        self._position: Tensor | None = None
+        self._scope = _Scope()
         self._said_partial = False
         self._backward: tuple[int, _Forward | None] = (-1, None)  # a backward call, and whose layers it is at
         self._switch = _Switch()
-        self._order = ops.integers(next(ops.numbers), 0)
-        ops.handles[int(self._order[0])] = self
-        self._measured: dict[int, Tensor] = {}
+        self._number = next(ops.numbers)
+        self._order = ops.integers(self._number, 0)
+        ops.handles[self._number] = self
+        self._measured: dict[int, _Measured] = {}
         self._warned = False
         self._own_forwards = [OwnForward(module) for module in (parent, *layers.values())]
         self._removables: list[Any] = [
@@ -161,32 +201,53 @@ class Perturbation(nn.Module):
                 e.g. sample * max_length + position. Then packing, padding, order, micro-batches and ranks do not
                 change a row's noise. Without them rows are numbered, after those of the data-parallel rank before.
 
+        With `attach(capturable=True)` a CUDA graph that was captured in a scope draws the noise of the scope it is replayed in.
+        Rows are numbered on over replays and eager forwards alike; row_ids are read from the tensor given at capture:
+
+            with handle.perturbed(step=0):
+                warm_up(tokens)  # as each capture needs it
+                with torch.cuda.graph(graph):
+                    loss = update(tokens)  # forward and backward
+            for step in range(1, num_steps):
+                tokens.copy_(batches[step])
+                with handle.perturbed(step=step):
+                    graph.replay()
+
+        A scope in which Python perturbed no layer then waits for the device at its end, and asks whether a replay did. A graph
+        replayed outside of a scope draws noise too, as if the last one were open still.
+
         Raises:
             RuntimeError: at the end, if no layer was perturbed: a run that would silently be without noise.
         """
         if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= step <= MAX_STEP:
             raise ValueError(f"perturbed: step={step!r}; it needs an int in [0, {MAX_STEP}]")
         step = operator.index(step)
-        if self._on:
+        if self._scope.is_on:
             raise RuntimeError("perturbed: this scope is already open; scopes do not nest")
         if not self._removables:
             raise RuntimeError("perturbed: this perturbation was detached from its model")
-        if step != self._step:
+        if _is_captured(self.log_sigma):
+            raise RuntimeError(
+                "perturbed: a CUDA graph would hold this step's number; open the scope around the capture"
+            )
+        is_new = step != self._step
+        if is_new:
             self._step, self._next_row, self._forwards = step, 0, 0
         if self.sigma_bounds is not None:
             with torch.no_grad():
                 self.log_sigma.clamp_(*map(math.log, self.sigma_bounds))
         for forward in self._own_forwards:
             forward.set()
-        self._on, self._scope_row_ids, self._num_perturbed, self._current = True, row_ids, 0, None
-        self._ran.clear()
+        if self.capturable:
+            self._set_position(is_new)
+        self._scope.open(row_ids)
         self._set_switch()
         try:
             yield self
         finally:
-            self._on, self._scope_row_ids, self._current = False, None, None
+            self._scope.close()
             self._set_switch()
-        if self._num_perturbed == 0:
+        if self._scope.num_perturbed == 0 and (self._position is None or int(self._position[2]) == 0):
             if self.layers == (LOGITS_LAYER,):
                 raise RuntimeError(
                     "perturbed: no logits were perturbed inside the scope; run the model's own forward, or with a fused "
@@ -196,9 +257,9 @@ class Perturbation(nn.Module):
                 f"perturbed: no layer of {list(self.layers)} was perturbed inside the scope (step {step}); the model's forward "
                 "must run inside it, on the model that was given to attach"
             )
-        if 0 < len(self._ran) < len(self.layers) and not self._said_partial:
+        if 0 < len(self._scope.ran) < len(self.layers) and not self._said_partial:
             self._said_partial = True
-            left = [layer for position, layer in enumerate(self.layers) if position not in self._ran]
+            left = [layer for position, layer in enumerate(self.layers) if position not in self._scope.ran]
             logger.warning(
                 "layers %s did not run in a perturbed forward while others did: their sigma gets no noise and no gradient. "
                 "The model drops layers (layerdrop), or these were replaced after attach: then attach anew.",
@@ -209,17 +270,21 @@ class Perturbation(nn.Module):
         """For layers="logits" with a fused head: the noise that `fused_alp_loss(logit_noise=...)` adds. Inside the scope."""
         if self.layers != (LOGITS_LAYER,):
             raise RuntimeError('logit_noise: it belongs to attach(layers="logits")')
-        if not self._on:
+        if self.capturable:
+            raise RuntimeError(
+                "logit_noise: the loss reads no coordinates from the device; attach with capturable=False"
+            )
+        if not self._scope.is_on:
             raise RuntimeError("logit_noise: open the scope first: with handle.perturbed(step=...)")
-        if row_ids is None and self._scope_row_ids is not None:
-            row_ids = self._scope_row_ids
+        if row_ids is None and self._scope.row_ids is not None:
+            row_ids = self._scope.row_ids
         if row_ids is not None and row_ids.numel() != num_rows:
             raise ValueError(
                 f"logit_noise: row_ids has shape {tuple(row_ids.shape)}; {num_rows} rows need as many (give those of the rows "
                 "that go into the loss)"
             )
         start = self._take_rows(num_rows) if row_ids is None else 0
-        self._num_perturbed += 1
+        self._scope.num_perturbed += 1
         return LogitNoise(self.log_sigma, self.seed, self._step, row_ids, start)
 
     def _take_rows(self, num_rows: int) -> int:
@@ -233,6 +298,21 @@ class Perturbation(nn.Module):
         if rank is None:  # asked for now: attach may come before torch.distributed starts
             rank = dist.get_rank() if dist.is_initialized() else 0
         return (rank << _RANK_SHIFT) + self._next_row
+
+    def _set_position(self, is_new: bool) -> None:
+        """Write where the noise stands to the device, without waiting for it."""
+        device = self.log_sigma.device
+        if self._position is None or self._position.device != device:
+            if not is_new:
+                self._next_row = self._rows_so_far()
+            self._position, is_new = torch.empty(3, dtype=torch.int64, device=device), True
+        if is_new:
+            self._position[0].fill_(self._step)
+            self._position[1].fill_(self._first_row())
+        self._position[2].zero_()
+
+    def _rows_so_far(self) -> int:
+        return self._next_row if self._position is None else int(self._position[1]) % (1 << _RANK_SHIFT)
 
     def _use_rows(self, start: int, num_rows: int) -> None:
         self._next_row = max(self._next_row, start % (1 << _RANK_SHIFT) + num_rows)
@@ -254,33 +334,35 @@ class Perturbation(nn.Module):
                 torch.ops.alp_kernels.finish(self._order, _a_tensor(output))
                 self._switch.at = None
         elif not _in_backward():
-            forward = self._current  # None: a clean one, which a recompute must also know
+            forward = self._scope.forward  # None: a clean one, which a recompute must also know
             for tensor in _tensors(output):
                 tensor.register_hook(lambda grad: self._arrive(forward))
             self._stop()
 
     def _start(self) -> None:
         """The decoder's forward starts."""
-        self._current = self._next_forward() if self._on else None
+        self._scope.forward = self._next_forward() if self._scope.is_on else None
         self._set_switch()
 
     def _stop(self) -> None:
-        self._current = None
+        self._scope.forward = None
         self._set_switch()
 
     def begin_compiled(self) -> Tensor:
         """What the operator `begin` runs: `on_enter` of a decoder that is compiled whole."""
+        if self.capturable:
+            raise RuntimeError(_NOT_COMPILED)
         if _in_backward():
             raise RuntimeError(
                 "perturbed: a compiled decoder is recomputed in backward as a whole, and whose noise it needs cannot be told; "
                 "checkpoint inside it"
             )
-        if not self._on:  # a backward pass failed on its way, and left its switch on
+        if not self._scope.is_on:  # a backward pass failed on its way, and left its switch on
             self._set_switch()
             raise RuntimeError("perturbed: compiled for noise, but no scope is open; call the model again")
         self._start()
-        assert self._current is not None
-        return self._current.at.clone()
+        assert self._scope.forward is not None
+        return self._scope.forward.at.clone()
 
     def finish_compiled(self) -> None:
         """What the operator `finish` runs: `on_leave` of such a decoder."""
@@ -289,10 +371,10 @@ class Perturbation(nn.Module):
 
     def _set_switch(self) -> None:
         """The switch as the scope and the current forward want it."""
-        switch, forward = self._switch, self._current
-        if forward is None and self._on and self._scope_row_ids is not None:
+        switch, forward = self._switch, self._scope.forward
+        if forward is None and self._scope.is_on and self._scope.row_ids is not None:
             forward = self._next_forward()  # rows with names need no decoder around them
-        switch.is_on = self._on
+        switch.is_on = self._scope.is_on
         switch.at, switch.row_ids = (None, None) if forward is None else (forward.at, forward.row_ids)
 
     def _arrive(self, forward: _Forward | None) -> None:
@@ -306,80 +388,120 @@ class Perturbation(nn.Module):
 
     def _next_forward(self) -> _Forward:
         """The forward that comes next. It counts as one with its first perturbed layer."""
-        row_ids = self._scope_row_ids
+        log_sigma = self.log_sigma
+        if not self.capturable and _is_captured(log_sigma):
+            raise RuntimeError("perturbed: a CUDA graph would repeat this forward's noise; attach with capturable=True")
+        row_ids = self._scope.row_ids
         start, number, step = self._first_row() if row_ids is None else 0, self._forwards, self._step
-        at = ops.integers(int(self._order[0]), self.seed, step, start, number)
-        return _Forward(number, step, start, row_ids, at, set())
+        at = ops.integers(self._number, self.seed, step, start, number)
+        pointer = None if self._position is None else self._position[:2].clone()
+        return _Forward(number, step, start, row_ids, pointer, at, log_sigma, set(), {})
 
-    def note(self, number: int, row_start: int, position: int, hidden: Tensor, u: Tensor) -> None:
+    def note(
+        self, number: int, row_start: int, position: int, hidden: Tensor, u: Tensor, sigma: Tensor, engine: ModuleType
+    ) -> None:
         """Count a layer of forward `number` as perturbed; what the operator `perturb` runs beside its arithmetic.
 
         Doing it twice is harmless, as when a compiler has a layer computed again.
         """
         if _in_backward():
             return
-        self._num_perturbed += 1
-        self._ran.add(position)
+        scope = self._scope
+        scope.num_perturbed += 1
+        scope.ran.add(position)
         if number == self._forwards:
             self._forwards += 1
-            if self._scope_row_ids is None:
-                self._use_rows(row_start, hidden.numel() // hidden.shape[-1])
+            num_rows = hidden.numel() // hidden.shape[-1]
+            if self._position is not None:
+                self._position[2] += 1
+                if scope.row_ids is None:
+                    self._position[1] += num_rows
+            elif scope.row_ids is None:
+                self._use_rows(row_start, num_rows)
         if number == 0:
-            self._measured[position] = _measure(hidden, u, self.log_sigma[position])
+            num_channels = hidden.shape[-1]
+            sums = engine.measure(hidden.contiguous(), u, min(hidden.numel() // num_channels, _MEASURED_ROWS))
+            self._measured[position] = _Measured(sums, num_channels, sigma)
 
-    def _coordinates(self, index: int, hidden: Tensor) -> _Forward | None:
-        """The forward that this run of layer `index` belongs to; None where it is clean."""
-        if _in_backward():
-            task, forward = self._backward
-            if task != _backward_id() and self._step >= 0:
-                raise RuntimeError(
-                    f"perturbed: layer {index} is recomputed in backward, and the gradient did not come through its "
-                    "decoder's output, so whose noise it needs cannot be told; checkpoint inside the decoder and take "
-                    "the loss from its output"
-                )
-            return forward
-        if not self._on:
-            return None
-        if self._current is None and self._scope_row_ids is None:
-            raise RuntimeError(f"perturbed: layer {index} {_OUTSIDE}")
-        return self._numbered(hidden)
-
-    def _numbered(self, hidden: Tensor) -> _Forward:
-        """The forward that the decoder is in; a new one where it is in none."""
-        forward = self._next_forward() if self._current is None else self._current
-        row_ids = forward.row_ids
-        if row_ids is not None and row_ids.numel() != hidden.numel() // hidden.shape[-1]:
-            raise ValueError(
-                f"perturbed: row_ids has shape {tuple(row_ids.shape)}; the hidden states have "
-                f"{hidden.numel() // hidden.shape[-1]} rows"
+    def _recomputed(self, index: int) -> _Forward | None:
+        """The forward whose layer `index` backward runs again; None where it was clean."""
+        task, forward = self._backward
+        if task != _backward_id() and self._step >= 0:
+            raise RuntimeError(
+                f"perturbed: layer {index} is recomputed in backward, and the gradient did not come through its "
+                "decoder's output, so whose noise it needs cannot be told; checkpoint inside the decoder and take "
+                "the loss from its output"
             )
         return forward
 
-    def _add(self, position: int, index: int, hidden: Tensor, forward: _Forward) -> Tensor:
-        if not _in_backward():
-            if index in forward.ran:
-                raise RuntimeError(
-                    f"perturbed: layer {index} ran twice in one forward of its decoder, and both runs would meet the same "
-                    "noise; attach with path=... to a module that runs each of its layers once"
+    def _entered(self, index: int) -> _Forward:
+        """The forward that layer `index` is in, which has not run in it before."""
+        forward = self._scope.forward
+        if forward is None:
+            if self._scope.row_ids is None:
+                raise RuntimeError(f"perturbed: layer {index} {_OUTSIDE}")
+            forward = self._next_forward()
+        if index in forward.ran:
+            raise RuntimeError(
+                f"perturbed: layer {index} ran twice in one forward of its decoder, and both runs would meet the same "
+                "noise; attach with path=... to a module that runs each of its layers once"
+            )
+        forward.ran.add(index)
+        return forward
+
+    def _draws(self, forward: _Forward, hidden: Tensor) -> list[Draw]:
+        """How each layer of `forward` with hidden states like these draws its noise; checked as `perturb` does."""
+        device, num_rows = hidden.device, hidden.numel() // max(hidden.shape[-1], 1)
+        log_sigma, row_ids = forward.log_sigma.detach().to(device), forward.row_ids  # layers on several devices
+        check_perturb("perturb", hidden, log_sigma[0], self.scale, self.rounding)
+        if row_ids is not None:
+            if row_ids.numel() != num_rows:
+                raise ValueError(
+                    f"perturbed: row_ids has shape {tuple(row_ids.shape)}; the hidden states have {num_rows} rows"
                 )
-            forward.ran.add(index)
-        u = perturb(
+            row_ids = row_ids.to(device)
+        seed, step, start, engine = self.seed, forward.step, forward.row_start, pick(self.engine, device)
+        at = None if forward.pointer is None else forward.pointer.to(device)
+        row_ids = make_stream("perturb", num_rows, device, seed, step, self.layers[0], row_ids, start).row_ids
+        return [
+            Draw(engine, Stream(seed, step, layer, start, row_ids, at), sigma, position, self.scale, self.rounding)
+            for position, (layer, sigma) in enumerate(zip(self.layers, log_sigma.exp().unbind(), strict=True))
+        ]
+
+    def _add(self, position: int, index: int, hidden: Tensor, forward: _Forward) -> Tensor:
+        if ops.serves(hidden):
+            return self._add_to_fake(position, index, hidden, forward)
+        device, log_sigma = hidden.device, forward.log_sigma
+        alike = hidden.shape, hidden.dtype, device
+        if alike not in forward.draws:
+            forward.draws[alike] = self._draws(forward, hidden)
+        draw = forward.draws[alike][position]
+        if log_sigma.device != device:
+            log_sigma = log_sigma.to(device)
+        u: Tensor = Perturb.apply(hidden, log_sigma, draw)
+        self.note(forward.number, forward.row_start, position, hidden, u, draw.sigma, draw.engine)
+        return u
+
+    def _add_to_fake(self, position: int, index: int, hidden: Tensor, forward: _Forward) -> Tensor:
+        """The shapes alone: fake and meta tensors."""
+        self._scope.num_perturbed += 1
+        self._scope.ran.add(position)
+        return perturb(
             hidden,
             self.log_sigma[position].to(hidden.device),
             seed=self.seed,
             step=forward.step,
             layer=index,
-            row_ids=None if forward.row_ids is None else forward.row_ids.to(hidden.device),  # layers on several devices
             row_start=forward.row_start,
             scale=self.scale,
             rounding=self.rounding,
             engine=self.engine,
         )
-        self.note(forward.number, forward.row_start, position, hidden, u)
-        return u
 
     def _add_compiled(self, place: Tensor, hidden: Tensor) -> Tensor:
         """The same as an operator in a graph."""
+        if self.capturable:
+            raise RuntimeError(_NOT_COMPILED)
         at, row_ids = self._switch.at, self._switch.row_ids
         if at is None:
             raise RuntimeError(f"perturbed: a layer {_OUTSIDE}")
@@ -389,7 +511,8 @@ class Perturbation(nn.Module):
 
     def on_layer(self, hook: LayerInput, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_compiling = torch.compiler.is_compiling()
-        if not (self._switch.is_on if is_compiling else self._on or _in_backward()):
+        in_backward = not is_compiling and _in_backward()
+        if not (self._switch.is_on if is_compiling else self._scope.is_on or in_backward):
             return None
         by_position = len(args) > 0 and isinstance(args[0], Tensor)
         hidden = args[0] if by_position else kwargs.get("hidden_states")
@@ -401,7 +524,7 @@ class Perturbation(nn.Module):
         if is_compiling:
             u = self._add_compiled(hook.place, hidden)
         else:
-            forward = self._coordinates(hook.index, hidden)
+            forward = self._recomputed(hook.index) if in_backward else self._entered(hook.index)
             if forward is None:
                 return None
             u = self._add(hook.position, hook.index, hidden, forward)
@@ -414,7 +537,7 @@ class Perturbation(nn.Module):
                 'perturbed: with layers="final" or "logits" the decoder as a whole cannot be recomputed in backward; '
                 "checkpoint its layers"
             )
-        if not (self._switch.is_on if is_compiling else self._on):
+        if not (self._switch.is_on if is_compiling else self._scope.is_on):
             return None
         hidden = output if isinstance(output, Tensor) else getattr(output, hook.field, None)
         if hidden is None and isinstance(output, tuple):
@@ -429,7 +552,7 @@ class Perturbation(nn.Module):
             torch.ops.alp_kernels.finish(self._order, u.detach())
             self._switch.at = None
         else:
-            u = self._add(0, hook.index, hidden, self._numbered(hidden))
+            u = self._add(0, hook.index, hidden, self._scope.forward or self._next_forward())
         if isinstance(output, Tensor):
             return u
         if hasattr(output, hook.field):
@@ -458,9 +581,14 @@ class Perturbation(nn.Module):
         """
         if not self._measured:
             return {"rms_over_nominal": [], "changed_frac": []}
-        values = torch.stack([self._measured[p].cpu() for p in sorted(self._measured)])
-        nominal = values[:, 3] * (values[:, 2] if self.scale == "rms" else 1.0)
-        ratio = (values[:, 0] / nominal.clamp(min=1e-30)).tolist()
+        measured = [self._measured[p] for p in sorted(self._measured)]
+        counts = torch.tensor([len(m.sums) * m.num_channels for m in measured], dtype=torch.float64, device="cpu")
+        means = torch.stack([m.sums.cpu().double().sum(dim=0) for m in measured]) / counts[:, None]
+        noise, changed, size = means.unbind(dim=1)
+        nominal = torch.stack([m.sigma.cpu().double() for m in measured])
+        if self.scale == "rms":
+            nominal = nominal * size.sqrt()
+        ratio = (noise.sqrt() / nominal.clamp(min=1e-30)).tolist()
         off = [self.layers[p] for p, r in zip(sorted(self._measured), ratio, strict=True) if not 0.7 <= r <= 1.4]
         if off and not self._warned:
             self._warned = True
@@ -472,7 +600,7 @@ class Perturbation(nn.Module):
                 min(ratio),
                 max(ratio),
             )
-        return {"rms_over_nominal": ratio, "changed_frac": values[:, 1].tolist()}
+        return {"rms_over_nominal": ratio, "changed_frac": changed.tolist()}
 
     def sum_gradient(self, group: dist.ProcessGroup | None = None, *, average: bool = False) -> None:
         """Sum log_sigma's gradient over data-parallel ranks, once a step, after its last backward; a collective call.
@@ -496,7 +624,7 @@ class Perturbation(nn.Module):
         return f"layers={list(self.layers)}, scale={self.scale!r}, rounding={self.rounding!r}, seed={self.seed}"
 
     def get_extra_state(self) -> dict[str, Any]:
-        position = {"seed": self.seed, "step": self._step, "next_row": self._next_row, "forwards": self._forwards}
+        position = {"seed": self.seed, "step": self._step, "next_row": self._rows_so_far(), "forwards": self._forwards}
         return position | {"layers": list(self.layers), "scale": self.scale, "rounding": self.rounding}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -505,6 +633,7 @@ class Perturbation(nn.Module):
                 raise ValueError(f"load_state_dict: the state has {name}={state[name]!r}, this perturbation {own!r}")
         self.seed, self._step = state["seed"], state["step"]
         self._next_row, self._forwards = state["next_row"], state["forwards"]
+        self._position = None
 
     def detach(self) -> None:
         """Take every hook off the model, which is then exactly as before. Doing it twice does nothing."""
@@ -526,13 +655,3 @@ class Perturbation(nn.Module):
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
-
-
-@torch.no_grad()
-def _measure(hidden: Tensor, u: Tensor, log_sigma: Tensor) -> Tensor:
-    """(4,) float32 on the device: rms of u - h, fraction of elements changed, rms of h, sigma; of the first rows."""
-    h, v = (x.detach().reshape(-1, x.shape[-1])[:_MEASURED_ROWS].float() for x in (hidden, u))
-    difference, sigma = v - h, log_sigma.detach().to(h.device).float().exp()
-    return torch.stack(
-        [difference.square().mean().sqrt(), (difference != 0).float().mean(), h.square().mean().sqrt(), sigma]
-    )

@@ -44,7 +44,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 def random_words(num_rows: int, num_channels: int, stream: Stream, device: torch.device) -> tuple[Tensor, ...]:
     """The four Philox words of each group of channels: four (num_rows, Q) int64 tensors of uint32, Q = ceil(D / 4)."""
-    quarter = -(-num_channels // 4)
+    quarter, stream = -(-num_channels // 4), stream.read()
     rows = stream.rows(num_rows, device)[:, None].expand(num_rows, quarter)
     c0 = torch.arange(quarter, device=device, dtype=torch.int64).expand(num_rows, quarter)
     c2 = (rows >> 32 << 16) | stream.layer
@@ -85,23 +85,35 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, stream: Stream) -> Tensor:
 def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str) -> tuple[Tensor, Tensor | None]:
     """u = h + sigma * rms * eps, added in float32 (float64 for float64) and rounded once.
 
-    h (N, D); sigma () float32; rms is 1, or each row's root mean square where scale == "rms".
-    Returns u (N, D) in h's dtype and rms (N,) float32, None where scale == "absolute".
+    h (..., D), contiguous, of N rows; sigma () float32; rms is 1, or each row's root mean square where scale == "rms".
+    Returns u like h and rms (N,) float32, None where scale == "absolute".
     """
-    work = h.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
+    work = h.to(torch.float64 if h.dtype == torch.float64 else torch.float32).view(-1, h.shape[-1])
     rms = work.square().mean(dim=1).sqrt() if scale == "rms" else None
-    eps = normal(h.shape[0], h.shape[1], stream, h.device).to(work.dtype)
+    eps = normal(work.shape[0], work.shape[1], stream, h.device).to(work.dtype)
     u = work + (sigma * eps if rms is None else sigma * rms[:, None] * eps)
     if rounding == "stochastic" and h.dtype in (torch.bfloat16, torch.float16):
-        return round_stochastic(u, h.dtype, stream), rms
-    return u.to(h.dtype), rms
+        u = round_stochastic(u, h.dtype, stream)
+    return u.to(h.dtype).view(h.shape), rms
 
 
 def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
-    """dsigma = sum(du * rms * eps), () float32 (float64 for float64); the noise is made again. dh is du itself."""
-    work = du.to(torch.float64 if du.dtype == torch.float64 else torch.float32)
-    per_row = (work * normal(du.shape[0], du.shape[1], stream, du.device)).sum(dim=1)
+    """dsigma = sum(du * rms * eps), () float32 (float64 for float64), of du like h; the noise is made again. dh is du itself."""
+    work = du.to(torch.float64 if du.dtype == torch.float64 else torch.float32).view(-1, du.shape[-1])
+    per_row = (work * normal(work.shape[0], work.shape[1], stream, du.device)).sum(dim=1)
     return (per_row if rms is None else per_row * rms).sum()
+
+
+def measure(h: Tensor, u: Tensor, num_rows: int) -> Tensor:
+    """What the noise did to the first rows: (num_rows, 3) float32 (float64 for float64), sums over a row's channels.
+
+    (u - h)^2, the number of elements that differ, h^2.   h, u (..., D), contiguous
+    """
+    real = torch.float64 if h.dtype == torch.float64 else torch.float32
+    work, noisy = (x.detach().view(-1, x.shape[-1])[:num_rows].to(real) for x in (h, u))
+    difference = noisy - work
+    sums = difference.square().sum(dim=1), (difference != 0).sum(dim=1).to(real), work.square().sum(dim=1)
+    return torch.stack(sums, dim=1)
 
 
 # ------------------------------------------------------------------ perturbation and RMSNorm

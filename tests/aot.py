@@ -56,6 +56,7 @@ D, V = 4096, 151936
 ROWS = 6  # as many as keep the one multiprocessor of a CPU busy
 IDS = torch.zeros(ROWS, dtype=torch.int64)
 NUMBERED, NAMED = Stream(1 << 63, 1 << 31, 5, 1 << 33), Stream(1, 2, LOGITS_LAYER, 0, IDS)
+AT_POINTER = NUMBERED._replace(at=torch.zeros(2, dtype=torch.int64))
 PLAIN = Head()
 FULL = Head(1.5, 30.0, torch.ones(ROWS), torch.ones(()), NAMED)
 EVERYTHING = Objective(denominator="old", weight="mask", kl="k3", kl_coef=0.1, entropy_coef=0.1)
@@ -98,10 +99,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "philox": lambda: engine.philox((IDS,) * 4, (1, 2)),
     "normal": lambda: engine.normal(2, D, NUMBERED, torch.device("cpu")),
     "perturb_fwd bf16": lambda: _perturb_fwd(torch.bfloat16, NUMBERED, "absolute", "nearest"),
+    "perturb_fwd bf16 at a pointer": lambda: _perturb_fwd(torch.bfloat16, AT_POINTER, "absolute", "nearest"),
     "perturb_fwd fp32 rms": lambda: _perturb_fwd(torch.float32, NAMED, "rms", "nearest"),
     "perturb_fwd fp16 rms stochastic": lambda: _perturb_fwd(torch.float16, NAMED, "rms", "stochastic"),
     "perturb_bwd bf16": lambda: engine.perturb_bwd(torch.zeros(2, D, dtype=torch.bfloat16), NUMBERED, None),
     "perturb_bwd fp32 rms": lambda: engine.perturb_bwd(torch.zeros(2, D), NAMED, torch.ones(2)),
+    "measure bf16": lambda: engine.measure(*(torch.zeros(2, D, dtype=torch.bfloat16) for _ in range(2)), 2),
     "perturb_rms_norm_fwd bf16": lambda: _rms_norm_fwd(torch.bfloat16, NUMBERED, "absolute", "nearest"),
     "perturb_rms_norm_fwd fp16 rms stochastic": lambda: _rms_norm_fwd(torch.float16, NAMED, "rms", "stochastic"),
     "perturb_rms_norm_fwd fp32 long": lambda: _rms_norm_fwd(torch.float32, NUMBERED, "absolute", "nearest", 10001),

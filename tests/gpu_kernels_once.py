@@ -150,6 +150,19 @@ def perturb_bwd(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
         against_float64(run, f"{n} x {d} {dtype} {options}", [torch.float32])
 
 
+def measure(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
+    for n, d in shapes:
+        for dtype in DTYPES:
+            h = randn(n, d).to(dtype)
+            given = (h, torch.where(randn(n, d, seed=1) > 0, h, h + 0.1 * randn(n, d, seed=2).to(dtype)))
+
+            def run(module, device, double, given=given, n=n):
+                h, u = (moved(part, device, double) for part in given)
+                return module.measure(h, u, max(1, n - 1)).unbind(1)
+
+            against_float64(run, f"{n} x {d} {dtype}", [torch.float32] * 3)
+
+
 def norm_of(d: int, dtype: torch.dtype, is_plain: bool) -> Norm:
     weight = 1 + 0.1 * randn(d, seed=3)
     return Norm(weight.to(dtype), 1e-6, 0.0) if is_plain else Norm(weight, 1e-5, 1.0)
@@ -301,6 +314,7 @@ OPS: dict[str, Callable[[], None]] = {
         normal,
         perturb_fwd,
         perturb_bwd,
+        measure,
         perturb_rms_norm_fwd,
         perturb_rms_norm_bwd,
         head_fwd,

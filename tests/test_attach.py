@@ -216,6 +216,82 @@ def test_state_continues_the_stream():
         assert torch.equal(toy(x), expected)
 
 
+# ------------------------------------------------------------------ coordinates on the device
+
+
+def steps_of(toy, handle, row_ids=None):
+    """Two steps of two forwards before one backward, and the state between them."""
+    found = []
+    for step in (3, 4):
+        toy.zero_grad(), handle.zero_grad()
+        with handle.perturbed(step=step, row_ids=row_ids):
+            loss = toy(ids(2, 5, 1)).square().mean() + toy(ids(2, 5, 2)).pow(3).mean()
+        loss.backward()
+        found += [loss.detach(), torch.tensor(handle.get_extra_state()["next_row"]), *all_gradients(toy, handle)]
+    return found
+
+
+@pytest.mark.parametrize("row_ids", [None, torch.arange(10) * 7])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_capturable_handle_draws_the_same_noise(reentrant, row_ids):
+    results = []
+    for capturable in (False, True):
+        toy = Toy(reentrant)
+        with attach(toy, sigma=0.3, scale="rms", data_rank=3, capturable=capturable) as handle:
+            results.append(steps_of(toy, handle, row_ids))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_capturable_handle_continues_its_stream():
+    toy, x = Toy(), ids()
+    with attach(toy, sigma=0.3, capturable=True) as handle:
+        with handle.perturbed(step=7):
+            toy(x)
+        state = copy.deepcopy(handle.state_dict())
+        with handle.perturbed(step=7):
+            expected = toy(x)
+    with attach(toy, sigma=0.3, capturable=True) as resumed:
+        resumed.load_state_dict(state)
+        with resumed.perturbed(step=7):
+            assert torch.equal(toy(x), expected)
+
+
+def test_a_scope_of_replays_alone_asks_the_device_whether_there_were_any():
+    toy = Toy()
+    handle = attach(toy, capturable=True)
+    with pytest.raises(RuntimeError, match="no layer of"), handle.perturbed(step=0):
+        pass
+    with handle.perturbed(step=1):
+        handle._position[2] += 1  # as a graph does that was captured here
+    with pytest.raises(RuntimeError, match="no layer of"), handle.perturbed(step=1):
+        pass
+
+
+def test_what_cannot_be_captured_is_refused(monkeypatch):
+    toy = Toy()
+    with attach(toy) as handle, handle.perturbed(step=0):
+        toy(ids())
+        monkeypatch.setattr("alp_kernels.perturbation._is_captured", lambda tensor: True)
+        with pytest.raises(RuntimeError, match="would repeat this forward's noise"):
+            toy(ids())
+        monkeypatch.undo()
+    with attach(toy, capturable=True) as handle:
+        monkeypatch.setattr("alp_kernels.perturbation._is_captured", lambda tensor: True)
+        with pytest.raises(RuntimeError, match="open the scope around the capture"), handle.perturbed(step=0):
+            pass
+        monkeypatch.undo()
+    with attach(toy, capturable=True) as handle, handle.perturbed(step=0):
+        toy(ids())
+        with pytest.raises(RuntimeError, match="take their coordinates from the host"):
+            torch.compile(toy, fullgraph=True, backend="eager")(ids())
+    with (
+        attach(make_model(), layers="logits", capturable=True) as handle,
+        pytest.raises(RuntimeError, match="logit_noise"),
+    ):
+        handle.logit_noise(3)
+
+
 # ------------------------------------------------------------------ dtypes and gradients
 
 

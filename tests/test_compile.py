@@ -365,8 +365,8 @@ def record(model, call, handle, steps=3, in_scope=False):
         clean = call(ids())
         if not in_scope:
             loss.backward()
-        position = torch.tensor([handle._next_row, handle._forwards, handle._num_perturbed])
-        measured = torch.stack(list(handle._measured.values()))
+        position = torch.tensor([handle._next_row, handle._forwards, handle._scope.num_perturbed])
+        measured = torch.stack([found.sums for found in handle._measured.values()])
         out += [loss.detach(), clean.detach(), position, measured, *all_gradients(model, handle)]
     return out
 

@@ -162,6 +162,15 @@ def test_perturb_ignores_instruction_set(dtype, channels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_measured_noise_ignores_instruction_set_and_threads(channels, dtype):
+    h = torch.randn(33, channels, generator=torch.Generator().manual_seed(1)).to(dtype)
+    u = native.perturb_fwd(h, SIGMA, STREAM, "absolute", "nearest")[0]
+    (sums,) = same_bits_everywhere(lambda: [native.measure(h, u, 31)])
+    assert sums.shape == (31, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_that_are_not_finite_ignore_instruction_set(dtype):
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(256, 256)

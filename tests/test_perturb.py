@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alp_kernels import normal, perturb
+from alp_kernels.engine import pick
 
 from .compare import assert_within_budget, gradients
 from .conftest import DEVICE
@@ -145,6 +146,24 @@ def test_tiny_sigma_vanishes_under_nearest_rounding():
     h = hidden(64, 256, dtype=torch.bfloat16)
     changed = (perturb(h, log(1e-6), **HERE) != h).double().mean()
     assert changed < 0.01  # why the handle reports the realised noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (2, 3, 64), (3, 2050)])
+def test_measured_noise_stays_within_the_error_budget(engine, dtype, shape):
+    """sum (u - h)^2 and sum h^2 of each of the first rows; which elements differ is counted exactly."""
+    h = hidden(*shape, dtype=dtype)
+    u = torch.where(hidden(*shape, seed=1) > 0, h, h + hidden(*shape, dtype=dtype, seed=2) / 8)
+    rows = max(1, h[..., 0].numel() - 1)
+    found, ordinary, exact = (
+        pick(name, DEVICE).measure(h.to(real), u.to(real), rows)
+        for name, real in ((engine, dtype), ("reference", dtype), ("reference", torch.float64))
+    )
+    assert found.shape == (rows, 3)
+    assert torch.equal(found[:, 1].double(), exact[:, 1])
+    real = torch.promote_types(dtype, torch.float32)
+    for column in (0, 2):
+        assert_within_budget(found[:, column], ordinary[:, column], exact[:, column], real)
 
 
 def test_empty_rows_pass_through(engine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-from alp_kernels import fused_alp_loss, reference
+from alp_kernels import attach, fused_alp_loss, reference
 from alp_kernels import objective as objectives
 from alp_kernels import perturb as perturb_rows
 from alp_kernels.noise import LOGITS_LAYER, MAX_ROW, MAX_SEED, MAX_STEP, NORMAL_BOUND, Stream
@@ -203,6 +207,111 @@ def test_row_ids_and_row_start_name_the_same_rows():
     assert torch.equal(engine.normal(3, 50, STREAM._replace(row_ids=strided), DEVICE), numbered)
 
 
+# ------------------------------------------------------------------ a captured update
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph's part on a CPU: every operation and launch inside, to be done again with the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.again.append(lambda: self.repeat(function, args, kwargs or {}, made))
+        return made
+
+    @staticmethod
+    def repeat(function, args, kwargs, made):
+        for old, new in zip(*(tree_leaves(part) for part in (made, function(*args, **kwargs))), strict=True):
+            if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # no view, not in place
+                old.copy_(new)
+
+    def __enter__(self):
+        kind = type(noise._normal_kernel)
+        self.run = kind.run
+
+        def launch(kernel, *args, **kwargs):
+            with _disable_current_modes():
+                self.run(kernel, *args, **kwargs)
+            self.again.append(lambda: self.run(kernel, *args, **kwargs))
+
+        kind.run = launch
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        type(noise._normal_kernel).run = self.run
+        return super().__exit__(*exception)
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for do in self.again:
+                do()
+
+
+def captured(update: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+    """What `update` returns, and how to do it again into the same tensors: by a CUDA graph where there are any."""
+    if DEVICE.type != "cuda":
+        with Recording() as recording:
+            return update(), recording.replay
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = update()
+    return out, graph.replay
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self, is_checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(2))
+        self.is_checkpointed = is_checkpointed
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = (checkpoint(layer, hidden, use_reentrant=False) if self.is_checkpointed else layer(hidden)).tanh()
+        return hidden
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_replayed_update_draws_the_noise_of_its_scope(monkeypatch, is_checkpointed):
+    """Two micro-batches and their gradients, captured in one step, replayed twice in the next and once in the one after."""
+    set_tile(monkeypatch, 1, 4)
+    h, results = randn(3, 12), []
+    for is_captured in (True, False):
+        model = Decoder(is_checkpointed).to(DEVICE)
+        handle = attach(model, sigma=0.3, scale="rms", engine="triton", capturable=is_captured)
+        parameters = [*model.parameters(), handle.log_sigma]
+
+        def update(model=model, parameters=parameters) -> list[Tensor]:
+            for parameter in parameters:
+                parameter.grad = None
+            losses = [model(h).square().mean(), model(h).pow(3).mean()]
+            torch.stack(losses).sum().backward()
+            return [*losses, *(parameter.grad for parameter in parameters)]
+
+        if is_captured:
+            with handle.perturbed(step=0):
+                out, again = captured(update)
+        for step in (1, 1, 2):
+            with handle.perturbed(step=step):
+                if is_captured:
+                    again()
+                else:
+                    out = update()
+            results.append([tensor.detach().clone() for tensor in out])
+    for one, two in zip(results[:3], results[3:], strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(results[0][0], results[1][0])
+
+
 # ------------------------------------------------------------------ perturb
 
 
@@ -251,6 +360,25 @@ def test_perturb_fwd_agrees_with_the_reference(dtype, scale, rounding_mode):
     else:  # the same random bits round both; one in 2^16 or 2^13 sums lies where 1e-6 turns the rounding over
         assert int((ours != theirs).sum()) <= 6
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_n", [1, 4])
+def test_a_launch_with_the_same_arguments_draws_what_the_pointer_says(monkeypatch, block_n):
+    """As when a CUDA graph is replayed: every argument is as it was, the numbers at the pointer are new."""
+    set_tile(monkeypatch, block_n, 16)
+    h, sigma, rms = randn(5, 203).bfloat16(), torch.tensor(0.3, device=DEVICE), randn(5, seed=1).abs()
+    at = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    pointing = STREAM._replace(at=at)
+    for step, row_start in ((0, 0), (3, 7), (MAX_STEP, (1 << 32) - 2), (1, MAX_ROW - 4)):
+        at.copy_(torch.tensor([step, row_start]))
+        scalars = STREAM._replace(step=step, row_start=row_start)
+        assert pointing.read() == scalars
+        for rounding_mode in ("nearest", "stochastic"):
+            one, two = (
+                engine.perturb_fwd(h, sigma, stream, "absolute", rounding_mode)[0] for stream in (pointing, scalars)
+            )
+            assert torch.equal(one, two)
+        assert torch.equal(engine.perturb_bwd(h, pointing, rms), engine.perturb_bwd(h, scalars, rms))
 
 
 @pytest.mark.parametrize("rounding_mode", ["nearest", "stochastic"])
@@ -313,6 +441,17 @@ def test_perturb_bwd_stays_within_the_error_budget(dtype, has_rms):
 
 
 # ------------------------------------------------------------------ perturb and RMSNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_measured_noise_stays_within_the_error_budget(dtype):
+    h = randn(5, 1031).to(dtype)
+    u = torch.where(randn(5, 1031, seed=1) > 0, h, h + randn(5, 1031, seed=2).to(dtype) / 8)
+    found, ordinary = (module.measure(h, u, 3) for module in (engine, reference))
+    exact = reference.measure(h.double(), u.double(), 3)
+    assert torch.equal(found[:, 1].double(), exact[:, 1])
+    for column in (0, 2):
+        assert_within_budget(found[:, column], ordinary[:, column], exact[:, column], torch.float32)
 
 
 @pytest.mark.parametrize("block", [16, 2048])  # rows in pieces, and whole

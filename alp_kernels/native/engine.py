@@ -39,7 +39,7 @@ def _at(tensor: Tensor | None) -> int | None:
     """The address of a tensor's data; the C side walks it without strides."""
     if tensor is None:
         return None
-    assert tensor.device.type == "cpu" and tensor.is_contiguous(), f"{tensor.device} {tensor.shape} {tensor.stride()}"
+    assert tensor.is_cpu and tensor.is_contiguous(), f"{tensor.device} {tensor.shape} {tensor.stride()}"
     return tensor.data_ptr()
 
 
@@ -55,17 +55,18 @@ def _scalar(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     assert tensor.numel() == 1
-    return tensor.detach().to(torch.float32)
+    return tensor if tensor.dtype == torch.float32 else tensor.detach().to(torch.float32)
 
 
 def _stream(stream: noise.Stream | None, row_ids: Tensor | None) -> c.Stream:
     if stream is None:
         return c.Stream()
+    stream = stream.read()
     return c.Stream(stream.seed, stream.row_start, _at(row_ids), stream.step, stream.layer)
 
 
 def _row_ids(stream: noise.Stream | None, num_rows: int) -> Tensor | None:
-    return _vector(stream and stream.row_ids, torch.int64, num_rows)
+    return None if stream is None or stream.row_ids is None else _vector(stream.row_ids, torch.int64, num_rows)
 
 
 # ------------------------------------------------------------------ noise
@@ -106,17 +107,22 @@ def normal(num_rows: int, num_channels: int, stream: noise.Stream, device: torch
 # ------------------------------------------------------------------ perturbation
 
 
+def _sizes(h: Tensor) -> tuple[int, int]:
+    """N and D of h (..., D)."""
+    return h.numel() // h.shape[-1], h.shape[-1]
+
+
 def perturb_fwd(
     h: Tensor, sigma: Tensor, stream: noise.Stream, scale: str, rounding: str
 ) -> tuple[Tensor, Tensor | None]:
-    """u = h + sigma * rms * eps (N, D) in h's dtype, and rms (N,) float32 or None: see reference.perturb_fwd."""
+    """u = h + sigma * rms * eps like h, and rms (N,) float32 or None: see reference.perturb_fwd."""
     if h.dtype == torch.float64:
         return reference.perturb_fwd(h, sigma, stream, scale, rounding)
-    num_rows, num_channels = h.shape
+    num_rows, num_channels = _sizes(h)
     sigma32, row_ids = _scalar(sigma), _row_ids(stream, num_rows)
     u = torch.empty_like(h)
     rms = _floats(num_rows) if scale == "rms" else None
-    args = c.PerturbFwd(_at(h), _at(u), _at(sigma32), _at(rms), num_channels, rounding == "stochastic")
+    args = c.PerturbFwd(_at(h), u.data_ptr(), _at(sigma32), _at(rms), num_channels, rounding == "stochastic")
     c.library.alp_perturb_fwd(
         byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[h.dtype], torch.get_num_threads()
     )
@@ -127,13 +133,23 @@ def perturb_bwd(du: Tensor, stream: noise.Stream, rms: Tensor | None) -> Tensor:
     """dsigma = sum(du * rms * eps), () float32: float64 sums, rows in order."""
     if du.dtype == torch.float64:
         return reference.perturb_bwd(du, stream, rms)
-    num_rows, num_channels = du.shape
+    num_rows, num_channels = _sizes(du)
     rms, row_ids = _vector(rms, torch.float32, num_rows), _row_ids(stream, num_rows)
     args = c.PerturbBwd(_at(du), _at(rms), num_channels)
     dsigma = c.library.alp_perturb_bwd(
         byref(_stream(stream, row_ids)), byref(args), num_rows, DTYPES[du.dtype], torch.get_num_threads()
     )
     return torch.tensor(dsigma, dtype=torch.float32, device="cpu")
+
+
+def measure(h: Tensor, u: Tensor, num_rows: int) -> Tensor:
+    """(num_rows, 3) float32, sums over each row: (u - h)^2, the elements that differ, h^2."""
+    if h.dtype == torch.float64:
+        return reference.measure(h, u, num_rows)
+    sums = _floats(num_rows, 3)
+    args = c.Measure(_at(h), _at(u), _at(sums), h.shape[-1])
+    c.library.alp_measure(byref(args), num_rows, DTYPES[h.dtype], torch.get_num_threads())
+    return sums
 
 
 def _norm_scale(norm: Norm, num_channels: int) -> Tensor:

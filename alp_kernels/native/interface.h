@@ -8,7 +8,7 @@
 namespace alp {
 
 // Raised with every change to a structure or a signature below; engine.py refuses a library with another number.
-constexpr int32_t INTERFACE = 5;
+constexpr int32_t INTERFACE = 6;
 
 constexpr uint32_t ROUNDING_BIT = 0x8000;  // set in the layer for the bits of stochastic rounding
 
@@ -33,6 +33,13 @@ struct PerturbFwd {  // u = h + sigma * rms * eps
 struct PerturbBwd {  // dsigma = sum(du * rms * eps)
     const void* du;  // (N, D)
     const float* rms;  // (N,) or null: 1
+    int64_t D;
+};
+
+struct Measure {  // what became of the noise
+    const void* h;  // (N, D)
+    const void* u;  // (N, D)
+    float* sums;    // (N, 3): (u - h)^2, elements that differ, h^2
     int64_t D;
 };
 
@@ -98,6 +105,7 @@ struct Rows {
     void (*normal)(const Stream&, int64_t n, float* eps, int64_t D);
     void (*perturb_fwd[3])(const Stream&, const PerturbFwd&, int64_t begin, int64_t end);
     void (*perturb_bwd[3])(const Stream&, const PerturbBwd&, double* shares, int64_t begin, int64_t end);
+    void (*measure[3])(const Measure&, int64_t n);
     void (*perturb_rms_norm_fwd[3])(const Stream&, const PerturbRmsNormFwd&, int64_t begin, int64_t end);
     void (*perturb_rms_norm_bwd[3])(
         const Stream&, const PerturbRmsNormBwd&, double* shares, float* dweight, int64_t begin, int64_t end);

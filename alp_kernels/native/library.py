@@ -10,7 +10,7 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-INTERFACE = 5
+INTERFACE = 6
 """Must equal INTERFACE in interface.h: a library built from other sources would read other structures."""
 
 CARRY = 5  # as in interface.h
@@ -42,6 +42,10 @@ class PerturbFwd(Structure):
 
 class PerturbBwd(Structure):
     _fields_ = [("du", c_void_p), ("rms", c_void_p), ("D", c_int64)]
+
+
+class Measure(Structure):
+    _fields_ = [("h", c_void_p), ("u", c_void_p), ("sums", c_void_p), ("D", c_int64)]
 
 
 class PerturbRmsNormFwd(Structure):
@@ -107,6 +111,7 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "alp_normal": (None, [POINTER(Stream), c_void_p, c_int64, c_int64, c_int32]),
     "alp_perturb_fwd": (None, [POINTER(Stream), POINTER(PerturbFwd), c_int64, c_int32, c_int32]),
     "alp_perturb_bwd": (c_float, [POINTER(Stream), POINTER(PerturbBwd), c_int64, c_int32, c_int32]),
+    "alp_measure": (None, [POINTER(Measure), c_int64, c_int32, c_int32]),
     "alp_perturb_rms_norm_fwd": (None, [POINTER(Stream), POINTER(PerturbRmsNormFwd), c_int64, c_int32, c_int32]),
     "alp_perturb_rms_norm_bwd": (None, [POINTER(Stream), POINTER(PerturbRmsNormBwd), c_int64, c_int32, c_int32]),
     "alp_head_fwd": (None, [POINTER(Stream), POINTER(Head), POINTER(HeadFwd), c_int64, c_int32, c_int32]),

@@ -46,11 +46,17 @@ const Isa* isas() {
 
 const Isa* chosen = nullptr;  // set once by alp_choose_isa, while Python imports the engine
 
+// Below about 20 us of work, waking threads costs more.
+bool is_short(int64_t num_rows, int64_t columns) { return num_rows * columns < 1 << 14; }
+
 // f(n) for every row; which thread does a row never matters to its bits.
 template <class F>
 void each_row(int64_t num_rows, int64_t columns, int32_t threads, F f) {
-    if (num_rows * columns < 1 << 14) threads = 1;  // below about 20 us of work, waking threads costs more
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    if (threads == 1 || is_short(num_rows, columns)) {
+        for (int64_t n = 0; n < num_rows; ++n) f(n);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < num_rows; ++n) f(n);
 }
 
@@ -58,10 +64,10 @@ void each_row(int64_t num_rows, int64_t columns, int32_t threads, F f) {
 // machine holds up leaves work to the others.
 template <class F>
 void each_part(int64_t num_rows, int64_t columns, int32_t threads, F f) {
-    if (num_rows * columns < 1 << 14) threads = 1;
-    int64_t parts = threads > 1 ? 8 * static_cast<int64_t>(threads) : 1;
+    if (threads == 1 || is_short(num_rows, columns)) return f(0, num_rows);
+    int64_t parts = 8 * static_cast<int64_t>(threads);
     if (parts > num_rows) parts = num_rows;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t part = 0; part < parts; ++part) f(num_rows * part / parts, num_rows * (part + 1) / parts);
 }
 
@@ -125,6 +131,11 @@ float alp_perturb_bwd(const Stream* stream, const PerturbBwd* args, int64_t N, i
     std::vector<double> shares(static_cast<size_t>(N));
     each_part(N, args->D, threads, [&](int64_t begin, int64_t end) { rows(*stream, *args, shares.data(), begin, end); });
     return static_cast<float>(sum_in_order(shares));
+}
+
+void alp_measure(const Measure* args, int64_t N, int32_t dtype, int32_t threads) {
+    const auto row = chosen->rows->measure[dtype];
+    each_row(N, args->D, threads, [&](int64_t n) { row(*args, n); });
 }
 
 void alp_perturb_rms_norm_fwd(

@@ -153,4 +153,43 @@ void perturb_bwd_rows(const Stream& stream, const PerturbBwd& a, double* shares,
     }
 }
 
+template <class T>
+void measure_row(const Measure& a, int64_t n) {
+    using Storage = typename T::Storage;
+    const auto* h = static_cast<const Storage*>(a.h) + n * a.D;
+    const auto* u = static_cast<const Storage*>(a.u) + n * a.D;
+    TileSum<T::ORDER> noise, changed, size;
+    const auto add = [&](const Storage* h_tile, const Storage* u_tile) {
+        F32 x[V], difference[V], is_changed[V];
+        T::load_tile(h_tile, x);
+        T::load_tile(u_tile, difference);
+        for (int v = 0; v < V; ++v) {
+            difference[v] -= x[v];
+            is_changed[v] = (F32)((U32)(difference[v] != 0.0f) & bits_of(1.0f));
+        }
+        noise.add(difference, difference);
+        changed.add(is_changed, is_changed);
+        size.add(x, x);
+    };
+    int64_t d = 0;
+    for (; d + TILE <= a.D; d += TILE) {
+        add(h + d, u + d);
+        if ((d / TILE + 1) % noise.MOST == 0) {
+            noise.flush();
+            changed.flush();
+            size.flush();
+        }
+    }
+    if (d < a.D) {
+        Edge<Storage> of_h, of_u;
+        of_h.load(h + d, a.D - d);
+        of_u.load(u + d, a.D - d);
+        add(of_h.x, of_u.x);
+    }
+    float* sums = a.sums + 3 * n;
+    sums[0] = static_cast<float>(noise.total());
+    sums[1] = static_cast<float>(changed.total());
+    sums[2] = static_cast<float>(size.total());
+}
+
 }  // namespace

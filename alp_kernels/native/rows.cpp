@@ -67,6 +67,7 @@ extern const Rows ALP_ROWS = {
     normal_row,
     {perturb_fwd_rows<Float32>, perturb_fwd_rows<BFloat16>, perturb_fwd_rows<Float16>},
     {perturb_bwd_rows<Float32>, perturb_bwd_rows<BFloat16>, perturb_bwd_rows<Float16>},
+    {measure_row<Float32>, measure_row<BFloat16>, measure_row<Float16>},
     {perturb_rms_norm_fwd_rows<Float32>, perturb_rms_norm_fwd_rows<BFloat16>, perturb_rms_norm_fwd_rows<Float16>},
     {perturb_rms_norm_bwd_rows<Float32>, perturb_rms_norm_bwd_rows<BFloat16>, perturb_rms_norm_bwd_rows<Float16>},
     {head_fwd_row<Float32>, head_fwd_row<BFloat16>, head_fwd_row<Float16>},

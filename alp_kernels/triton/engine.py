@@ -8,7 +8,7 @@ import triton
 
 from .head import head_bwd, head_exp, head_fwd, head_token_loss
 from .noise import normal, philox
-from .perturb import perturb_bwd, perturb_fwd
+from .perturb import measure, perturb_bwd, perturb_fwd
 from .rms_norm import perturb_rms_norm_bwd, perturb_rms_norm_fwd
 from .scale import scale_
 
@@ -20,6 +20,7 @@ __all__ = [
     "head_exp",
     "head_fwd",
     "head_token_loss",
+    "measure",
     "name",
     "normal",
     "perturb_bwd",

@@ -145,6 +145,15 @@ def row_identity(n, row_ids_ptr, row_start, in_rows):
 
 
 @triton.jit
+def coordinates(at_ptr, step, row_start):
+    """step and row_start: those at at_ptr, (2,) int64, or where it is None the arguments."""
+    if at_ptr is not None:
+        step = tl.load(at_ptr).to(tl.uint32)
+        row_start = tl.load(at_ptr + 1)
+    return step, row_start
+
+
+@triton.jit
 def stream_words(q, row, seed_lo, seed_hi, step, layer):
     """The four uint32 words of channel group q of rows `row` (int64): word j belongs to channel j*Q + q."""
     # adding zero gives every word the tile's shape
@@ -218,7 +227,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def stream_args(stream: Stream) -> tuple[Tensor | int | None, ...]:
-    """A stream as kernel arguments: row_ids_ptr, then STREAM_ARGS."""
+    """A stream as kernel arguments: row_ids_ptr, then STREAM_ARGS. `at` is an argument of its own, of kernels that read it."""
     row_ids = None if stream.row_ids is None else stream.row_ids.contiguous()
     return row_ids, stream.row_start, *stream.key, stream.step, stream.layer
 

@@ -18,6 +18,7 @@ from .. import reference
 from ..noise import ROUNDING_BIT, Stream
 from .noise import (
     STREAM_ARGS,
+    coordinates,
     four_normals,
     laid_out_like,
     multiprocessors,
@@ -113,11 +114,13 @@ def launch_tiles(
 def _perturb_fwd_kernel(
     h_ptr, sigma_ptr, rms_ptr, u_ptr, row_ids_ptr,  # (N, D), (), (N,) or None, (N, D), (N,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
+    at_ptr,  # (2,) int64 or None
     N, blocks,
     D: tl.constexpr, IS_STOCHASTIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
     sigma = tl.load(sigma_ptr)
+    step, row_start = coordinates(at_ptr, step, row_start)
     first = tl.program_id(0) * blocks
     for block in range(first, tl.minimum(first + blocks, tl.cdiv(N, BLOCK_N))):
         n = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -131,10 +134,10 @@ def _perturb_fwd_kernel(
 
 
 def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str) -> tuple[Tensor, Tensor | None]:
-    """u (N, D) in h's dtype, and rms (N,) float32 or None. float64: the reference's."""
+    """u like h (..., D), and rms (N,) float32 or None. float64: the reference's."""
     if h.dtype == torch.float64:
         return reference.perturb_fwd(h, sigma, stream, scale, rounding)
-    num_rows, num_channels = h.shape
+    num_rows, num_channels = h.numel() // h.shape[-1], h.shape[-1]
     u = torch.empty_like(h)
     rms = torch.empty(num_rows, dtype=torch.float32, device=h.device) if scale == "rms" else None
     is_stochastic = rounding == "stochastic" and h.dtype != torch.float32
@@ -144,7 +147,7 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
             if rms is not None:
                 row_rms_kernel[(num_rows,)](h, rms, num_channels, RMS_BLOCK)
             _perturb_fwd_kernel[grid](
-                h, sigma, rms, u, *stream_args(stream), num_rows, blocks, num_channels, is_stochastic, *tiles
+                h, sigma, rms, u, *stream_args(stream), stream.at, num_rows, blocks, num_channels, is_stochastic, *tiles
             )
     return u, rms
 
@@ -165,10 +168,12 @@ def row_rms_kernel(h_ptr, rms_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def _perturb_bwd_kernel(
     du_ptr, rms_ptr, partials_ptr, row_ids_ptr,  # (N, D), (N,) or None, (programs,) float32, (N,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
+    at_ptr,  # (2,) int64 or None
     N, blocks,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
+    step, row_start = coordinates(at_ptr, step, row_start)
     first = tl.program_id(0) * blocks
     total = tl.zeros([BLOCK_N, BLOCK_Q], dtype=tl.float32)
     for block in range(first, tl.minimum(first + blocks, tl.cdiv(N, BLOCK_N))):
@@ -189,10 +194,44 @@ def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
     """dsigma () float32: one partial sum a program, then their sum, both in a fixed order. float64: the reference's."""
     if du.dtype == torch.float64:
         return reference.perturb_bwd(du, stream, rms)
-    num_rows, num_channels = du.shape
+    num_rows, num_channels = du.numel() // du.shape[-1], du.shape[-1]
     grid, blocks, tiles = launch_tiles(num_rows, num_channels, du.device)
     partials = torch.empty(grid[0] * grid[1], dtype=torch.float32, device=du.device)
     if num_rows:
         with on_device(du):
-            _perturb_bwd_kernel[grid](du, rms, partials, *stream_args(stream), num_rows, blocks, num_channels, *tiles)
+            _perturb_bwd_kernel[grid](
+                du, rms, partials, *stream_args(stream), stream.at, num_rows, blocks, num_channels, *tiles
+            )
     return partials.sum()
+
+
+@triton.jit
+def _measure_kernel(
+    h_ptr, u_ptr, sums_ptr,  # (N, D), (N, D), (programs, 3) float32
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    noise = tl.zeros([BLOCK_D], dtype=tl.float32)
+    changed = tl.zeros([BLOCK_D], dtype=tl.float32)
+    size = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        h = tl.load(h_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+        difference = tl.load(u_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32) - h
+        noise = tl.fma(difference, difference, noise)
+        changed += (difference != 0.0).to(tl.float32)
+        size = tl.fma(h, h, size)
+    tl.store(sums_ptr + 3 * n, tl.sum(noise))
+    tl.store(sums_ptr + (3 * n + 1), tl.sum(changed))
+    tl.store(sums_ptr + (3 * n + 2), tl.sum(size))
+
+
+def measure(h: Tensor, u: Tensor, num_rows: int) -> Tensor:
+    """(num_rows, 3) float32, sums over each row: (u - h)^2, the elements that differ, h^2. float64: the reference's."""
+    if h.dtype == torch.float64:
+        return reference.measure(h, u, num_rows)
+    sums = torch.empty(num_rows, 3, dtype=torch.float32, device=h.device)
+    if num_rows:
+        with on_device(h):
+            _measure_kernel[(num_rows,)](h, u, sums, h.shape[-1], RMS_BLOCK)
+    return sums
