@@ -164,7 +164,7 @@ def test_log_probabilities_wait_once(is_masked, monkeypatch):
 @pytest.mark.parametrize("scale", ["absolute", "rms"])
 def test_the_noise_never_waits(scale, monkeypatch):
     model, tokens = Toy(), torch.arange(8).view(2, 4) % VOCAB
-    with counted(monkeypatch) as counter, attach(model, scale=scale) as handle:
+    with attach(model, scale=scale) as handle, counted(monkeypatch) as counter:
         for step in range(2):
             with handle.perturbed(step=step):
                 model(tokens).square().sum().backward()
