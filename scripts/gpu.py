@@ -150,7 +150,10 @@ TRIED = "dtype1-token or dtype1-False"
 
 
 def run_tests(session: Session, until: float) -> None:
-    """All files in one pytest-xdist where that is installed, so that no file's last tests run alone; else one by one."""
+    """All files in one pytest-xdist where that is installed, so that no file's last tests run alone; else one by one.
+
+    The tests of 2^31 elements run one after the other: two at a time may not fit in the device's memory.
+    """
     files = kernel_tests()
     for file in [f for f in files if "from hypothesis import" in f.read_text()]:
         if session.lacks("tests", file.name, "hypothesis"):
@@ -167,7 +170,10 @@ def run_tests(session: Session, until: float) -> None:
     elif "pytest-xdist" in session.missing:
         at_once(session, [functools.partial(job, file.name, file) for file in files])
     else:
-        job("every file", "-p", "xdist.plugin", "-n", session.workers, *files)
+        large = ROOT / "tests" / "test_gpu_large.py"
+        others = [file for file in files if file != large]
+        together = functools.partial(job, "the others", "-p", "xdist.plugin", "-n", session.workers, *others)
+        at_once(session, [together, functools.partial(job, large.name, large)])
 
 
 def read_junit(done: Done, report: Path) -> None:
