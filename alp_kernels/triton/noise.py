@@ -10,6 +10,7 @@ kernel or the tile that makes it.
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -247,6 +248,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many the device has; Triton's interpreter is one."""
     if device.type == "cpu":
