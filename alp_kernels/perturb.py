@@ -34,13 +34,6 @@ class Draw(NamedTuple):
 class Perturb(torch.autograd.Function):
     """Keeps sigma, the row identities and (scale="rms") one number a row: nothing of the size of `h`."""
 
-    @classmethod
-    def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        """The base class's, without what it does for torch.func's sake: ten microseconds beside a small model's layer."""
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args, **kwargs)
-        return super(torch.autograd.Function, cls).apply(*args, **kwargs)  # type: ignore[misc]
-
     @staticmethod
     def forward(ctx: Any, h: Tensor, log_sigma: Tensor, draw: Draw) -> Tensor:
         u, rms = draw.engine.perturb_fwd(h.contiguous(), draw.sigma, draw.stream, draw.scale, draw.rounding)
