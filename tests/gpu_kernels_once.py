@@ -35,8 +35,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = ((1, 1), (3, 7), (2, 1031), (5, 512))
 """(N, D): one number, fewer channels than a group's quarter fills, a prime past one tile, full tiles of whole vectors."""
 FILLING = ROWS_A_MULTIPROCESSOR * noise.multiprocessors(DEVICE)
-VOCABS = ((1, 1), (2, 5), (3, 1024), (1, 16391), (FILLING, 4099))
-"""(n, V): likewise; past one tile of 16384, of few rows, and one of 4096, of rows that fill the device."""
+VOCABS = ((1, 1), (2, 5), (3, 1024), (1, 8209), (FILLING, 4099))
+"""(n, V): likewise; past one tile of 8192, of few rows, and one of 4096, of rows that fill the device."""
 
 
 class Options(NamedTuple):

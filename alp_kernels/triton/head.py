@@ -588,11 +588,10 @@ def _head_args(x: Tensor, head: Head) -> tuple[tuple[Tensor | float | int | None
     quarter = triton.cdiv(vocabulary, 4)
     stream = (None, 0, 0, 0, 0, 0) if head.sigma is None or head.stream is None else stream_args(head.stream)
     softcap = None if head.softcap is None else float(head.softcap)
-    # one 128-bit load a thread from each of the four streams; with noise, registers for Philox and both pairs of normals
-    largest = MAX_TILE if head.sigma is None and x.itemsize == 2 else MAX_TILE // 2
-    # rows that fill the device take four warps each; fewer take more, and tiles that keep as much on its way a thread
-    filled = ROWS_A_MULTIPROCESSOR * multiprocessors(x.device)
-    more = 1 if num_rows >= filled else 2 if 2 * num_rows >= filled else 4
+    # loads of 128 bits, and registers enough for Philox and both pairs of normals
+    largest = MAX_TILE if head.sigma is None else MAX_TILE // 2
+    # rows that fill the device take four warps each; fewer take twice as many, and as much more on its way
+    more = 1 if num_rows >= ROWS_A_MULTIPROCESSOR * multiprocessors(x.device) else 2
     block_q = min(more * largest, triton.next_power_of_2(quarter))
     return (head.sigma, *stream, float(head.logit_scale), softcap, vocabulary, quarter, block_q), {
         "num_warps": 4 * more
