@@ -46,8 +46,8 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
 MARK = "<!-- python -m tests.aot --write -->"
 RARE = {
     "(target % Q >= start) & (target % Q < start + BLOCK_Q)",  # one tile of a row
-    "tl.max(tile, axis=0) > LIMIT",  # few rows, a few times; the function's loop rescales what is written
-    "_add_tile",
+    "tl.max(tile, axis=0) > LIMIT",  # few rows, a few times
+    "_rescale",
 }
 """Branches and functions whose instructions do not count to an element's."""
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
@@ -202,7 +202,7 @@ def listing(text: str) -> Listing:
 def loops(code: Listing) -> dict[str, int]:
     """How many instructions each loop has, by the function that it stands in; without RARE branches and loops within."""
     following = [_following(code, i) for i in range(len(code.instructions))]
-    bodies: dict[tuple[str, int], set[int]] = {}  # by the line of a `for`
+    bodies: dict[tuple[str, int], set[int]] = {}  # by the loop's line; of its copies the shortest: others have masks
     for last, targets in enumerate(following):
         for first in targets:
             if first < last and (way := _shortest(following, first, last)):
@@ -275,7 +275,11 @@ def _shortest(following: list[list[int]], first: int, last: int) -> list[int]:
 @functools.cache
 def _for_lines() -> dict[tuple[str, int], str]:
     """File and line of each loop of alp_kernels.triton that is not unrolled, and the function it stands in."""
-    return {place: name for place, name, node in _statements() if isinstance(node, ast.For) and not _is_unrolled(node)}
+    return {
+        place: name
+        for place, name, node in _statements()
+        if isinstance(node, (ast.For, ast.While)) and not _is_unrolled(node)
+    }
 
 
 @functools.cache
@@ -283,8 +287,8 @@ def _rare_lines() -> set[tuple[str, int]]:
     return {place for place, _, node in _statements() if isinstance(node, ast.If) and ast.unparse(node.test) in RARE}
 
 
-def _is_unrolled(node: ast.For) -> bool:
-    return "static_range" in ast.unparse(node.iter)
+def _is_unrolled(node: ast.For | ast.While) -> bool:
+    return isinstance(node, ast.For) and "static_range" in ast.unparse(node.iter)
 
 
 def _statements() -> Iterator[tuple[tuple[str, int], str, ast.stmt]]:

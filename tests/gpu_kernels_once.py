@@ -27,6 +27,7 @@ from alp_kernels.noise import LOGITS_LAYER, NORMAL_BOUND, Stream
 from alp_kernels.objective import PRESETS, LossRows, Objective
 from alp_kernels.reference import Head, HeadRows, Norm
 from alp_kernels.triton import engine, noise
+from alp_kernels.triton.head import ROWS_A_MULTIPROCESSOR
 
 from .compare import FLOOR, assert_within_budget
 from .conftest import DEVICE
@@ -34,8 +35,9 @@ from .conftest import DEVICE
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = ((1, 1), (3, 7), (2, 1031), (5, 512))
 """(N, D): one number, fewer channels than a group's quarter fills, a prime past one tile, full tiles of whole vectors."""
-VOCABS = ((1, 1), (2, 5), (3, 1024), (3, 16391), (800, 4099))
-"""(n, V): likewise; past one tile of 16384, of few rows, and one of 4096, of rows that fill a device."""
+FILLING = ROWS_A_MULTIPROCESSOR * noise.multiprocessors(DEVICE)
+VOCABS = ((1, 1), (2, 5), (3, 1024), (1, 8209), (FILLING, 4099))
+"""(n, V): likewise; past one tile of 8192, of few rows, and one of 4096, of rows that fill the device."""
 
 
 class Options(NamedTuple):
@@ -241,7 +243,7 @@ def head_exp(shapes: Iterable[tuple[int, int]] = VOCABS) -> None:
     for n, vocab in shapes:
         for dtype in (torch.float32, torch.bfloat16):
             x, targets = logits(n, vocab, dtype)
-            x[:, -1] += 100  # raises the base, but for a row whose target it is
+            x[2:, -1] += 100  # raises the base in the last tile
             for head in (Head(), Head(1.3, None, heads(n)[2].temperature)):
 
                 def run(module, device, double, given=(x, targets, head)):

@@ -97,7 +97,7 @@ def _tanh(x):
 
 @triton.jit
 def _row_settings(n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_ptr, row_start):
-    """head, the row's identity, scale and 1 / temperature."""
+    """Of head: gain, inner and sigma; the row's identity, scale and 1 / temperature."""
     over_temperature = 1.0
     if temperature_ptr is not None:
         over_temperature = tl.div_rn(1.0, tl.load(temperature_ptr + n))
@@ -110,8 +110,8 @@ def _row_settings(n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_p
     sigma = 0.0
     if sigma_ptr is not None:
         sigma = tl.load(sigma_ptr) * over_temperature * LOG2E
-    head = (outer * over_temperature * LOG2E, inner, softcap, sigma)
-    return head, row_identity(n, row_ids_ptr, row_start, True), scale, over_temperature
+    row = row_identity(n, row_ids_ptr, row_start, True)
+    return outer * over_temperature * LOG2E, inner, sigma, row, scale, over_temperature
 
 
 @triton.jit
@@ -229,33 +229,41 @@ def _exponentials(t, dtype: tl.constexpr):
 
 
 @triton.jit
-def _add_tile(
-    x_ptr, start, target, head, noise, base, total, weighted, V, Q,
+def _rescale(x_ptr, stop, by, V, Q, BLOCK_Q: tl.constexpr):
+    """Multiplies the tiles before `stop`."""
+    tl.debug_barrier()
+    for start in range(0, stop, BLOCK_Q):
+        for j in tl.static_range(4):
+            scaled = widen(tl.load(x_ptr + j * Q + start + tl.arange(0, BLOCK_Q))) * by
+            _store(x_ptr, round_nearest(scaled, x_ptr.dtype.element_ty), j, start, V, Q, BLOCK_Q, False)
+
+
+@triton.jit
+def _sums(
+    x_ptr, start, stop, target, head, noise, base, total, weighted, V, Q,
     BLOCK_Q: tl.constexpr, IS_LAST: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """base and the sums of e = 2^t and e t, with the tile at `start`; IN_PLACE: e replaces its logits."""
-    t, _, _ = _tile(x_ptr, start, target, head, noise, base, V, Q, BLOCK_Q, IS_LAST)
-    e, tile, weighted_tile = _exponentials(t, x_ptr.dtype.element_ty)
-    if tl.max(tile, axis=0) > LIMIT:  # infinity too; a few times in a row at most
-        z, _, _ = _tile(x_ptr, start, target, head, noise, 0.0, V, Q, BLOCK_Q, IS_LAST)
-        new_base = _largest(z)
-        shrink = _exp2(base - new_base)
-        weighted = shrink * tl.fma(total, base - new_base, weighted)
-        total *= shrink
-        if IN_PLACE:
-            tl.debug_barrier()
-            for before in range(0, start, BLOCK_Q):
-                for j in tl.static_range(4):
-                    written = tl.load(x_ptr + j * Q + before + tl.arange(0, BLOCK_Q))
-                    shrunk = round_nearest(widen(written) * shrink, x_ptr.dtype.element_ty)
-                    _store(x_ptr, shrunk, j, before, V, Q, BLOCK_Q, False)
-        base = new_base
-        t, _, _ = _tile(x_ptr, start, target, head, noise, base, V, Q, BLOCK_Q, IS_LAST)  # not z - base: z is rounded
+    """base and the sums of e = 2^t and e t, with the tiles from `start` to `stop`; IN_PLACE: e replaces its logits."""
+    while start < stop:
+        t, _, _ = _tile(x_ptr, start, target, head, noise, base, V, Q, BLOCK_Q, IS_LAST)
         e, tile, weighted_tile = _exponentials(t, x_ptr.dtype.element_ty)
-    if IN_PLACE:
-        for j in tl.static_range(4):
-            _store(x_ptr, e[j], j, start, V, Q, BLOCK_Q, IS_LAST)
-    return base, total + tile, weighted + weighted_tile
+        if tl.max(tile, axis=0) > LIMIT:  # infinity too; NaN not. The tile's turn comes again, with a base that it has
+            z, _, _ = _tile(x_ptr, start, target, head, noise, 0.0, V, Q, BLOCK_Q, IS_LAST)
+            new_base = _largest(z)
+            shrink = _exp2(base - new_base)
+            weighted = shrink * tl.fma(total, base - new_base, weighted)
+            total *= shrink
+            if IN_PLACE:
+                _rescale(x_ptr, start, shrink, V, Q, BLOCK_Q)
+            base = new_base
+        else:
+            if IN_PLACE:
+                for j in tl.static_range(4):
+                    _store(x_ptr, e[j], j, start, V, Q, BLOCK_Q, IS_LAST)
+            total += tile
+            weighted += weighted_tile
+            start += BLOCK_Q
+    return base, total, weighted
 
 
 @triton.jit
@@ -271,14 +279,12 @@ def _row_fwd(x_ptr, target, head, noise, V, Q, BLOCK_Q: tl.constexpr, IN_PLACE: 
     total = tl.zeros([BLOCK_Q], tl.float32)
     weighted = tl.zeros([BLOCK_Q], tl.float32)
     last = _last_start(V, Q, BLOCK_Q)
-    for start in range(0, last, BLOCK_Q):
-        base, total, weighted = _add_tile(
-            x_ptr, start, target, head, noise, base, total, weighted, V, Q, BLOCK_Q, False, IN_PLACE
-        )
-    if last < Q:
-        base, total, weighted = _add_tile(
-            x_ptr, last, target, head, noise, base, total, weighted, V, Q, BLOCK_Q, True, IN_PLACE
-        )
+    base, total, weighted = _sums(
+        x_ptr, last * 0, last, target, head, noise, base, total, weighted, V, Q, BLOCK_Q, False, IN_PLACE
+    )
+    base, total, weighted = _sums(
+        x_ptr, last, Q, target, head, noise, base, total, weighted, V, Q, BLOCK_Q, True, IN_PLACE
+    )
     others = tl.sum(total, axis=0)
     others_weighted = tl.sum(weighted, axis=0)
     # from here on relative to the target where it is among the largest: its 1 stays out of log1p, and the logarithm of a
@@ -371,7 +377,10 @@ def _head_fwd_kernel(
     V, Q, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    head, row, _, _ = _row_settings(n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_ptr, row_start)
+    gain, inner, sigma, row, _, _ = _row_settings(
+        n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_ptr, row_start
+    )
+    head = (gain, inner, softcap, sigma)
     noise = (sigma_ptr, row, seed_lo, seed_hi, step, layer)
     target = tl.load(targets_ptr + n).to(tl.int32)
     logp, entropy, lse, whole = _row_fwd(x_ptr + n * V, target, head, noise, V, Q, BLOCK_Q, whole_ptr is not None)
@@ -421,9 +430,10 @@ def _head_bwd_kernel(
     V, Q, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    head, row, scale, over_temperature = _row_settings(
+    gain, inner, sigma, row, scale, over_temperature = _row_settings(
         n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_ptr, row_start
     )
+    head = (gain, inner, softcap, sigma)
     noise = (sigma_ptr, row, seed_lo, seed_hi, step, layer)
     dentropy = 0.0
     if dentropy_ptr is not None:
@@ -508,9 +518,10 @@ def _head_token_loss_kernel(
     KL: tl.constexpr,  # Objective.kl
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    head, row, scale, over_temperature = _row_settings(
+    gain, inner, sigma, row, scale, over_temperature = _row_settings(
         n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_ptr, row_start
     )
+    head = (gain, inner, softcap, sigma)
     noise = (sigma_ptr, row, seed_lo, seed_hi, step, layer)
     target = tl.load(targets_ptr + n).to(tl.int32)
     logp, entropy, lse, whole = _row_fwd(x_ptr + n * V, target, head, noise, V, Q, BLOCK_Q, coefficient_ptr is not None)
@@ -577,11 +588,10 @@ def _head_args(x: Tensor, head: Head) -> tuple[tuple[Tensor | float | int | None
     quarter = triton.cdiv(vocabulary, 4)
     stream = (None, 0, 0, 0, 0, 0) if head.sigma is None or head.stream is None else stream_args(head.stream)
     softcap = None if head.softcap is None else float(head.softcap)
-    # one 128-bit load a thread from each of the four streams; with noise, registers for Philox and both pairs of normals
-    largest = MAX_TILE if head.sigma is None and x.itemsize == 2 else MAX_TILE // 2
-    # rows that fill the device take four warps each; fewer take more, and tiles that keep as much on its way a thread
-    filled = ROWS_A_MULTIPROCESSOR * multiprocessors(x.device)
-    more = 1 if num_rows >= filled else 2 if 2 * num_rows >= filled else 4
+    # loads of 128 bits, and registers enough for Philox and both pairs of normals
+    largest = MAX_TILE if head.sigma is None else MAX_TILE // 2
+    # rows that fill the device take four warps each; fewer take twice as many, and as much more on its way
+    more = 1 if num_rows >= ROWS_A_MULTIPROCESSOR * multiprocessors(x.device) else 2
     block_q = min(more * largest, triton.next_power_of_2(quarter))
     return (head.sigma, *stream, float(head.logit_scale), softcap, vocabulary, quarter, block_q), {
         "num_warps": 4 * more
