@@ -406,7 +406,7 @@ class Tiled(_Sums):
     def _share(self, start: int) -> Tensor:
         """The rows of dW that the tile from token `start` on turns into."""
         if self.dweight is None:
-            self.dweight = self.plan.engine.empty_like(self.weight)
+            self.dweight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
         return self.dweight[start : start + self.plan.engine.TILE]
 
     def _gradient(self, num_rows: int, start: int) -> Tensor:

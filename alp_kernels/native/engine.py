@@ -22,9 +22,6 @@ KEEPS_EXPONENTIALS = False
 FUSES_TOKEN_LOSS = False
 TILE = 4096
 
-LARGE = 32 << 20
-"""Bytes from which on memory is asked for in large pages: the C library takes it from the system anew each time."""
-
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -36,14 +33,6 @@ def unavailable(device: torch.device) -> str | None:
 def _floats(*shape: int) -> Tensor:
     """Room for results; said in full, since torch's default dtype and device are the caller's to change."""
     return torch.empty(*shape, dtype=torch.float32, device="cpu")
-
-
-def empty_like(tensor: Tensor) -> Tensor:
-    """torch.empty_like, contiguous; in large pages where the system has them, whose first touch costs less."""
-    room = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    if room.nbytes >= LARGE:
-        c.library.alp_use_large_pages(room.data_ptr(), room.nbytes)
-    return room
 
 
 def _at(tensor: Tensor | None) -> int | None:

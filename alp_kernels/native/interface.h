@@ -8,7 +8,7 @@
 namespace alp {
 
 // Raised with every change to a structure or a signature below; engine.py refuses a library with another number.
-constexpr int32_t INTERFACE = 7;
+constexpr int32_t INTERFACE = 6;
 
 constexpr uint32_t ROUNDING_BIT = 0x8000;  // set in the layer for the bits of stochastic rounding
 

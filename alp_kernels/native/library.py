@@ -10,7 +10,7 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-INTERFACE = 7
+INTERFACE = 6
 """Must equal INTERFACE in interface.h: a library built from other sources would read other structures."""
 
 CARRY = 5  # as in interface.h
@@ -105,7 +105,6 @@ class HeadBwd(Structure):
 
 _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "alp_choose_isa": (c_char_p, [c_char_p]),
-    "alp_use_large_pages": (None, [c_void_p, c_int64]),
     "alp_philox": (None, [c_void_p, c_void_p, c_int64, c_uint64]),
     "alp_normals": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64]),
     "alp_words": (None, [POINTER(Stream), c_void_p, c_int64, c_int64, c_int32]),

@@ -1,8 +1,5 @@
 // The C interface that engine.py calls: which build of the rows serves this CPU, and threads over rows.
-#include <stdint.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <vector>
 
@@ -105,17 +102,6 @@ const char* alp_choose_isa(const char* name) {
         }
     }
     return nullptr;
-}
-
-// Asks for large pages for the whole pages of a piece of memory; a system that has none goes on as before.
-void alp_use_large_pages(char* start, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(start);
-    const uintptr_t first = (at + page - 1) / page * page, last = (at + static_cast<uintptr_t>(bytes)) / page * page;
-    if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
-#endif
 }
 
 void alp_philox(const int64_t* counter, int64_t* out, int64_t count, uint64_t key) {
