@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from alp_kernels import LogitNoise, Objective, attach, fused_alp_loss, linear_logprob, perturb, perturb_rms_norm
 from alp_kernels.noise import Stream
+from bench import counts
 
 from .conftest import DEVICE
 from .gpu_kernels_once import OPS, all_kernels, launched
@@ -55,6 +56,16 @@ def test_every_kernel_has_an_op_that_launches_it():
         for function in OPS.values():
             function([(2, 130)])
     assert names == all_kernels()
+
+
+# ------------------------------------------------------------------ waits
+
+
+@needs_cuda
+def test_the_host_waits_no_more_often_than_test_syncs_counts():
+    for what, call in counts.calls(counts.make_sample(DEVICE, smoke=True)):
+        found = counts.waits(call)
+        assert found.total() <= (2 if "sequence_ids" in what else 1), f"{what}: {found}"
 
 
 # ------------------------------------------------------------------ bits repeat
