@@ -209,12 +209,12 @@ class LinearLogprob(torch.autograd.Function):
 def logprob_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, order: Tensor) -> HeadRows:
     """Log-probability, entropy and log-sum-exp, each (N,), of the rows `order`; 0 at the others."""
     real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    out = HeadRows(*(torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(3)))
+    out = HeadRows(*(torch.zeros(len(hidden), dtype=d, device=hidden.device) for d in (real, real, torch.float64)))
     products = plan.products(hidden, weight, bias, [False] * 4, 0)
     with torch.autocast(hidden.device.type, enabled=False):
         for index in products.parts(order):
             for whole, part in zip(out, products.logprob(index), strict=True):
-                whole[index] = part
+                whole[index] = part.to(whole.dtype)
     return out
 
 

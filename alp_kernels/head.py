@@ -103,7 +103,7 @@ def check_head(
             f"{where}: weight has shape {tuple(weight.shape)}: one rank's flat shard (FSDP1, ZeRO-3)? It needs (V, {channels}): "
             "take the loss inside the wrapped forward, where the weight is whole, or from log-probabilities with policy_loss"
         )
-    if weight.dim() != 2 or weight.shape[1] != channels:
+    if weight.dim() != 2 or weight.shape[1] != channels or len(weight) == 0:
         raise ValueError(
             f"{where}: weight has shape {tuple(weight.shape)}; hidden {tuple(hidden.shape)} needs (V, {channels})"
         )
@@ -159,8 +159,9 @@ def check_head(
             raise ValueError(
                 f"{where}: temperature has shape {tuple(temperature.shape)}; it needs () or {tuple(targets.shape)}"
             )
-        tau = temperature.detach().to(hidden.device, real, non_blocking=True).expand(targets.shape).reshape(-1)
-        lowest = transfer.ask(temperature.detach().amin())
+        tau = temperature.detach().to(hidden.device, real, non_blocking=True)
+        lowest = transfer.ask(tau.amin())
+        tau = (tau.reshape(()) if tau.numel() == 1 else tau).expand(targets.shape).reshape(-1)
 
         def check_temperature() -> None:
             if not lowest.numbers[0] > 0:

@@ -67,7 +67,8 @@ def _linear_logprob(*args: Any) -> tuple[Tensor, ...]:
 
 def _linear_logprob_fake(*args: Any) -> tuple[Tensor, ...]:
     hidden, targets = args[0], args[TARGETS]
-    return tuple(hidden.new_empty(targets.shape, dtype=ops.real(hidden)) for _ in range(3))
+    real = ops.real(hidden)
+    return tuple(hidden.new_empty(targets.shape, dtype=dtype) for dtype in (real, real, torch.float64))
 
 
 def _linear_logprob_backward(*args: Any) -> tuple[Tensor, ...]:

@@ -140,7 +140,7 @@ def _sequences(
 def _of_cu_seqlens(
     where: str, num_rows: int, device: torch.device, cu_seqlens: Tensor, transfer: Transfer
 ) -> _Sequences:
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.is_complex():
         raise ValueError(
             f"{where}: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it needs integers (B + 1,)"
         )
@@ -330,7 +330,7 @@ def flatten(
             f"{where}: objective is {objective!r}; it needs an Objective, e.g. Objective.preset('alp-sequence')"
         )
     for name, value in (("advantages", advantages), ("cu_seqlens", cu_seqlens), ("sequence_ids", sequence_ids)):
-        if value is not None and not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) and (value is not None or name == "advantages"):
             raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor")
     q = _per_token(where, "rollout_logp", rollout_logp, shape, dtype, device)
     mask_values = _per_token(where, "mask", mask, shape, mask.dtype if isinstance(mask, Tensor) else dtype, device)

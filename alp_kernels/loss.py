@@ -171,6 +171,8 @@ def importance_weight(
         raise ValueError(
             "importance_weight: objective.weight is None; presets 'tis-token', 'tis-sequence', 'mis' have one"
         )
+    if old_logp.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"importance_weight: old_logp is {old_logp.dtype}; it needs torch.float32")
     transfer = Transfer()
     unread = flatten(
         "importance_weight",

@@ -222,6 +222,8 @@ class Perturbation(nn.Module):
         if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= step <= MAX_STEP:
             raise ValueError(f"perturbed: step={step!r}; it needs an int in [0, {MAX_STEP}]")
         step = operator.index(step)
+        if row_ids is not None and not isinstance(row_ids, Tensor):
+            raise TypeError(f"perturbed: row_ids is a {type(row_ids).__name__}; it needs a torch.Tensor of int64")
         if self._scope.is_on:
             raise RuntimeError("perturbed: this scope is already open; scopes do not nest")
         if not self._removables:
@@ -302,14 +304,15 @@ class Perturbation(nn.Module):
     def _set_position(self, is_new: bool) -> None:
         """Write where the noise stands to the device, without waiting for it."""
         device = self.log_sigma.device
-        if self._position is None or self._position.device != device:
-            if not is_new:
-                self._next_row = self._rows_so_far()
-            self._position, is_new = torch.empty(3, dtype=torch.int64, device=device), True
-        if is_new:
-            self._position[0].fill_(self._step)
-            self._position[1].fill_(self._first_row())
-        self._position[2].zero_()
+        with torch.inference_mode(False):  # a tensor of an inference scope could not be written outside of one
+            if self._position is None or self._position.device != device:
+                if not is_new:
+                    self._next_row = self._rows_so_far()
+                self._position, is_new = torch.empty(3, dtype=torch.int64, device=device), True
+            if is_new:
+                self._position[0].fill_(self._step)
+                self._position[1].fill_(self._first_row())
+            self._position[2].zero_()
 
     def _rows_so_far(self) -> int:
         return self._next_row if self._position is None else int(self._position[1]) % (1 << _RANK_SHIFT)

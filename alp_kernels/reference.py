@@ -194,7 +194,7 @@ class Head(NamedTuple):
 class HeadRows(NamedTuple):
     logp: Tensor  # (n,) log-probability of the target
     entropy: Tensor  # (n,) of the whole distribution, in nats
-    lse: Tensor  # (n,) log-sum-exp of z
+    lse: Tensor  # (n,) log-sum-exp of z; an engine whose backward would lose too much to its rounding gives it in float64
 
 
 def _transform(x: Tensor, head: Head) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -241,7 +241,9 @@ def head_bwd(
     dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H)
     """
     z, tanh, eps = _transform(x, head)
-    log_p = (z - rows.lse[:, None]).scatter(1, targets[:, None], rows.logp[:, None])  # with the digits lse lost
+    log_p = (z - rows.lse.to(z.dtype)[:, None]).scatter(
+        1, targets[:, None], rows.logp[:, None]
+    )  # with the digits lse lost
     dz = -dlogp[:, None] * log_p.exp()
     certain = dlogp * -torch.expm1(rows.logp)  # dlogp (1 - p), without cancellation
     dz.scatter_(1, targets[:, None], certain[:, None])

@@ -89,7 +89,7 @@ class Stats:
 
     @property
     def sequence_log_ratio(self) -> Tensor:
-        """(n,) sum (mean where geometric) of log_ratio over the token's sequence."""
+        """(n,) sum (mean where geometric) of log_ratio over the token's sequence; over all where sequences are not known."""
         return self._of_sequence("log_ratio", self.objective.geometric)
 
     @property

@@ -15,7 +15,8 @@ class Asked:
     numbers: list[float]
 
     def __init__(self, values: Tensor) -> None:
-        self.values = values.detach().reshape(-1)
+        is_narrow = values.is_floating_point() and values.itemsize < 4  # NumPy knows no bfloat16
+        self.values = (values.detach().float() if is_narrow else values.detach()).reshape(-1).contiguous()
 
 
 class Transfer:
@@ -26,7 +27,7 @@ class Transfer:
         self._checks: list[Callable[[], None]] = []
 
     def ask(self, values: Tensor) -> Asked:
-        """values: bool, integers or floats of 32 or 64 bits, any shape."""
+        """values: bool, integers or floats, any shape."""
         self._asked.append(Asked(values))
         return self._asked[-1]
 
@@ -37,7 +38,7 @@ class Transfer:
     def bring(self) -> None:
         for device in {asked.values.device for asked in self._asked}:
             parts = [asked for asked in self._asked if asked.values.device == device]
-            content = torch.cat([part.values.view(torch.uint8) for part in parts]).cpu().numpy().tobytes()
+            content = bytes(torch.cat([part.values.view(torch.uint8) for part in parts]).tolist())
             start = 0
             for part in parts:
                 kind = np.dtype(str(part.values.dtype).removeprefix("torch."))

@@ -66,7 +66,7 @@ class _SplitEngine:
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(self.shard.group))]
         dist.all_gather(parts, rows, group=self.shard.group)
         logp, entropy, lse = _joined(*torch.stack(parts).unbind(1))
-        return HeadRows(logp.to(out.logp.dtype), entropy.to(out.logp.dtype), lse.to(out.logp.dtype))
+        return HeadRows(logp.to(out.logp.dtype), entropy.to(out.logp.dtype), lse)
 
     def head_bwd(
         self, x: Tensor, targets: Tensor, head: Head, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None

@@ -50,7 +50,13 @@ RARE = {
     "_rescale",
 }
 """Branches and functions whose instructions do not count to an element's."""
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
 
 D, V = 4096, 151936
 ROWS = 6  # as many as keep the one multiprocessor of a CPU busy

@@ -500,3 +500,15 @@ def test_peft_adapters_are_perturbed():
     with handle.perturbed(step=0):
         model(ids()).logits.square().mean().backward()
     assert (handle.log_sigma.grad != 0).all()
+
+
+def test_a_scope_of_inference_leaves_a_capturable_handle_usable():
+    model, x = make_model(), ids()
+    with attach(model, capturable=True) as handle:
+        with torch.inference_mode(), handle.perturbed(step=0):
+            model(x)
+        with handle.perturbed(step=1):
+            model(x).logits.sum().backward()
+        assert handle.log_sigma.grad.abs().min() > 0
+        with pytest.raises(TypeError, match="row_ids is a list"), handle.perturbed(step=2, row_ids=[0, 1]):
+            pass

@@ -475,3 +475,18 @@ def test_bad_input_is_named(change, error, message):
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="the batch is empty"):
         linear_logprob(torch.zeros(0, 4), torch.zeros(3, 4), torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_temperature_may_be_a_tensor_of_any_float_dtype(dtype):
+    hidden, weight, targets, _ = make_head(0, 2, 3, dtype=torch.float32)
+    expected = linear_logprob(hidden, weight, targets, temperature=0.5)
+    for temperature in (torch.tensor(0.5), torch.full((1, 1), 0.5), torch.full((2, 3), 0.5)):
+        found = linear_logprob(hidden, weight, targets, temperature=temperature.to(DEVICE, dtype))
+        assert all(map(torch.equal, found, expected))
+
+
+def test_an_empty_vocabulary_is_refused():
+    hidden, weight, targets, _ = make_head(0, 2, 3)
+    with pytest.raises(ValueError, match=r"weight has shape \(0, 16\)"):
+        linear_logprob(hidden, weight[:0], targets)

@@ -337,3 +337,32 @@ def test_an_unknown_preset_names_the_nearest():
         Objective.preset("alp-sequnce")
     with pytest.raises(ValueError, match="clip is no field; it needs one of level, geometric, clip_low"):
         Objective.preset("grpo", clip=0.3)
+
+
+def test_values_come_to_the_host_whatever_their_strides():
+    q, a = torch.full((4,), -1.0), torch.ones(4)
+    bounds = torch.tensor([[0, 9], [2, 9], [4, 9]])
+    for cu_seqlens in (bounds[:, 0], bounds[:, 0].int(), bounds[:, 0].contiguous()):
+        out = policy_loss(q, q, a, a, objective=Objective("sequence"), cu_seqlens=cu_seqlens)
+        assert float(out.loss) == -1.0
+    with pytest.raises(ValueError, match=r"cu_seqlens is torch.complex64 .* needs integers"):
+        policy_loss(q, q, a, a, objective=Objective("sequence"), cu_seqlens=bounds[:, 0].to(torch.complex64))
+
+
+def test_a_loss_of_log_probabilities_goes_through_torch_func():
+    b = make_batch(0)
+    logp = b.pop("logp")
+
+    def loss(p):
+        return policy_loss(p, **b, objective=Objective("sequence")).loss
+
+    leaf = logp.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(logp), torch.autograd.grad(loss(leaf), leaf)[0], rtol=0, atol=0)
+
+
+def test_what_is_no_tensor_of_floats_is_named():
+    q, a = torch.full((4,), -1.0), torch.ones(4)
+    with pytest.raises(TypeError, match="advantages is a NoneType"):
+        policy_loss(q, q, None, a, objective=Objective())
+    with pytest.raises(TypeError, match=r"importance_weight: old_logp is torch.int64"):
+        importance_weight(q.long(), q, a, objective=Objective.preset("mis"))

@@ -140,13 +140,13 @@ def test_tis_and_mis_weigh_by_the_rollout_engine(tmp_path: Path) -> None:
 def test_every_update_forward_is_perturbed_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(write_llama(tmp_path / "llama"))
     calls = {"perturbed": 0, "forwards": 0, "in_training_mode": 0}
-    genuine = alp_kernels.perturbation.perturb
+    genuine = alp_kernels.perturbation.Perturb.forward
 
-    def counted(*args: Any, **named: Any) -> Tensor:
+    def counted(*args: Any) -> Tensor:
         calls["perturbed"] += 1
-        return genuine(*args, **named)
+        return genuine(*args)
 
-    monkeypatch.setattr(alp_kernels.perturbation, "perturb", counted)
+    monkeypatch.setattr(alp_kernels.perturbation.Perturb, "forward", staticmethod(counted))
     trainer = make(
         tmp_path,
         model=path,

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from alp_kernels import attach, fused_alp_loss, reference
+from alp_kernels import attach, fused_alp_loss, linear_logprob, reference
 from alp_kernels import objective as objectives
 from alp_kernels import perturb as perturb_rows
 from alp_kernels.noise import LOGITS_LAYER, MAX_ROW, MAX_SEED, MAX_STEP, NORMAL_BOUND, Stream
@@ -863,3 +863,14 @@ def test_empty_chunks_launch_nothing():
     out, dsigma, c = engine.head_token_loss(x, targets, Head(), LossRows(none, none, none), Objective())
     assert out.logp.shape == c.shape == engine.head_exp(x, targets, Head())[1].shape == (0,)
     assert dsigma is None
+
+
+@pytest.mark.parametrize("largest", [50.123, 3000.0, 30000.0])
+def test_backward_knows_a_large_log_sum_exp_to_the_last_digit(largest):
+    """Rounded to float32 it would move every probability by |lse| 2^-24: the gradients of a row's logits would not cancel."""
+    weight = torch.tensor([[largest], [0.0], [1.0]], device=DEVICE, requires_grad=True)
+    hidden, target = torch.ones(1, 1, device=DEVICE), torch.ones(1, dtype=torch.int64, device=DEVICE)
+    logp, entropy = linear_logprob(hidden, weight, target, engine="triton", temperature=0.7)
+    (dlogp,) = torch.autograd.grad(logp.sum(), weight, retain_graph=True)
+    (dentropy,) = torch.autograd.grad(entropy.sum(), weight)
+    assert abs(float(dlogp.sum())) < 5e-7 and float(dentropy.abs().max()) < 1e-6

@@ -302,7 +302,9 @@ def _row_fwd(x_ptr, target, head, noise, V, Q, BLOCK_Q: tl.constexpr, IN_PLACE: 
     if IN_PLACE:
         tl.debug_barrier()
         tl.store(x_ptr + target, round_nearest(-others, x_ptr.dtype.element_ty))
-    return logp, entropy, tl.fma(base + shift, LN2, log_whole), whole
+    # wide: rounded to float32 it would be wrong by |lse| 2^-24, and with it every probability that backward makes of it
+    lse = (tl.cast(base, tl.float64) + tl.cast(shift, tl.float64)) / LOG2E + tl.cast(log_whole, tl.float64)
+    return logp, entropy, lse, whole
 
 
 @triton.jit
@@ -334,12 +336,14 @@ def _row_bwd(
     target_y, target_eps = _at_target(x_ptr, target, head, noise, Q)
     tl.debug_barrier()  # before another thread replaces it
     to_x = scale * over_temperature
-    base = lse * LOG2E
-    lost = _exp2(-tl.fma(lse, LOG2E, -base))  # what base lost in rounding
+    exact = lse * LOG2E  # float64
+    base = tl.cast(exact, tl.float32)
+    apart = tl.cast(tl.cast(base, tl.float64) - exact, tl.float32)  # what base lost in rounding
+    lost = _exp2(apart)
     factor = -to_x * lost * dlogp
     by_entropy = -to_x * lost * LN2 * dentropy
     if HAS_DENTROPY:
-        factor -= to_x * lost * dentropy * entropy
+        factor -= to_x * lost * dentropy * tl.fma(apart, LN2, entropy)
     dsigma = tl.zeros([BLOCK_Q], tl.float32)
     last = _last_start(V, Q, BLOCK_Q)
     for start in range(0, last, BLOCK_Q):
@@ -370,7 +374,7 @@ def _row_bwd(
 @triton.jit(do_not_specialize=STREAM_ARGS)
 def _head_fwd_kernel(
     x_ptr, targets_ptr, temperature_ptr,  # (n, V), (n,) int64, (n,) float32 or None
-    logp_ptr, entropy_ptr, lse_ptr, whole_ptr,  # (n,) float32, the last None: x stays as it is
+    logp_ptr, entropy_ptr, lse_ptr, whole_ptr,  # (n,) float32, lse float64, the last None: x stays as it is
     sigma_ptr, row_ids_ptr,  # () float32 or None: no noise, (n,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
     logit_scale, softcap,  # softcap: None, or a float
@@ -422,7 +426,7 @@ def head_exp(x: Tensor, targets: Tensor, head: Head) -> tuple[HeadRows, Tensor]:
 @triton.jit(do_not_specialize=STREAM_ARGS)
 def _head_bwd_kernel(
     x_ptr, targets_ptr, temperature_ptr,  # (n, V), (n,) int64, (n,) float32 or None
-    logp_ptr, entropy_ptr, lse_ptr,  # (n,) float32
+    logp_ptr, entropy_ptr, lse_ptr,  # (n,) float32, the last float64
     dlogp_ptr, dentropy_ptr, dsigma_ptr,  # (n,), (n,) or None, (n,) or None
     sigma_ptr, row_ids_ptr,
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
@@ -456,7 +460,8 @@ def head_bwd(
     dsigma = None if head.sigma is None else _empty(x)  # a part a row, added up in a fixed order afterwards
     if len(x):
         args, options = _head_args(x, head)
-        numbers = _contiguous(targets, head.temperature, *rows, dlogp, dentropy)
+        given = rows._replace(lse=rows.lse.double())
+        numbers = _contiguous(targets, head.temperature, *given, dlogp, dentropy)
         with on_device(x):
             _head_bwd_kernel[(len(x),)](x, *numbers, dsigma, *args, **options)
     return None if dsigma is None else dsigma.sum()
@@ -507,7 +512,7 @@ def _dkl(log_ratio, KL: tl.constexpr):
 @triton.jit(do_not_specialize=STREAM_ARGS)
 def _head_token_loss_kernel(
     x_ptr, targets_ptr, temperature_ptr,  # (n, V), (n,) int64, (n,) float32 or None
-    logp_ptr, entropy_ptr, lse_ptr,  # (n,) float32
+    logp_ptr, entropy_ptr, lse_ptr,  # (n,) float32, the last float64
     coefficient_ptr, dsigma_ptr,  # (n,) float32 or None
     denominator_ptr, advantages_ptr, weight_ptr, is_weight_ptr, ref_logp_ptr,  # (n,) float32, the last two may be None
     clip_min, clip_max, dual_clip, kl_coef, entropy_coef,  # the last three: None, or a float
@@ -608,4 +613,4 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _empty_rows(x: Tensor) -> HeadRows:
-    return HeadRows(_empty(x), _empty(x), _empty(x))
+    return HeadRows(_empty(x), _empty(x), _empty(x).double())
