@@ -2,7 +2,7 @@
 
     python scripts/gpu.py --out DIR (--first | --second | --only STEP,...) [--wheels DIR] [--minutes 5] [--cpu]
 
---first: each kernel once, the targets without their peers, profiles, counts, and other tiles and warps.
+--first: each kernel once, the targets without most of their peers, profiles, counts, and other tiles and warps.
 --second: the targets again beside their peers, the tests of the device, a memcheck.
 Needs PyTorch, Triton and pytest and nothing from the network; what a step needs beside them is named where it is missing.
 --wheels is a folder of such wheels: pytest-benchmark, transformers, the peers. Every step is one process or more with a
