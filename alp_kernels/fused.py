@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Batch, Unread
+from .layout import Batch, Unread, highest_first
 from .loss import level_log_ratio
 from .objective import Objective, row_gradient, row_loss
 from .products import Plan, Whole, even_sizes
@@ -90,7 +90,9 @@ def _fused_head(
         noted(index, products.logprob(index))
     groups = order.rows[:num_graded].split([sum(sizes) for sizes in order.groups]) if num_graded else ()
     for group, sizes in zip(groups, order.groups, strict=False):
-        rows = batch.loss_rows(group, scale)
+        rows = batch.numbers.select(group).loss_rows()
+        if scale is not None:
+            rows = rows._replace(weight=rows.weight / scale)
         if isinstance(products, Whole) and objective.level == "token" and plan.engine.FUSES_TOKEN_LOSS:
             noted(group, products.token_loss(group, rows, objective))
             continue
@@ -110,7 +112,7 @@ def _fused_head(
     index = order.rows.sort().values  # sequences in order again
     live, p, h = batch.select(index), logp[index], entropy[index]
     ell = level_log_ratio(p, live, objective)
-    loss = (live["weight"] * row_loss(ell, p, h, live.loss_rows(), objective)).sum()
+    loss = (live.numbers["weight"] * row_loss(ell, p, h, live.numbers.loss_rows(), objective)).sum()
     return Fused(loss, logp, entropy, products.gradients(), index, Stats.measure(p, h, ell, live, batch, objective))
 
 
@@ -171,7 +173,7 @@ def gradient_scale(batch: Batch, dtype: torch.dtype) -> Tensor | None:
     """
     if dtype != torch.float16:
         return None
-    weight = batch.numbers[batch.columns.index("weight")]
+    weight = batch.numbers["weight"]
     _, exponent = torch.frexp(weight.amax())
     return torch.ldexp(torch.ones_like(weight[0]), exponent)
 
@@ -271,7 +273,7 @@ def rank_rows(unread: Unread, transfer: Transfer) -> Ranked:
         lengths = transfer.ask(num_live * (num_graded > 0))
         graded = unread.mask & (num_graded > 0)[sequence]
     rank = graded.view(torch.uint8) + unread.mask.view(torch.uint8)
-    return Ranked(torch.argsort(rank, descending=True, stable=True), unread.counts, lengths)
+    return Ranked(highest_first(rank), unread.counts, lengths)
 
 
 def _whole_sequences(lengths: list[int], first: int, rest: int) -> list[list[int]]:

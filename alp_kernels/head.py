@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops
 from .engine import pick
 from .fused import FusedLoss, Given, LinearLogprob, fused_head, rank_rows
-from .layout import batch_arguments, flatten
+from .layout import batch_arguments, flatten, highest_first
 from .loss import LossOutput
 from .noise import LOGITS_LAYER
 from .objective import Objective
@@ -366,7 +366,7 @@ def row_order(flat: Tensor, mask: Tensor | None, transfer: Transfer) -> Tensor:
     live = mask.reshape(-1) != 0
     count = transfer.ask(live.sum())
     transfer.bring()
-    return torch.argsort(live.view(torch.uint8), descending=True, stable=True)[: int(count.numbers[0])]
+    return highest_first(live)[: int(count.numbers[0])]
 
 
 HEAD_SCHEMA = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -18,17 +18,18 @@ _ROUNDING = 2.0**-10
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows in order, each sequence's together: some of a batch's, or all."""
+class Numbers:
+    """What a batch says of each of some rows, as one matrix: one operation selects from all of it."""
 
-    columns: tuple[str, ...]  # what the rows of `numbers` are
-    numbers: Tensor  # (columns, n) float32 (float64 for float64), finite
+    columns: tuple[str, ...]  # what the rows of `matrix` are
+    matrix: Tensor  # (columns, n) float32 (float64 for float64), finite, 0 off the mask
     denominator_name: str
-    sequence: Tensor  # (n,) int64, non-decreasing
-    turn: Tensor | None  # (n,) int64, non-decreasing, new at each turn and sequence
 
     def __getitem__(self, column: str) -> Tensor:
-        return self.numbers[self.columns.index(column)]
+        return self.matrix[self.columns.index(column)]
+
+    def select(self, index: Tensor) -> Numbers:
+        return replace(self, matrix=self.matrix[:, index])
 
     def get(self, column: str) -> Tensor | None:
         return self[column] if column in self.columns else None
@@ -44,15 +45,22 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows of a batch in order, each sequence's together."""
+
+    numbers: Numbers
+    sequence: Tensor  # (n,) int64, non-decreasing
+    turn: Tensor | None  # (n,) int64, non-decreasing, new at each turn and sequence
+
+
+@dataclass(frozen=True)
 class Batch:
     """A flat batch of N rows, checked."""
 
     shape: torch.Size  # of the caller's targets: (B, T) or (N,)
     mask: Tensor  # (N,) bool: the row is in the loss
     num_live: int  # rows in the loss
-    columns: tuple[str, ...]
-    numbers: Tensor  # (columns, N), 0 off the mask
-    denominator_name: str
+    numbers: Numbers  # of all rows
     sequence: Tensor | None  # (N,) int64, non-decreasing, of a packed batch that says so
     turn: Tensor | None
     num_nonfinite: Tensor | None  # (1,) int64: rows whose rollout log-probability took them out of the mask; None: none
@@ -63,18 +71,8 @@ class Batch:
 
     def select(self, index: Tensor) -> Rows:
         """The rows `index` (n,), which are in order. A packed batch that says nothing of sequences counts as one."""
-        return Rows(
-            self.columns,
-            self.numbers[:, index],
-            self.denominator_name,
-            _sequence_of(index, self.shape, self.sequence),
-            None if self.turn is None else self.turn[index],
-        )
-
-    def loss_rows(self, index: Tensor, weight_scale: Tensor | None) -> LossRows:
-        """What the loss needs of rows `index` (n,) in any order; weight_scale: () what their weights are divided by."""
-        rows = Rows(self.columns, self.numbers[:, index], self.denominator_name, index, None).loss_rows()
-        return rows if weight_scale is None else rows._replace(weight=rows.weight / weight_scale)
+        turn = None if self.turn is None else self.turn[index]
+        return Rows(self.numbers.select(index), _sequence_of(index, self.shape, self.sequence), turn)
 
 
 def _sequence_of(index: Tensor, shape: torch.Size, sequence: Tensor | None) -> Tensor:
@@ -264,9 +262,9 @@ class Unread:
             shape=self.shape,
             mask=self.mask,
             num_live=int(self.counts.numbers[0]),
-            columns=self.columns,
-            numbers=self.numbers,
-            denominator_name="old_logp" if objective.denominator == "old" else "rollout_logp",
+            numbers=Numbers(
+                self.columns, self.numbers, "old_logp" if objective.denominator == "old" else "rollout_logp"
+            ),
             sequence=None if self.sequences is None else self.sequences.of_row,
             turn=self.turn,
             num_nonfinite=self.num_nonfinite,
@@ -446,6 +444,11 @@ def _raise_fault(where: str, shape: torch.Size, values: dict[str, Tensor], wrong
         )
     hint = "; nonfinite='mask' takes such tokens out of the loss and counts them" if name == "rollout_logp" else ""
     raise ValueError(f"{where}: {name} is NaN or inf at {count} tokens of the mask, first at {at}{hint}")
+
+
+def highest_first(rank: Tensor) -> Tensor:
+    """(N,) row numbers by falling rank (N,), bool or uint8, equal ones in order: no shape depends on how many have which."""
+    return torch.argsort(rank.view(torch.uint8), descending=True, stable=True)
 
 
 def segment_sum(values: Tensor, first: Tensor, last: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .layout import Batch, Rows, batch_arguments, first_and_last, flatten, segment_sum
+from .layout import Batch, Rows, batch_arguments, first_and_last, flatten, highest_first, segment_sum
 from .objective import Objective, row_loss
 from .stats import Stats
 from .transfer import Transfer
@@ -36,7 +36,7 @@ class LossOutput(NamedTuple):
 
 def level_log_ratio(logp: Tensor, rows: Rows, objective: Objective) -> Tensor:
     """ell of each of some rows in the loss, whole sequences of them; differentiable in logp (n,)."""
-    r = logp - rows.denominator
+    r = logp - rows.numbers.denominator
     if objective.level == "token":
         return r
     first, last = first_and_last(rows.sequence)
@@ -120,7 +120,7 @@ def policy_loss(
     p = logp.reshape(-1)[index]
     h = None if entropy is None else entropy.reshape(-1)[index]
     ell = level_log_ratio(p, live, objective)
-    loss = (live["weight"] * row_loss(ell, p, h, live.loss_rows(), objective)).sum()
+    loss = (live.numbers["weight"] * row_loss(ell, p, h, live.numbers.loss_rows(), objective)).sum()
     masked = torch.where(batch.mask.view(logp.shape), logp.detach(), 0.0)
     return LossOutput(
         loss,
@@ -147,10 +147,9 @@ def check_loss(
         raise ValueError(f"{where}: entropy_coef={objective.entropy_coef} needs entropy {tuple(logp.shape)}")
     if entropy is not None and entropy.shape != logp.shape:
         raise ValueError(f"{where}: entropy has shape {tuple(entropy.shape)}; it needs {tuple(logp.shape)}")
-    first = torch.argsort(unread.mask.view(torch.uint8), descending=True, stable=True)
     transfer.bring()
     batch = unread.batch()
-    return batch, first[: batch.num_live]
+    return batch, highest_first(batch.mask)[: batch.num_live]
 
 
 def importance_weight(
@@ -195,5 +194,4 @@ def importance_weight(
         nonfinite="raise",
     )
     transfer.bring()
-    batch = unread.batch()
-    return batch.numbers[batch.columns.index("is_weight")].view(old_logp.shape)
+    return unread.batch().numbers["is_weight"].view(old_logp.shape)

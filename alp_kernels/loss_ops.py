@@ -32,8 +32,8 @@ def _policy_loss(logp: Tensor, entropy: Tensor | None, *batch_arguments: Any) ->
     batch, index = check_loss(logp, entropy, objective, nonfinite, dict(zip(BATCH_NAMES, given, strict=True)))
     live, p = batch.select(index), logp.reshape(-1)[index]
     h = None if entropy is None else entropy.detach().reshape(-1)[index]
-    ell, rows = level_log_ratio(p, live, objective), live.loss_rows()
-    loss = (live["weight"] * row_loss(ell, p, h, rows, objective)).sum()
+    ell, rows = level_log_ratio(p, live, objective), live.numbers.loss_rows()
+    loss = (live.numbers["weight"] * row_loss(ell, p, h, rows, objective)).sum()
 
     def spread(values: Tensor | None) -> Tensor:
         out = torch.zeros(logp.shape, dtype=logp.dtype, device=logp.device)

@@ -50,17 +50,17 @@ class Stats:
         logp: Tensor, entropy: Tensor | None, ell: Tensor, rows: Rows, batch: Batch, objective: Objective
     ) -> Stats:
         """Statistics of the rows in the loss, in order; logp, entropy and ell (n,) detached."""
-        log_ratio = ell if objective.level == "token" else logp - rows.denominator
+        log_ratio = ell if objective.level == "token" else logp - rows.numbers.denominator
         is_last = torch.full_like(rows.sequence, batch.knows_sequences, dtype=torch.bool)
         if batch.knows_sequences:
             torch.ne(rows.sequence[1:], rows.sequence[:-1], out=is_last[:-1])
         return Stats(
             log_ratio=log_ratio,
-            rollout_log_ratio=log_ratio if objective.denominator == "rollout" else logp - rows["rollout_logp"],
-            rollout_logp=rows["rollout_logp"],
+            rollout_log_ratio=log_ratio if objective.denominator == "rollout" else logp - rows.numbers["rollout_logp"],
+            rollout_logp=rows.numbers["rollout_logp"],
             entropy=entropy,
             level_log_ratio=ell,
-            advantages=rows["advantages"],
+            advantages=rows.numbers["advantages"],
             is_last=is_last,
             num_nonfinite=rows.sequence.new_zeros(1) if batch.num_nonfinite is None else batch.num_nonfinite,
             objective=objective,

@@ -274,7 +274,7 @@ def test_the_closed_form_of_the_gradient_is_autograds(level, kl):
     given = {name: b.get(name) for name in BATCH_NAMES}
     batch, index = check_loss(b["logp"], b["entropy"], objective, "raise", given)
     live, p = batch.select(index), b["logp"].view(-1)[index]
-    closed = row_gradient(level_log_ratio(p, live, objective), p, live.loss_rows(), objective)
+    closed = row_gradient(level_log_ratio(p, live, objective), p, live.numbers.loss_rows(), objective)
     for actual, expected in zip(closed, (dlogp, dentropy), strict=True):
         torch.testing.assert_close(actual, expected.reshape(-1)[index], rtol=1e-12, atol=1e-15)
 
