@@ -6,14 +6,14 @@ PYTHON ?= python3
 JOBS ?= 3
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
-tests-of-transformers := tests/test_architectures.py tests/test_attach.py tests/test_recompute.py
-tests-of-adapters := tests/test_peft.py tests/test_adapters.py tests/test_models_real.py
+tests-of-transformers := tests/layers/test_architectures.py tests/layers/test_attach.py tests/layers/test_recompute.py
+tests-of-adapters := tests/integrations/test_peft.py tests/alp/test_adapters.py tests/alp/test_models_real.py
 $(foreach version,5.0 5.5 5.12,$(eval tests-transformers-$(version) := $(tests-of-transformers) $(tests-of-adapters)))
 tests-transformers-5.20 := $(tests-of-transformers) $(tests-of-adapters)
-tests-oldest := $(tests-of-transformers) $(tests-of-adapters) tests/test_engines.py tests/test_alp_run.py tests/test_alp_tasks.py \
-  tests/test_tools.py tests/test_quiet.py
-tests-bitsandbytes := tests/test_bitsandbytes.py
-tests-verl := tests/test_verl.py tests/test_openrlhf.py
+tests-oldest := $(tests-of-transformers) $(tests-of-adapters) tests/alp/test_samplers.py tests/alp/test_run.py tests/alp/test_tasks.py \
+  tests/alp/test_tools.py tests/alp/test_quiet.py
+tests-bitsandbytes := tests/integrations/test_bitsandbytes.py
+tests-verl := tests/integrations/test_verl.py tests/integrations/test_openrlhf.py
 
 .PHONY: train test test-newest test-all bench docs lint lock lock-keep clean
 

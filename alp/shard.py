@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from alp_kernels.structure import find_layers
+from alp_kernels.layers.find import find_layers
 
 from .models import decoder_of
 from .parallel import World

@@ -1,6 +1,6 @@
 """One frozen description of a policy objective, and its value for single rows.
 
-    ell       level's log-ratio (loss.py)                    rho = exp(clamp(ell, -20, 20)), no gradient outside the clamp
+    ell       level's log-ratio (loss/levels.py)                    rho = exp(clamp(ell, -20, 20)), no gradient outside the clamp
     surrogate max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)); if A < 0: min(that, -A dual_clip)
     row loss  is_weight * surrogate + kl_coef * kl - entropy_coef * H
 

@@ -1,7 +1,7 @@
 """The specification: every kernel's function in plain PyTorch, on any device, in any float dtype (float64 for gradcheck).
 
 An engine is a module that offers these functions with these arguments. Tests and benchmarks import this file; there is
-no second copy. All matrices are contiguous (rows, columns); the autograd functions in perturb.py and fused.py see to it.
+no second copy. All matrices are contiguous (rows, columns); the autograd functions in noise/ and loss/ see to it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import Stream
 from .objective import LossRows, Objective, row_gradient
+from .stream import Stream
 
 name = "reference"
 
@@ -293,10 +293,10 @@ TILE: int | None = None
 """How many tokens of the vocabulary HeadTiles and head_bwd_tile of native/engine.py take at a time; None: it has none."""
 
 KEEPS_EXPONENTIALS = False
-"""Whether products.py should call head_exp, where it serves, instead of head_fwd and head_bwd."""
+"""Whether loss/products.py should call head_exp, where it serves, instead of head_fwd and head_bwd."""
 
 FUSES_TOKEN_LOSS = False
-"""Whether products.py should call head_token_loss for token-level chunks, instead of one of those and the coefficients."""
+"""Whether loss/products.py should call head_token_loss for token-level chunks, instead of one of those and the coefficients."""
 
 
 def head_token_loss(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alp_kernels import normal, perturb
-from alp_kernels.noise import NORMAL_BOUND
+from alp_kernels.stream import NORMAL_BOUND
 
 from .cases import PerturbCase
 

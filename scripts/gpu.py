@@ -96,7 +96,7 @@ def at_once(session: Session, jobs: Iterable[Callable[[], None]]) -> None:
             raise
 
 
-ONCE = (sys.executable, "-m", "tests.gpu_kernels_once")
+ONCE = (sys.executable, "-m", "tests.support.gpu_kernels_once")
 SHAPES = ("2x4096", "2x1031")
 """Rows of the kernels: as the benchmarks have them, which compiles for those too, then with an odd length."""
 
@@ -134,13 +134,13 @@ def kernel_tests() -> list[Path]:
     """Test files that compute on the device: those that ask conftest which one it is, and the Triton cases."""
     folder = ROOT / "tests"
     files = [
-        folder / "triton_cases.py",
-        folder / "test_gpu.py",
-        folder / "test_gpu_large.py",
-        folder / "test_engine.py",
+        folder / "engines" / "triton_cases.py",
+        folder / "gpu" / "test_gpu.py",
+        folder / "gpu" / "test_gpu_large.py",
+        folder / "engines" / "test_engine.py",
     ]
     files += [
-        f for f in sorted(folder.glob("test_*.py")) if "conftest import DEVICE" in f.read_text() and f not in files
+        f for f in sorted(folder.rglob("test_*.py")) if "conftest import DEVICE" in f.read_text() and f not in files
     ]
     return [f for f in files if f.exists()]
 
@@ -170,7 +170,7 @@ def run_tests(session: Session, until: float) -> None:
     elif "pytest-xdist" in session.missing:
         at_once(session, [functools.partial(job, file.name, file) for file in files])
     else:
-        large = ROOT / "tests" / "test_gpu_large.py"
+        large = ROOT / "tests" / "gpu" / "test_gpu_large.py"
         others = [file for file in files if file != large]
         together = functools.partial(job, "the others", "-p", "xdist.plugin", "-n", session.workers, *others)
         at_once(session, [together, functools.partial(job, large.name, large)])

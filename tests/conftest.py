@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from alp_kernels.engine import ENGINES, why_not
-
-from . import processors
+from tests.support import processors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

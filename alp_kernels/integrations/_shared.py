@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..loss import LossOutput, policy_loss
+from ..layers.perturbation import Perturbation, attached
+from ..loss.policy import LossOutput, policy_loss
+from ..loss.stats import Stats
 from ..objective import PRESETS, Objective
-from ..perturbation import Perturbation, attached
-from ..stats import Stats
 
 SINGLE_RATIO = tuple(name for name in PRESETS if name.startswith(("alp-", "bypass-")))
 """Presets whose ratio is the updated policy over the one that sampled: what the trainers' modules offer."""

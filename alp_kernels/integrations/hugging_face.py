@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..structure import find_layers
+from ..layers.find import find_layers
 
 _MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse, Falcon-H1
 _DIVIDE = ("logits_scaling",)  # Granite

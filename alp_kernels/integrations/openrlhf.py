@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attach import attach
+from ..layers.attach import attach
 from ._shared import aggregated_loss, average_gradient, choose, clipped_fractions, k1_kl, require_noise
 
 

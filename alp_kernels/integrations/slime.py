@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attach import attach
-from ..perturbation import Perturbation
+from ..layers.attach import attach
+from ..layers.perturbation import Perturbation
 from ._shared import aggregated_loss, average_gradient, choose, clipped_fractions, k1_kl, require_noise
 
 _LOSS_MODULES = ("slime.backends.megatron_utils.loss", "miles.backends.training_utils.loss")

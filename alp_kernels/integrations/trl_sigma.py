@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import Perturbation, Stats, attach
-from ..noise import FINAL_LAYER, MAX_SEED
-from ..perturb import ROUNDINGS, SCALES
+from ..noise.perturb import ROUNDINGS, SCALES
+from ..stream import FINAL_LAYER, MAX_SEED
 
 logger = logging.getLogger("alp_kernels")
 

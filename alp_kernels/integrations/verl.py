@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
-from ..stats import Stats
+from ..loss.stats import Stats
 from ._shared import SINGLE_RATIO, aggregated_loss, choose, clipped_fractions, k1_kl, require_noise
 
 logger = logging.getLogger("alp_kernels")

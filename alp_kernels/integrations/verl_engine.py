@@ -23,9 +23,9 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from ..attach import attach
-from ..perturbation import Perturbation
-from ..stats import Stats
+from ..layers.attach import attach
+from ..layers.perturbation import Perturbation
+from ..loss.stats import Stats
 from ._shared import REPORTED, average_gradient
 from .verl import collected
 

@@ -12,8 +12,9 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from .. import noise, reference
+from .. import reference
 from ..reference import Head, HeadRows, Norm
+from ..stream import Stream
 from . import library as c
 from .library import isa as isa
 
@@ -58,14 +59,14 @@ def _scalar(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor.dtype == torch.float32 else tensor.detach().to(torch.float32)
 
 
-def _stream(stream: noise.Stream | None, row_ids: Tensor | None) -> c.Stream:
+def _stream(stream: Stream | None, row_ids: Tensor | None) -> c.Stream:
     if stream is None:
         return c.Stream()
     stream = stream.read()
     return c.Stream(stream.seed, stream.row_start, _at(row_ids), stream.step, stream.layer)
 
 
-def _row_ids(stream: noise.Stream | None, num_rows: int) -> Tensor | None:
+def _row_ids(stream: Stream | None, num_rows: int) -> Tensor | None:
     return None if stream is None or stream.row_ids is None else _vector(stream.row_ids, torch.int64, num_rows)
 
 
@@ -80,7 +81,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return out.unbind()
 
 
-def random_words(num_rows: int, num_channels: int, stream: noise.Stream, device: torch.device) -> tuple[Tensor, ...]:
+def random_words(num_rows: int, num_channels: int, stream: Stream, device: torch.device) -> tuple[Tensor, ...]:
     """The four Philox words of each group of channels: four (num_rows, Q) int64 tensors of uint32, Q = ceil(D / 4)."""
     row_ids = _row_ids(stream, num_rows)
     out = torch.empty(4, num_rows, -(-num_channels // 4), dtype=torch.int64, device="cpu")
@@ -96,7 +97,7 @@ def normals_of(radius_words: Tensor, angle_words: Tensor) -> tuple[Tensor, Tenso
     return cosine, sine
 
 
-def normal(num_rows: int, num_channels: int, stream: noise.Stream, device: torch.device) -> Tensor:
+def normal(num_rows: int, num_channels: int, stream: Stream, device: torch.device) -> Tensor:
     """eps, (num_rows, num_channels) float32, within NORMAL_BOUND of the reference's."""
     row_ids = _row_ids(stream, num_rows)
     eps = _floats(num_rows, num_channels)
@@ -112,9 +113,7 @@ def _sizes(h: Tensor) -> tuple[int, int]:
     return h.numel() // h.shape[-1], h.shape[-1]
 
 
-def perturb_fwd(
-    h: Tensor, sigma: Tensor, stream: noise.Stream, scale: str, rounding: str
-) -> tuple[Tensor, Tensor | None]:
+def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str) -> tuple[Tensor, Tensor | None]:
     """u = h + sigma * rms * eps like h, and rms (N,) float32 or None: see reference.perturb_fwd."""
     if h.dtype == torch.float64:
         return reference.perturb_fwd(h, sigma, stream, scale, rounding)
@@ -129,7 +128,7 @@ def perturb_fwd(
     return u, rms
 
 
-def perturb_bwd(du: Tensor, stream: noise.Stream, rms: Tensor | None) -> Tensor:
+def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
     """dsigma = sum(du * rms * eps), () float32: float64 sums, rows in order."""
     if du.dtype == torch.float64:
         return reference.perturb_bwd(du, stream, rms)
@@ -160,7 +159,7 @@ def _norm_scale(norm: Norm, num_channels: int) -> Tensor:
 
 
 def perturb_rms_norm_fwd(
-    h: Tensor, sigma: Tensor, stream: noise.Stream, scale: str, rounding: str, norm: Norm
+    h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """u as perturb_fwd stores it, y its norm (N, D), rstd (N,) and rms (N,) or None: see the reference."""
     if h.dtype == torch.float64:
@@ -183,7 +182,7 @@ def perturb_rms_norm_bwd(
     u: Tensor,
     rstd: Tensor,
     rms: Tensor | None,
-    stream: noise.Stream,
+    stream: Stream,
     norm: Norm,
     needs_dsigma: bool,
     needs_dweight: bool,

@@ -12,7 +12,7 @@ constexpr int32_t INTERFACE = 6;
 
 constexpr uint32_t ROUNDING_BIT = 0x8000;  // set in the layer for the bits of stochastic rounding
 
-// Coordinates of noise; noise.py explains them. Row n is row_ids[n], or row_start + n without row_ids.
+// Coordinates of noise; stream.py explains them. Row n is row_ids[n], or row_start + n without row_ids.
 struct Stream {
     uint64_t seed;
     int64_t row_start;

@@ -1,5 +1,5 @@
 // Philox words and normals of a tile of channel groups, and arrays of them. Word j of group q serves channel j * Q + q
-// (see noise.py).
+// (see stream.py).
 #pragma once
 
 #include "interface.h"

@@ -1,4 +1,4 @@
-// Two normals from two random words (Box and Muller 1958); noise.py has the definition. N vectors go abreast, since each
+// Two normals from two random words (Box and Muller 1958); stream.py has the definition. N vectors go abreast, since each
 // waits several cycles for every step.
 // Polynomials: minimax fits in 25 digits, rounded to float32 from the lowest order up; "fit" is the largest error of the
 // rounded polynomial. Every step is rounded as IEEE says, a fused one once.

@@ -1,4 +1,4 @@
-"""(seed, step, layer, row, channel) -> Philox words -> four normals, for tiles of any shape.   Layout: ../noise.py
+"""(seed, step, layer, row, channel) -> Philox words -> four normals, for tiles of any shape.   Layout: ../stream.py
 
     w0..w3 = Philox4x32-10((q, row low, layer | row high << 16, step), seed)
     eps    = sqrt(-2 ln u(w0)) (cos, sin)(2 pi w1 / 2^32),  sqrt(-2 ln u(w2)) (cos, sin)(2 pi w3 / 2^32)
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..noise import Stream
+from ..stream import Stream
 
 STREAM_ARGS = ("row_start", "seed_lo", "seed_hi", "step", "layer")
 """Kernel arguments that change from step to step: never specialised, so that no step compiles again."""

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..noise import ROUNDING_BIT, Stream
+from ..stream import ROUNDING_BIT, Stream
 from .noise import (
     STREAM_ARGS,
     coordinates,

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..noise import Stream
 from ..reference import Norm
+from ..stream import Stream
 from .noise import STREAM_ARGS, four_normals, laid_out_like, multiprocessors, on_device, row_identity, stream_args
 from .perturb import RMS_BLOCK, load_channels, perturbed, row_rms_kernel, store_channels
 from .rounding import round_nearest

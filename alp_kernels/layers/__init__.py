@@ -1,0 +1,1 @@
+"""Noise on the inputs of a model's decoder layers."""

@@ -1,0 +1,143 @@
+"""attach: noise on the inputs of any model's decoder layers.
+
+handle = attach(model, sigma=1e-2)
+with handle.perturbed(step=step):
+    loss = ...            # forward
+    loss.backward()
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..noise.perturb import ROUNDINGS, SCALES
+from ..stream import FINAL_LAYER, LOGITS_LAYER, MAX_LAYER, MAX_SEED
+from .find import find_layers
+from .perturbation import Perturbation, attached
+
+
+def attach(
+    model: nn.Module,
+    sigma: float | Iterable[float] = 1e-2,
+    *,
+    layers: str | Iterable[int] = "all",
+    learnable: bool = True,
+    seed: int = 0,
+    scale: str = "absolute",
+    rounding: str = "nearest",
+    sigma_bounds: tuple[float, float] | None = None,
+    data_rank: int | None = None,
+    path: str | None = None,
+    engine: str | None = None,
+    capturable: bool = False,
+) -> Perturbation:
+    """Prepare `model` for Adaptive Layerwise Perturbation (arXiv 2603.19470); nothing changes until the scope is open.
+
+    Args:
+        model: any decoder with its layers in a ModuleList: Hugging Face models, PEFT- and FSDP2-wrapped ones, your own.
+        sigma: initial standard deviation of the noise, one for all layers or one a layer; > 0.
+        layers: "all", indices of decoder layers (negative ones count from the end), "final" (the decoder's output) or
+            "logits" (the model's output; with a fused head see `Perturbation.logit_noise`).
+        learnable: whether log_sigma is a parameter. It belongs in its own group: `param_group(lr)`.
+        seed: 64-bit seed of the noise. Use the same one on all ranks.
+        scale: "absolute", or "rms": sigma counts in units of each row's root mean square.
+        rounding: "nearest" or "stochastic" for the store to a 16-bit dtype.
+        sigma_bounds: (low, high) that sigma is held in, at each opening of the scope.
+        data_rank: data-parallel rank, so that numbered rows never repeat; by default torch.distributed's rank when the
+            noise is drawn. Ranks that hold the same rows (tensor parallel) must give the same one.
+        path: of the ModuleList ("model.layers") where it cannot be told from the model's structure.
+        engine: "triton", "native", "reference" or None for the automatic choice.
+        capturable: whether kernels read step and row number from the device, so that CUDA graphs may hold perturbed forwards:
+            see `Perturbation.perturbed`. Not with torch.compile, `logit_noise` or hidden states in float64.
+
+    Returns:
+        Its handle: open the scope with `perturbed(step=...)`; `detach()`, or leaving a `with attach(...)`, restores.
+
+    Raises:
+        ValueError: sigma <= 0, a layer that is not there, several lists of layers, a model that is attached already.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"attach: scale={scale!r}; it needs one of {SCALES}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"attach: rounding={rounding!r}; it needs one of {ROUNDINGS}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: model is a {type(model).__name__}; it needs a torch.nn.Module")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"attach: seed={seed!r}; it needs an int in [0, {MAX_SEED}]")
+    if sigma_bounds is not None and not (
+        isinstance(sigma_bounds, tuple | list) and len(sigma_bounds) == 2 and 0 < sigma_bounds[0] < sigma_bounds[1]
+    ):
+        raise ValueError(f"attach: sigma_bounds={sigma_bounds!r}; it needs (low, high) with 0 < low < high")
+    found = find_layers(model, path)
+    if found.parent in attached and (other := attached[found.parent]()) is not None and other._removables:
+        raise ValueError(
+            f"attach: {type(model).__name__} is perturbed already; call detach() on its handle or "
+            "alp_kernels.detach(model) first"
+        )
+    if len(set(map(id, found.layers))) < len(found.layers):
+        raise ValueError(
+            f"attach: {found.path} of {type(model).__name__} holds a layer twice; its runs cannot be told apart"
+        )
+    chosen = _choose(model, found.layers, found.parent, layers)
+    try:
+        flat = torch.as_tensor(sigma, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"attach: sigma is {sigma!r}; it needs a number or one a layer") from None
+    values = flat * len(chosen) if len(flat) == 1 else flat
+    if data_rank is not None and (not isinstance(data_rank, int) or not 0 <= data_rank < 1 << 16):
+        raise ValueError(f"attach: data_rank={data_rank!r}; it needs an int in [0, 65536)")
+    if len(values) != len(chosen):
+        raise ValueError(f"attach: sigma has {len(values)} values; {len(chosen)} layers are perturbed")
+    if not all(s > 0 and math.isfinite(s) for s in values):
+        raise ValueError(f"attach: sigma={sigma}; it needs numbers > 0 (for no noise, do not open the scope)")
+    device = next(found.layers[0].parameters()).device
+    handle = Perturbation(
+        chosen,
+        found.parent,
+        torch.tensor(values, dtype=torch.float64, device=device if device.type != "meta" else "cpu").log().float(),
+        learnable=learnable,
+        seed=seed,
+        scale=scale,
+        rounding=rounding,
+        sigma_bounds=sigma_bounds,
+        data_rank=data_rank,
+        engine=engine,
+        capturable=capturable,
+    )
+    attached[found.parent] = weakref.ref(handle)
+    return handle
+
+
+def detach(model: nn.Module, path: str | None = None) -> None:
+    """Restore `model` where its handle is lost; does nothing where it is not perturbed. `path` as in `attach`."""
+    parent = find_layers(model, path).parent
+    if parent in attached and (handle := attached[parent]()) is not None:
+        handle.detach()
+
+
+def _choose(
+    model: nn.Module, found: list[nn.Module], parent: nn.Module, layers: str | Iterable[int]
+) -> dict[int, nn.Module]:
+    """Layer coordinate -> the module whose hook adds the noise."""
+    if layers == "all":
+        return dict(enumerate(found))
+    if layers == "final":
+        return {FINAL_LAYER: parent}
+    if layers == "logits":
+        return {LOGITS_LAYER: model}
+    if isinstance(layers, str):
+        raise ValueError(f"attach: layers={layers!r}; it needs 'all', 'final', 'logits' or indices")
+    indices = list(layers)
+    count = len(found)
+    assert count <= MAX_LAYER
+    if not indices or not all(isinstance(i, int) and -count <= i < count for i in indices):
+        raise ValueError(f"attach: layers={indices}; it needs indices in [{-count}, {count}), at least one")
+    resolved = sorted({i % count for i in indices})
+    if len(resolved) != len(indices):
+        raise ValueError(f"attach: layers={indices} names a layer twice")
+    return {i: found[i] for i in resolved}

@@ -1,0 +1,1 @@
+"""From hidden states or log-probabilities to the policy loss."""

@@ -1,0 +1,291 @@
+"""The fused head's autograd functions: a chunk's logits are made, used and replaced by their gradient in place.
+
+A row's gradient needs only its own logits and coefficients known in the chunk, so three products of N x V x D are enough: the
+logits, dh and dW. Token level: any rows make a chunk. Sequence, turn and cumulative levels: a chunk holds whole sequences;
+one that does not fit is passed twice (a fourth product).
+Rows outside the mask cost no product; rows with a zero advantage no backward product, nor clipped ones on the CPU.
+Derivation: docs/math.md, section 4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..objective import Objective, row_gradient, row_loss
+from ..reference import HeadRows
+from .layout import Batch, Unread, highest_first
+from .policy import level_log_ratio
+from .products import Plan, Whole, even_sizes
+from .stats import Stats
+from .transfer import Asked, Transfer
+
+
+class Order(NamedTuple):
+    """Which rows are computed, and together with which."""
+
+    rows: Tensor  # (n,) the masked-in rows, those that may have a gradient first
+    groups: list[
+        list[int]
+    ]  # rows whose loss is taken together: sizes of their chunks, more than one for a long sequence
+    num_plain: int  # rows at the end that need only their log-probability
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What the fused head returns; nothing of it carries a graph."""
+
+    loss: Tensor  # ()
+    logp: Tensor  # (N,), 0 off the mask
+    entropy: Tensor  # (N,)
+    gradients: list[Tensor | None]  # of loss / gradient_scale, in hidden, weight, bias and sigma, not yet rounded
+    index: Tensor  # (n,) the rows in the loss, in order
+    stats: Stats
+
+
+class Given(NamedTuple):
+    """What the fused head is given; a second backward needs it again."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    plan: Plan
+    batch: Batch
+    objective: Objective
+    order: Order
+    needs: Sequence[bool]  # whether hidden, weight, bias and sigma need a gradient
+
+
+def fused_head(given: Given) -> Fused:
+    """The loss and its gradients, chunk by chunk."""
+    with torch.no_grad(), torch.autocast(given.hidden.device.type, enabled=False):
+        return _fused_head(*given)
+
+
+def _fused_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    batch: Batch,
+    objective: Objective,
+    order: Order,
+    needs: Sequence[bool],
+) -> Fused:
+    real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logp, entropy = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(2))
+    products = plan.products(hidden, weight, bias, needs, sum(map(len, order.groups)))
+
+    def noted(index: Tensor, out: HeadRows) -> HeadRows:
+        logp[index], entropy[index] = out.logp, out.entropy
+        return out
+
+    scale = gradient_scale(batch, hidden.dtype)
+    num_graded = len(order.rows) - order.num_plain if any(needs) else 0
+    for index in products.parts(order.rows[num_graded:]):
+        noted(index, products.logprob(index))
+    groups = order.rows[:num_graded].split([sum(sizes) for sizes in order.groups]) if num_graded else ()
+    for group, sizes in zip(groups, order.groups, strict=False):
+        rows = batch.numbers.select(group).loss_rows()
+        if scale is not None:
+            rows = rows._replace(weight=rows.weight / scale)
+        if isinstance(products, Whole) and objective.level == "token" and plan.engine.FUSES_TOKEN_LOSS:
+            noted(group, products.token_loss(group, rows, objective))
+            continue
+        *before, last = group.split(sizes)  # one part, but for a sequence longer than a chunk
+        outs = [noted(index, products.logprob(index)) for index in before]
+        out, kept = products.keep(last, objective.entropy_coef != 0)
+        noted(last, out)
+        p = logp[group]
+        ell = p - rows.denominator if objective.level == "token" else level_log_ratio(p, batch.select(group), objective)
+        dlogp, dentropy = row_gradient(ell, p, rows, objective)
+        dlogps = dlogp.split(sizes)
+        dentropies = [None] * len(sizes) if dentropy is None else dentropy.split(sizes)
+        products.backward(last, kept, out, dlogps[-1], dentropies[-1])
+        del kept  # before the next chunk's
+        for index, out, dp, dh in zip(before, outs, dlogps, dentropies, strict=False):
+            products.backward(index, None, out, dp, dh)
+    index = order.rows.sort().values  # sequences in order again
+    live, p, h = batch.select(index), logp[index], entropy[index]
+    ell = level_log_ratio(p, live, objective)
+    loss = (live.numbers["weight"] * row_loss(ell, p, h, live.numbers.loss_rows(), objective)).sum()
+    return Fused(loss, logp, entropy, products.gradients(), index, Stats.measure(p, h, ell, live, batch, objective))
+
+
+class FusedLoss(torch.autograd.Function):
+    """Hangs the loss and the gradients that were formed with it into the graph; returns the loss ().
+
+    The first backward hands the gradients out, scaled in place, so that no second copy of a V x D gradient is made; a second
+    one forms them again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_sigma: Tensor | None,
+        given: Given,
+        fused: Fused,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.rest, ctx.gradients = given[3:], fused.gradients
+        ctx.log_sigma_shape = None if log_sigma is None else log_sigma.shape
+        return fused.loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        given = Given(*ctx.saved_tensors, *ctx.rest)
+        grads, ctx.gradients = ctx.gradients, None
+        if grads is None:
+            grads = fused_head(given).gradients
+        scale = gradient_scale(given.batch, given.hidden.dtype)
+        by = dloss if scale is None else dloss * scale
+        likes = (given.hidden, given.weight, given.bias, by)
+        dhidden, dweight, dbias, dsigma = (
+            None if g is None or like is None else _rounded(g, like.dtype, by, given.plan)
+            for g, like in zip(grads, likes, strict=True)
+        )
+        sigma = given.plan.head.sigma
+        dlog_sigma = None if dsigma is None or sigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)
+        return dhidden, dweight, dbias, dlog_sigma, None, None
+
+
+def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor, plan: Plan) -> Tensor:
+    """gradient * by in `dtype`, in one pass and in place where it can be."""
+    if gradient.dtype == dtype:
+        scaled: Tensor = plan.engine.scale_(gradient, by)
+        return scaled
+    return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def gradient_scale(batch: Batch, dtype: torch.dtype) -> Tensor | None:
+    """() what gradients are divided by while they are formed; None: by nothing. Only float16 would underflow.
+
+    There it is the largest aggregation weight, up to the next power of two: a loss scaled by its caller (GradScaler) comes
+    too late for gradients that are formed with the loss.
+    """
+    if dtype != torch.float16:
+        return None
+    weight = batch.numbers["weight"]
+    _, exponent = torch.frexp(weight.amax())
+    return torch.ldexp(torch.ones_like(weight[0]), exponent)
+
+
+class LinearLogprob(torch.autograd.Function):
+    """Returns (logp (N,), entropy (N,)); saves a few numbers a row beside its inputs and makes the logits
+    again in backward (four products)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_sigma: Tensor | None,
+        plan: Plan,
+        order: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        logp, entropy, lse = logprob_rows(hidden, weight, bias, plan, order)
+        ctx.save_for_backward(hidden, weight, bias, order, logp, entropy, lse)
+        ctx.plan, ctx.log_sigma_shape = plan, None if log_sigma is None else log_sigma.shape
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, order, *rows = ctx.saved_tensors
+        dhidden, dweight, dbias, dlog_sigma = logprob_gradients(
+            hidden, weight, bias, ctx.plan, order, HeadRows(*rows), dlogp, dentropy, ctx.needs_input_grad[:4]
+        )
+        dlog_sigma = None if dlog_sigma is None else dlog_sigma.reshape(ctx.log_sigma_shape)
+        return dhidden, dweight, dbias, dlog_sigma, None, None
+
+
+def logprob_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, order: Tensor) -> HeadRows:
+    """Log-probability, entropy and log-sum-exp, each (N,), of the rows `order`; 0 at the others."""
+    real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    out = HeadRows(*(torch.zeros(len(hidden), dtype=d, device=hidden.device) for d in (real, real, torch.float64)))
+    products = plan.products(hidden, weight, bias, [False] * 4, 0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for index in products.parts(order):
+            for whole, part in zip(out, products.logprob(index), strict=True):
+                whole[index] = part.to(whole.dtype)
+    return out
+
+
+def logprob_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    order: Tensor,
+    rows: HeadRows,
+    dlogp: Tensor,
+    dentropy: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of hidden, weight, bias and log_sigma () from those of `logprob_rows`; the logits are made again."""
+    products = plan.products(hidden, weight, bias, needs, -(-len(order) // plan.chunk_rows))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for index in products.parts(order):
+            out = HeadRows(*(v[index] for v in rows))
+            products.backward(index, None, out, dlogp[index], dentropy[index])
+    sigma = plan.head.sigma
+    grads = zip(products.gradients(), (hidden, weight, bias, sigma), strict=True)
+    dhidden, dweight, dbias, dsigma = (None if g is None or like is None else g.to(like.dtype) for g, like in grads)
+    return [dhidden, dweight, dbias, None if dsigma is None or sigma is None else dsigma * sigma]
+
+
+class Ranked(NamedTuple):
+    """The rows in the order they will be taken in, before anybody knows how many of each kind there are."""
+
+    rows: Tensor  # (N,) those that may have a gradient, the others in the loss, those off the mask
+    counts: Asked  # as Unread.counts
+    lengths: Asked | None  # rows of each sequence where any has a gradient, else 0; None at token level
+
+    def order(self, plan: Plan) -> Order:
+        num_live, _, num_graded = map(int, self.counts.numbers)
+        if self.lengths is None:
+            groups = [[size] for size in even_sizes(num_graded, plan.first_rows, plan.chunk_rows)]
+        else:
+            lengths = [int(length) for length in self.lengths.numbers if length]
+            num_graded = sum(lengths)
+            groups = _whole_sequences(lengths, plan.first_rows, plan.chunk_rows)
+        return Order(self.rows[:num_live], groups, num_live - num_graded)
+
+
+def rank_rows(unread: Unread, transfer: Transfer) -> Ranked:
+    """Sort a batch's rows into those with a gradient and those without, and ask how many there are."""
+    graded, lengths = unread.graded, None
+    if unread.objective.level != "token":  # a sequence with one graded row goes whole
+        sequence = unread.sequence()
+        starts = torch.searchsorted(sequence, torch.arange(unread.count() + 1, device=sequence.device))
+        sums = torch.zeros(2, len(graded) + 1, dtype=torch.int64, device=graded.device)
+        torch.cumsum(torch.stack([graded, unread.mask]), dim=1, out=sums[:, 1:])
+        num_graded, num_live = sums[:, starts].diff(dim=1)
+        lengths = transfer.ask(num_live * (num_graded > 0))
+        graded = unread.mask & (num_graded > 0)[sequence]
+    rank = graded.view(torch.uint8) + unread.mask.view(torch.uint8)
+    return Ranked(highest_first(rank), unread.counts, lengths)
+
+
+def _whole_sequences(lengths: list[int], first: int, rest: int) -> list[list[int]]:
+    """As many sequences to a chunk as fit it; one that fits none in chunks of its own."""
+    groups: list[list[int]] = []
+    for length in lengths:
+        room = first if len(groups) <= 1 else rest
+        if groups and groups[-1][-1] + length <= room and len(groups[-1]) == 1:
+            groups[-1][0] += length
+        elif length <= (rest if groups else first):
+            groups.append([length])
+        else:
+            whole, left = divmod(length, rest)
+            groups.append([rest] * whole + [left] * (left > 0))
+    return groups

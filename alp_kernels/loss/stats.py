@@ -1,0 +1,251 @@
+"""What a step reports: ratios, clipping and KL, kept as per-token values so that merging is exact.
+
+A mean of per-micro-batch maxima is not a maximum. So nothing is reduced on the way: the values of the masked-in tokens
+stay on the device (a few numbers a token), micro-batches and ranks are concatenated, and `summary()` reduces once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..objective import LOG_RATIO_CLAMP, Objective
+from .layout import Batch, Rows, first_and_last, segment_sum
+
+QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "q99": 0.99, "q99.9": 0.999}
+
+_NUMBERS = ("log_ratio", "rollout_log_ratio", "rollout_logp", "entropy", "level_log_ratio", "advantages")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Per-token values of the tokens in the loss, (n,), detached, on the device where the loss ran.
+
+    What can be computed from them is computed when it is read, not in the step.
+    Compiled code, whose shapes may not depend on the mask, returns the values of all rows (N,) with `is_live`; every method
+    leaves the others out.
+    """
+
+    log_ratio: Tensor  # p - denominator: what the loss clips at token level
+    rollout_log_ratio: Tensor  # p - q: current over rollout policy, whatever the denominator
+    rollout_logp: Tensor  # q
+    entropy: Tensor | None  # nats
+    level_log_ratio: Tensor  # what the loss clips: log_ratio at token level
+    advantages: Tensor
+    is_last: Tensor  # bool: the last token of its sequence; selects one value a sequence, none where they are unknown
+    num_nonfinite: Tensor  # (1,) tokens masked for a NaN or inf rollout log-probability
+    objective: Objective
+    knows_sequences: bool
+    is_live: Tensor | None = None  # (N,) bool where there are values of rows that are not in the loss; None: of none
+
+    @staticmethod
+    def measure(
+        logp: Tensor, entropy: Tensor | None, ell: Tensor, rows: Rows, batch: Batch, objective: Objective
+    ) -> Stats:
+        """Statistics of the rows in the loss, in order; logp, entropy and ell (n,) detached."""
+        log_ratio = ell if objective.level == "token" else logp - rows.numbers.denominator
+        is_last = torch.full_like(rows.sequence, batch.knows_sequences, dtype=torch.bool)
+        if batch.knows_sequences:
+            torch.ne(rows.sequence[1:], rows.sequence[:-1], out=is_last[:-1])
+        return Stats(
+            log_ratio=log_ratio,
+            rollout_log_ratio=log_ratio if objective.denominator == "rollout" else logp - rows.numbers["rollout_logp"],
+            rollout_logp=rows.numbers["rollout_logp"],
+            entropy=entropy,
+            level_log_ratio=ell,
+            advantages=rows.numbers["advantages"],
+            is_last=is_last,
+            num_nonfinite=rows.sequence.new_zeros(1) if batch.num_nonfinite is None else batch.num_nonfinite,
+            objective=objective,
+            knows_sequences=batch.knows_sequences,
+        )
+
+    def _clipped(self, sign: int, low: float, high: float) -> Tensor:
+        host = self.live()
+        rho = host.level_log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+        return (host.advantages * sign > 0) & ((rho < low) | (rho > high))
+
+    @property
+    def clipped_low(self) -> Tensor:
+        """(n,) bool: A < 0 and the ratio is below 1 - clip_low: no gradient."""
+        return self._clipped(-1, 1 - self.objective.clip_low, math.inf)
+
+    @property
+    def clipped_high(self) -> Tensor:
+        """(n,) bool: A > 0 and the ratio is above 1 + clip_high: no gradient."""
+        return self._clipped(1, -math.inf, 1 + self.objective.clip_high)
+
+    @property
+    def clipped_dual(self) -> Tensor:
+        """(n,) bool: A < 0 and the ratio is above dual_clip: no gradient."""
+        return self._clipped(-1, -math.inf, math.inf if self.objective.dual_clip is None else self.objective.dual_clip)
+
+    @property
+    def sequence_log_ratio(self) -> Tensor:
+        """(n,) sum (mean where geometric) of log_ratio over the token's sequence; over all where sequences are not known."""
+        return self._of_sequence("log_ratio", self.objective.geometric)
+
+    @property
+    def rollout_sequence_log_ratio(self) -> Tensor:
+        """(n,) sum of rollout_log_ratio over the token's sequence."""
+        return self._of_sequence("rollout_log_ratio", False)
+
+    def _of_sequence(self, name: str, is_mean: bool) -> Tensor:
+        host = self.live()
+        values: Tensor = getattr(host, name)
+        first, last = first_and_last(host.is_last.cumsum(0) - host.is_last.long())
+        total = segment_sum(values, first, last)
+        return (total / (last + 1 - first) if is_mean else total).to(values.dtype)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    def rows(self, index: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """In tensors of fixed shapes, for an operator: numbers (6, num_rows) and flags (2, num_rows) bool, 0 but at `index`."""
+        columns = [torch.zeros_like(self.log_ratio) if (v := getattr(self, n)) is None else v for n in _NUMBERS]
+        numbers_of_all = self.log_ratio.new_zeros(len(_NUMBERS), num_rows)
+        flags_of_all = self.is_last.new_zeros(2, num_rows)
+        numbers_of_all[:, index] = torch.stack(columns)
+        flags_of_all[:, index] = torch.stack([self.is_last, torch.ones_like(self.is_last)])
+        return numbers_of_all, flags_of_all
+
+    @staticmethod
+    def of_rows(
+        numbers: Tensor,
+        flags: Tensor,
+        num_nonfinite: Tensor,
+        objective: Objective,
+        *,
+        knows_sequences: bool,
+        has_entropy: bool,
+    ) -> Stats:
+        """What `rows` made, with `is_live`."""
+        columns: dict[str, Any] = dict(zip(_NUMBERS, numbers.unbind(), strict=True))
+        if not has_entropy:
+            columns["entropy"] = None
+        is_last, is_live = flags.unbind()
+        return Stats(
+            **columns,
+            is_last=is_last,
+            num_nonfinite=num_nonfinite,
+            objective=objective,
+            knows_sequences=knows_sequences,
+            is_live=is_live,
+        )
+
+    @staticmethod
+    def cat(parts: Iterable[Stats]) -> Stats:
+        """The statistics of several micro-batches together, exactly."""
+        parts = [part.live() for part in parts]
+        if not parts:
+            raise ValueError("Stats.cat: no parts came; it needs at least one")
+        for differ, values in (
+            ("some parts have entropy and some have not", {part.entropy is None for part in parts}),
+            ("some parts know their sequences and some do not", {part.knows_sequences for part in parts}),
+            ("the parts are of different objectives", {part.objective for part in parts}),
+        ):
+            if len(values) > 1:
+                raise ValueError(f"Stats.cat: {differ}")
+        merged: dict[str, Any] = {n: torch.cat([getattr(part, n) for part in parts]) for n in parts[0]._tensors()}
+        return replace(parts[0], **merged)
+
+    def live(self) -> Stats:
+        """Without the rows that are not in the loss."""
+        if self.is_live is None:
+            return self
+        chosen: dict[str, Any] = {n: v[self.is_live] for n, v in self._tensors().items() if n != "num_nonfinite"}
+        return replace(self, **{**chosen, "is_live": None})
+
+    def gather(self, group: dist.ProcessGroup | None = None) -> Stats:
+        """The statistics of all ranks together, on the CPU; a collective call. Without torch.distributed: itself."""
+        mine = self.cpu()
+        if not dist.is_initialized():
+            return mine
+        parts: list[Stats | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, mine, group=group)
+        return Stats.cat([part for part in parts if part is not None])
+
+    def cpu(self) -> Stats:
+        moved: dict[str, Any] = {name: value.cpu() for name, value in self._tensors().items()}
+        return replace(self, **moved).live()
+
+    def summary(self) -> dict[str, float]:
+        """Reduce once, with one transfer from the device. Ratios are exp of log-ratios clamped at +-20, as in the loss.
+
+        Keys: token_ratio/ and sequence_ratio/ with mean, std, min, max and q01 .. q99.9 (the loss's own denominator);
+        clip_low_frac, clip_high_frac, dual_clip_frac; k1_kl and k3_kl from rollout to current policy, per token;
+        ess_frac (effective sample size over n) and chi2_token, chi2_sequence of current over rollout; entropy (nats);
+        num_tokens, num_sequences, num_nonfinite. Without tokens only the counts; without sequences no values by sequence.
+        """
+        host = self.cpu()
+        values = {name: value.double().numpy() for name, value in host._tensors().items()}
+        of_sequence = {
+            n: getattr(host, n).double().numpy() for n in ("sequence_log_ratio", "rollout_sequence_log_ratio")
+        }
+        is_last = host.is_last.numpy()
+        out = {
+            "num_tokens": float(len(is_last)),
+            "num_sequences": float(is_last.sum()),
+            "num_nonfinite": float(values["num_nonfinite"].sum()),
+        }
+        if len(is_last) == 0:
+            return out
+
+        def ratio(log_ratio: np.ndarray) -> np.ndarray:
+            return np.exp(np.clip(log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
+
+        ratios = {"token_ratio": ratio(values["log_ratio"])}
+        if is_last.any():
+            ratios["sequence_ratio"] = ratio(of_sequence["sequence_log_ratio"][is_last])
+        for name, rho in ratios.items():
+            out |= {
+                f"{name}/mean": rho.mean(),
+                f"{name}/std": rho.std(),
+                f"{name}/min": rho.min(),
+                f"{name}/max": rho.max(),
+            }
+            quantiles = np.quantile(rho, list(QUANTILES.values()))
+            out |= {f"{name}/{key}": value for key, value in zip(QUANTILES, quantiles, strict=True)}
+        for clip in ("low", "high", "dual"):
+            out["dual_clip_frac" if clip == "dual" else f"clip_{clip}_frac"] = (
+                getattr(host, f"clipped_{clip}").double().mean()
+            )
+        r = np.clip(values["rollout_log_ratio"], -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+        w = np.exp(r)
+        out["k1_kl"] = -r.mean()
+        out["k3_kl"] = (np.expm1(r) - r).mean()
+        out["ess_frac"] = w.sum() ** 2 / (len(w) * np.square(w).sum())
+        out["chi2_token"] = np.square(w).mean() - 1
+        if is_last.any():
+            out["chi2_sequence"] = np.square(ratio(of_sequence["rollout_sequence_log_ratio"][is_last])).mean() - 1
+        if "entropy" in values:
+            out["entropy"] = values["entropy"].mean()
+        return {key: float(value) for key, value in out.items()}
+
+    def envelope(self, num_bins: int = 20) -> dict[str, list[float]]:
+        """Spread of the token log-ratio against the rollout log-probability: the paper's tail picture, as numbers.
+
+        Bins are equally wide between the smallest and the largest rollout log-probability; empty ones are left out.
+        Lists of equal length: rollout_logp (bin mean), p2, p50, p98, count.
+        """
+        host = self.cpu()
+        log_q, log_ratio = host.rollout_logp.double().numpy(), host.log_ratio.double().numpy()
+        columns: dict[str, list[float]] = {key: [] for key in ("rollout_logp", "p2", "p50", "p98", "count")}
+        if len(log_q) == 0:
+            return columns
+        edges = np.linspace(log_q.min(), log_q.max(), num_bins + 1)
+        bin_of = np.clip(np.searchsorted(edges, log_q, side="right") - 1, 0, num_bins - 1)
+        for members in (np.flatnonzero(bin_of == number) for number in range(num_bins)):
+            if len(members):
+                p2, p50, p98 = np.quantile(log_ratio[members], [0.02, 0.5, 0.98])
+                row = (log_q[members].mean(), p2, p50, p98, len(members))
+                for key, value in zip(columns, row, strict=True):
+                    columns[key].append(float(value))
+        return columns

@@ -1,0 +1,1 @@
+"""Noise on hidden states: `perturb`, `perturb_rms_norm` and the noise itself."""

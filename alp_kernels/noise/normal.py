@@ -1,0 +1,34 @@
+"""The noise itself, for tests and inspection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..engine import pick
+from ..stream import Stream, check_stream
+
+
+def normal(
+    num_rows: int,
+    num_channels: int,
+    *,
+    seed: int,
+    step: int,
+    layer: int,
+    row_ids: Tensor | None = None,
+    row_start: int = 0,
+    device: torch.device | str = "cpu",
+    engine: str | None = None,
+) -> Tensor:
+    """The noise itself, (num_rows, num_channels) float32: for tests and inspection; the kernels never store it.
+
+    Args:
+        seed: 64-bit unsigned seed.  step: optimiser step, 32 bits.  layer: stream of one layer, 15 bits.
+        row_ids: (num_rows,) int64 global row identities, 48 bits; without them rows are row_start, row_start + 1, ...
+        engine: "triton", "native", "reference" or None for the automatic choice.
+    """
+    stream = Stream(seed, step, layer, row_start, row_ids)
+    device = torch.device(device)
+    check_stream("normal", stream, num_rows, device)
+    return pick(engine, device).normal(num_rows, num_channels, stream, device)

@@ -1,0 +1,145 @@
+"""u = h + sigma * eps(seed, step, layer, row, channel): the input of one decoder layer, perturbed.
+
+du arrives; dh = du; dlog_sigma = sigma * sum(du * eps).   Derivation: docs/math.md, section 1
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine import pick
+from ..stream import Stream, check_stream
+from . import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SCALES = ("absolute", "rms")
+ROUNDINGS = ("nearest", "stochastic")
+
+
+class Draw(NamedTuple):
+    """How a call draws its noise."""
+
+    engine: ModuleType
+    stream: Stream
+    sigma: Tensor  # ()
+    position: int  # of sigma's logarithm in log_sigma
+    scale: str
+    rounding: str
+
+
+class Perturb(torch.autograd.Function):
+    """Keeps sigma, the row identities and (scale="rms") one number a row: nothing of the size of `h`."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, log_sigma: Tensor, draw: Draw) -> Tensor:
+        u, rms = draw.engine.perturb_fwd(h.contiguous(), draw.sigma, draw.stream, draw.scale, draw.rounding)
+        if rms is not None:
+            ctx.save_for_backward(rms)
+        ctx.draw, ctx.sigma_shape = draw, log_sigma.shape
+        return u
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
+        dlog_sigma = None
+        if ctx.needs_input_grad[1]:
+            (rms,), draw = ctx.saved_tensors or (None,), ctx.draw
+            dsigma = draw.engine.perturb_bwd(du.contiguous(), draw.stream, rms)
+            dlog_sigma = draw.sigma.new_zeros(ctx.sigma_shape)
+            torch.mul(draw.sigma, dsigma, out=dlog_sigma.view(-1)[draw.position])
+        return du, dlog_sigma, None
+
+
+def perturb(
+    hidden: Tensor,
+    log_sigma: Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    layer: int,
+    row_ids: Tensor | None = None,
+    row_start: int | Tensor = 0,
+    scale: str = "absolute",
+    rounding: str = "nearest",
+    engine: str | None = None,
+) -> Tensor:
+    """Add Gaussian noise of size exp(log_sigma) to `hidden` (ALP, arXiv 2603.19470: delta_l ~ N(0, sigma_l^2 I)).
+
+    Args:
+        hidden: (..., D), float32, bfloat16, float16 or float64; any strides. Its leading axes flatten to N rows.
+        log_sigma: () or (1,) float32 (float64 beside float64), the natural logarithm of sigma; differentiable.
+        seed, step, layer: coordinates of the noise (64, 32 and 15 bits). Use one step value per optimiser step. In compiled
+            code give step and row_start as int64 tensors of one element on the CPU, or new numbers compile again.
+        row_ids: (N,) or hidden's leading shape, int64 below 2^48: each row's global identity. With them, packing,
+            padding, batch order and micro-batch split change no bit. Without, rows are row_start, row_start + 1, ...: a second
+            call in the same step (another micro-batch) then needs a row_start past the first's rows, or repeats its noise.
+        scale: "absolute", or "rms": sigma counts in units of each row's root mean square (a constant for the gradient).
+        rounding: "nearest" or "stochastic" (unbiased) for the store to a 16-bit dtype; the sum itself is float32.
+        engine: "triton", "native", "reference" or None for the automatic choice.
+
+    Returns:
+        u, like `hidden`. Backward makes the noise again: nothing of hidden's size is saved.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, before any kernel runs. EngineUnavailable: see engine.pick.
+    """
+    check_perturb("perturb", hidden, log_sigma, scale, rounding)
+    if ops.serves(hidden):
+        at, place = ops.coordinates(step, row_start, seed, layer)
+        ids = None if row_ids is None else row_ids.reshape(-1)
+        return ops.perturb_at(hidden, log_sigma.reshape(1), at, place, ids, scale, rounding, engine)
+    stream = make_stream(
+        "perturb", hidden.numel() // hidden.shape[-1], hidden.device, seed, step, layer, row_ids, row_start
+    )
+    sigma = log_sigma.detach().reshape(()).exp()
+    return Perturb.apply(hidden, log_sigma, Draw(pick(engine, hidden.device), stream, sigma, 0, scale, rounding))
+
+
+def check_tensor(where: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        hint = f" (give {name}.weight)" if isinstance(value, torch.nn.Module) else ""
+        raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor{hint}")
+
+
+def check_perturb(where: str, hidden: Tensor, log_sigma: Tensor, scale: str, rounding: str) -> None:
+    """Refuse, naming `where`, what `perturb` cannot take."""
+    for name, value in (("hidden", hidden), ("log_sigma", log_sigma)):
+        check_tensor(where, name, value)
+    if hidden.dtype not in DTYPES:
+        raise TypeError(f"{where}: hidden is {hidden.dtype}; it needs one of {', '.join(map(str, DTYPES))}")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}; it needs (..., D) with D >= 1")
+    sigma_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if log_sigma.dtype not in (torch.float32, sigma_dtype):
+        raise TypeError(
+            f"{where}: log_sigma is {log_sigma.dtype}; it needs {sigma_dtype} (bfloat16 moves sigma by 6 %)"
+        )
+    if log_sigma.numel() != 1:
+        raise ValueError(f"{where}: log_sigma has shape {tuple(log_sigma.shape)}; it needs () or (1,)")
+    if log_sigma.device != hidden.device:
+        raise ValueError(f"{where}: log_sigma is on {log_sigma.device}, hidden on {hidden.device}; they must share one")
+    if scale not in SCALES:
+        raise ValueError(f"{where}: scale={scale!r}; it needs one of {SCALES}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"{where}: rounding={rounding!r}; it needs one of {ROUNDINGS}")
+
+
+def make_stream(
+    where: str,
+    num_rows: int,
+    device: torch.device,
+    seed: int,
+    step: int | Tensor,
+    layer: int,
+    row_ids: Tensor | None,
+    row_start: int | Tensor,
+) -> Stream:
+    """The noise's coordinates, checked."""
+    step, row_start = (int(x) if isinstance(x, Tensor) else x for x in (step, row_start))
+    stream = Stream(seed, step, layer, row_start, None if row_ids is None else row_ids.reshape(-1))
+    check_stream(where, stream, num_rows, device)
+    return stream

@@ -1,0 +1,127 @@
+"""u = h + sigma * eps and y = RMSNorm(u) in one pass: a decoder layer's perturbed input, and what its attention reads.
+
+du, dy arrive; g = dy (offset + weight); x = u rstd;  dh = du + rstd (g - x mean(g x));  dlog_sigma = sigma * sum(dh * eps);
+dweight = sum_n dy x.   Derivation: docs/math.md, section 1
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import pick
+from ..reference import Norm
+from ..stream import Stream
+from . import ops
+from .perturb import DTYPES, check_perturb, check_tensor, make_stream
+
+
+class PerturbRMSNorm(torch.autograd.Function):
+    """Saves u, which the residual stream keeps alive anyway, weight, sigma, the row identities and one or two numbers a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        log_sigma: Tensor,
+        eps: float,
+        offset: float,
+        engine: ModuleType,
+        stream: Stream,
+        scale: str,
+        rounding: str,
+    ) -> tuple[Tensor, Tensor]:
+        sigma = log_sigma.detach().reshape(()).exp()
+        norm = Norm(weight.detach().contiguous(), eps, offset)
+        rows = h.reshape(-1, h.shape[-1]).contiguous()
+        u, y, rstd, rms = engine.perturb_rms_norm_fwd(rows, sigma, stream, scale, rounding, norm)
+        u = u.view(h.shape)
+        ctx.save_for_backward(u, rstd, rms, norm.weight, sigma, stream.row_ids)
+        ctx.engine, ctx.stream, ctx.sigma_shape = engine, stream._replace(row_ids=None), log_sigma.shape
+        ctx.eps, ctx.offset = eps, offset
+        return u, y.view(h.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, du: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        u, rstd, rms, weight, sigma, row_ids = ctx.saved_tensors
+        _, needs_dweight, needs_dsigma = ctx.needs_input_grad[:3]
+        du_rows, dy_rows, u_rows = (x.reshape(-1, u.shape[-1]).contiguous() for x in (du, dy, u))
+        dh, dsigma, dweight = ctx.engine.perturb_rms_norm_bwd(
+            du_rows,
+            dy_rows,
+            u_rows,
+            rstd,
+            rms,
+            ctx.stream._replace(row_ids=row_ids),
+            Norm(weight, ctx.eps, ctx.offset),
+            needs_dsigma,
+            needs_dweight,
+        )
+        dlog_sigma = None if dsigma is None else (sigma * dsigma).reshape(ctx.sigma_shape).to(sigma.dtype)
+        return dh.view(u.shape), dweight, dlog_sigma, *[None] * 6
+
+
+def perturb_rms_norm(
+    hidden: Tensor,
+    weight: Tensor,
+    log_sigma: Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    layer: int,
+    row_ids: Tensor | None = None,
+    row_start: int | Tensor = 0,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    scale: str = "absolute",
+    rounding: str = "nearest",
+    engine: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`perturb` and the RMSNorm that follows it, in one pass over `hidden`: for decoder layers of your own.
+
+    Args:
+        hidden, log_sigma, seed, step, layer, row_ids, row_start, scale, rounding, engine: as in `perturb`.
+        weight: (D,) of the norm, float32 or 16 bits (float64 only beside float64); differentiable.
+        eps: added to the mean square. offset: added to the weight; 1 for Gemma's (1 + weight).
+
+    Returns:
+        (u, y), both like `hidden`: u with `perturb`'s bits, and y = u / sqrt(mean(u^2) + eps) * (offset + weight), computed in
+        float32 from the stored u and rounded once.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, before any kernel runs. EngineUnavailable: see engine.pick.
+    """
+    where = "perturb_rms_norm"
+    check_tensor(where, "weight", weight)
+    check_perturb(where, hidden, log_sigma, scale, rounding)
+    if weight.dtype not in DTYPES or (weight.dtype == torch.float64) > (hidden.dtype == torch.float64):
+        raise TypeError(
+            f"{where}: weight is {weight.dtype}, hidden {hidden.dtype}; it needs float32 or 16 bits, float64 only beside float64"
+        )
+    if weight.shape != hidden.shape[-1:]:
+        raise ValueError(
+            f"{where}: weight has shape {tuple(weight.shape)}; hidden {tuple(hidden.shape)} needs ({hidden.shape[-1]},)"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(f"{where}: weight is on {weight.device}, hidden on {hidden.device}; they must share one")
+    if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
+        raise ValueError(f"{where}: eps={eps}; it needs a number >= 0")
+    if not abs(offset) < float("inf"):
+        raise ValueError(f"{where}: offset={offset}; it needs a finite number")
+    if ops.serves(hidden):
+        at, place = ops.coordinates(step, row_start, seed, layer)
+        ids = None if row_ids is None else row_ids.reshape(-1)
+        options = (float(eps), float(offset), scale, rounding, engine)
+        u, y, *_ = torch.ops.alp_kernels.perturb_rms_norm(hidden, weight, log_sigma, at, place, ids, *options)
+        return u, y
+    stream = make_stream(
+        where, hidden.numel() // hidden.shape[-1], hidden.device, seed, step, layer, row_ids, row_start
+    )
+    chosen = pick(engine, hidden.device)
+    u, y = PerturbRMSNorm.apply(hidden, weight, log_sigma, eps, offset, chosen, stream, scale, rounding)
+    return u, y

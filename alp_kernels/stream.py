@@ -1,0 +1,93 @@
+"""Counter-based Gaussian noise: eps is a pure function of (seed, step, layer, row, channel) and is never stored.
+
+    counter = (d mod Q, row[0:32], layer | row[32:48] << 16, step)     key = (seed[0:32], seed[32:64])     Q = ceil(D / 4)
+    w0..w3  = Philox4x32-10(counter, key)                              word j serves channel j*Q + (d mod Q)
+    eps     = sqrt(-2 ln u(w0)) (cos, sin)(2 pi w1 / 2^32),  sqrt(-2 ln u(w2)) (cos, sin)(2 pi w3 / 2^32)
+    u(w)    = float32(w) * 2^-32 + 2^-33                               in (0, 1], every operation rounded to float32
+
+Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
+Every engine makes the same words bit for bit; their normals agree within `NORMAL_BOUND` (docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NORMAL_BOUND = 2e-6
+"""Largest |eps(engine) - eps(float64)| any engine may show, over the whole range |eps| <= 6.77."""
+
+FINAL_LAYER = 0x7FFE
+"""Layer coordinate of noise on the final hidden state."""
+LOGITS_LAYER = 0x7FFF
+"""Layer coordinate of noise on the logits (D is then the vocabulary size)."""
+ROUNDING_BIT = 0x8000
+"""Set in the layer coordinate for the random bits of stochastic rounding: no noise stream has it."""
+
+MAX_LAYER = FINAL_LAYER - 1
+MAX_ROW = (1 << 48) - 1
+MAX_STEP = (1 << 32) - 1
+MAX_SEED = (1 << 64) - 1
+
+
+class Stream(NamedTuple):
+    """Where noise is read: everything but the row's and the channel's position in the tensor.
+
+    Row n of the tensor has the global identity `row_ids[n]`, or `row_start + n` where `row_ids` is None. `at` stands in
+    for step and row_start: a kernel reads it when it runs, so a CUDA graph that is replayed draws the noise of that time.
+    """
+
+    seed: int
+    step: int
+    layer: int
+    row_start: int = 0
+    row_ids: Tensor | None = None  # (N,) int64 in [0, 2^48)
+    at: Tensor | None = None  # (2,) int64 on the tensor's device: step, row_start
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.seed & 0xFFFFFFFF, self.seed >> 32
+
+    def rows(self, num_rows: int, device: torch.device) -> Tensor:
+        """The rows' global identities, (num_rows,) int64."""
+        if self.row_ids is not None:
+            return self.row_ids
+        return torch.arange(self.row_start, self.row_start + num_rows, device=device, dtype=torch.int64)
+
+    def read(self) -> Stream:
+        """The same with the numbers that `at` holds now; waits for its device."""
+        if self.at is None:
+            return self
+        step, row_start = self.at.tolist()
+        return self._replace(step=step, row_start=row_start, at=None)
+
+    def for_rounding(self) -> Stream:
+        return self._replace(layer=self.layer | ROUNDING_BIT)
+
+
+def check_stream(where: str, stream: Stream, num_rows: int, device: torch.device) -> None:
+    """Raise a ValueError or TypeError that names the coordinate which does not fit its bits."""
+    limits = {"seed": MAX_SEED, "step": MAX_STEP, "layer": LOGITS_LAYER}
+    for name, top in limits.items():
+        value = getattr(stream, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a Python int in [0, {top}]")
+        if not 0 <= value <= top:
+            raise ValueError(f"{where}: {name}={value}; it needs an int in [0, {top}]")
+    if stream.row_ids is None:
+        if not 0 <= stream.row_start <= MAX_ROW + 1 - num_rows:
+            raise ValueError(
+                f"{where}: rows {stream.row_start}..{stream.row_start + num_rows - 1} leave [0, {MAX_ROW}], "
+                "the 48 bits that name a row"
+            )
+        return
+    ids = stream.row_ids
+    if ids.dtype != torch.int64 or ids.shape != (num_rows,) or ids.device != device:
+        raise ValueError(
+            f"{where}: row_ids is {ids.dtype} {tuple(ids.shape)} on {ids.device}; "
+            f"{num_rows} rows on {device} need torch.int64 ({num_rows},) on {device}"
+        )
+    if ids.device.type == "cpu" and num_rows and not (int(ids.min()) >= 0 and int(ids.max()) <= MAX_ROW):
+        raise ValueError(f"{where}: row_ids spans [{int(ids.min())}, {int(ids.max())}]; it must lie in [0, {MAX_ROW}]")

@@ -1,0 +1,403 @@
+"""Inference engines: torchao's numerics, vLLM over a loopback server, and the mismatch measured before training."""
+
+import dataclasses
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import alp.train as loop
+from alp import vllm_engine
+from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig
+from alp.errors import UserError
+from alp.inference import InferenceEngine, make_engine
+from alp.load import load_policy
+from alp.mismatch import K3_BOUND, describe, measure_mismatch
+from alp.models import Policy, hidden_states
+from alp.rollout import Completions, sample, uniforms
+from alp.run import read_metrics
+from alp.tasks import Task, make_task
+from alp.train import train
+from alp_kernels.integrations.hugging_face import output_head
+from tests.support.tiny_models import write_llama, write_sums
+
+CPU = torch.device("cpu")
+WEIGHT_ONLY = ("ao-int8-weights", "ao-fp8-weights", "ao-int4-weights")
+
+
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of a small run's time; tests/alp/test_run.py looks at them."""
+    monkeypatch.setattr(loop, "save_plots", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def policy(folder: Path) -> Policy:
+    return load_policy(ModelConfig(path=str(folder)), CPU)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return make_task(TaskConfig(path=write_sums(tmp_path_factory.mktemp("data") / "sums.jsonl")), seed=0)
+
+
+def prompts(policy: Policy) -> list[list[int]]:
+    return [policy.encode_prompt(text) for text in ("1+2=", "12345*6=", "7=")]
+
+
+def scores(model: Any, completions: Completions, temperature: float = 1.0) -> torch.Tensor:
+    """(B, T) log-probabilities by a plain forward."""
+    with torch.no_grad():
+        hidden = hidden_states(model, completions.tokens, completions.attention_mask, completions.mask.shape[1])
+        logits = (hidden @ output_head(model).weight.T).float() / temperature
+    return logits.log_softmax(-1).gather(-1, completions.targets[..., None]).squeeze(-1)
+
+
+# ------------------------------------------------------------------ torchao
+
+
+@pytest.mark.parametrize("path", ["ao-int8", *WEIGHT_ONLY])
+def test_sampled_logp_is_that_of_the_quantised_model(policy: Policy, path: Any) -> None:
+    engine = InferenceEngine(policy.model, RolloutConfig(path=path, lag=0))
+    out = engine.sample(policy, prompts(policy), 3, 7, u=uniforms(9, 7, 1, 2), temperature=0.7)
+    # activations on a grid of their own may round across a boundary in another order of sums
+    bound = 0.1 if path == "ao-int8" else 1e-4
+    assert (out.logp - scores(engine.model, out, 0.7))[out.mask].abs().max() < bound
+    apart = (out.logp - scores(policy.model, out, 0.7))[out.mask].abs().mean()
+    assert 1e-4 < apart < 0.5, "quantisation shows, and is not something else"
+
+
+@pytest.mark.parametrize("path", WEIGHT_ONLY)
+def test_new_weights_are_quantised_anew_after_the_lag(policy: Policy, path: Any) -> None:
+    engine = InferenceEngine(policy.model, RolloutConfig(path=path, lag=1))
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.mul_(0.5)
+    engine.push(policy.model)
+    old = engine.sample(policy, prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0))
+    engine.push(policy.model)
+    new = engine.sample(policy, prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0))
+    fresh = InferenceEngine(policy.model, RolloutConfig(path=path, lag=0))
+    again = fresh.sample(policy, prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0))
+    assert torch.equal(new.logp, again.logp) and not torch.equal(old.logp, new.logp)
+
+
+def test_torchao_leaves_the_head_and_embeddings_as_they_are(policy: Policy) -> None:
+    engine = InferenceEngine(policy.model, RolloutConfig(path="ao-int8-weights"))
+    assert torch.equal(output_head(engine.model).weight, output_head(policy.model).weight)
+    linear = [m for m in engine.model.modules() if isinstance(m, nn.Linear)]
+    assert sum(type(m.weight).__name__ == "Int8Tensor" for m in linear) == len(linear) - 1 == 2 * 7
+
+
+def test_what_a_path_needs_is_said(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"compute capability 8\.9.*'ao-fp8-weights' runs anywhere"):
+        make_engine(policy.model, RolloutConfig(path="ao-fp8"))
+    narrow = load_policy(ModelConfig(path=str(write_llama(tmp_path, intermediate_size=48))), CPU)
+    with pytest.raises(UserError, match=r"multiple of 32; .*down_proj has 48"):
+        make_engine(narrow.model, RolloutConfig(path="ao-int4-weights"))
+    with pytest.raises(UserError, match=r"alp-kernels\[vllm\].*rollout.server"):
+        make_engine(policy.model, RolloutConfig(path="vllm"))
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"alp-kernels\[quantise\]"):
+        make_engine(policy.model, RolloutConfig(path="ao-int8"))
+
+
+# ------------------------------------------------------------------ the mismatch before training
+
+
+def measured(engine: Any, policy: Policy, task: Task, **changes: Any) -> dict[str, float]:
+    config = RolloutConfig(**changes)
+    return measure_mismatch(engine, policy, task, config, max_new_tokens=8, seed=0, micro_batch=5)
+
+
+def test_the_same_engine_has_no_mismatch_and_coarser_ones_have_more(policy: Policy, task: Task) -> None:
+    found = {}
+    for path in ("same", "ao-int8-weights", "ao-int4-weights"):
+        config = RolloutConfig(path=path, lag=0)  # type: ignore[arg-type]
+        found[path] = measured(make_engine(policy.model, config), policy, task, path=path)
+    assert found["same"]["k3_kl"] < 1e-10 and abs(found["same"]["max_ratio"] - 1) < 1e-4
+    assert 1e-7 < found["ao-int8-weights"]["k3_kl"] < found["ao-int4-weights"]["k3_kl"]
+    assert found["same"]["tokens"] > 32
+
+
+def test_a_mismatch_is_that_of_the_definition(policy: Policy, task: Task) -> None:
+    engine = make_engine(policy.model, RolloutConfig(path="ao-int4-weights", lag=0))
+    asked = [policy.encode_prompt(task.problem("train", i).question) for i in range(8)]
+    out = engine.sample(policy, asked, 4, 8, u=uniforms(32, 8, 0, (1 << 32) - 2))
+    r = (scores(policy.model, out) - out.logp)[out.mask].double()
+    report = measured(engine, policy, task, path="ao-int4-weights")
+    assert report["tokens"] == len(r) and report["mean_abs"] == pytest.approx(float(r.abs().mean()), rel=1e-4)
+    assert report["k3_kl"] == pytest.approx(float((r.exp() - 1 - r).mean()), rel=1e-3)
+    assert report["k1_kl"] == pytest.approx(float(-r.mean()), abs=1e-6)
+    assert report["max_ratio"] == pytest.approx(float(r.max().exp()), rel=1e-4)
+
+
+def test_a_mismatch_that_rounding_cannot_explain_is_questioned() -> None:
+    report = {"tokens": 9.0, "mean_abs": 0.1, "k1_kl": 0.0, "k3_kl": K3_BOUND / 2, "max_ratio": 2.0}
+    assert "\n" not in describe(report, RolloutConfig(path="vllm", server="http://x"))
+    report["k3_kl"] = 2 * K3_BOUND
+    text = describe(report, RolloutConfig(path="vllm", server="http://x"))
+    assert "other weights or another tokenizer" in text and "processed_logprobs" in text
+    assert "rollout.bits" in describe(report, RolloutConfig())
+
+
+# ------------------------------------------------------------------ vLLM
+
+
+class FakeVllm:
+    """What the engine asks of vLLM, answered by a real model: prompts by token id, weights from a folder."""
+
+    def __init__(self, folder: Path, served_temperature: float | None = None) -> None:
+        self.policy = load_policy(ModelConfig(path=str(folder)), CPU)
+        self.policy.model.eval()
+        self.temperature = served_temperature
+        self.requests: list[dict[str, Any]] = []
+        self.weight_names: list[set[str]] = []
+        self.calls: list[str] = []
+
+    def complete(self, prompt: list[int], asked: dict[str, Any]) -> Completions:
+        assert (asked["top_k"], asked["min_p"], asked["repetition_penalty"]) == (0, 0.0, 1.0)
+        assert asked["stop_token_ids"] == self.policy.eos_ids and asked["logprobs"] == 0
+        self.requests.append(asked)
+        n, length = asked["n"], asked["max_tokens"]
+        u = uniforms(n, length, asked["seed"], 0) if asked["temperature"] else None
+        temperature = self.temperature or asked["temperature"] or 1.0
+        return sample(self.policy, [prompt], n, length, u=u, temperature=temperature, top_p=asked["top_p"])
+
+    def reload(self, folder: str) -> None:
+        weights = load_file(Path(folder) / "model.safetensors")
+        self.weight_names.append(set(weights))
+        self.policy.model.load_state_dict(weights)
+
+
+def rows_of(out: Completions) -> Iterator[tuple[list[int], list[float], bool]]:
+    for i, mask in enumerate(out.mask):
+        n = int(mask.sum())
+        yield out.targets[i, :n].tolist(), out.logp[i, :n].tolist(), not bool(out.truncated[i])
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[tuple[FakeVllm, str]]:
+    fake = FakeVllm(folder)
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer({"data": [{"id": "the-model"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                fake.calls.append(self.path)
+                if self.path == "/v1/completions":
+                    assert body["model"] == "the-model" and body["return_token_ids"] is True
+                    out = fake.complete(body["prompt"], body)
+                    choices = [
+                        {
+                            "index": i,
+                            "text": "decoded otherwise",
+                            "token_ids": tokens,
+                            "logprobs": {"token_logprobs": logp},
+                            "finish_reason": "stop" if ended else "length",
+                        }
+                        for i, (tokens, logp, ended) in enumerate(rows_of(out))
+                    ]
+                    self.answer({"choices": choices[::-1]})
+                elif self.path == "/collective_rpc":
+                    assert body["method"] == "reload_weights"
+                    fake.reload(body["kwargs"]["weights_path"])
+                    self.answer({"results": [None]})
+                elif self.path == "/reset_prefix_cache":
+                    self.answer(None)
+                else:
+                    self.send_error(404)
+
+        def answer(self, value: object) -> None:
+            data = b"" if value is None else json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield fake, f"http://127.0.0.1:{httpd.server_address[1]}"
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+def test_a_server_samples_by_token_ids_with_its_own_logp(policy: Policy, server: tuple[FakeVllm, str]) -> None:
+    fake, url = server
+    engine = make_engine(policy.model, RolloutConfig(path="vllm", server=url, lag=0))
+    out = engine.sample(policy, prompts(policy), 4, 9, u=uniforms(12, 9, 1, 2), temperature=0.7)
+    assert [asked["n"] for asked in fake.requests] == [4] * 3 and len({a["seed"] for a in fake.requests}) == 3
+    torch.testing.assert_close(out.logp, scores(policy.model, out, 0.7) * out.mask, rtol=0, atol=1e-4)
+    width = max(map(len, prompts(policy)))
+    for i, prompt in enumerate(prompts(policy)):
+        for row in range(4 * i, 4 * i + 4):
+            assert out.tokens[row, :width][out.attention_mask[row, :width] == 1].tolist() == prompt
+    ids = policy.eos_ids
+    for mask, targets, truncated in zip(out.mask, out.targets, out.truncated, strict=True):
+        n = int(mask.sum())
+        assert mask[:n].all() and (targets[n - 1].item() in ids) != bool(truncated)
+    assert out.texts[0] == policy.decode(out.targets[0][out.mask[0]].tolist())
+    again = engine.sample(policy, prompts(policy), 4, 9, u=uniforms(12, 9, 1, 2), temperature=0.7)
+    assert torch.equal(again.tokens, out.tokens)
+    greedy = engine.sample(policy, prompts(policy), 1, 5, u=None)
+    assert torch.equal(greedy.tokens, sample(policy, prompts(policy), 1, 5, u=None).tokens)
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_a_server_gets_plain_weights_and_only_when_it_needs_them(
+    folder: Path, server: tuple[FakeVllm, str], lora: int | None
+) -> None:
+    from alp_kernels import attach
+
+    fake, url = server
+    policy = load_policy(ModelConfig(path=str(folder), lora=lora), CPU)
+    names = {name for name, _ in load_policy(ModelConfig(path=str(folder)), CPU).model.named_parameters()}
+    attach(policy.model, 1e-2)
+    config = RolloutConfig(path="vllm", server=url, lag=1)
+    engine = make_engine(policy.model, config)
+    u = uniforms(6, 5, 0, 0)
+    engine.sample(policy, prompts(policy), 2, 5, u=u)
+    engine.sample(policy, prompts(policy), 2, 5, u=u)
+    assert fake.weight_names == [names], "sigma is no part of the model; weights that are there are not sent again"
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    engine.push(policy.model)
+    lagging = engine.sample(policy, prompts(policy), 2, 5, u=u)
+    now = make_engine(policy.model, dataclasses.replace(config, lag=0)).sample(policy, prompts(policy), 2, 5, u=u)
+    assert torch.allclose(now.logp, scores(policy.model, now) * now.mask, atol=1e-4)
+    assert not torch.allclose(lagging.logp, scores(policy.model, lagging) * lagging.mask, atol=1e-2)
+    assert torch.equal(engine.sample(policy, prompts(policy), 2, 5, u=u).logp, lagging.logp), "an evaluation between"
+    assert fake.calls.count("/collective_rpc") == fake.calls.count("/reset_prefix_cache") == 3
+
+
+def test_a_server_of_another_temperature_is_questioned(
+    policy: Policy, task: Task, server: tuple[FakeVllm, str]
+) -> None:
+    fake, url = server
+    config = RolloutConfig(path="vllm", server=url, lag=0, temperature=0.5)
+    engine = make_engine(policy.model, config)
+    report = measured(engine, policy, task, path="vllm", server=url, temperature=0.5)
+    assert report["k3_kl"] < 1e-6 and "\n" not in describe(report, config)
+    fake.temperature = 1.5
+    report = measured(engine, policy, task, path="vllm", server=url, temperature=0.5)
+    assert "processed_logprobs" in describe(report, config)
+
+
+def test_servers_that_cannot_serve_say_why(
+    policy: Policy, server: tuple[FakeVllm, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = server
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+        make_engine(policy.model, RolloutConfig(path="vllm", server="http://127.0.0.1:9"))
+    with pytest.raises(UserError, match=r"and rollout.path vllm"):
+        TrainConfig(rollout=RolloutConfig(server=url))
+    backend: Any = vllm_engine.connect(url)
+    with pytest.raises(UserError, match=r"404.*VLLM_SERVER_DEV_MODE=1"):
+        backend._call("/not/there", {})
+    monkeypatch.setattr(backend, "_call", lambda *_: {"choices": [{"index": 0, "text": "x"}]})
+    with pytest.raises(UserError, match=r"lack 'token_ids'; it needs a vLLM that knows return_token_ids"):
+        backend.generate([[1]], [{}])
+
+
+def test_vllm_in_this_process_is_asked_the_same(policy: Policy, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeVllm(folder)
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            assert options["model"] == str(folder) and options["logprobs_mode"] == "processed_logprobs"
+            assert options["dtype"] == "float32"
+
+        def generate(self, asked: list[dict[str, Any]], params: list[Any], use_tqdm: bool) -> list[Any]:
+            return [
+                SimpleNamespace(
+                    outputs=[
+                        SimpleNamespace(
+                            token_ids=tuple(tokens),
+                            logprobs=[{t: SimpleNamespace(logprob=v)} for t, v in zip(tokens, logp, strict=True)],
+                            finish_reason="stop" if ended else "length",
+                        )
+                        for tokens, logp, ended in rows_of(fake.complete(one["prompt_token_ids"], vars(some)))
+                    ]
+                )
+                for one, some in zip(asked, params, strict=True)
+            ]
+
+        def collective_rpc(self, method: str, kwargs: dict[str, str]) -> None:
+            assert method == "reload_weights"
+            fake.reload(kwargs["weights_path"])
+
+        def reset_prefix_cache(self) -> None:
+            fake.calls.append("reset")
+
+    monkeypatch.setitem(
+        sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace, __spec__=object())
+    )  # type: ignore[arg-type]
+    monkeypatch.setattr(vllm_engine, "_connections", {})
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight.mul_(0.5)
+    engine = make_engine(policy.model, RolloutConfig(path="vllm", lag=0))
+    out = engine.sample(policy, prompts(policy), 2, 6, u=uniforms(6, 6, 0, 0))
+    torch.testing.assert_close(out.logp, scores(policy.model, out) * out.mask, rtol=0, atol=1e-4)
+    assert fake.calls == ["reset"]
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+@pytest.mark.parametrize(("path", "lora"), [("vllm", None), ("vllm", 4), ("ao-int8", 4)])
+def test_a_run_trains_against_the_engine_and_records_its_mismatch(
+    folder: Path,
+    tmp_path: Path,
+    server: tuple[FakeVllm, str],
+    capsys: pytest.CaptureFixture[str],
+    path: Any,
+    lora: int | None,
+) -> None:
+    fake, url = server
+    config = TrainConfig(
+        task=TaskConfig(path=write_sums(tmp_path / "sums.jsonl")),
+        model=ModelConfig(path=str(folder), lora=lora),
+        rollout=RolloutConfig(
+            path=path, server=url if path == "vllm" else None, prompts=4, samples=2, lag=1, max_new_tokens=5
+        ),
+        update=UpdateConfig(lr=1e-2, minibatches=2, normalise_std=False),
+        steps=2,
+        eval_prompts=2,
+        diagnose_every=1,
+        runs=tmp_path,
+        name="x",
+        device="cpu",
+    )
+    out = train(config)
+    measured = json.loads((out / "mismatch.json").read_text())
+    assert measured["k3_kl"] < (1e-6 if path == "vllm" else 0.01) and measured["tokens"] > 32
+    assert f"engine {path} against the training path, same weights" in capsys.readouterr().out
+    metrics = read_metrics(out / "metrics.jsonl")
+    assert metrics[0]["mismatch/k3_kl"] < (1e-6 if path == "vllm" else 0.01)
+    assert not any("sigma" in name or "lora" in name for names in fake.weight_names for name in names)

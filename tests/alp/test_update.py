@@ -1,0 +1,207 @@
+"""The table of methods, advantages, and the gradient of one optimiser step."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from alp.advantage import centre
+from alp.config import ModelConfig, UpdateConfig, UserError
+from alp.diagnostics import diagnose
+from alp.inference import snapshot
+from alp.methods import METHODS
+from alp.models import Policy, hidden_states, make_tiny
+from alp.parallel import World
+from alp.rollout import sample, uniforms
+from alp.update import Experience, Updater, last_token, score_clean
+from alp_kernels.integrations.hugging_face import output_head
+from tests.support.compare import likely_order_bound
+
+SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
+# of each tensor's largest element: two layers' products and the head's, forward and backward, and a weight's tokens
+BOUND = likely_order_bound(2 * (2 * (4 * 32 + 3 * 48) + 100) + 6 * 20, torch.float32)
+CALM = UpdateConfig(grad_clip=1e9, sigma=0.05)
+
+
+@pytest.fixture
+def policy() -> Policy:
+    torch.manual_seed(0)
+    return make_tiny(SMALL)
+
+
+def make_experience(policy: Policy) -> Experience:
+    """Six completions of three prompts of different lengths, with made-up advantages and off-policy log-probabilities."""
+    prompts = [policy.encode_prompt(text) for text in ("1+2=", "12345*6=", "7=")]
+    completions = sample(policy, prompts, 2, 9, u=uniforms(6, 9, seed=1, batch=2))
+    generator = torch.Generator().manual_seed(4)
+    shift = 0.3 * torch.randn(completions.logp.shape, generator=generator)
+    completions = dataclasses.replace(completions, logp=(completions.logp + shift) * completions.mask)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+    experience = Experience(completions, advantages, torch.arange(6), old_logp=None)
+    return dataclasses.replace(experience, old_logp=score_clean(policy.model, experience, 1.0, None))
+
+
+def make_updater(policy: Policy, config: UpdateConfig) -> Updater:
+    return Updater(policy.model, config, temperature=1.0, seed=11, world=World("cpu"))
+
+
+def gradients(policy: Policy, config: UpdateConfig, experience: Experience) -> dict[str, Tensor]:
+    """Of one step from the policy's weights, which are put back; log_sigma's is called "log_sigma"."""
+    before = snapshot(policy.model)
+    updater = make_updater(policy, config)
+    updater.step(3, experience)
+    grads = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    if updater.handle is not None:
+        assert updater.handle.log_sigma.grad is not None
+        grads["log_sigma"] = updater.handle.log_sigma.grad.clone()
+        updater.handle.detach()
+    with torch.no_grad():
+        for name, p in policy.model.named_parameters():
+            p.copy_(before[name])
+    return grads
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        scale = one[name].abs().max()
+        assert (one[name] - other[name]).abs().max() <= BOUND * scale + 1e-9, name
+
+
+def test_rows_of_the_table_are_those_published() -> None:
+    rows = {
+        name: (m.perturbed, m.objective.denominator, m.objective.level, m.objective.weight)
+        for name, m in METHODS.items()
+    }
+    assert rows == {
+        "grpo": (False, "old", "token", None),
+        "gspo": (False, "old", "sequence", None),
+        "bypass-token": (False, "rollout", "token", None),
+        "bypass-sequence": (False, "rollout", "sequence", None),
+        "tis-token": (False, "old", "token", "truncate"),
+        "tis-sequence": (False, "old", "token", "truncate"),
+        "mis": (False, "old", "token", "mask"),
+        "alp-token": (True, "rollout", "token", None),
+        "alp-sequence": (True, "rollout", "sequence", None),
+        "alp-cum-token": (True, "rollout", "cum-token", None),
+        "alp-cum-turn": (True, "rollout", "cum-turn", None),
+    }
+    assert [name for name, m in METHODS.items() if m.needs_old_logp] == [
+        n for n, row in rows.items() if row[1] == "old"
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_makes_a_step(policy: Policy, name: str) -> None:
+    grads = gradients(policy, dataclasses.replace(CALM, method=name, dual_clip=None), make_experience(policy))
+    assert all(g.isfinite().all() for g in grads.values())
+    assert grads["lm_head.weight"].abs().max() > 0 and ("log_sigma" in grads) == name.startswith("alp-")
+
+
+@pytest.mark.parametrize("layers", ["all", "1", "final", "logits"])
+def test_splitting_a_minibatch_changes_no_gradient(policy: Policy, layers: str) -> None:
+    config = dataclasses.replace(CALM, layers=layers)
+    experience = make_experience(policy)
+    whole = gradients(policy, config, experience)
+    assert_same(whole, gradients(policy, dataclasses.replace(config, micro_batch=1), experience))
+    assert_same(whole, gradients(policy, dataclasses.replace(config, micro_batch=4), experience))
+    order = torch.tensor([4, 1, 5, 0, 3, 2])
+    c = experience.completions
+    assert experience.old_logp is not None
+    shuffled = Experience(
+        type(c)(
+            c.tokens[order],
+            c.attention_mask[order],
+            c.mask[order],
+            c.logp[order],
+            [c.texts[i] for i in order],
+            c.truncated[order],
+        ),
+        experience.advantages[order],
+        experience.sample_ids[order],
+        experience.old_logp[order],
+    )
+    assert_same(whole, gradients(policy, config, shuffled))
+
+
+def test_another_step_draws_other_noise(policy: Policy) -> None:
+    experience = make_experience(policy)
+    updater = make_updater(policy, CALM)
+    logps = []
+    for step in (1, 1, 2):
+        with torch.no_grad(), updater.perturbed(step, experience):
+            logps.append(updater.loss(experience, 1.0, 1.0).logp)
+    assert torch.equal(logps[0], logps[1]) and not torch.equal(logps[0], logps[2])
+
+
+def test_two_draws_average_the_gradients_of_two_noise_samples(policy: Policy) -> None:
+    experience = make_experience(policy)
+    config = dataclasses.replace(CALM, method="alp-token")
+    both = gradients(policy, dataclasses.replace(config, draws=2), experience)
+    second = dataclasses.replace(experience, sample_ids=experience.sample_ids + (1 << 24))  # the rows of draw 1
+    singles = [gradients(policy, config, one) for one in (experience, second)]
+    for name, value in both.items():
+        mean = (singles[0][name] + singles[1][name]) / 2
+        assert (value - mean).abs().max() <= 1e-5 * mean.abs().max()
+        assert not torch.equal(singles[0][name], singles[1][name])
+
+
+def test_bypass_on_policy_is_the_policy_gradient(policy: Policy) -> None:
+    experience = make_experience(policy)
+    assert experience.old_logp is not None
+    on_policy = dataclasses.replace(
+        experience, completions=dataclasses.replace(experience.completions, logp=experience.old_logp)
+    )
+    grads = gradients(policy, dataclasses.replace(CALM, method="bypass-token"), on_policy)
+    c = experience.completions
+    policy.model.zero_grad()
+    keep = c.mask.shape[1]
+    hidden = hidden_states(policy.model, c.tokens, c.attention_mask, keep)
+    logp = (hidden @ output_head(policy.model).weight.T).log_softmax(-1).gather(-1, c.targets[..., None]).squeeze(-1)
+    (-(experience.advantages[:, None] * logp * c.mask).sum() / c.mask.sum()).backward()
+    assert_same(grads, {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None})
+
+
+def test_sigma_has_its_own_learning_rate_and_no_decay(policy: Policy) -> None:
+    updater = make_updater(policy, dataclasses.replace(CALM, weight_decay=0.1, sigma_lr=0.007))
+    model_group, sigma_group = updater.optimiser.param_groups
+    assert model_group["weight_decay"] == 0.1
+    assert (sigma_group["lr"], sigma_group["weight_decay"]) == (0.007, 0.0)
+    fixed = make_updater(make_tiny(SMALL), dataclasses.replace(CALM, sigma_lr=0.0))
+    assert len(fixed.optimiser.param_groups) == 1
+
+
+def test_diagnosis_tells_the_sources_apart_and_leaves_the_model_alone(policy: Policy) -> None:
+    experience = make_experience(policy)
+    updater = make_updater(policy, CALM)
+    before = snapshot(policy.model)
+    same = diagnose(updater, before, experience, 5, None, updater.world)
+    assert same["staleness/mean_abs"] == 0 and same["mismatch/k3_kl"] == pytest.approx(same["clean/k3_kl"])
+    assert same["perturbation/mean_abs"] > 0
+    older = {name: value * 1.05 for name, value in before.items()}
+    stale = diagnose(updater, older, experience, 5, 2, updater.world)
+    assert stale["staleness/mean_abs"] > 0 and stale["clean/k1_kl"] == pytest.approx(same["clean/k1_kl"])
+    total = stale["mismatch/k1_kl"] + stale["staleness/k1_kl"]
+    assert total == pytest.approx(stale["clean/k1_kl"], abs=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(policy.model).items())
+
+
+def test_advantages_of_a_group_sum_to_zero() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.3]])
+    for normalise_std in (True, False):
+        advantages = centre(rewards, normalise_std)
+        assert advantages.sum(dim=1).abs().max() < 1e-5 and (advantages[1] == 0).all()
+    assert centre(rewards)[0].std() == pytest.approx(1.0, abs=1e-4)
+    assert torch.allclose(centre(rewards, False)[0], torch.tensor([0.5, -0.5, -0.5, 0.5]))
+
+
+def test_last_token_is_the_last_of_each_response() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    assert last_token(mask).tolist() == [[False, True, False], [False, False, True], [False] * 3]
+
+
+def test_layers_that_do_not_fit_are_named(policy: Policy) -> None:
+    for text, message in (("every", "it needs"), ("7", "update.layers='7'")):
+        with pytest.raises(UserError, match=message):
+            make_updater(policy, dataclasses.replace(CALM, layers=text))

@@ -1,0 +1,875 @@
+"""What the Triton engine must do; test_triton.py runs this file, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from alp_kernels import attach, fused_alp_loss, linear_logprob, reference
+from alp_kernels import objective as objectives
+from alp_kernels import perturb as perturb_rows
+from alp_kernels.objective import PRESETS, LossRows, Objective
+from alp_kernels.reference import Head
+from alp_kernels.stream import LOGITS_LAYER, MAX_ROW, MAX_SEED, MAX_STEP, NORMAL_BOUND, Stream
+from alp_kernels.triton import engine, head, noise, perturb, rms_norm, rounding
+from tests.conftest import DEVICE
+from tests.support.compare import assert_within_budget, gradients
+from tests.support.philox_vectors import PUBLISHED
+
+STREAM = Stream(seed=7, step=3, layer=2)
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _outputs_begin_as_nan(monkeypatch):
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(math.nan) if out.is_floating_point() else out.fill_(-1)
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed)).to(DEVICE)
+
+
+def set_tile(monkeypatch, block_n: int, block_q: int) -> None:
+    for module in (noise, perturb):
+        monkeypatch.setattr(module, "tile", lambda num_channels: (block_n, block_q))
+
+
+# ------------------------------------------------------------------ noise
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), PUBLISHED)
+def test_philox_matches_published_vectors(counter, key, words):
+    out = engine.philox(tuple(torch.tensor([c], device=DEVICE) for c in counter), key)
+    assert tuple(int(w) for w in out) == words
+
+
+def test_philox_words_equal_the_references():
+    counter = tuple(torch.randint(0, 1 << 32, (1000,), generator=generator(i)).to(DEVICE) for i in range(4))
+    key = (0xDEADBEEF, 0x80000001)
+    for ours, theirs in zip(engine.philox(counter, key), reference.philox(counter, key), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@triton.jit
+def _normal_pair_kernel(words_ptr, out_ptr, M, BLOCK: tl.constexpr):
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    radius_word = tl.load(words_ptr + m, mask=m < M, other=0).to(tl.uint32)
+    angle_word = tl.load(words_ptr + M + m, mask=m < M, other=0).to(tl.uint32)
+    cos, sin = noise.normal_pair(radius_word, angle_word)
+    tl.store(out_ptr + m, cos, mask=m < M)
+    tl.store(out_ptr + M + m, sin, mask=m < M)
+
+
+def test_normals_stay_within_their_bound_at_extreme_words():
+    edges = {0, 1, 2, 3, 0xFFFFFFFF, 0xFFFFFF00}
+    edges |= {(1 << bit) + offset for bit in range(1, 32) for offset in (-1, 0, 1)}  # each rounding of u; each octant
+    edges |= {(eighth << 29) + offset & 0xFFFFFFFF for eighth in range(8) for offset in (-1, 0, 1, 77)}
+    edges |= set(torch.randint(0, 1 << 32, (128,), generator=generator()).tolist())
+    words = torch.tensor(list(itertools.product(sorted(edges), repeat=2)), device=DEVICE).t().contiguous()
+    size = words.shape[1]
+    out = torch.empty(2, size, device=DEVICE)
+    _normal_pair_kernel[(triton.cdiv(size, 1 << 14),)](words, out, size, 1 << 14)
+    u = words[0].float() * 2.0**-32 + 2.0**-33
+    radius, angle = (-2 * u.double().log()).sqrt(), words[1].double() * (2 * math.pi * 2.0**-32)
+    exact = torch.stack((radius * angle.cos(), radius * angle.sin()))
+    assert float((out.double() - exact).abs().max()) <= NORMAL_BOUND
+
+
+def test_normals_stay_within_their_bound_if_the_approximate_units_are_at_their_worst():
+    """The kernel's operations in float32, with log2 and the square root off by what NVIDIA publishes as their worst."""
+    rng, real, f = np.random.default_rng(0), np.float64, np.float32
+    gamma = math.sqrt(0.48215556 / (2 * math.log(2)))
+
+    def fma(a, b, c):
+        return (np.asarray(a, real) * np.asarray(b, real) + np.asarray(c, real)).astype(f)
+
+    def squared_radius(u, log2_u):
+        v = f(1) - u
+        return np.maximum(fma(log2_u, f(-0.48215556), f(-1.1529e-07)), v * fma(v, f(0.35145363), f(0.6956034)))
+
+    def on_circle(radius, word):
+        doubled = word << np.uint32(1)
+        y = doubled.view(np.int32).astype(f)
+        a = fma(np.abs(y), f(2.0**-31), f(-0.5))
+        c, s = f(0.0010811893), f(-0.005505402)
+        for term in (-0.025010282, 0.30414924, -1.4792068, 1.1989999):
+            c = fma(a * a, c, f(term))
+        for term in (0.095531225, -0.7745095, 1.8833846):
+            s = fma(a * a, s, f(term))
+        sin_radius = np.where(word >> np.uint32(31), -radius, radius)
+        cos_radius = np.where(doubled >> np.uint32(31), -sin_radius, sin_radius)
+        return cos_radius * fma(-a, s, c), sin_radius * fma(a, s, c)
+
+    near_one = ((1 << 32) - 1 - np.unique((2.0 ** np.linspace(0, 31, 3000)).astype(np.int64))).astype(np.uint32)
+    words = np.unique(np.concatenate((2.0 ** np.linspace(0, 31.999, 3000), [0])).astype(np.uint32))
+    u = fma(np.concatenate((words, near_one)).astype(f), f(2.0**-32), f(2.0**-33))
+    exact = np.sqrt(-2 * np.log(u.astype(real)))
+    log2_u = np.log2(u.astype(real))
+    log2_error = np.where(u >= 0.5, 2.0**-22, 2 * np.spacing(np.abs(log2_u).astype(f)).astype(real))
+    angles = rng.integers(0, 1 << 32, 2000, dtype=np.uint32)
+    turn = angles.astype(real) * (2 * math.pi * 2.0**-32)
+    worst = 0.0
+    for side in (1, -1):
+        root = np.sqrt(squared_radius(u, (log2_u - side * log2_error).astype(f)).astype(real))
+        radius = (root + side * np.where(root > 0, np.spacing(root.astype(f)), 0)).astype(f)
+        # the radius alone, then every 10th with the angles
+        assert np.abs(radius.astype(real) / gamma - exact).max() < 1.8e-6
+        for r, e in zip(radius[::10], exact[::10], strict=True):
+            cos, sin = on_circle(np.full(angles.shape, r, f), angles)
+            worst = max(worst, np.abs(cos - e * np.cos(turn)).max(), np.abs(sin - e * np.sin(turn)).max())
+    assert worst <= NORMAL_BOUND
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device: its approximate units")
+def test_the_devices_own_normals_stay_within_their_bound():
+    size = 1 << 24
+    out = torch.empty(2, size, device=DEVICE)
+    counted = torch.arange(size, device=DEVICE)
+    drawn = torch.randint(0, 1 << 32, (size,), device=DEVICE)
+    # the smallest and the largest radius words one by one, the rest in steps; all angles in steps at the largest radius
+    for radius_words, angle_words in (
+        (counted, drawn),
+        ((1 << 32) - 1 - counted, drawn),
+        (counted * 256 + drawn % 256, drawn.flip(0)),
+        (counted * 0, counted * 256 + drawn % 256),
+    ):
+        words = torch.stack((radius_words, angle_words))
+        _normal_pair_kernel[(triton.cdiv(size, 1 << 10),)](words, out, size, 1 << 10)
+        u = words[0].float() * 2.0**-32 + 2.0**-33
+        radius, angle = (-2 * u.double().log()).sqrt(), words[1].double() * (2 * math.pi * 2.0**-32)
+        exact = torch.stack((radius * angle.cos(), radius * angle.sin()))
+        assert float((out.double() - exact).abs().max()) <= NORMAL_BOUND
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        STREAM,
+        Stream(MAX_SEED, MAX_STEP, LOGITS_LAYER, (1 << 32) - 2),  # the row's high word changes inside the tile
+        Stream(1 << 31, 1 << 31, 0, MAX_ROW - 2),
+        Stream(5, 6, 7, 0, torch.tensor([MAX_ROW, 0, 1 << 32], device=DEVICE)),
+    ],
+)
+def test_normals_agree_with_the_reference(stream):
+    ours, theirs = (module.normal(3, 203, stream, DEVICE) for module in (engine, reference))
+    assert float((ours - theirs).abs().max()) <= NORMAL_BOUND
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 3, 5, 1023])
+@pytest.mark.parametrize("num_rows", [0, 1, 3])
+def test_odd_sizes_agree_with_the_reference(num_rows, num_channels):
+    ours, theirs = (module.normal(num_rows, num_channels, STREAM, DEVICE) for module in (engine, reference))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=NORMAL_BOUND)
+    h = randn(num_rows, num_channels)
+    ours, theirs = (
+        module.perturb_fwd(h, torch.tensor(0.5, device=DEVICE), STREAM, "absolute", "nearest")[0]
+        for module in (engine, reference)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=NORMAL_BOUND)
+    ours, theirs = (module.perturb_bwd(h, STREAM, None) for module in (engine, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-4)
+
+
+def test_row_ids_and_row_start_name_the_same_rows():
+    start = (1 << 32) - 1
+    ids = torch.arange(start, start + 3, device=DEVICE)
+    numbered = engine.normal(3, 50, STREAM._replace(row_start=start), DEVICE)
+    named = engine.normal(3, 50, STREAM._replace(row_ids=ids), DEVICE)
+    assert torch.equal(numbered, named)
+    assert torch.equal(engine.normal(3, 50, STREAM._replace(row_ids=ids.flip(0)), DEVICE), numbered.flip(0))
+    strided = ids.repeat_interleave(2)[::2]
+    assert torch.equal(engine.normal(3, 50, STREAM._replace(row_ids=strided), DEVICE), numbered)
+
+
+# ------------------------------------------------------------------ a captured update
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph's part on a CPU: every operation and launch inside, to be done again with the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.again.append(lambda: self.repeat(function, args, kwargs or {}, made))
+        return made
+
+    @staticmethod
+    def repeat(function, args, kwargs, made):
+        for old, new in zip(*(tree_leaves(part) for part in (made, function(*args, **kwargs))), strict=True):
+            if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # no view, not in place
+                old.copy_(new)
+
+    def __enter__(self):
+        kind = type(noise._normal_kernel)
+        self.run = kind.run
+
+        def launch(kernel, *args, **kwargs):
+            with _disable_current_modes():
+                self.run(kernel, *args, **kwargs)
+            self.again.append(lambda: self.run(kernel, *args, **kwargs))
+
+        kind.run = launch
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        type(noise._normal_kernel).run = self.run
+        return super().__exit__(*exception)
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for do in self.again:
+                do()
+
+
+def captured(update: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+    """What `update` returns, and how to do it again into the same tensors: by a CUDA graph where there are any."""
+    if DEVICE.type != "cuda":
+        with Recording() as recording:
+            return update(), recording.replay
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = update()
+    return out, graph.replay
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self, is_checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(2))
+        self.is_checkpointed = is_checkpointed
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = (checkpoint(layer, hidden, use_reentrant=False) if self.is_checkpointed else layer(hidden)).tanh()
+        return hidden
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_replayed_update_draws_the_noise_of_its_scope(monkeypatch, is_checkpointed):
+    """Two micro-batches and their gradients, captured in one step, replayed twice in the next and once in the one after."""
+    set_tile(monkeypatch, 1, 4)
+    h, results = randn(3, 12), []
+    for is_captured in (True, False):
+        model = Decoder(is_checkpointed).to(DEVICE)
+        handle = attach(model, sigma=0.3, scale="rms", engine="triton", capturable=is_captured)
+        parameters = [*model.parameters(), handle.log_sigma]
+
+        def update(model=model, parameters=parameters) -> list[Tensor]:
+            for parameter in parameters:
+                parameter.grad = None
+            losses = [model(h).square().mean(), model(h).pow(3).mean()]
+            torch.stack(losses).sum().backward()
+            return [*losses, *(parameter.grad for parameter in parameters)]
+
+        if is_captured:
+            with handle.perturbed(step=0):
+                out, again = captured(update)
+        for step in (1, 1, 2):
+            with handle.perturbed(step=step):
+                if is_captured:
+                    again()
+                else:
+                    out = update()
+            results.append([tensor.detach().clone() for tensor in out])
+    for one, two in zip(results[:3], results[3:], strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(results[0][0], results[1][0])
+
+
+# ------------------------------------------------------------------ perturb
+
+
+@pytest.mark.parametrize("tile", [(1, 16), (2, 64), (4, 8)])
+def test_tile_size_changes_no_bit(monkeypatch, tile):
+    h, sigma = randn(3, 203).bfloat16(), torch.tensor(0.1, device=DEVICE)
+
+    def results() -> list[Tensor]:
+        u, rms = engine.perturb_fwd(h, sigma, STREAM, "rms", "stochastic")
+        return [engine.normal(3, 203, STREAM, DEVICE), u, rms]
+
+    expected = results()
+    set_tile(monkeypatch, *tile)
+    for one, two in zip(results(), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (13, 203)])
+def test_programs_that_walk_down_several_tiles_change_no_bit(monkeypatch, shape):
+    h, sigma = randn(*shape).bfloat16(), torch.tensor(0.1, device=DEVICE)
+    set_tile(monkeypatch, 1, 16)
+    expected = engine.perturb_fwd(h, sigma, STREAM, "rms", "nearest")
+    monkeypatch.setattr(perturb, "WAVE", 1)
+    monkeypatch.setattr(perturb, "multiprocessors", lambda device: 3)
+    assert perturb.launch_tiles(*shape, h.device)[1] > 1
+    u, rms = engine.perturb_fwd(h, sigma, STREAM, "rms", "nearest")
+    assert torch.equal(u, expected[0])
+    exact = reference.perturb_bwd(h.double(), STREAM, rms.double())
+    torch.testing.assert_close(engine.perturb_bwd(h, STREAM, rms).double(), exact, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("rounding_mode", ["nearest", "stochastic"])
+@pytest.mark.parametrize("scale", ["absolute", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_perturb_fwd_agrees_with_the_reference(dtype, scale, rounding_mode):
+    h, sigma = randn(3, 1023).to(dtype), torch.tensor(0.3, device=DEVICE)
+    (ours, our_rms), (theirs, their_rms) = (
+        module.perturb_fwd(h, sigma, STREAM, scale, rounding_mode) for module in (engine, reference)
+    )
+    assert (our_rms is None) == (their_rms is None) == (scale == "absolute")
+    if our_rms is not None:
+        torch.testing.assert_close(our_rms, their_rms, rtol=3e-7, atol=0)
+    assert ours.dtype == dtype
+    if dtype == torch.float32:
+        torch.testing.assert_close(ours, theirs, rtol=2.4e-7, atol=NORMAL_BOUND)
+    else:  # the same random bits round both; one in 2^16 or 2^13 sums lies where 1e-6 turns the rounding over
+        assert int((ours != theirs).sum()) <= 6
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_n", [1, 4])
+def test_a_launch_with_the_same_arguments_draws_what_the_pointer_says(monkeypatch, block_n):
+    """As when a CUDA graph is replayed: every argument is as it was, the numbers at the pointer are new."""
+    set_tile(monkeypatch, block_n, 16)
+    h, sigma, rms = randn(5, 203).bfloat16(), torch.tensor(0.3, device=DEVICE), randn(5, seed=1).abs()
+    at = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    pointing = STREAM._replace(at=at)
+    for step, row_start in ((0, 0), (3, 7), (MAX_STEP, (1 << 32) - 2), (1, MAX_ROW - 4)):
+        at.copy_(torch.tensor([step, row_start]))
+        scalars = STREAM._replace(step=step, row_start=row_start)
+        assert pointing.read() == scalars
+        for rounding_mode in ("nearest", "stochastic"):
+            one, two = (
+                engine.perturb_fwd(h, sigma, stream, "absolute", rounding_mode)[0] for stream in (pointing, scalars)
+            )
+            assert torch.equal(one, two)
+        assert torch.equal(engine.perturb_bwd(h, pointing, rms), engine.perturb_bwd(h, scalars, rms))
+
+
+@pytest.mark.parametrize("rounding_mode", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_no_noise_is_the_identity(dtype, rounding_mode):
+    h = (randn(3, 203) * torch.logspace(-8, 4, 203, device=DEVICE)).to(dtype)
+    h[0, 0], h[0, 1] = math.inf, -math.inf
+    u, _ = engine.perturb_fwd(h, torch.tensor(0.0, device=DEVICE), STREAM, "absolute", rounding_mode)
+    assert torch.equal(u, h)
+
+
+@triton.jit
+def _round_kernel(x_ptr, words_ptr, out_ptr, BLOCK: tl.constexpr, IS_STOCHASTIC: tl.constexpr):
+    m = tl.arange(0, BLOCK)
+    if IS_STOCHASTIC:
+        out = rounding.round_stochastic(
+            tl.load(x_ptr + m), tl.load(words_ptr + m).to(tl.uint32), out_ptr.dtype.element_ty
+        )
+    else:
+        out = rounding.round_nearest(tl.load(x_ptr + m), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + m, out)
+
+
+def wide_values(dtype: torch.dtype) -> Tensor:
+    """4096 float32: every magnitude that `dtype` can hold, ties, both infinities, NaN."""
+    x = randn(4096) * torch.logspace(-9, 4.8, 4096, device=DEVICE)
+    ties = 1 + torch.arange(64, device=DEVICE) * torch.finfo(dtype).eps / 2
+    x[:64] = ties
+    x[64:67] = torch.tensor([math.inf, -math.inf, math.nan])
+    return x
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_stochastic_rounding_takes_the_references_bits(dtype):
+    x = wide_values(dtype)
+    out = torch.empty(4096, dtype=dtype, device=DEVICE)
+    words = torch.cat(reference.random_words(1, 4096, STREAM.for_rounding(), DEVICE), dim=1)
+    _round_kernel[(1,)](x, words, out, 4096, True)
+    expected = reference.round_stochastic(x[None], dtype, STREAM)[0]
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_nearest_rounding_is_pytorchs(dtype):
+    x = wide_values(dtype)
+    out = torch.empty(4096, dtype=dtype, device=DEVICE)
+    _round_kernel[(1,)](x, x, out, 4096, False)
+    torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("has_rms", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_perturb_bwd_stays_within_the_error_budget(dtype, has_rms):
+    du = randn(5, 1023).to(dtype)
+    rms = randn(5, seed=1).abs() if has_rms else None
+    ours, ordinary = (module.perturb_bwd(du, STREAM, rms) for module in (engine, reference))
+    exact = reference.perturb_bwd(du.double(), STREAM, None if rms is None else rms.double())
+    assert_within_budget(ours, ordinary, exact, torch.float32)
+    assert torch.equal(engine.perturb_bwd(du, STREAM, rms), ours)
+
+
+# ------------------------------------------------------------------ perturb and RMSNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_measured_noise_stays_within_the_error_budget(dtype):
+    h = randn(5, 1031).to(dtype)
+    u = torch.where(randn(5, 1031, seed=1) > 0, h, h + randn(5, 1031, seed=2).to(dtype) / 8)
+    found, ordinary = (module.measure(h, u, 3) for module in (engine, reference))
+    exact = reference.measure(h.double(), u.double(), 3)
+    assert torch.equal(found[:, 1].double(), exact[:, 1])
+    for column in (0, 2):
+        assert_within_budget(found[:, column], ordinary[:, column], exact[:, column], torch.float32)
+
+
+@pytest.mark.parametrize("block", [16, 2048])  # rows in pieces, and whole
+@pytest.mark.parametrize(("scale", "rounding_mode"), [("absolute", "nearest"), ("rms", "stochastic")])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_perturb_rms_norm_agrees_with_the_reference(monkeypatch, dtype, scale, rounding_mode, block):
+    monkeypatch.setattr(rms_norm, "MAX_GROUPS", block)
+    h, du, dy = (randn(6, 95, seed=seed).to(dtype) for seed in range(3))
+    norm = reference.Norm((1 + 0.1 * randn(95, seed=3)).to(dtype), 1e-5, 1.0)
+    u, y, rstd, rms = engine.perturb_rms_norm_fwd(
+        h, torch.tensor(0.3, device=DEVICE), STREAM, scale, rounding_mode, norm
+    )
+    expected, _ = engine.perturb_fwd(h, torch.tensor(0.3, device=DEVICE), STREAM, scale, rounding_mode)
+    assert torch.equal(u, expected)
+    exact_rstd = (u.double().square().mean(dim=1) + norm.eps).rsqrt()
+    exact_y = u.double() * exact_rstd[:, None] * (norm.weight.double() + norm.offset)
+    work = u.float() * (u.float().square().mean(dim=1) + norm.eps).rsqrt()[:, None]
+    assert_within_budget(y, (work * (norm.weight.float() + norm.offset)).to(dtype), exact_y, dtype, "y")
+    found, ordinary = (
+        module.perturb_rms_norm_bwd(du, dy, u, rstd, rms, STREAM, norm, True, True) for module in (engine, reference)
+    )
+    wide = norm._replace(weight=norm.weight.double())
+    wide_rms = None if rms is None else rms.double()
+    exact = reference.perturb_rms_norm_bwd(
+        du.double(), dy.double(), u.double(), rstd.double(), wide_rms, STREAM, wide, True, True
+    )
+    assert_within_budget(found[0], ordinary[0], exact[0], dtype, "dh")
+    torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-6, atol=1e-4)
+    assert_within_budget(found[2], ordinary[2], exact[2], dtype, "dweight")
+    alone = engine.perturb_rms_norm_bwd(du, dy, u, rstd, rms, STREAM, norm, False, False)
+    assert torch.equal(alone[0], found[0])
+    assert alone[1:] == (None, None)
+
+
+def test_float64_is_the_references():
+    h, sigma = randn(3, 17).double(), torch.tensor(0.3, device=DEVICE, dtype=torch.float64)
+    ours, theirs = (module.perturb_fwd(h, sigma, STREAM, "rms", "nearest") for module in (engine, reference))
+    assert torch.equal(ours[0], theirs[0])
+    assert ours[0].dtype == torch.float64
+
+
+# ------------------------------------------------------------------ head
+
+
+def double(part):
+    """A Head or LossRows with its float tensors in float64."""
+    return type(part)(*(x.double() if isinstance(x, Tensor) else x for x in part))
+
+
+HEADS = {
+    "plain": {},
+    "softcap": {"softcap": 3.0},
+    "temperature": {"has_temperature": True, "logit_scale": 0.7},
+    "noise": {"has_noise": True},
+    "all": {"softcap": 5.0, "has_temperature": True, "logit_scale": 1.3, "has_noise": True},
+}
+
+
+def make_head(num_rows: int, *, logit_scale=1.0, softcap=None, has_temperature=False, has_noise=False) -> Head:
+    temperature = 0.5 + torch.rand(num_rows, generator=generator(2)).to(DEVICE) if has_temperature else None
+    row_ids = torch.arange(num_rows, device=DEVICE) * 5 + (1 << 33)
+    stream = Stream(11, 12, LOGITS_LAYER, row_ids=row_ids) if has_noise else None
+    sigma = torch.tensor(0.3, device=DEVICE) if has_noise else None
+    return Head(logit_scale, softcap, temperature, sigma, stream)
+
+
+def make_logits(num_rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits with a certain, an unlikely, a first, a last and a top target; and the targets."""
+    x = 3 * randn(num_rows, vocabulary)
+    targets = torch.randint(0, vocabulary, (num_rows,), generator=generator(3)).to(DEVICE)
+    if num_rows >= 5:
+        x[0, targets[0]] += 30
+        x[1, targets[1]] -= 30
+        targets[2], targets[3] = 0, vocabulary - 1
+        targets[4] = x[4].argmax()
+    return x.to(dtype), targets
+
+
+@pytest.mark.parametrize("tile", [16, 1024])  # whole tiles and a last one; the last one alone
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_stays_within_the_error_budget(monkeypatch, kind, dtype, tile):
+    monkeypatch.setattr(head, "MAX_TILE", tile)
+    x, targets = make_logits(5, 203, dtype)  # a last quarter that is not full
+    settings = make_head(5, **HEADS[kind])
+    dlogp, dentropy = randn(5, seed=4), randn(5, seed=5)
+    results = []
+    for module, y, part in ((engine, x, settings), (reference, x, settings), (reference, x.double(), double(settings))):
+        frozen = y.clone()
+        rows = module.head_fwd(y, targets, part)
+        assert torch.equal(y, frozen)
+        grads = [g.to(rows.logp.dtype) for g in (dlogp, dentropy)]
+        dsigma = module.head_bwd(frozen, targets, part, rows, *grads)
+        results.append([*rows, frozen, *([] if dsigma is None else [dsigma])])
+    for position, (ours, ordinary, exact) in enumerate(zip(*results, strict=True)):
+        assert_within_budget(ours, ordinary, exact, dtype if position == 3 else torch.float32, f"output {position}")
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 5, 4096, 4099])
+def test_odd_vocabularies_agree_with_the_reference(monkeypatch, vocabulary):
+    # 4096: whole tiles of a quarter of that, no last one; 4099: past them
+    monkeypatch.setattr(head, "ROWS_A_MULTIPROCESSOR", 1)
+    x, targets = make_logits(2, vocabulary, torch.float16)
+    rows, ordinary = (module.head_fwd(x, targets, Head()) for module in (engine, reference))
+    for ours, theirs in zip(rows, ordinary, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=2e-6)
+    dlogp, dx = randn(2, seed=4), x.clone()
+    engine.head_bwd(dx, targets, Head(), rows, dlogp, None)
+    reference.head_bwd(x, targets, Head(), ordinary, dlogp, None)
+    torch.testing.assert_close(dx, x, rtol=2e-3, atol=1e-6)
+
+
+def test_head_ignores_tokens_at_minus_infinity():
+    x, targets = make_logits(5, 40, torch.float32)
+    x[:, 7:20] = -math.inf
+    targets[:] = torch.tensor([0, 21, 22, 39, 6])
+    kept = torch.cat((x[:, :7], x[:, 20:]), dim=1)
+    moved = torch.where(targets < 7, targets, targets - 13)
+    exact = reference.head_fwd(kept.double(), moved, Head())
+    ordinary, ours = reference.head_fwd(kept, moved, Head()), engine.head_fwd(x, targets, Head())
+    for a, b, c in zip(ours, ordinary, exact, strict=True):
+        assert_within_budget(a, b, c, torch.float32)
+    engine.head_bwd(x, targets, Head(), ours, randn(5, seed=4), randn(5, seed=5))
+    assert torch.equal(x[:, 7:20], torch.zeros(5, 13, device=DEVICE))
+    assert torch.isfinite(x).all()
+
+
+def test_near_certain_tokens_keep_relative_precision():
+    x, targets = torch.zeros(2, 100, device=DEVICE), torch.tensor([3, 99], device=DEVICE)
+    x[0, 3], x[1, 99] = 30.0, 60.0
+    exact = reference.head_fwd(x.double(), targets, Head())
+    ours = engine.head_fwd(x, targets, Head())
+    torch.testing.assert_close(ours.logp.double(), exact.logp, rtol=1e-5, atol=0)
+    margin = torch.tensor([30.0, 60.0], device=DEVICE, dtype=torch.float64)
+    others = 99 * torch.exp(-margin)
+    torch.testing.assert_close(
+        ours.entropy.double(), others.log1p() + others * margin / (1 + others), rtol=1e-5, atol=0
+    )
+    dx, exact_dx = x.clone(), x.double()
+    engine.head_bwd(dx, targets, Head(), ours, torch.ones(2, device=DEVICE), None)
+    reference.head_bwd(exact_dx, targets, Head(), exact, torch.ones(2, device=DEVICE).double(), None)
+    torch.testing.assert_close(dx.double(), exact_dx, rtol=1e-5, atol=0)
+
+
+def test_a_nan_logit_shows_in_its_row_alone():
+    x, targets = make_logits(3, 50, torch.float32)
+    x[1, 30] = math.nan
+    assert head.head_fwd(x, targets, Head()).logp.isnan().tolist() == [False, True, False]
+
+    y = x.clone()
+    _, whole = engine.head_exp(y, targets, Head())
+    assert y[1].isnan().any() and whole.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan, -math.inf])
+def test_rows_without_a_distribution_become_nan_and_no_other(monkeypatch, bad):
+    monkeypatch.setattr(head, "MAX_TILE", 4)
+    x, targets = make_logits(4, 50, torch.float32)
+    x[1, 30] = x[2, targets[2]] = bad  # another token's, and the target's
+    if bad < 0:
+        x[1:3] = bad
+    for rows in (engine.head_fwd(x, targets, Head()), engine.head_exp(x, targets, Head())[0]):
+        assert rows.logp.isnan().tolist() == [False, True, True, False]
+
+
+def exp_gradient(module, x, targets, part, dlogp):
+    """The rows and the gradient of x by what head_exp leaves of a copy of it."""
+    x = x.clone()
+    rows, whole = module.head_exp(x, targets, part)
+    return *rows, reference.exp_coefficient(dlogp, part, whole)[:, None] * x
+
+
+def two_pass_gradient(x, targets, part, dlogp):
+    """The same by the reference's head_fwd and head_bwd."""
+    x = x.clone()
+    rows = reference.head_fwd(x, targets, part)
+    reference.head_bwd(x, targets, part, rows, dlogp, None)
+    return *rows, x
+
+
+@pytest.mark.parametrize("module", [engine, reference])
+@pytest.mark.parametrize("part", [Head(), Head(0.7), Head(-1.3)], ids=["plain", "scale", "negative scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exponentials_by_their_coefficient_are_the_gradient(monkeypatch, dtype, part, module):
+    monkeypatch.setattr(head, "MAX_TILE", 16)
+    x, targets = make_logits(5, 203, dtype)
+    part = part._replace(temperature=make_head(5, has_temperature=True).temperature)
+    dlogp = randn(5, seed=4)
+    ours, ordinary = exp_gradient(module, x, targets, part, dlogp), two_pass_gradient(x, targets, part, dlogp)
+    exact = two_pass_gradient(x.double(), targets, double(part), dlogp.double())
+    for one, two, three, kind in zip(ours, ordinary, exact, [torch.float32] * 3 + [dtype], strict=True):
+        assert_within_budget(one, two, three, kind)
+
+
+STEPS = torch.arange(203) // 4 * 4.0
+FAR_APART = {
+    "each tile far above the one before": STEPS * 20 - 3000,
+    "each far below": -STEPS * 20,
+    "one in the last tile": torch.where(torch.arange(203) == 201, 500.0, 0.0),
+    "the target far below": torch.where(torch.arange(203) == 100, -300.0, 0.0),
+    "the target at -inf": torch.where(torch.arange(203) == 100, -math.inf, STEPS / 50),
+    "the target far above": torch.where(torch.arange(203) == 100, 300.0, 0.0),
+    "all equal": torch.full((203,), -1e4),
+    "a tile far above the rest": torch.where(torch.arange(203) % 51 == 40, 700.0, 0.0),
+    "-inf but for a few": torch.where(torch.arange(203) % 50 == 49, STEPS / 10, -math.inf),
+    "-inf but for the target": torch.where(torch.arange(203) == 100, 3.0, -math.inf),
+    "larger than 2^127 apart": torch.where(torch.arange(203) < 150, -1e30, STEPS / 30),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_that_rises_keeps_the_error_budget(monkeypatch, dtype):
+    monkeypatch.setattr(head, "MAX_TILE", 16)
+    x = torch.stack(list(FAR_APART.values())).to(DEVICE) + randn(203)
+    x, targets = x.to(dtype), torch.full((len(x),), 100, device=DEVICE)
+    dlogp = 1 + randn(len(x), seed=4).abs()
+    ours, ordinary = exp_gradient(engine, x, targets, Head(), dlogp), two_pass_gradient(x, targets, Head(), dlogp)
+    exact = two_pass_gradient(x.double(), targets, Head(), dlogp.double())
+    for row, name in enumerate(FAR_APART):
+        has_target = bool(exact[0][row].isfinite())
+        assert has_target or torch.equal(ours[0][row], ordinary[0][row])
+        for k, kind in ((0, torch.float32), (2, torch.float32), (3, dtype)):
+            if k or has_target:
+                assert_within_budget(ours[k][row], ordinary[k][row], exact[k][row], kind, f"{name}: {k}")
+    # in nats: an entropy of 1e-200 has no relative precision
+    assert_within_budget(ours[1], ordinary[1], exact[1], torch.float32, "entropy")
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 4])
+def test_few_rows_take_more_warps_and_larger_tiles(num_rows):
+    x, targets = make_logits(num_rows, 30000, torch.float32)
+    (*_, block_q), options = head._head_args(x, Head())
+    assert (block_q, options["num_warps"]) == ((1024, 4) if num_rows == 4 else (2048, 8))
+    part = Head()
+    for ours, theirs in zip(engine.head_fwd(x, targets, part), reference.head_fwd(x, targets, part), strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=2e-6)
+
+
+# ------------------------------------------------------------------ token-level loss
+
+
+@triton.jit
+def _dsurrogate_kernel(ell_ptr, advantage_ptr, out_ptr, clip_min, clip_max, dual_clip, BLOCK: tl.constexpr):
+    m = tl.arange(0, BLOCK)
+    slope = head._dsurrogate(tl.load(ell_ptr + m), tl.load(advantage_ptr + m), clip_min, clip_max, dual_clip)
+    tl.store(out_ptr + m, slope)
+
+
+@pytest.mark.parametrize(("clip_low", "clip_high"), [(0.5, 3.0), (0.0, 0.0), (1.0, 1e9)])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_surrogate_derivative_is_autograds(clip_low, clip_high, dual_clip):
+    objective = Objective(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    # 0: on a bound where a clip width is 0; +-20: on the clamp
+    points = torch.tensor(
+        [0.0, 20.0, -20.0, 20.1, -20.1, 1.0, 1.5, -0.5, -1.0, 3.0, *torch.linspace(-5, 5, 22).tolist()]
+    )
+    ell, advantage = (
+        t.flatten().contiguous().to(DEVICE)
+        for t in torch.meshgrid(points, torch.tensor([-2.0, -0.5, 0.0, 1.0]), indexing="ij")
+    )
+    out = torch.empty(128, device=DEVICE)
+    _dsurrogate_kernel[(1,)](ell, advantage, out, 1 - clip_low, 1 + clip_high, dual_clip, 128)
+    leaf = ell.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(objectives.surrogate(leaf, advantage, objective).sum(), leaf)
+    torch.testing.assert_close(out, expected, rtol=3e-6, atol=0)
+
+
+OBJECTIVES = {
+    "alp": PRESETS["alp-token"],
+    "weighted": PRESETS["tis-token"],
+    "no dual clip": Objective(clip_low=0.2, clip_high=0.28, dual_clip=None),
+    **{f"KL {kl}": Objective(dual_clip=2.0, kl=kl, kl_coef=0.3) for kl in ("k1", "k2", "k3", "k3+")},
+    "entropy": Objective(entropy_coef=0.1),
+    "everything": Objective(denominator="old", weight="mask", kl="k3", kl_coef=0.1, entropy_coef=-0.2),
+}
+
+
+def token_gradient(module, x, targets, part, rows, objective):
+    """head_token_loss on a copy of x: what it returns of the rows, dsigma, and the gradient of x."""
+    x = x.clone()
+    out, dsigma, c = module.head_token_loss(x, targets, part, rows, objective)
+    return out, dsigma, x if c is None else c[:, None] * x
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_token_loss_stays_within_the_error_budget(kind):
+    objective = OBJECTIVES[kind]
+    x, targets = make_logits(8, 37, torch.float32)
+    settings = make_head(8, **HEADS["all" if kind == "everything" else "plain"])
+    logp = reference.head_fwd(x, targets, settings).logp
+    offsets = torch.tensor([0.1, 3.0, -3.0, 0.5, 1.2, -0.1, 25.0, 0.3], device=DEVICE)
+    rows = LossRows(
+        denominator=logp - offsets,
+        advantages=torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, 0.0, -1.0, -0.3], device=DEVICE),
+        weight=torch.rand(8, generator=generator(6)).to(DEVICE),
+        is_weight=None if objective.weight is None else torch.rand(8, generator=generator(7)).to(DEVICE),
+        ref_logp=None if objective.kl is None else logp + randn(8, seed=8),
+    )
+    (out, dsigma, ours), (_, ordinary_dsigma, ordinary), (_, exact_dsigma, exact) = (
+        token_gradient(module, y, targets, part, numbers, objective)
+        for module, y, part, numbers in (
+            (engine, x, settings, rows),
+            (reference, x, settings, rows),
+            (reference, x.double(), double(settings), double(rows)),
+        )
+    )
+    for row in range(8):  # each by itself: a large row hides none
+        assert_within_budget(ours[row], ordinary[row], exact[row], torch.float32, f"row {row}")
+    if kind == "everything":
+        assert_within_budget(dsigma, ordinary_dsigma, exact_dsigma, torch.float32, "dsigma")
+    else:
+        assert dsigma is None
+    for one, two in zip(out, engine.head_fwd(x, targets, settings), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.bfloat16, None), (torch.bfloat16, 30.0), (torch.float16, 30.0)])
+def test_token_loss_of_half_logits_is_that_of_float32_rounded_once(dtype, softcap):
+    x, targets = make_logits(5, 37, dtype)
+    part = Head(softcap=softcap)
+    logp = reference.head_fwd(x, targets, part).logp
+    rows = LossRows(logp - 0.1, randn(5, seed=4), torch.ones(5, device=DEVICE))
+    wide = x.float()
+    *_, c = engine.head_token_loss(x, targets, part, rows, PRESETS["alp-token"])
+    *_, wide_c = engine.head_token_loss(wide, targets, part, rows, PRESETS["alp-token"])
+    assert torch.equal(x, wide.to(dtype))
+    assert (c is None) == (wide_c is None) == (softcap is not None)
+    assert c is None or torch.equal(c, wide_c)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_public_functions_have_the_references_gradients(level):
+    settings = {"objective": Objective(level), "num_tokens": 10, "num_sequences": 2}
+
+    def gradients(name: str) -> list[Tensor]:
+        hidden = randn(2, 5, 16).requires_grad_()
+        weight, log_sigma = (
+            randn(23, 16, seed=1).requires_grad_(),
+            torch.tensor(-2.0, device=DEVICE, requires_grad=True),
+        )
+        targets = torch.arange(10, device=DEVICE).view(2, 5)
+        u = perturb_rows(hidden, log_sigma, seed=1, step=2, layer=3, scale="rms", engine=name)
+        rollout_logp = torch.full((2, 5), -4.0, device=DEVICE)
+        advantages, mask = torch.tensor([1.0, -1.0], device=DEVICE), torch.ones(2, 5, device=DEVICE)
+        out = fused_alp_loss(u, weight, targets, rollout_logp, advantages, mask, **settings, engine=name)
+        return [out.loss.detach(), out.logp, *torch.autograd.grad(out.loss, (hidden, weight, log_sigma))]
+
+    for ours, theirs in zip(gradients("triton"), gradients("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", ["token", "cum-token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_exponentials_keep_the_error_budget(dtype, level):
+    hidden, weight, bias = (
+        part.to(dtype) for part in (randn(4, 5, 16), 0.5 * randn(230, 16, seed=1), randn(230, seed=2))
+    )
+    targets = torch.arange(20, device=DEVICE).view(4, 5)
+    settings = {
+        "objective": Objective(level, clip_high=1e9, dual_clip=None),
+        "num_tokens": 20,
+        "temperature": 0.5 + torch.rand(4, 5, generator=generator(3)).to(DEVICE),
+        "logit_scale": 0.7,
+        "chunk_bytes": 10 * 230 * dtype.itemsize,  # two chunks
+    }
+    advantages = torch.tensor([1.0, -1.0, 2.0, 0.5], device=DEVICE)
+
+    def found(name: str, real: torch.dtype) -> list[Tensor]:
+        inputs = [part.to(real) for part in (hidden, weight, bias)]
+        wide = torch.promote_types(real, torch.float32)
+        rest = (
+            torch.full((4, 5), -5.0, device=DEVICE, dtype=wide),
+            advantages.to(wide),
+            torch.ones(4, 5, device=DEVICE),
+        )
+        own = settings | {"temperature": settings["temperature"].to(wide), "chunk_bytes": 10 * 230 * real.itemsize}
+
+        def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            return fused_alp_loss(h, w, targets, *rest, bias=b, **own, engine=name).loss
+
+        return gradients(loss, inputs)
+
+    ours, ordinary, exact = found("triton", dtype), found("reference", dtype), found("reference", torch.float64)
+    for one, two, three, what in zip(ours, ordinary, exact, ("hidden", "weight", "bias"), strict=True):
+        assert_within_budget(one, two, three, dtype, what)
+
+
+def test_numbers_of_rows_may_be_expanded_scalars():
+    x, targets = make_logits(3, 37, torch.float32)
+    rows = LossRows(torch.full((3,), -3.0, device=DEVICE), torch.ones(3, device=DEVICE), torch.ones(3, device=DEVICE))
+    expanded = LossRows(*(value[:1].expand(3) for value in rows[:3]))
+    _, _, one = token_gradient(engine, x, targets, Head(), rows, Objective())
+    _, _, two = token_gradient(engine, x, targets, Head(), expanded, Objective())
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("size", [1, 5, 40000])
+def test_scaling_in_place_is_pytorchs(dtype, size):
+    x = randn(size).to(dtype)
+    for by in (1.0, 0.37, -(2.0**20)):
+        factor = torch.tensor(by, device=DEVICE)
+        assert torch.equal(engine.scale_(x.clone(), factor), x * factor)
+
+
+def test_empty_chunks_launch_nothing():
+    x, targets = torch.empty(0, 9, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    none = torch.empty(0, device=DEVICE)
+    out, dsigma, c = engine.head_token_loss(x, targets, Head(), LossRows(none, none, none), Objective())
+    assert out.logp.shape == c.shape == engine.head_exp(x, targets, Head())[1].shape == (0,)
+    assert dsigma is None
+
+
+@pytest.mark.parametrize("largest", [50.123, 3000.0, 30000.0])
+def test_backward_knows_a_large_log_sum_exp_to_the_last_digit(largest):
+    """Rounded to float32 it would move every probability by |lse| 2^-24: the gradients of a row's logits would not cancel."""
+    weight = torch.tensor([[largest], [0.0], [1.0]], device=DEVICE, requires_grad=True)
+    hidden, target = torch.ones(1, 1, device=DEVICE), torch.ones(1, dtype=torch.int64, device=DEVICE)
+    logp, entropy = linear_logprob(hidden, weight, target, engine="triton", temperature=0.7)
+    (dlogp,) = torch.autograd.grad(logp.sum(), weight, retain_graph=True)
+    (dentropy,) = torch.autograd.grad(entropy.sum(), weight)
+    assert abs(float(dlogp.sum())) < 5e-7 and float(dentropy.abs().max()) < 1e-6

@@ -1,0 +1,747 @@
+"""ALPGRPOTrainer in the real TRL: what it adds to GRPOTrainer, and that it changes nothing else."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import transformers
+from torch import Tensor
+
+pytest.importorskip("trl")
+
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
+
+import alp_kernels.integrations.trl as integration
+import alp_kernels.layers.perturbation
+from alp.models import character_tokenizer
+from alp_kernels import Objective, policy_loss
+from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer, check_logprobs_mode
+from tests.support import trl_ranks
+from tests.support.tiny_models import write_llama
+from tests.support.trl_cases import (
+    COMPLETION,
+    GROUP,
+    PROMPTS,
+    SGD,
+    assert_same_weights,
+    logged,
+    made_up_rollouts,
+    make,
+    qwen2,
+    rolled,
+    trained,
+    weights,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> Iterator[None]:
+    """Trainer.train collects garbage, half a second each time with all that a test session has imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def assert_same(actual: GRPOTrainer, expected: GRPOTrainer) -> None:
+    """Of trainers with SGD."""
+    a, b = weights(actual), weights(expected)
+    assert a.keys() - {"log_sigma"} == b.keys() - {"log_sigma"}
+    assert_same_weights(a, expected)
+    losses = list(zip(logged(actual, "loss"), logged(expected, "loss"), strict=True))
+    assert losses and all(x == pytest.approx(y, rel=1e-4, abs=2e-6) for x, y in losses)
+
+
+# ------------------------------------------------------------------ without noise: TRL's own numbers
+
+
+class RolloutRatio(GRPOTrainer):
+    """TRL's loss over the rollout's log-probabilities: what ALP is without noise."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        return super()._compute_loss(model, {**inputs, "old_per_token_logps": inputs["sampling_per_token_logps"]})
+
+
+CLIPS = {"epsilon": 0.5, "epsilon_high": 3.0, "delta": 10.0}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo"])
+def test_without_noise_ten_steps_are_those_of_a_plain_trainer(loss_type: str, fused: bool, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {
+        "loss_type": loss_type,
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        **SGD,
+    }
+    ours = rolled(tmp_path, alp_objective="bypass-token", alp_fused_head=fused, **shared)
+    assert_same(ours, rolled(tmp_path, RolloutRatio, **CLIPS, **shared))
+    moved = [(p - start).abs().max() for p, start in zip(weights(ours).values(), qwen2().parameters(), strict=True)]
+    assert max(moved) > 0.005
+    clipped = [sum(logged(ours, f"alp/{name}_frac")) for name in ("clip_low", "clip_high")]
+    assert clipped[0] > 0 and len(logged(ours, "loss")) == 10
+
+
+def test_kl_to_the_reference_and_entropy_are_those_of_a_plain_trainer(tmp_path: Path) -> None:
+    path = str(write_llama(tmp_path / "llama", initializer_range=0.1))
+    # TRL averages entropy over a micro-batch whatever the loss_type; bnpo averages the loss so, too
+    shared: dict[str, Any] = {
+        "beta": 0.2,
+        "entropy_coef": 0.05,
+        "loss_type": "bnpo",
+        "max_steps": 4,
+        "model": path,
+        **SGD,
+    }
+    ours = rolled(tmp_path, alp_objective="bypass-token", **shared)
+    plain = rolled(tmp_path, RolloutRatio, use_bias_correction_kl=False, **CLIPS, **shared)
+    assert_same(ours, plain)
+    assert logged(ours, "kl") == pytest.approx(logged(plain, "kl"), rel=1e-3, abs=1e-6) and logged(ours, "kl")[-1] > 0
+    assert logged(ours, "entropy") == pytest.approx(logged(plain, "entropy"), rel=1e-4)
+    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
+        assert logged(ours, name) == pytest.approx(logged(plain, name), abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "gspo"])
+def test_presets_over_the_old_policy_are_those_of_a_plain_trainer(objective: str, tmp_path: Path) -> None:
+    preset = Objective.preset(objective)
+    level = {"importance_sampling_level": "sequence"} if objective == "gspo" else {"delta": preset.dual_clip}
+    # generation is out of step with the updates, so TRL scores the samples itself
+    shared: dict[str, Any] = {"steps_per_generation": 2, "max_steps": 6, "loss_type": "grpo", **SGD}
+    ours = rolled(tmp_path, alp_objective=objective, **shared)
+    clips = {"epsilon": preset.clip_low, "epsilon_high": preset.clip_high}
+    assert_same(ours, rolled(tmp_path, **clips, **level, **shared, kind=GRPOTrainer))
+
+
+def test_tis_and_mis_weigh_by_the_rollout_engine(tmp_path: Path) -> None:
+    tis, mis, grpo = (rolled(tmp_path, alp_objective=name) for name in ("tis-token", "mis", "grpo"))
+    assert logged(tis, "alp/k3_kl")[0] > 0.1
+    assert len({logged(trainer, "loss")[0] for trainer in (tis, mis, grpo)}) == 3
+
+
+# ------------------------------------------------------------------ noise: in the update alone
+
+
+def test_every_update_forward_is_perturbed_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(write_llama(tmp_path / "llama"))
+    calls = {"perturbed": 0, "forwards": 0, "in_training_mode": 0}
+    genuine = alp_kernels.layers.perturbation.Perturb.forward
+
+    def counted(*args: Any) -> Tensor:
+        calls["perturbed"] += 1
+        return genuine(*args)
+
+    monkeypatch.setattr(alp_kernels.layers.perturbation.Perturb, "forward", staticmethod(counted))
+    trainer = make(
+        tmp_path,
+        model=path,
+        beta=0.1,
+        num_iterations=2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=4,
+        trainer={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})},
+    )
+
+    def count(module: torch.nn.Module, args: Any) -> None:
+        calls["forwards"] += 1
+        calls["in_training_mode"] += module.training
+
+    for layer in trainer.model.model.layers:
+        layer.register_forward_pre_hook(count)
+    trainer.train()
+    updates = 4 * 2 * 2  # optimizer steps, micro-batches, layers
+    assert calls["perturbed"] == updates
+    assert calls["in_training_mode"] > updates and calls["forwards"] > calls["in_training_mode"]
+    assert len(logged(trainer, "eval_alp/token_ratio/mean")) == 2
+    assert logged(trainer, "eval_alp/token_ratio/std") == pytest.approx([0.0, 0.0], abs=1e-5)  # clean over clean
+    assert min(logged(trainer, "alp/token_ratio/std")) > 1e-3
+
+
+def test_statistics_of_a_step_are_those_of_its_whole_batch(tmp_path: Path) -> None:
+    whole = rolled(tmp_path, max_steps=1)
+    parts = rolled(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    names = [name for name in whole.state.log_history[0] if name.startswith("alp/")]
+    assert len(names) > 30 and "alp/token_ratio/q99.9" in names and "alp/sigma/layer_1" in names
+    for name in names:
+        if "realised" not in name:  # of the step's first forward
+            assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-4, abs=1e-5), name
+    assert logged(whole, "alp/num_sequences") == [8.0]
+    assert 0.9 < logged(whole, "alp/realised_noise/min")[0] <= logged(whole, "alp/realised_noise/max")[0] < 1.1
+
+
+@pytest.mark.parametrize(("loss_type", "size"), [("dapo", 4), ("grpo", 2)])
+def test_gradient_accumulation_changes_nothing(loss_type: str, size: int, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"alp_sigma_learning_rate": 0.1, "loss_type": loss_type, **SGD}
+    whole = rolled(tmp_path, **shared)
+    parts = rolled(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **shared)
+    assert_same(parts, whole)
+
+
+def test_several_generations_in_one_step_never_share_noise(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    class Noted(ALPGRPOTrainer):
+        def _row_ids(self, inputs: dict[str, Any]) -> Tensor | None:
+            row_ids = super()._row_ids(inputs)
+            assert row_ids is not None
+            seen.append(row_ids[torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).bool()])
+            return row_ids
+
+    rolled(tmp_path, Noted, steps_per_generation=1, gradient_accumulation_steps=3, max_steps=1)
+    rows = torch.cat(seen)
+    assert len(seen) == 3 and len(rows.unique()) == len(rows)
+    seen.clear()
+    rolled(tmp_path, Noted, steps_per_generation=1, num_iterations=2, gradient_accumulation_steps=2, max_steps=1)
+    rows = torch.cat(seen)
+    assert len(seen) == 2 and len(rows.unique()) == len(rows)
+
+
+# ------------------------------------------------------------------ the denominator
+
+
+class Noted(ALPGRPOTrainer):
+    """Notes the weights that sampled, and each micro-batch's inputs with the weights at that moment."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.sampler: PreTrainedModel | None = None
+        self.batches: list[tuple[dict[str, Any], PreTrainedModel | None]] = []
+        self.scored = 0
+
+    def _generate_single_turn(self, *args: Any, **named: Any) -> Any:
+        self.sampler = copy.deepcopy(self.model)
+        return super()._generate_single_turn(*args, **named)
+
+    def _score(self, batch: dict[str, Any]) -> Tensor:
+        self.scored += 1
+        return super()._score(batch)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self.batches.append((inputs, self.sampler))
+        return super()._compute_loss(model, inputs)
+
+
+def logp_under(model: PreTrainedModel, batch: dict[str, Any], temperature: float) -> Tensor:
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logits = qwen2_logits(model, ids, mask)[:, -batch["completion_ids"].shape[1] - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(2, batch["completion_ids"][..., None]).squeeze(2)
+
+
+def qwen2_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    out: Tensor = type(model).forward(model, input_ids=ids, attention_mask=mask).logits  # past every patched forward
+    return out
+
+
+@pytest.mark.parametrize("timing", [{"num_iterations": 2}, {"steps_per_generation": 4}, {"num_iterations": 3}])
+def test_the_denominator_is_the_policy_that_sampled(timing: dict[str, int], tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"learning_rate": 1e-2, "temperature": 0.7, "max_steps": 6} | timing
+    trainer = trained(tmp_path, Noted, **changes)
+    assert trainer.scored == -(-6 // (timing.get("num_iterations", 1) * timing.get("steps_per_generation", 1)))
+    later = 0.0
+    for batch, sampler in trainer.batches:
+        assert sampler is not None and "old_per_token_logps" not in batch
+        mask = batch["completion_mask"].bool()
+        q = batch["sampling_per_token_logps"][mask]
+        torch.testing.assert_close(q, logp_under(sampler, batch, 0.7)[mask], rtol=0, atol=1e-5)
+        later = max(later, float((q - logp_under(trainer.model, batch, 0.7)[mask]).abs().max()))
+    assert later > 0.01  # and not that of the weights that are trained
+
+
+def test_the_ratio_without_noise_is_one_only_where_the_weights_sampled(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, alp_objective="bypass-token", num_iterations=2, learning_rate=1e-2, max_steps=4)
+    spread = logged(trainer, "alp/token_ratio/std")
+    assert max(spread[0::2]) < 1e-5 and min(spread[1::2]) > 1e-3
+
+
+def test_rollouts_with_log_probabilities_cost_no_clean_forward(tmp_path: Path) -> None:
+    forwards = 0
+
+    class Counted(Noted):
+        def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **named: Any) -> Any:
+            nonlocal forwards
+            if not self._skips_old_forward:
+                forwards += 1
+            return super()._get_per_token_logps_and_entropies(model, *args, **named)
+
+    trainer = rolled(tmp_path, Counted, steps_per_generation=2, max_steps=4)  # where plain TRL scores every generation
+    assert forwards == 4 and trainer.scored == 0
+    for batch, _ in trainer.batches:
+        assert (batch["sampling_per_token_logps"][batch["completion_mask"].bool()] + 4.6).abs().mean() > 0.1
+
+
+def test_rollouts_without_log_probabilities_are_refused(tmp_path: Path) -> None:
+    def silent(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        return {**made_up_rollouts(prompts, trainer), "logprobs": None}
+
+    with pytest.raises(ValueError, match="came without log-probabilities"):
+        trained(tmp_path, trainer={"rollout_func": silent})
+
+
+def with_nan(count: int | None) -> Any:
+    def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        out = made_up_rollouts(prompts, trainer)
+        nan = float("nan")
+        if count is None:
+            out["logprobs"] = [[nan] * len(row) for row in out["logprobs"]]
+        else:
+            for i in range(count):
+                out["logprobs"][i][1] = nan
+        return out
+
+    return {"rollout_func": rollout}
+
+
+def test_nan_log_probabilities_are_masked_and_counted(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, trainer=with_nan(3), max_steps=2)
+    assert logged(trainer, "alp/num_nonfinite") == [3.0, 3.0]
+    assert all(value.isfinite().all() for value in weights(trainer).values())
+
+
+def test_nan_log_probabilities_are_an_error_where_asked_for_or_where_all_are(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"3 of the rollouts' \d+ log-probabilities are NaN or inf; alp_nonfinite='mask'"
+    ):
+        trained(tmp_path, trainer=with_nan(3), alp_nonfinite="raise")
+    with pytest.raises(ValueError, match="log-probabilities are NaN or inf"):
+        trained(tmp_path, trainer=with_nan(None))
+
+
+class VLLM:
+    """In VLLMGeneration's place: what the trainer calls of it."""
+
+    pushed: list[str]
+
+    def __init__(self, model: PreTrainedModel, **options: Any) -> None:
+        self.model = model
+
+    def sync_weights(self) -> None:
+        self.pushed = [name for name, _ in self.model.named_parameters()]  # as VLLMGeneration walks them
+
+    def generate(self, prompts: list[list[int]], num_generations: int, **_: Any) -> Any:
+        completions = [[5 + (sum(ids) + i + t) % 60 for t in range(4)] for i, ids in enumerate(prompts)]
+        return prompts, completions, [[[-4.0 - 0.1 * t] for t in range(4)] for _ in prompts], None
+
+
+def test_the_vllm_path_takes_its_log_probabilities_and_pushes_the_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", VLLM)
+    trainer = trained(tmp_path, Noted, use_vllm=True, max_steps=2)
+    assert trainer.scored == 0
+    expected = torch.tensor([-4.0, -4.1, -4.2, -4.3]).expand(8, 4)
+    assert all(torch.equal(batch["sampling_per_token_logps"], expected) for batch, _ in trainer.batches)
+    assert trainer.vllm_generation.pushed == [name for name, _ in qwen2().named_parameters()]
+
+
+def test_a_vllm_server_must_report_what_it_sampled_from() -> None:
+    check_logprobs_mode({"model_config": {"logprobs_mode": "processed_logprobs"}})
+    with pytest.raises(ValueError, match=r"raw_logprobs.*needs --logprobs-mode processed_logprobs"):
+        check_logprobs_mode({"model_config": {"logprobs_mode": "raw_logprobs"}})
+
+
+# ------------------------------------------------------------------ one loss, whichever head and forward
+
+
+@pytest.mark.parametrize("objective", ["alp-token", "alp-sequence", "alp-cum-token"])
+def test_fused_head_and_log_probabilities_give_one_loss(objective: str, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"alp_objective": objective, "temperature": 0.8, "entropy_coef": 0.01, **SGD}
+    fused = rolled(tmp_path, alp_fused_head=True, **shared)
+    assert fused.fuses_head
+    assert_same(rolled(tmp_path, alp_fused_head=False, **shared), fused)
+
+
+def other_model(name: str) -> PreTrainedModel:
+    """Models whose logits are not just the head's product."""
+    tokenizer = character_tokenizer()
+    options: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "initializer_range": 0.2,
+    }
+    special: dict[str, dict[str, Any]] = {
+        "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},
+        "Granite": {"logits_scaling": 0.3},
+        "Cohere": {"logit_scale": 0.3},
+        "Phi": {},  # a bias
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**options | special[name])
+    model: PreTrainedModel = getattr(transformers, f"{name}ForCausalLM")(config)
+    if name == "Phi":
+        torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Granite", "Cohere", "Phi"])
+def test_the_fused_head_knows_the_models_own_logits(name: str, tmp_path: Path) -> None:
+    def trainer(fused: bool) -> GRPOTrainer:
+        model = other_model(name)
+        return rolled(tmp_path, model=model, alp_fused_head=fused, max_steps=2, **SGD)
+
+    fused, plain = trainer(True), trainer(False)
+    assert fused.fuses_head and not plain.fuses_head
+    assert_same(fused, plain)
+    assert logged(fused, "entropy") == pytest.approx(logged(plain, "entropy"), rel=1e-4)
+
+
+def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer()
+    config = transformers.MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    shared: dict[str, Any] = {"router_aux_loss_coef": 0.5, "max_steps": 2, **SGD}
+
+    def model() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return transformers.MixtralForCausalLM(config)
+
+    ours = rolled(tmp_path, model=model(), alp_objective="bypass-token", **shared)
+    assert not ours.fuses_head
+    assert_same(ours, rolled(tmp_path, RolloutRatio, model=model(), **CLIPS, **shared))
+    with pytest.raises(ValueError, match="alp_fused_head=True cannot be had: the router's auxiliary loss"):
+        make(tmp_path, model=model(), alp_fused_head=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool, tmp_path: Path) -> None:
+    kept = rolled(tmp_path, **SGD)
+    options = {"use_reentrant": reentrant}
+    again = rolled(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options, **SGD)
+    assert_same(again, kept)
+
+
+def test_turns_end_where_a_tools_output_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def noted(*args: Any, **named: Any) -> Any:
+        seen.append((named["turn_ends"], named["mask"]))
+        return policy_loss(*args, **named)
+
+    def with_tool(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        out = made_up_rollouts(prompts, trainer)
+        out["completion_ids"] = [[7, 8, 9, 10, 11, 12][: 5 + i % 2] for i in range(len(prompts))]
+        out["logprobs"] = [[-4.6] * len(ids) for ids in out["completion_ids"]]
+        out["env_mask"] = [[1, 1, 0, 0, 1, 1][: len(ids)] for ids in out["completion_ids"]]
+        return out
+
+    monkeypatch.setattr(integration, "policy_loss", noted)
+    trained(
+        tmp_path, trainer={"rollout_func": with_tool}, alp_objective="alp-cum-turn", alp_fused_head=False, max_steps=1
+    )
+    [(ends, mask)] = seen
+    rows = {tuple(zip(m.tolist(), e.tolist(), strict=True)) for m, e in zip(mask, ends.int(), strict=True)}
+    tool = ((1, 0), (1, 1), (0, 0), (0, 0))
+    assert rows == {(*tool, (1, 0), (1, 1)), (*tool, (1, 1), (0, 0))}
+
+
+# ------------------------------------------------------------------ sigma: learned, saved, kept apart
+
+
+def test_sigma_has_its_own_group_without_decay_and_the_scheduler_scales_it(tmp_path: Path) -> None:
+    trainer = make(tmp_path, weight_decay=0.1, alp_sigma_learning_rate=2e-2, lr_scheduler_type="linear", max_steps=4)
+    trainer.add_callback(notes := Rates())
+    trainer.train()
+    *_, group = trainer.optimizer.param_groups
+    handle = trainer.perturbation
+    assert len(group["params"]) == 1 and group["params"][0] is handle.log_sigma
+    assert group["weight_decay"] == 0.0 and trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert notes.rates == pytest.approx([2e-2, 1.5e-2, 1e-2, 5e-3])
+    assert (handle.sigma - 1e-2).abs().min() > 1e-5
+    names = [name for name, _ in trainer.model.named_parameters()]
+    assert names == [name for name, _ in qwen2().named_parameters()]
+    assert logged(trainer, "alp/sigma/layer_0")[0] == pytest.approx(1e-2)
+    assert logged(trainer, "alp/sigma/layer_0")[-1] != pytest.approx(1e-2, rel=1e-3)
+
+
+class Rates(transformers.TrainerCallback):
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.rates.append(optimizer.param_groups[-1]["lr"])
+
+
+def test_sigmas_gradient_is_the_last_steps_alone(tmp_path: Path) -> None:
+    gradients: list[Tensor] = []
+    trainer = make(
+        tmp_path,
+        trainer={"rollout_func": made_up_rollouts},
+        optim="sgd",
+        learning_rate=0.0,
+        alp_sigma_learning_rate=1.0,
+        lr_scheduler_type="constant",
+        max_steps=3,
+    )
+
+    class Gradient(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **named: Any) -> None:
+            gradients.append(trainer.perturbation.log_sigma.grad.clone())
+
+    trainer.add_callback(Gradient())
+    start = trainer.perturbation.log_sigma.detach().clone()
+    trainer.train()
+    moved = trainer.perturbation.log_sigma.detach() - start
+    torch.testing.assert_close(moved, -torch.stack(gradients).sum(dim=0), rtol=1e-5, atol=2e-6)
+    assert all(g.abs().max() > 0 for g in gradients)
+    assert not torch.allclose(gradients[2], gradients[0] + gradients[1] + gradients[2])
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(learned: bool, tmp_path: Path) -> None:
+    rate = 5e-3 if learned else 0.0
+    shared: dict[str, Any] = {
+        "alp_sigma_learning_rate": rate,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+    }
+    whole = trained(tmp_path, **shared, steps_per_generation=2)
+    resumed = make(tmp_path / "resumed", **shared, steps_per_generation=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    a, b = weights(whole), weights(resumed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert bool((a["log_sigma"].exp() != torch.tensor(1e-2)).any()) == learned
+    for group, other in zip(whole.optimizer.param_groups, resumed.optimizer.param_groups, strict=True):
+        for p, q in zip(group["params"], other["params"], strict=True):
+            assert all(torch.equal(v, resumed.optimizer.state[q][k]) for k, v in whole.optimizer.state[p].items())
+    assert whole.perturbation.get_extra_state() == resumed.perturbation.get_extra_state()
+    for line, other in zip(whole.state.log_history[2:4], resumed.state.log_history[2:4], strict=True):
+        assert line | {"step_time": 0} == other | {"step_time": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alp_objective": "bypass-token"}, "has a learned sigma, this run none"),
+        ({"alp_sigma_learning_rate": 0.0}, "has a learned sigma, this run a fixed one"),
+        ({"alp_seed": 77}, "alp_seed=77; .* goes on with 42: give that or None"),
+    ],
+)
+def test_a_checkpoint_of_another_perturbation_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    trained(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    other = make(tmp_path / "resumed", max_steps=4, **changes)
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_sigma_that_no_optimizer_holds_is_an_error(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=2)
+    trainer.create_optimizer_and_scheduler(2)
+    trainer.create_scheduler = lambda *_, **__: None  # a subclass that builds its own, without sigma
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-3)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
+    with pytest.raises(RuntimeError, match="sigma is in none of the optimizer's groups"):
+        trainer.train()
+
+
+def test_checkpoints_hold_sigma_apart_from_model_and_optimizer(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    folder = tmp_path / "checkpoint-2"
+    state = torch.load(folder / "alp.pt", weights_only=True)
+    assert torch.equal(state["perturbation"]["log_sigma"], trainer.perturbation.log_sigma)
+    assert state["perturbation"]["_extra_state"]["step"] == 1
+    assert set(state["state"]) == {"step", "exp_avg", "exp_avg_sq"} and state["group"]["weight_decay"] == 0.0
+    assert load_file(folder / "model.safetensors").keys() == dict(qwen2().named_parameters()).keys()
+    assert len(torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"]) == 2
+    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(reloaded.lm_head.weight, trainer.model.lm_head.weight)
+
+
+def test_a_checkpoint_without_sigma_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path, GRPOTrainer, save_strategy="steps", save_steps=2, max_steps=2)
+    with pytest.raises(FileNotFoundError, match="it was written without a perturbation"):
+        make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_second_train_goes_on_with_one_group_for_sigma(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    count = len(trainer.optimizer.param_groups)
+    trainer.train()
+    assert len(trainer.optimizer.param_groups) == count == 3
+
+
+def test_lora_trains_adapters_and_sigma_and_saves_adapters_alone(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = qwen2()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = make(
+        tmp_path,
+        model=model,
+        trainer={"peft_config": config},
+        beta=0.1,
+        alp_sigma_learning_rate=1e-2,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    assert trainer.fuses_head and logged(trainer, "kl")[0] > 0
+    assert (trainer.perturbation.sigma - 1e-2).abs().min() > 1e-5
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): p
+        for name, p in trainer.model.named_parameters()
+    }
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert any((p != 0).all() for name, p in after.items() if "lora_B" in name)
+    trainer.save_model(tmp_path / "saved")
+    assert all("lora_" in name for name in load_file(tmp_path / "saved" / "adapter_model.safetensors"))
+    merged = trainer.model.merge_and_unload()
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(merged(ids).logits, copy.deepcopy(merged)(ids).logits)
+
+
+def test_prompt_tuning_numbers_its_rows(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    trainer = rolled_with(tmp_path, peft_config=config, max_steps=2)
+    assert trainer.numbers_rows and min(logged(trainer, "alp/token_ratio/std")) > 1e-3
+
+
+def rolled_with(folder: Path, peft_config: Any, **changes: Any) -> GRPOTrainer:
+    return trained(folder, trainer={"rollout_func": made_up_rollouts, "peft_config": peft_config}, **changes)
+
+
+def two_ranks(folder: Path, options: dict[str, Any], resume: bool = False) -> list[dict[str, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(trl_ranks.work, args=(str(folder), port, options, resume), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def assert_one_process(ranks: list[dict[str, Any]], one: GRPOTrainer) -> None:
+    first, second = ranks
+    for name in weights(one):
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
+    assert_same_weights(first["weights"], one)
+    assert (weights(one)["log_sigma"].exp() - 1e-2).abs().min() > 1e-6
+    for name in ("alp/token_ratio/q95", "alp/k3_kl", "alp/num_tokens", "entropy", "loss"):
+        assert first["log"][name] == pytest.approx(logged(one, name), rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_ranks_under_ddp_make_the_steps_of_one_process(tmp_path: Path) -> None:
+    assert_one_process(two_ranks(tmp_path, trl_ranks.OPTIONS), rolled(tmp_path / "one", **trl_ranks.OPTIONS))
+
+
+@pytest.mark.slow
+def test_two_ranks_under_fsdp2_make_the_steps_of_one_process_and_resume(tmp_path: Path) -> None:
+    options = trl_ranks.OPTIONS | trl_ranks.FSDP2
+    ranks = two_ranks(tmp_path, options, resume=True)
+    one = rolled(tmp_path / "one", **{name: value for name, value in options.items() if "fsdp" not in name})
+    assert_one_process(ranks, one)
+    assert set(ranks[0]["sharded"]) == weights(one).keys() - {"log_sigma"}
+    for rank in ranks:
+        assert all(torch.equal(rank["resumed"][name], value) for name, value in rank["weights"].items())
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "cispo"}, "loss_type='cispo'; it needs one of dapo, bnpo, grpo, dr_grpo, luspo"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'; it needs None"),
+        ({"vllm_importance_sampling_correction": True}, "vllm_importance_sampling_correction=True; it needs False"),
+        ({"use_bias_correction_kl": True}, "use_bias_correction_kl=True; it needs False"),
+        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5; it needs None"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2; it needs 1.0"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True; it needs False"),
+        ({"alp_objective": "alp-tokens"}, "did you mean 'alp-token'"),
+        ({"alp_sigma": 0.0}, r"alp_sigma=0.0; it needs a number > 0 \(for no noise: alp_objective='bypass-token'"),
+        ({"alp_sigma_learning_rate": -1.0}, "alp_sigma_learning_rate=-1.0; it needs 0 or more"),
+        ({"alp_layers": "logits"}, "alp_layers='logits'; it needs"),
+        ({"alp_scale": "relative"}, "alp_scale='relative'; it needs one of"),
+        ({"alp_rounding": "up"}, "alp_rounding='up'; it needs one of"),
+        ({"alp_nonfinite": "ignore"}, "alp_nonfinite='ignore'; it needs 'mask' or 'raise'"),
+        ({"alp_seed": -1}, "alp_seed=-1; it needs None or an int"),
+        ({"epsilon": 1.5}, r"clip_low=1.5; it needs a number in \[0, 1\]"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused_by_name(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ALPGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **changes)
+
+
+def test_trls_own_clips_replace_the_objectives(tmp_path: Path) -> None:
+    def objective(**changes: Any) -> Objective:
+        return ALPGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **changes).objective()
+
+    assert objective(alp_objective="alp-token") == Objective.preset("alp-token")
+    assert objective(epsilon=0.1).clip_low == objective(epsilon=0.1).clip_high == 0.1  # TRL's rule
+    chosen = objective(alp_objective="alp-token", epsilon=0.3, epsilon_high=0.4, delta=5.0, beta=0.1, entropy_coef=0.01)
+    assert chosen == Objective(
+        "token", clip_low=0.3, clip_high=0.4, dual_clip=5.0, kl="k3", kl_coef=0.1, entropy_coef=0.01
+    )
+    assert objective(loss_type="dr_grpo", max_completion_length=7).norm_length == 7
+
+
+def test_the_command_line_has_our_options() -> None:
+    parser = transformers.HfArgumentParser(ALPGRPOConfig)
+    line = ["--output_dir", "x", "--use_cpu", "--bf16", "False", "--alp_objective", "alp-token", "--alp_layers", "0,1"]
+    [config] = parser.parse_args_into_dataclasses(line)
+    assert config.alp_objective == "alp-token" and config.alp_layers == "0,1"
+    assert {f.name for f in dataclasses.fields(GRPOConfig)} <= {f.name for f in dataclasses.fields(ALPGRPOConfig)}
+    json.dumps(config.to_dict())
+
+
+def test_what_the_trainer_cannot_use_is_refused(tmp_path: Path) -> None:
+    plain = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, num_generations=GROUP, max_completion_length=COMPLETION)
+    with pytest.raises(TypeError, match="args is a GRPOConfig; it needs an ALPGRPOConfig"):
+        ALPGRPOTrainer(qwen2(), lambda **_: [], plain)
+    with pytest.raises(ValueError, match="transformers' own generation reports none; it needs use_vllm=True"):
+        make(tmp_path, alp_objective="tis-token")
+    model = qwen2()
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match="a scheduler without sigma's group"):
+        make(tmp_path, model=model, trainer={"optimizers": (optimizer, scheduler)})
+    with pytest.raises(ValueError, match=r"needs indices in \[-2, 2\)"):
+        make(tmp_path, alp_layers="0,5")
+
+
+def test_an_optimizer_of_the_users_own_gets_sigmas_group(tmp_path: Path) -> None:
+    model = qwen2()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trainer = trained(tmp_path, model=model, trainer={"optimizers": (optimizer, None)}, alp_sigma_learning_rate=0.5)
+    assert optimizer.param_groups[-1]["params"][0] is trainer.perturbation.log_sigma
+    assert (trainer.perturbation.sigma - 1e-2).abs().min() > 1e-7

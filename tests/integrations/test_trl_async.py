@@ -1,0 +1,202 @@
+"""ALPAsyncGRPOTrainer with TRL's own packer, a worker that made its samples beforehand, and attention in plain PyTorch in
+place of the FlashAttention kernel that TRL would download. No vLLM runs here."""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("trl")
+
+from tests.support import trl_cases  # noqa: I001  (silences TRL's warning about experimental trainers, before they are imported)
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+
+from alp.models import character_tokenizer
+from alp_kernels import Objective, policy_loss
+from alp_kernels.integrations.trl_async import ALPAsyncGRPOConfig, ALPAsyncGRPOTrainer
+
+from tests.support.tiny_models import write_llama
+
+MASK = [0, 0, 0, 1, 1, 0, 0, 1, 1, 1]  # prompt, turn, tool, turn
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *_: Any, softmax_scale: float, **__: Any
+) -> Tensor:
+    """What flash_attn_varlen_func computes: each segment's queries see the keys up to themselves."""
+    out = torch.empty_like(query)
+    repeats = query.shape[1] // key.shape[1]
+    for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        q = query[q0:q1].transpose(0, 1)
+        k, v = (x[k0:k1].transpose(0, 1).repeat_interleave(repeats, dim=0) for x in (key, value))
+        scores = q @ k.transpose(1, 2) * softmax_scale
+        late = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(int(k1 - k0 - (q1 - q0)))
+        out[q0:q1] = (scores.masked_fill(~late, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    return out
+
+
+class Worker:
+    """Holds its samples before the training begins; one group of two samples that share their prompt for each pair."""
+
+    def __init__(self, count: int, nan: bool = False) -> None:
+        self.rollout_buffer: queue.Queue[RolloutSample] = queue.Queue()
+        self.metrics_queue: queue.Queue[Any] = queue.Queue()
+        rng = np.random.default_rng(0)
+        for i in range(count):
+            ids = rng.integers(5, 90, len(MASK))
+            ids[:3] = [10 + i // 2, 11, 12]
+            logp = np.where(MASK, rng.normal(-4.6, 0.7, len(MASK)), 0.0)
+            if nan and i == 0:
+                logp[3] = np.nan
+            advantage = float(rng.normal())
+            self.rollout_buffer.put(RolloutSample([], [], ids, np.array(MASK), logp, advantage, 1, i // 2, {}))
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def update_model_version(self, model_version: int) -> None: ...
+    def check_health(self, stale_after_s: float) -> None:
+        raise RuntimeError("the worker has no more samples")
+
+
+class Transfer:
+    """Notes what would be pushed to vLLM."""
+
+    def __init__(self) -> None:
+        self.pushed: list[str] = []
+
+    def init_weight_transfer(self) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def destroy(self) -> None: ...
+    def send_weights(self, iterator: Any) -> None:
+        self.pushed = [name for name, _ in iterator]
+
+
+def trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type = ALPAsyncGRPOTrainer, nan: bool = False, **changes: Any
+) -> Any:
+    kernel = SimpleNamespace(flash_attn_varlen_func=varlen_attention)
+    monkeypatch.setattr("trl.experimental.async_grpo.packing._flash_attn", lambda: kernel)
+    monkeypatch.setattr(f"{AsyncGRPOTrainer.__module__}.get_peak_flops_per_device", lambda *_: None)  # asks CUDA
+    monkeypatch.setattr(f"{AsyncGRPOTrainer.__module__}.VLLMClient", lambda *_: None)
+    options: dict[str, Any] = {
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "token_budget": 0,
+        "max_steps": 3,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    config = AsyncGRPOConfig if kind is AsyncGRPOTrainer else ALPAsyncGRPOConfig
+    trainer = kind(
+        str(write_llama(folder / "llama", initializer_range=0.1)),
+        lambda **_: [],
+        config(str(folder), **options | changes),
+        train_dataset=Dataset.from_dict({"prompt": ["a"]}),
+        processing_class=character_tokenizer(),
+        rollout_worker=Worker(options["max_steps"] * 8 + 8, nan),
+        weight_transfer=Transfer(),
+    )
+    trainer.train()
+    return trainer
+
+
+def test_without_noise_the_steps_are_those_of_trls_own_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # clips that TRL's loss has, too; it has no dual clip, and none of these ratios reaches 10
+    clips = {"epsilon": 0.2, "epsilon_high": 0.3}
+    ours = trained(tmp_path, monkeypatch, alp_objective="bypass-token", **clips)
+    plain = trained(tmp_path, monkeypatch, AsyncGRPOTrainer, **clips)
+    assert max(trl_cases.logged(ours, "alp/token_ratio/max")) < 10
+    for (name, a), (_, b) in zip(ours.model.named_parameters(), plain.model.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6, msg=name)
+    assert trl_cases.logged(ours, "loss") == pytest.approx(trl_cases.logged(plain, "loss"), rel=1e-4, abs=1e-6)
+    for name in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean"):
+        assert trl_cases.logged(ours, name) == pytest.approx(trl_cases.logged(plain, name), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["alp-token", "alp-sequence", "alp-cum-turn"])
+def test_the_update_is_perturbed_and_sigma_learned(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(tmp_path, monkeypatch, alp_objective=objective, alp_sigma_learning_rate=0.1)
+    handle = trainer.perturbation
+    assert (handle.sigma - 1e-2).abs().min() > 1e-7
+    assert trainer.optimizer.param_groups[-1]["params"][0] is handle.log_sigma
+    assert trainer.weight_transfer.pushed == [name for name, _ in trainer.model.named_parameters()]
+    assert not any("sigma" in name for name in trainer.weight_transfer.pushed)
+    assert trl_cases.logged(trainer, "alp/num_sequences") == [8.0] * 3
+    assert trl_cases.logged(trainer, "alp/num_tokens") == [8.0 * sum(MASK)] * 3
+    assert len(trl_cases.logged(trainer, "alp/sigma/layer_0")) == 3
+
+
+def test_the_loss_of_a_packed_batch_is_that_of_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[dict[str, Tensor], float, PreTrainedModel]] = []
+
+    class Noted(ALPAsyncGRPOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **named: Any) -> Tensor:
+            loss = super().compute_loss(model, inputs, *args, **named)
+            seen.append((inputs, float(loss), model))
+            return loss
+
+    trainer = trained(tmp_path, monkeypatch, Noted, alp_objective="bypass-sequence", max_steps=1, learning_rate=0.0)
+    worker = Worker(4)
+    samples = [worker.rollout_buffer.get() for _ in range(4)]
+    ids = torch.tensor(np.stack([s.input_ids for s in samples]))
+    trainer.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        logits = trainer.model(input_ids=ids).logits[:, :-1] / trainer.temperature
+    logp = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    expected = policy_loss(
+        logp,
+        torch.tensor(np.stack([s.old_log_probs for s in samples]))[:, 1:].float(),
+        torch.tensor([s.advantage for s in samples]),
+        torch.tensor(MASK[1:]).expand(4, -1),
+        objective=Objective.preset("bypass-sequence"),
+        num_tokens=4 * sum(MASK) * 2,
+    )
+    inputs, loss, _ = seen[0]
+    assert inputs["input_ids"].numel() < ids.numel()  # shared prompts are packed once
+    assert loss == pytest.approx(float(expected.loss), rel=1e-4)
+
+
+def test_turns_end_before_a_tools_output(tmp_path: Path) -> None:
+    segment = torch.tensor([0, 0, 0, 0, 0, 1, 1])
+    inputs = {
+        "attention_mask": torch.ones(1, 20, dtype=torch.long),
+        "position_ids": torch.arange(20)[None] % 10,
+    }
+    index = torch.tensor([2, 3, 6, 7, 8, 12, 13])
+    ends = ALPAsyncGRPOTrainer._turn_ends(inputs, index, segment)
+    assert ends.tolist() == [False, True, False, False, True, False, True]
+
+
+def test_nan_log_probabilities_are_counted_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trained(tmp_path, monkeypatch, nan=True, max_steps=1)
+    assert trl_cases.logged(trainer, "alp/num_nonfinite") == [1.0]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    with pytest.raises(ValueError, match="rollout_logp is NaN or inf at 1 tokens"):
+        trained(tmp_path, monkeypatch, nan=True, max_steps=1, alp_nonfinite="raise")
+
+
+def test_objectives_over_the_old_policy_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"alp_objective='grpo'; it needs an alp-\* or bypass-\* preset"):
+        ALPAsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, alp_objective="grpo")
+    with pytest.raises(TypeError, match="args is a AsyncGRPOConfig; it needs an ALPAsyncGRPOConfig"):
+        ALPAsyncGRPOTrainer("x", args=AsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False))

@@ -1,0 +1,130 @@
+"""The head with its vocabulary over two and four gloo ranks: the unsplit head's loss, log-probabilities and gradients."""
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import processes, split
+from tests.support.bounds import BOUND, assert_same
+from tests.support.compare import assert_within_budget
+from tests.support.split import Head
+
+EXACT: list[tuple[Head, str | None]] = [
+    *((Head(options=o, dtensor=d), None) for o, d in itertools.product((False, True), repeat=2)),
+    (Head(options=True, chunk_bytes=1500), None),
+    (Head(certain=True), None),
+    *(
+        (Head(options=True, chunk_bytes=c), p)
+        for c in (None, 2500)
+        for p in ("alp-token", "alp-sequence", "alp-cum-token")
+    ),
+    (Head(dtensor=True), "alp-sequence"),
+]
+BUDGETED = [
+    (Head(dtype, options=o), p)
+    for dtype in (torch.float32, torch.bfloat16)
+    for o, p in ((False, None), (True, "alp-token"))
+]
+CERTAIN = (Head(torch.float32, certain=True), None)
+UPDATES = {
+    "fused": {"fused": True},
+    "logprob": {"fused": False},
+    "numbered rows": {"fused": True, "numbered": True},
+    "noise that differs": {"fused": True, "numbered": True, "data_rank": None},
+}
+
+
+def work() -> dict[str, Any]:
+    out: dict[str, Any] = {"heads": split.head_cases([*EXACT, *BUDGETED, CERTAIN]), "refusals": split.refusals()}
+    for name, how in UPDATES.items():
+        try:
+            out[name] = split.tensor_parallel_update(True, **how)
+        except ValueError as error:
+            out[name] = str(error)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[int, list[dict[str, Any]]]:
+    return {size: processes.run(work, size) for size in (2, 4)}
+
+
+def joined(ranks: list[dict[str, Any]], case: tuple[Head, str | None]) -> dict[str, Tensor]:
+    """The ranks' shards of gradients put together; what should be the same on all ranks is."""
+    parts = [rank["heads"][[*EXACT, *BUDGETED, CERTAIN].index(case)] for rank in ranks]
+    out = {}
+    for name, value in parts[0].items():
+        if isinstance(value, Tensor):
+            is_shard = name in ("dweight", "dbias")
+            assert is_shard or all(torch.equal(part[name], value) for part in parts), name
+            out[name] = torch.cat([part[name] for part in parts]) if is_shard else value
+    assert all(part["repeats"] for part in parts), "a second backward returned other gradients"
+    assert all(part.get("stats") == parts[0].get("stats") for part in parts)
+    return out
+
+
+@functools.cache
+def whole(head: Head, preset: str | None) -> dict[str, Any]:
+    return split.head_case(head, preset, is_split=False)
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_split_vocabulary_gives_the_unsplit_head(size: int, case: Any, ranks: dict[int, Any]) -> None:
+    actual, expected = joined(ranks[size], case), whole(*case)
+    for name, value in actual.items():
+        assert (value - expected[name]).abs().max() <= BOUND * expected[name].abs().max(), name
+    if case[1] is not None:
+        for key, figure in expected["stats"].items():
+            assert ranks[size][0]["heads"][EXACT.index(case)]["stats"][key] == pytest.approx(figure, rel=1e-9), key
+
+
+@pytest.mark.parametrize("case", BUDGETED, ids=str)
+@pytest.mark.parametrize("size", [2, 4])
+def test_errors_stay_within_twice_those_of_the_unsplit_head(size: int, case: Any, ranks: dict[int, Any]) -> None:
+    head, preset = case
+    actual, ordinary = joined(ranks[size], case), whole(head, preset)
+    exact = split.head_case(head, preset, is_split=False, exact=True)
+    for name, value in actual.items():
+        assert value.dtype == ordinary[name].dtype
+        # logp, entropy and loss are float32 for 16-bit inputs, but their logits are rounded: the inputs' dtype counts
+        assert_within_budget(value, ordinary[name], exact[name], head.dtype, name)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_near_certain_tokens_keep_their_digits(size: int, ranks: dict[int, Any]) -> None:
+    actual, exact = joined(ranks[size], CERTAIN)["logp"], split.head_case(*CERTAIN, is_split=False, exact=True)["logp"]
+    live = exact != 0
+    assert live.sum() == 11 and -1e-6 < exact[live].min() < 0
+    # float32 logits near 100 are off by some 2^-17, and so are their exponentials in proportion
+    assert ((actual[live] - exact[live]) / exact[live]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["fused", "logprob", "numbered rows"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_tensor_parallel_decoder_makes_the_gradients_of_a_whole_one(
+    size: int, name: str, ranks: dict[int, Any]
+) -> None:
+    one = split.tensor_parallel_update(False, **UPDATES[name])
+    for rank in ranks[size]:
+        assert_same(rank[name], one)
+        assert float(rank[name]["loss"]) == pytest.approx(float(one["loss"]), rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_mistakes_are_said_on_every_rank(size: int, ranks: dict[int, Any]) -> None:
+    for rank in ranks[size]:
+        said = rank["refusals"]
+        assert "must follow on one another from 0" in said["gap"]
+        assert "all ranks of the group gave the same 61 rows" in said["whole head"]
+        assert "targets reach from" in said["target"] and "vocabulary of 61" in said["target"]
+        assert "the group must be the tensor-parallel one" in said["batch"]
+        assert "hidden differs by" in said["hidden"]
+        assert "weight has shape" in said["columns"]
+        assert "weight is a DTensor, one rank's shard of it; give gather_weight(weight)" in said["sharded head"]
+        assert "it needs (Shard(0),) on a mesh of one dimension" in said["split columns"]
+        assert "give perturbed(row_ids=...), or attach their data_rank" in rank["noise that differs"]

@@ -1,0 +1,224 @@
+"""One optimiser step of a small decoder, in one process or on two gloo ranks, sharded or under DDP; for test_fsdp.py."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from alp.adapters import add_lora, served, snapshot
+from alp.config import RolloutConfig, UpdateConfig
+from alp.inference import InferenceEngine
+from alp.parallel import World
+from alp.rollout import Completions
+from alp.shard import Whole, full, gather, shard, shard_like, shard_optimiser_state
+from alp.update import Experience, Updater, score_clean
+
+RANKS = 2
+NUM_ROWS, WIDTH, LENGTH, VOCAB = 8, 5, 6, 61  # 61: rows of the embedding do not divide by two ranks
+ROUNDINGS = 2 * (3 * (4 * 32 + 3 * 48) + 61) + NUM_ROWS * (WIDTH + LENGTH)
+"""One after another in a gradient: each layer's products and the head's, forward and backward, and a weight's tokens."""
+STEP = 3
+DOCUMENT = Path(__file__).parents[2] / "docs" / "scale.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What varies; `update` are fields of UpdateConfig."""
+
+    tied: bool = False
+    checkpointing: bool = False
+    idle_rank: bool = False  # no advantage on rank 1: nothing of its rows has a gradient
+    compute_dtype: torch.dtype | None = None
+    lora: bool = False
+    path: str = "same"  # of the sampling engine
+    update: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CASES = {
+    "whole": Case(),
+    "micro-1-checkpointed": Case(checkpointing=True, update={"micro_batch": 1}),
+    "micro-2-tied": Case(tied=True, update={"micro_batch": 2}),
+    "tied-checkpointed": Case(tied=True, checkpointing=True),
+    "logits": Case(tied=True, update={"layers": "logits", "micro_batch": 3}),
+    "cum-token": Case(update={"method": "alp-cum-token", "micro_batch": 2}),
+    "gspo": Case(update={"method": "gspo", "micro_batch": 2}),
+    "clipped": Case(update={"grad_clip": 0.01}),
+    "idle-rank": Case(idle_rank=True, update={"micro_batch": 2}),
+    "int8-engine": Case(path="int8"),
+    "lora": Case(lora=True, path="bf16", update={"micro_batch": 2}),
+    "bfloat16": Case(compute_dtype=torch.bfloat16, update={"micro_batch": 2}),
+}
+
+
+def make_model(case: Case) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        tie_word_embeddings=case.tied,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config).train()
+    if case.lora:
+        add_lora(model, 3)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def make_experience(case: Case) -> Experience:
+    """Made-up completions, prompts and responses of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, VOCAB, (NUM_ROWS, WIDTH + LENGTH), generator=generator)
+    prompts = torch.arange(NUM_ROWS)[:, None] % WIDTH
+    attending = (torch.arange(WIDTH + LENGTH) >= prompts).long()
+    lengths = torch.tensor([6, 1, 4, 2, 5, 6, 3, 2])
+    mask = torch.arange(LENGTH) < lengths[:, None]
+    attending[:, WIDTH:] = mask.long()
+    logp = -4 + torch.randn(NUM_ROWS, LENGTH, generator=generator) * 0.3
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.25, -0.25])
+    if case.idle_rank:
+        advantages[NUM_ROWS // RANKS :] = 0
+    texts = [""] * NUM_ROWS
+    completions = Completions(tokens, attending, mask, logp * mask, texts, torch.zeros(NUM_ROWS, dtype=torch.bool))
+    return Experience(completions, advantages, torch.arange(NUM_ROWS), old_logp=logp * mask)
+
+
+def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
+    """Gradients, norm, weights and the noisy input of layer 0 after one step on this rank's rows."""
+    model = make_model(case)
+    plain = copy.deepcopy(model)
+    per_rank = NUM_ROWS // world.size
+    experience = make_experience(case).rows(slice(world.rank * per_rank, (world.rank + 1) * per_rank))
+    rollout = RolloutConfig(path=case.path, lag=1)
+    engine, whole = InferenceEngine(model, rollout), Whole(model, case.compute_dtype, world)
+    if sharded:
+        shard(model, case.compute_dtype, world)
+        engine.restore([snapshot(model)])
+    config = dataclasses.replace(UpdateConfig(grad_clip=1e9, sigma=0.05, lr=1e-2), **case.update)
+    updater = Updater(model, config, temperature=0.8, seed=11, world=world)
+    seen: list[Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    clean = score_clean(model, experience, 0.8, None)
+    seen.clear()
+    result = updater.step(STEP, experience)
+    num_parts = -(-per_rank // (config.micro_batch or per_rank))
+    engine.push(model)
+    engine.push(model)  # twice: a lag of one
+    out: dict[str, Any] = {
+        "clean": clean,
+        "noisy_input": torch.cat(seen[:num_parts]),  # a recompute would come after
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "weight": {name: full(p.detach()) for name, p in model.named_parameters()},
+        "served": {name: full(value) for name, value in served(model, snapshot(model)).items()},
+        "gradient": {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None},
+        "engine": {name: value.clone() for name, value in engine.model.state_dict().items()},
+        "dtypes": {p.dtype for p in model.parameters()}
+        | {p.grad.dtype for p in model.parameters() if p.grad is not None},
+    }
+    if updater.handle is not None:
+        out["gradient"]["log_sigma"] = updater.handle.log_sigma.grad
+        out["log_sigma"] = updater.handle.log_sigma.detach().clone()
+    if sharded:
+        whole.fill(model)
+        if world.is_main:
+            out["whole"] = dict(whole.model.named_parameters())
+        with torch.no_grad():
+            if case.compute_dtype is not None:
+                for p in plain.parameters():
+                    p.data = p.data.to(case.compute_dtype)
+            out["clean_of_plain"] = score_clean(plain, experience, 0.8, None)
+        out["restored"] = restores(model, updater)
+    return out
+
+
+def restores(model: torch.nn.Module, updater: Updater) -> bool:
+    """Whether a state made whole and spoilt here is, sharded again, what it was."""
+    state = gather({"model": model.state_dict(keep_vars=True), "optimiser": updater.optimiser.state_dict()}, keep=True)
+    state = copy.deepcopy(state)  # as a file would: what was whole already is not copied by `gather`
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = [updater.optimiser.state[p]["exp_avg"].clone() for p in updater.parameters]
+    with torch.no_grad():
+        for p in updater.parameters:
+            p.zero_()
+            updater.optimiser.state[p]["exp_avg"].zero_()
+    own = model.state_dict()
+    model.load_state_dict({name: shard_like(value, own[name]) for name, value in state["model"].items()})
+    updater.optimiser.load_state_dict(shard_optimiser_state(state["optimiser"], updater.optimiser))
+    after = [updater.optimiser.state[p]["exp_avg"] for p in updater.parameters]
+    pairs = [*zip(before, model.parameters(), strict=True), *zip(moments, after, strict=True)]
+    return all(torch.equal(full(a.detach()), full(b.detach())) for a, b in pairs)
+
+
+def accumulate(world: World) -> dict[str, Any]:
+    """Two micro-batches by hand, the first without communication (set_requires_gradient_sync)."""
+    case = Case(tied=True)
+    model = make_model(case)
+    experience = make_experience(case)
+    if world.size > 1:
+        shard(model, None, world)
+    updater = Updater(model, UpdateConfig(sigma=0.05), temperature=1.0, seed=11, world=world)
+    per_rank = NUM_ROWS // world.size
+    mine = experience.rows(slice(world.rank * per_rank, (world.rank + 1) * per_rank))
+    num_tokens = float(experience.completions.mask.sum())
+    parts = list(mine.split(per_rank // 2))
+    for part in parts:
+        if world.size > 1:
+            model.set_requires_gradient_sync(part is parts[-1])
+        with updater.perturbed(STEP, part):
+            updater.loss(part, num_tokens, float(NUM_ROWS)).loss.backward()
+    world.sum_gradients(updater.parameters)
+    assert updater.handle is not None
+    gradient = {name: full(p.grad) for name, p in model.named_parameters()}
+    return {"gradient": gradient | {"log_sigma": updater.handle.log_sigma.grad}}
+
+
+def documented_ddp(world: World) -> dict[str, Any]:
+    """The DDP example of docs/scale.md, as printed."""
+    block = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), flags=re.MULTILINE | re.DOTALL)[0]
+    model = make_model(Case())
+    experience = make_experience(Case())
+    per_rank = NUM_ROWS // world.size
+    mine = experience.rows(slice(world.rank * per_rank, (world.rank + 1) * per_rank))
+    positions = torch.arange(WIDTH + LENGTH - 1)
+    parts = [
+        {
+            "tokens": part.completions.tokens,
+            "rollout_logp": part.completions.logp,
+            "advantages": part.advantages,
+            "mask": part.completions.mask,
+            "row_ids": part.sample_ids[:, None] << 20 | positions,
+        }
+        for part in mine.split(per_rank // 2)
+    ]
+    mask = experience.completions.mask
+    names: dict[str, Any] = {"model": model, "parts": parts, "num_tokens": int(mask.sum()), "num_sequences": NUM_ROWS}
+    exec(compile(block, str(DOCUMENT), "exec"), names)
+    gradient = {name: p.grad for name, p in model.named_parameters()}
+    return {"gradient": gradient | {"log_sigma": names["handle"].log_sigma.grad}}
+
+
+def work(rank: int, folder: str, port: int) -> None:
+    """One of the ranks: every case, written to a file."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = World("cpu")
+    out = {name: one_step(case, world, sharded=True) for name, case in CASES.items()}
+    out["accumulated"] = accumulate(world)
+    out["ddp"] = documented_ddp(world)
+    torch.save(out, Path(folder) / f"rank{rank}.pt")
+    world.close()

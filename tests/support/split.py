@@ -1,0 +1,274 @@
+"""What ranks make of a head or of sequences that are split over them; for test_vocab_parallel.py and test_parallel.py."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import Qwen2ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from alp_kernels import (
+    Objective,
+    attach,
+    fused_alp_loss,
+    gather_sequence,
+    gather_weight,
+    linear_logprob,
+    policy_loss,
+    vocab_parallel_alp_loss,
+    vocab_parallel_logprob,
+)
+from alp_kernels.loss.gather import _Gather
+from tests.support import wrapped
+
+B, T, D, V = 3, 5, 16, 61
+SPLITS = {2: (50, 11), 4: (7, 30, 20, 4)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    dtype: torch.dtype = torch.float64
+    options: bool = False  # bias, softcap, scale, a temperature a token, a mask
+    certain: bool = False  # targets 15 nats and more above the rest
+    chunk_bytes: int | None = None
+    dtensor: bool = False
+
+    def inputs(self) -> dict[str, Any]:
+        """Whole tensors."""
+        generator = torch.Generator().manual_seed(5)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(self.dtype)
+
+        hidden, weight = normal(B, T, D), normal(V, D, scale=0.5)
+        targets = torch.randint(V, (B, T), generator=generator)
+        real = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if self.certain:  # unit rows: a target's logit is 100, another token's 100 times a cosine
+            weight = torch.nn.functional.normalize(weight)
+            hidden = 100 * weight[targets]
+        keywords: dict[str, Any] = {"mask": (torch.arange(T) < torch.tensor([5, 2, 4])[:, None]).to(real)}
+        if self.options:
+            taus = 0.5 + torch.rand(B, T, generator=generator).to(real)
+            keywords |= {"bias": normal(V), "softcap": 5.0, "logit_scale": 0.7, "temperature": taus}
+        return {"hidden": hidden, "weight": weight, "targets": targets, "keywords": keywords}
+
+
+def head_case(head: Head, preset: str | None, is_split: bool, exact: bool = False) -> dict[str, Any]:
+    """logp, entropy, loss and gradients, of the whole head or of this rank's shard; preset None: linear_logprob.
+
+    exact: in float64, of the same inputs.
+    """
+    whole = head.inputs()
+    if exact:
+        whole = _double(whole)
+    keywords = dict(whole["keywords"])
+    hidden = whole["hidden"].clone().requires_grad_()
+    weight, bias = whole["weight"], keywords.get("bias")
+    if is_split and head.dtensor:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        weight, bias = (v if v is None else distribute_tensor(v, mesh, [Shard(0)]) for v in (weight, bias))
+    elif is_split:
+        sizes = SPLITS[dist.get_world_size()]
+        weight, bias = (None if v is None else v.split(sizes)[dist.get_rank()] for v in (weight, bias))
+    leaves = [hidden, weight.clone().requires_grad_()]
+    if bias is not None:
+        leaves.append(bias.clone().requires_grad_())
+        keywords["bias"] = leaves[2]
+    keywords["chunk_bytes"] = head.chunk_bytes
+    out: dict[str, Any] = {}
+    generator = torch.Generator().manual_seed(6)
+    if preset is None:
+        function = vocab_parallel_logprob if is_split else linear_logprob
+        logp, entropy = function(*leaves[:2], whole["targets"], **keywords)
+        by = torch.randn(2, B, T, generator=generator).to(logp.dtype)
+        loss = (by[0] * logp + by[1] * entropy).sum()
+    else:
+        function = vocab_parallel_alp_loss if is_split else fused_alp_loss
+        mask = keywords.pop("mask")
+        inputs = _double(head.inputs())
+        with torch.no_grad():
+            clean, _ = linear_logprob(inputs["hidden"], inputs["weight"], inputs["targets"], **inputs["keywords"])
+        clean = clean.float().to(mask.dtype)  # the same number in every dtype
+        rollout, reference = (clean + 0.3 * torch.randn(2, B, T, generator=generator).to(mask.dtype)).unbind()
+        objective = Objective.preset(preset, kl="k3", kl_coef=0.1, entropy_coef=0.01)
+        rows = (rollout, torch.tensor([1.0, -0.5, 2.0], dtype=mask.dtype), mask)
+        result = function(*leaves[:2], whole["targets"], *rows, objective=objective, ref_logp=reference, **keywords)
+        loss, logp, entropy, stats = result
+        out["stats"] = stats.summary()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    out["repeats"] = all(torch.equal(_local(a), _local(b)) for a, b in zip(first, second, strict=True))
+    names = ("hidden", "weight", "bias")[: len(leaves)]
+    return (
+        out
+        | {"logp": logp.detach(), "entropy": entropy.detach(), "loss": loss.detach()}
+        | {f"d{name}": _local(g) for name, g in zip(names, first, strict=True)}
+    )
+
+
+def _double(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: _double(v) if isinstance(v, dict) else v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in values.items()
+    }
+
+
+def _local(gradient: Any) -> Tensor:
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+
+
+def head_cases(cases: list[tuple[Head, str | None]]) -> list[dict[str, Any]]:
+    return [head_case(head, preset, is_split=True) for head, preset in cases]
+
+
+def refusals() -> dict[str, str]:
+    """What each mistake is answered with on this rank."""
+    whole, rank, sizes = Head().inputs(), dist.get_rank(), SPLITS[dist.get_world_size()]
+    args = [whole["hidden"], whole["weight"].split(sizes)[rank], whole["targets"]]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mistakes: dict[str, Any] = {
+        "whole head": lambda: vocab_parallel_logprob(args[0], whole["weight"], args[2]),
+        "gap": lambda: vocab_parallel_logprob(*args, vocab_start=100 * rank),
+        "target": lambda: vocab_parallel_logprob(*args[:2], args[2] + V - 1),
+        "batch": lambda: vocab_parallel_logprob(*args[:2], (args[2] + rank) % V),
+        "hidden": lambda: vocab_parallel_logprob(args[0] + rank, *args[1:]),
+        "sharded head": lambda: linear_logprob(args[0], distribute_tensor(whole["weight"], mesh, [Shard(0)]), args[2]),
+        "split columns": lambda: vocab_parallel_logprob(
+            args[0], distribute_tensor(whole["weight"], mesh, [Shard(1)]), args[2]
+        ),
+        "columns": lambda: vocab_parallel_logprob(args[0][..., 1:], *args[1:]),
+    }
+    said = {}
+    for name, mistake in mistakes.items():
+        try:
+            mistake()
+        except (ValueError, TypeError) as error:
+            said[name] = str(error)
+    return said
+
+
+# ------------------------------------------------------------------ whole models
+
+
+def tensor_parallel(model: Qwen2ForCausalLM) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    columns, rows = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
+        (
+            "self_attn.o_proj",
+            "mlp.down_proj",
+        ),
+    )
+    plan: dict[str, Any] = {f"model.layers.*.{name}": ColwiseParallel() for name in columns}
+    plan |= {f"model.layers.*.{name}": RowwiseParallel() for name in rows}
+    parallelize_module(model, mesh, plan | {"lm_head": ColwiseParallel()})
+
+
+def tensor_parallel_update(
+    is_split: bool, fused: bool, numbered: bool = False, data_rank: int | None = 0
+) -> dict[str, Any]:
+    """One update of a decoder whose every projection is split, or of the whole one. numbered: rows without row_ids."""
+    model = wrapped.make_model(wrapped.Case())
+    if is_split:
+        tensor_parallel(model)
+    handle = attach(model, sigma=0.05, data_rank=data_rank)
+    batch = wrapped.make_batch()
+    rest = (batch["tokens"][:, 1:], batch["rollout_logp"], batch["advantages"], batch["mask"])
+    with handle.perturbed(step=wrapped.STEP, row_ids=None if numbered else batch["row_ids"]):
+        hidden = model.model(batch["tokens"][:, :-1]).last_hidden_state
+        if not is_split:
+            out = wrapped.fused(hidden, model.lm_head.weight, batch)
+        elif fused:
+            out = vocab_parallel_alp_loss(
+                hidden, model.lm_head.weight, *rest, objective=wrapped.OBJECTIVE, **batch["counts"]
+            )
+        else:
+            logp, _ = vocab_parallel_logprob(hidden, model.lm_head.weight, rest[0], mask=batch["mask"])
+            out = policy_loss(logp, *rest[1:], objective=wrapped.OBJECTIVE, **batch["counts"])
+        out.loss.backward()
+    assert handle.log_sigma.grad is not None
+    gradient = {"log_sigma": handle.log_sigma.grad}
+    for name, p in model.named_parameters():
+        gradient[wrapped.clean_name(name)] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    return {"gradient": gradient, "loss": out.loss.detach()}
+
+
+def gathered_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Causal attention of a slice's queries (B, H, T_r, d) to the whole sequence's keys and values."""
+    key, value = (_Gather.apply(x, 2, None, True) for x in (key, value))
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    mine = torch.arange(key.shape[2]).tensor_split(dist.get_world_size())[dist.get_rank()]
+    scores = query @ key.transpose(-1, -2) * kwargs["scaling"]
+    scores = scores.masked_fill(torch.arange(key.shape[2]) > mine[:, None], -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+@contextlib.contextmanager
+def context_parallel(model: Qwen2ForCausalLM) -> Iterator[None]:
+    ALL_ATTENTION_FUNCTIONS.register("gathered", gathered_attention)
+    model.config._attn_implementation = "gathered"
+    yield
+
+
+def context_parallel_update(is_split: bool, preset: str) -> dict[str, Any]:
+    """One update of a decoder that reads a slice of every sequence on each rank, or of one that reads them whole."""
+    model = wrapped.make_model(wrapped.Case())
+    handle = attach(model, sigma=0.05)
+    batch, objective = wrapped.make_batch(), Objective.preset(preset)
+    positions = torch.arange(wrapped.LENGTH)
+    here = positions
+    if is_split:
+        here = positions.tensor_split(dist.get_world_size())[dist.get_rank()]  # 7 positions: slices of 4 and 3, 2 and 1
+    inputs, targets, row_ids = (v[:, here] for v in (batch["tokens"][:, :-1], batch["tokens"][:, 1:], batch["row_ids"]))
+    with context_parallel(model) if is_split else contextlib.nullcontext(), handle.perturbed(wrapped.STEP, row_ids):
+        hidden = model.model(inputs, position_ids=here[None]).last_hidden_state
+        weight = model.lm_head.weight
+        if objective.level == "token" or not is_split:
+            rows = (batch["rollout_logp"][:, here], batch["advantages"], batch["mask"][:, here])
+            out = fused_alp_loss(hidden, weight, targets, *rows, objective=objective, **batch["counts"])
+        else:
+            logp, _ = linear_logprob(hidden, weight, targets, mask=batch["mask"][:, here])
+            rows = (batch["rollout_logp"], batch["advantages"], batch["mask"])
+            out = policy_loss(gather_sequence(logp), *rows, objective=objective, **batch["counts"])
+        out.loss.backward()
+    assert handle.log_sigma.grad is not None
+    gradient = {wrapped.clean_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    if is_split:
+        handle.sum_gradient()
+        for g in gradient.values():
+            dist.all_reduce(g)
+    loss = out.loss.detach()
+    if is_split and objective.level == "token":
+        dist.all_reduce(loss)
+    return {"gradient": gradient | {"log_sigma": handle.log_sigma.grad}, "loss": loss}
+
+
+def weight_gradient(dtype: torch.dtype, rank: int, weight: Tensor | None = None) -> Any:
+    """Of the head's weight, for hidden states that only `rank` has; through `weight` where given, which is no leaf."""
+    head = Head().inputs()
+    leaf = head["weight"].to(dtype).requires_grad_() if weight is None else weight
+    rows = (torch.full((B, T), -4.0), torch.tensor([1.0, -1, 2]), head["keywords"]["mask"])
+    hidden = (head["hidden"] * (rank + 1)).to(dtype)
+    fused_alp_loss(hidden, leaf, head["targets"], *rows, objective=wrapped.OBJECTIVE).loss.backward()
+    return leaf.grad if weight is None else None
+
+
+def gathered_weight(average: bool) -> dict[str, Tensor]:
+    """This rank's uneven slice of the gradient of a gathered weight."""
+    sizes, rank, out = SPLITS[dist.get_world_size()], dist.get_rank(), {}
+    for dtype in (torch.float64, torch.bfloat16):
+        local = Head().inputs()["weight"].split(sizes)[rank].to(dtype).requires_grad_()
+        weight_gradient(dtype, rank, gather_weight(local, average=average))
+        assert local.grad is not None
+        out[str(dtype)] = local.grad
+    return out

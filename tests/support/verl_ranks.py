@@ -1,0 +1,39 @@
+"""Two gloo processes, one update by verl's engine; rank 0 writes what came of it. Run by test_verl.py."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+
+import torch
+import torch.distributed as dist
+
+from tests.support import verl_cpu
+
+verl_cpu.use_cpu()
+
+import alp_kernels.integrations.verl_engine  # noqa: E402, F401 (registers the engine)
+
+
+def work(rank: int, path: str, out: str) -> None:
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{out}.init")
+    engine = verl_cpu.make_engine(path)
+    with engine.train_mode():
+        engine.train_batch(verl_cpu.make_batch(B=2, seed=rank), verl_cpu.make_loss("alp_sequence"))
+    state = {name: value.detach().clone() for name, value in engine.get_per_tensor_param()[0]}
+    seen = [torch.zeros_like(engine.alp.log_sigma.data) for _ in range(2)]
+    dist.all_gather(seen, engine.alp.log_sigma.data)
+    assert torch.equal(*seen), "sigma differs between the ranks"
+    if rank == 0:
+        torch.save({"log_sigma": seen[0], "state": state}, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")  # importing verl is most of the time: once, then two processes
+    workers = [fork.Process(target=work, args=(rank, *sys.argv[1:3])) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    sys.exit(max(abs(worker.exitcode) for worker in workers))
