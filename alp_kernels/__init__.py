@@ -11,15 +11,15 @@ from .layers.attach import attach, detach
 from .layers.perturbation import Perturbation
 from .loss import head_ops as _head_ops  # noqa: F401  (these and loss_ops define the operators)
 from .loss.gather import gather_sequence, gather_weight
-from .loss.head import LogitNoise, fused_alp_loss, linear_logprob
+from .loss.head import fused_alp_loss, linear_logprob
 from .loss.policy import LossOutput, importance_weight, policy_loss
 from .loss.stats import Stats
 from .loss.vocab_parallel import vocab_parallel_alp_loss, vocab_parallel_logprob
-from .noise import rms_norm_ops as _rms_norm_ops  # noqa: F401
 from .noise.normal import normal
 from .noise.perturb import perturb
 from .noise.rms_norm import perturb_rms_norm
 from .objective import PRESETS, Objective
+from .stream import LogitNoise
 
 try:
     __version__ = version("alp-kernels")

@@ -1,8 +1,8 @@
 """Chooses the engine that serves a device, and says why the others do not.
 
-An engine is a module with the functions of reference.py: "triton" (CUDA, ROCm, XPU; Triton's interpreter on CPU),
-"native" (C++ on CPU), "reference" (plain PyTorch, anywhere). One asked for by name works or raises; the automatic
-choice is logged once per device type. ALP_KERNELS_ENGINE=name stands in for engine=None.
+An engine is a module that keeps the protocol `Engine`: "triton" (CUDA, ROCm, XPU; Triton's interpreter on CPU), "native"
+(C++ on CPU), "reference" (plain PyTorch, anywhere). One asked for by name works or raises; the automatic choice is logged
+once per device type. ALP_KERNELS_ENGINE=name stands in for engine=None.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import functools
 import importlib
 import logging
 import os
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import torch
+
+from . import reference
+from .protocol import Engine
 
 ENGINES = ("triton", "native", "reference")
 ENVIRONMENT_VARIABLE = "ALP_KERNELS_ENGINE"
@@ -21,16 +24,26 @@ ENVIRONMENT_VARIABLE = "ALP_KERNELS_ENGINE"
 logger = logging.getLogger("alp_kernels")
 
 
+if TYPE_CHECKING:
+    from .native import engine as native
+    from .triton import engine as triton
+
+    _reference: Engine = reference  # mypy compares each with the protocol
+    _native: Engine = native
+    _triton: Engine = triton
+
+
 class EngineUnavailable(RuntimeError):
     """An engine asked for by name that cannot serve; the message says why and what would be chosen."""
 
 
 @functools.cache
-def _load(name: str) -> ModuleType | str:
-    """The engine's module, or why it cannot be imported."""
-    module = "reference" if name == "reference" else f"{name}.engine"
+def _load(name: str) -> Engine | str:
+    """The engine, or why it cannot be imported."""
+    if name == "reference":
+        return reference
     try:
-        return importlib.import_module(f".{module}", __package__)
+        return cast(Engine, importlib.import_module(f".{name}.engine", __package__))
     except (ImportError, OSError) as error:
         return str(error)
 
@@ -39,12 +52,18 @@ def why_not(name: str, device: torch.device | str) -> str | None:
     """Why engine `name` cannot serve tensors on `device`, or None where it can."""
     if name not in ENGINES:
         raise ValueError(f"engine={name!r}; the engines are {', '.join(map(repr, ENGINES))}, or None to choose")
-    module = _load(name)
-    return module if isinstance(module, str) else module.unavailable(torch.device(device))
+    engine = _load(name)
+    return engine if isinstance(engine, str) else engine.unavailable(torch.device(device))
+
+
+def _loaded(name: str) -> Engine:
+    engine = _load(name)
+    assert not isinstance(engine, str)
+    return engine
 
 
 @functools.cache
-def _choose(device_type: str) -> ModuleType:
+def _choose(device_type: str) -> Engine:
     device = torch.device(device_type)
     # Triton on CPU means its interpreter, a debugging tool: it serves there only when asked for by name
     names = ENGINES if device_type != "cpu" else ENGINES[1:]
@@ -53,12 +72,10 @@ def _choose(device_type: str) -> ModuleType:
     refused = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why is not None)
     level = logging.WARNING if chosen == "reference" else logging.INFO
     logger.log(level, "engine %r serves %s tensors%s", chosen, device_type, f" ({refused})" if refused else "")
-    module = _load(chosen)
-    assert isinstance(module, ModuleType)
-    return module
+    return _loaded(chosen)
 
 
-def pick(name: str | None, device: torch.device) -> ModuleType:
+def pick(name: str | None, device: torch.device) -> Engine:
     """The engine called `name`, or the best one for `device` where name is None.
 
     Raises:
@@ -76,6 +93,4 @@ def pick(name: str | None, device: torch.device) -> ModuleType:
             f"{asked_by}={name!r} cannot serve {device} tensors: {reason}; "
             f"engine=None would choose {_choose(device.type).name!r}"
         )
-    module = _load(name)
-    assert isinstance(module, ModuleType)
-    return module
+    return _loaded(name)

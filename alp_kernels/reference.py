@@ -1,7 +1,7 @@
 """The specification: every kernel's function in plain PyTorch, on any device, in any float dtype (float64 for gradcheck).
 
-An engine is a module that offers these functions with these arguments. Tests and benchmarks import this file; there is
-no second copy. All matrices are contiguous (rows, columns); the autograd functions in noise/ and loss/ see to it.
+Every engine offers these functions with these arguments (engine.py). Tests and benchmarks import this file; there is no
+second copy. All matrices are contiguous (rows, columns); the autograd functions in noise/ and loss/ see to it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dtypes import real as real_of
 from .objective import LossRows, Objective, row_gradient
 from .stream import Stream
 
@@ -88,7 +89,7 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
     h (..., D), contiguous, of N rows; sigma () float32; rms is 1, or each row's root mean square where scale == "rms".
     Returns u like h and rms (N,) float32, None where scale == "absolute".
     """
-    work = h.to(torch.float64 if h.dtype == torch.float64 else torch.float32).view(-1, h.shape[-1])
+    work = h.to(real_of(h)).view(-1, h.shape[-1])
     rms = work.square().mean(dim=1).sqrt() if scale == "rms" else None
     eps = normal(work.shape[0], work.shape[1], stream, h.device).to(work.dtype)
     u = work + (sigma * eps if rms is None else sigma * rms[:, None] * eps)
@@ -99,7 +100,7 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
 
 def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
     """dsigma = sum(du * rms * eps), () float32 (float64 for float64), of du like h; the noise is made again. dh is du itself."""
-    work = du.to(torch.float64 if du.dtype == torch.float64 else torch.float32).view(-1, du.shape[-1])
+    work = du.to(real_of(du)).view(-1, du.shape[-1])
     per_row = (work * normal(work.shape[0], work.shape[1], stream, du.device)).sum(dim=1)
     return (per_row if rms is None else per_row * rms).sum()
 
@@ -109,7 +110,7 @@ def measure(h: Tensor, u: Tensor, num_rows: int) -> Tensor:
 
     (u - h)^2, the number of elements that differ, h^2.   h, u (..., D), contiguous
     """
-    real = torch.float64 if h.dtype == torch.float64 else torch.float32
+    real = real_of(h)
     work, noisy = (x.detach().view(-1, x.shape[-1])[:num_rows].to(real) for x in (h, u))
     difference = noisy - work
     sums = difference.square().sum(dim=1), (difference != 0).sum(dim=1).to(real), work.square().sum(dim=1)
@@ -135,7 +136,7 @@ def perturb_rms_norm_fwd(
     The norm is that of the stored u; its arithmetic is float32 (float64 for float64) and y is rounded once.
     """
     u, rms = perturb_fwd(h, sigma, stream, scale, rounding)
-    work = u.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
+    work = u.to(real_of(h))
     rstd = (work.square().mean(dim=1) + norm.eps).rsqrt()
     y = work * rstd[:, None] * (norm.weight.to(work.dtype) + norm.offset)
     return u, y.to(h.dtype), rstd, rms
@@ -157,7 +158,7 @@ def perturb_rms_norm_bwd(
     g = dy (offset + weight),  x = u rstd,  dh = du + rstd (g - x mean_d(g x)),  dweight = sum_n dy x.  dsigma is the
     perturbation's gradient for dh before it is rounded; the noise is made again.
     """
-    real = torch.float64 if u.dtype == torch.float64 else torch.float32
+    real = real_of(u)
     g = dy.to(real) * (norm.weight.to(real) + norm.offset)
     x = u.to(real) * rstd[:, None]
     dh = du.to(real) + rstd[:, None] * (g - x * (g * x).mean(dim=1, keepdim=True))
@@ -168,7 +169,7 @@ def perturb_rms_norm_bwd(
 # ------------------------------------------------------------------ loss head
 
 
-class Head(NamedTuple):
+class LogitTransform(NamedTuple):
     """How logits x (n, V) become the z whose log-softmax is taken: z = (cap(scale x) + sigma eps) / temperature.
 
     cap(x) = softcap * tanh(x / softcap), or x itself. The model's bias is already in x.
@@ -180,8 +181,8 @@ class Head(NamedTuple):
     sigma: Tensor | None = None  # () float32, None: no noise on the logits
     stream: Stream | None = None  # of that noise; row_ids given for each row of x
 
-    def rows(self, index: Tensor | slice) -> Head:
-        """The same head for a selection of rows."""
+    def rows(self, index: Tensor | slice) -> LogitTransform:
+        """The same for a selection of rows."""
         chosen = self
         if self.temperature is not None:
             chosen = chosen._replace(temperature=self.temperature[index])
@@ -197,28 +198,28 @@ class HeadRows(NamedTuple):
     lse: Tensor  # (n,) log-sum-exp of z; an engine whose backward would lose too much to its rounding gives it in float64
 
 
-def _transform(x: Tensor, head: Head) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _z_of(x: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """z, tanh (None without a softcap) and eps (None without noise), in float32 or float64."""
-    z = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32) * head.logit_scale
+    z = x.to(real_of(x)) * transform.logit_scale
     tanh = eps = None
-    if head.softcap is not None:
-        tanh = (z / head.softcap).tanh()
-        z = head.softcap * tanh
-    if head.sigma is not None:
-        assert head.stream is not None
-        eps = normal(x.shape[0], x.shape[1], head.stream, x.device).to(z.dtype)
-        z = z + head.sigma * eps
-    if head.temperature is not None:
-        z = z / head.temperature[:, None]
+    if transform.softcap is not None:
+        tanh = (z / transform.softcap).tanh()
+        z = transform.softcap * tanh
+    if transform.sigma is not None:
+        assert transform.stream is not None
+        eps = normal(x.shape[0], x.shape[1], transform.stream, x.device).to(z.dtype)
+        z = z + transform.sigma * eps
+    if transform.temperature is not None:
+        z = z / transform.temperature[:, None]
     return z, tanh, eps
 
 
-def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
+def head_fwd(x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
     """Log-probability of the target, entropy and log-sum-exp of each row of logits x (n, V), x left as it is.
 
     logp of a near-certain target keeps relative precision: the sum runs over the *other* tokens and enters by log1p.
     """
-    z, _, _ = _transform(x, head)
+    z, _, _ = _z_of(x, transform)
     top = z.amax(dim=1)
     shifted = z - top[:, None]
     exp = shifted.exp()
@@ -233,14 +234,14 @@ def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
 
 
 def head_bwd(
-    x: Tensor, targets: Tensor, head: Head, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
+    x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
 ) -> Tensor | None:
     """Replace logits x (n, V) by their gradient, in place; returns dsigma () where there is noise on them.
 
     dlogp, dentropy (n,): gradients of the loss with respect to logp and entropy.
     dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H)
     """
-    z, tanh, eps = _transform(x, head)
+    z, tanh, eps = _z_of(x, transform)
     log_p = (z - rows.lse.to(z.dtype)[:, None]).scatter(
         1, targets[:, None], rows.logp[:, None]
     )  # with the digits lse lost
@@ -250,38 +251,38 @@ def head_bwd(
     if dentropy is not None:
         p = log_p.exp()
         dz -= dentropy[:, None] * torch.where(p > 0, p * (log_p + rows.entropy[:, None]), 0.0)
-    if head.temperature is not None:
-        dz = dz / head.temperature[:, None]
+    if transform.temperature is not None:
+        dz = dz / transform.temperature[:, None]
     dsigma = None if eps is None else (dz * eps).sum(dim=1).sum()
     if tanh is not None:
         dz = dz * (1 - tanh * tanh)
-    x.copy_(dz * head.logit_scale)
+    x.copy_(dz * transform.logit_scale)
     return dsigma
 
 
-def is_plain(head: Head, dtype: torch.dtype, has_dentropy: bool) -> bool:
+def is_plain(transform: LogitTransform, dtype: torch.dtype, has_dentropy: bool) -> bool:
     """Whether `head_exp` serves: a row's gradient is a multiple of its exponentials, in numbers of logits' `dtype`."""
-    return head.softcap is None and head.sigma is None and not has_dentropy and dtype != torch.float16
+    return transform.softcap is None and transform.sigma is None and not has_dentropy and dtype != torch.float16
 
 
-def head_exp(x: Tensor, targets: Tensor, head: Head) -> tuple[HeadRows, Tensor]:
+def head_exp(x: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[HeadRows, Tensor]:
     """What head_fwd returns; logits x (n, V) are replaced by e_v = exp(z_v - base), at the target minus the others' sum.
 
-    The gradient of a row is then c e with c = exp_coefficient(dlogp, head, whole). Returns whole (n,), the sum of all
+    The gradient of a row is then c e with c = exp_coefficient(dlogp, transform, whole). Returns whole (n,), the sum of all
     exponentials. A row's base is its engine's choice: no e is infinite, no c too small.
     """
-    z, _, _ = _transform(x, head)
+    z, _, _ = _z_of(x, transform)
     exp = (z - z.amax(dim=1, keepdim=True)).exp()
     others = exp.scatter(1, targets[:, None], 0.0).sum(dim=1, keepdim=True)
-    out = head_fwd(x, targets, head)
+    out = head_fwd(x, targets, transform)
     x.copy_(exp.scatter(1, targets[:, None], -others))
     return out, exp.sum(dim=1)
 
 
-def exp_coefficient(dlogp: Tensor, head: Head, whole: Tensor) -> Tensor:
+def exp_coefficient(dlogp: Tensor, transform: LogitTransform, whole: Tensor) -> Tensor:
     """c (n,) with dx = c e for what head_exp left: dx_v = -dlogp p_v scale / temperature with p_v = e_v / whole."""
-    c = dlogp * -head.logit_scale / whole
-    return c if head.temperature is None else c / head.temperature
+    c = dlogp * -transform.logit_scale / whole
+    return c if transform.temperature is None else c / transform.temperature
 
 
 def scale_(tensor: Tensor, by: Tensor) -> Tensor:
@@ -289,18 +290,15 @@ def scale_(tensor: Tensor, by: Tensor) -> Tensor:
     return tensor.mul_(by)
 
 
-TILE: int | None = None
-"""How many tokens of the vocabulary HeadTiles and head_bwd_tile of native/engine.py take at a time; None: it has none."""
+tiles = None
 
 KEEPS_EXPONENTIALS = False
-"""Whether loss/products.py should call head_exp, where it serves, instead of head_fwd and head_bwd."""
 
 FUSES_TOKEN_LOSS = False
-"""Whether loss/products.py should call head_token_loss for token-level chunks, instead of one of those and the coefficients."""
 
 
 def head_token_loss(
-    x: Tensor, targets: Tensor, head: Head, rows: LossRows, objective: Objective
+    x: Tensor, targets: Tensor, transform: LogitTransform, rows: LossRows, objective: Objective
 ) -> tuple[HeadRows, Tensor | None, Tensor | None]:
     """The whole token-level loss of a chunk: logits x (n, V) become the gradient of sum(weight * row_loss), or multiples.
 
@@ -308,11 +306,11 @@ def head_token_loss(
     gradient is c x. Elsewhere c is None, and x the gradient.
     """
     whole = None
-    if is_plain(head, x.dtype, objective.entropy_coef != 0):
-        out, whole = head_exp(x, targets, head)
+    if is_plain(transform, x.dtype, objective.entropy_coef != 0):
+        out, whole = head_exp(x, targets, transform)
     else:
-        out = head_fwd(x, targets, head)
+        out = head_fwd(x, targets, transform)
     dlogp, dentropy = row_gradient(out.logp - rows.denominator, out.logp, rows, objective)
     if whole is not None:
-        return out, None, exp_coefficient(dlogp, head, whole)
-    return out, head_bwd(x, targets, head, out, dlogp, dentropy), None
+        return out, None, exp_coefficient(dlogp, transform, whole)
+    return out, head_bwd(x, targets, transform, out, dlogp, dentropy), None

@@ -91,3 +91,35 @@ def check_stream(where: str, stream: Stream, num_rows: int, device: torch.device
         )
     if ids.device.type == "cpu" and num_rows and not (int(ids.min()) >= 0 and int(ids.max()) <= MAX_ROW):
         raise ValueError(f"{where}: row_ids spans [{int(ids.min())}, {int(ids.max())}]; it must lie in [0, {MAX_ROW}]")
+
+
+class Coordinates(NamedTuple):
+    """Where noise is read, as a caller says it: not looked at yet."""
+
+    seed: int
+    step: int | Tensor
+    layer: int
+    row_ids: Tensor | None = None
+    row_start: int | Tensor = 0
+
+    def stream(self, where: str, num_rows: int, device: torch.device) -> Stream:
+        """The same, checked and in numbers. Raises as `check_stream`."""
+        step, row_start = (int(x) if isinstance(x, Tensor) else x for x in (self.step, self.row_start))
+        row_ids = None if self.row_ids is None else self.row_ids.reshape(-1)
+        stream = Stream(self.seed, step, self.layer, row_start, row_ids)
+        check_stream(where, stream, num_rows, device)
+        return stream
+
+
+class LogitNoise(NamedTuple):
+    """Gaussian noise on the logits in place of the layers (an ablation of the paper). step, row_start: as in `perturb`."""
+
+    log_sigma: Tensor  # () or (1,) float32, differentiable
+    seed: int
+    step: int | Tensor
+    row_ids: Tensor | None = None  # like targets, int64; without them row_start, row_start + 1, ...
+    row_start: int | Tensor = 0
+
+    @property
+    def coordinates(self) -> Coordinates:
+        return Coordinates(self.seed, self.step, LOGITS_LAYER, self.row_ids, self.row_start)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..noise import ops
+from ..operators import integers
 
 if TYPE_CHECKING:
     from .perturbation import Perturbation
@@ -53,7 +53,7 @@ class LayerInput(_Hook):
 
     def __init__(self, handle: Perturbation, position: int, index: int) -> None:
         super().__init__(handle)
-        self.position, self.index, self.place = position, index, ops.integers(position, index)
+        self.position, self.index, self.place = position, index, integers(position, index)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.handle.on_layer(self, args, kwargs)
@@ -64,7 +64,7 @@ class Output(_Hook):
 
     def __init__(self, handle: Perturbation, index: int, field: str) -> None:
         super().__init__(handle)
-        self.index, self.field, self.place = index, field, ops.integers(0, index)
+        self.index, self.field, self.place = index, field, integers(0, index)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         return self.handle.on_output(self, output)

@@ -19,7 +19,6 @@ import operator
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +26,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..engine import pick
-from ..loss.head import LogitNoise
-from ..noise import ops
-from ..noise.perturb import Draw, Perturb, check_perturb, make_stream, perturb
-from ..stream import FINAL_LAYER, LOGITS_LAYER, MAX_STEP, Stream
+from ..noise.operators import PerturbInputs, perturb_operator
+from ..noise.perturb import Draw, Perturb, check_perturb, perturb
+from ..operators import in_graph, integers
+from ..protocol import Engine
+from ..stream import FINAL_LAYER, LOGITS_LAYER, MAX_STEP, Coordinates, LogitNoise, Stream
 from .hooks import Enter, LayerInput, Leave, Output, OwnForward
+from .operators import begin, finish, register
 
 logger = logging.getLogger("alp_kernels")
 
@@ -51,7 +52,7 @@ class _Forward(NamedTuple):
     row_start: int
     row_ids: Tensor | None
     pointer: Tensor | None  # (2,) step and row_start on the device, where the handle is capturable
-    at: Tensor  # the same for compiled layers: ops.py
+    at: Tensor  # the same for compiled layers: noise/operators.py
     log_sigma: Tensor  # the handle's own
     ran: set[int]  # layers
     draws: dict[tuple[torch.Size, torch.dtype, torch.device], list[Draw]]  # by what the hidden states are like, a layer
@@ -169,9 +170,7 @@ class Perturbation(nn.Module):
         self._said_partial = False
         self._backward: tuple[int, _Forward | None] = (-1, None)  # a backward call, and whose layers it is at
         self._switch = _Switch()
-        self._number = next(ops.numbers)
-        self._order = ops.integers(self._number, 0)
-        ops.handles[self._number] = self
+        self._number, self._order = register(self)
         self._measured: dict[int, _Measured] = {}
         self._warned = False
         self._own_forwards = [OwnForward(module) for module in (parent, *layers.values())]
@@ -327,14 +326,14 @@ class Perturbation(nn.Module):
     def on_enter(self) -> None:
         if torch.compiler.is_compiling():
             if self._switch.is_on:
-                self._switch.at = torch.ops.alp_kernels.begin(self._order)
+                self._switch.at = begin(self._order)
         elif not _in_backward():
             self._start()
 
     def on_leave(self, output: Any) -> None:
         if torch.compiler.is_compiling():
             if self._switch.is_on:
-                torch.ops.alp_kernels.finish(self._order, _a_tensor(output))
+                finish(self._order, _a_tensor(output))
                 self._switch.at = None
         elif not _in_backward():
             forward = self._scope.forward  # None: a clean one, which a recompute must also know
@@ -396,12 +395,12 @@ class Perturbation(nn.Module):
             raise RuntimeError("perturbed: a CUDA graph would repeat this forward's noise; attach with capturable=True")
         row_ids = self._scope.row_ids
         start, number, step = self._first_row() if row_ids is None else 0, self._forwards, self._step
-        at = ops.integers(self._number, self.seed, step, start, number)
+        at = integers(self._number, self.seed, step, start, number)
         pointer = None if self._position is None else self._position[:2].clone()
         return _Forward(number, step, start, row_ids, pointer, at, log_sigma, set(), {})
 
     def note(
-        self, number: int, row_start: int, position: int, hidden: Tensor, u: Tensor, sigma: Tensor, engine: ModuleType
+        self, number: int, row_start: int, position: int, hidden: Tensor, u: Tensor, sigma: Tensor, engine: Engine
     ) -> None:
         """Count a layer of forward `number` as perturbed; what the operator `perturb` runs beside its arithmetic.
 
@@ -465,14 +464,14 @@ class Perturbation(nn.Module):
             row_ids = row_ids.to(device)
         seed, step, start, engine = self.seed, forward.step, forward.row_start, pick(self.engine, device)
         at = None if forward.pointer is None else forward.pointer.to(device)
-        row_ids = make_stream("perturb", num_rows, device, seed, step, self.layers[0], row_ids, start).row_ids
+        row_ids = Coordinates(seed, step, self.layers[0], row_ids, start).stream("perturb", num_rows, device).row_ids
         return [
             Draw(engine, Stream(seed, step, layer, start, row_ids, at), sigma, position, self.scale, self.rounding)
             for position, (layer, sigma) in enumerate(zip(self.layers, log_sigma.exp().unbind(), strict=True))
         ]
 
     def _add(self, position: int, index: int, hidden: Tensor, forward: _Forward) -> Tensor:
-        if ops.serves(hidden):
+        if in_graph(hidden):
             return self._add_to_fake(position, index, hidden, forward)
         device, log_sigma = hidden.device, forward.log_sigma
         alike = hidden.shape, hidden.dtype, device
@@ -510,7 +509,8 @@ class Perturbation(nn.Module):
             raise RuntimeError(f"perturbed: a layer {_OUTSIDE}")
         ids = None if row_ids is None else row_ids.reshape(-1).to(hidden.device)
         log_sigma = self.log_sigma.to(hidden.device)
-        return ops.perturb_at(hidden, log_sigma, at, place, ids, self.scale, self.rounding, self.engine)
+        inputs = PerturbInputs(hidden, log_sigma, at, place, ids, self.scale, self.rounding, self.engine)
+        return perturb_operator(inputs).u
 
     def on_layer(self, hook: LayerInput, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_compiling = torch.compiler.is_compiling()
@@ -550,9 +550,9 @@ class Perturbation(nn.Module):
                 f"attach: the model returned a {type(output).__name__} without {hook.field}; noise cannot be added to it"
             )
         if is_compiling:
-            self._switch.at = torch.ops.alp_kernels.begin(self._order)
+            self._switch.at = begin(self._order)
             u = self._add_compiled(hook.place, hidden)
-            torch.ops.alp_kernels.finish(self._order, u.detach())
+            finish(self._order, u.detach())
             self._switch.at = None
         else:
             u = self._add(0, hook.index, hidden, self._scope.forward or self._next_forward())

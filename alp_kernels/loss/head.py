@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPES
 from ..engine import pick
-from ..noise import ops
-from ..noise.perturb import DTYPES, check_tensor, make_stream
+from ..noise.operators import in_tensors, stream_of
+from ..noise.perturb import check_tensor
 from ..objective import Objective
-from ..reference import Head
-from ..stream import LOGITS_LAYER
+from ..operators import in_graph
+from ..protocol import Engine
+from ..reference import LogitTransform
+from ..stream import LOGITS_LAYER, LogitNoise
 from .fused import FusedLoss, Given, LinearLogprob, fused_head, rank_rows
 from .layout import batch_arguments, flatten, highest_first
 from .policy import LossOutput
@@ -33,16 +35,6 @@ A second chunk reads the weight twice more and has dW written, read, written, re
 writes it rounded: with D 4096, 12 GB more, a tenth of what three products of 8192 rows take. The last 512 of those rows, for
 batches a little above a power of two, are 148 MiB.
 """
-
-
-class LogitNoise(NamedTuple):
-    """Gaussian noise on the logits in place of the layers (an ablation of the paper). step, row_start: as in `perturb`."""
-
-    log_sigma: Tensor  # () or (1,) float32, differentiable
-    seed: int
-    step: int | Tensor
-    row_ids: Tensor | None = None  # like targets, int64; without them row_start, row_start + 1, ...
-    row_start: int | Tensor = 0
 
 
 class HeadArguments(NamedTuple):
@@ -174,15 +166,15 @@ def check_head(
         tau = None
         if temperature != 1:
             tau = torch.full((targets.numel(),), temperature, dtype=real, device=hidden.device)
-    head = Head(float(logit_scale), None if softcap is None else float(softcap), tau)
+    head = LogitTransform(float(logit_scale), None if softcap is None else float(softcap), tau)
     if logit_noise is not None:
-        log_sigma, seed, step, row_ids, row_start = logit_noise
+        log_sigma = logit_noise.log_sigma
         if log_sigma.numel() != 1 or log_sigma.dtype != real or log_sigma.device != hidden.device:
             raise ValueError(
                 f"{where}: logit_noise.log_sigma is {log_sigma.dtype} {tuple(log_sigma.shape)} on {log_sigma.device}; "
                 f"it needs {real} () on {hidden.device}"
             )
-        stream = make_stream(where, targets.numel(), hidden.device, seed, step, LOGITS_LAYER, row_ids, row_start)
+        stream = logit_noise.coordinates.stream(where, targets.numel(), hidden.device)
         stream = stream._replace(row_ids=stream.rows(targets.numel(), hidden.device), row_start=0)
         head = head._replace(sigma=log_sigma.detach().reshape(()).exp(), stream=stream)
     plan = _plan(pick(engine, hidden.device), head, flat_targets, hidden, weight, chunk_bytes, any(needs), needs[1])
@@ -197,8 +189,8 @@ def needs_gradient(arguments: HeadArguments) -> list[bool]:
 
 
 def _plan(
-    engine: ModuleType,
-    head: Head,
+    engine: Engine,
+    head: LogitTransform,
     targets: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -284,7 +276,7 @@ def fused_alp_loss(
         "num_tokens": num_tokens,
         "num_sequences": num_sequences,
     }
-    if isinstance(hidden, Tensor) and ops.serves(hidden):
+    if isinstance(hidden, Tensor) and in_graph(hidden):
         of_batch = batch_arguments("fused_alp_loss", objective, hidden.device, nonfinite, given)
         out = torch.ops.alp_kernels.fused_alp_loss(*head_arguments("fused_alp_loss", arguments), *of_batch)
         loss, logp, entropy, *_, numbers, flags, num_nonfinite = out
@@ -347,7 +339,7 @@ def linear_logprob(
     arguments = HeadArguments(
         hidden, weight, bias, targets, mask, temperature, softcap, logit_scale, logit_noise, chunk_bytes, engine
     )
-    if isinstance(hidden, Tensor) and ops.serves(hidden):
+    if isinstance(hidden, Tensor) and in_graph(hidden):
         logp, entropy, _ = torch.ops.alp_kernels.linear_logprob(*head_arguments("linear_logprob", arguments))
         return logp, entropy
     transfer = Transfer()
@@ -384,7 +376,7 @@ def head_arguments(where: str, arguments: HeadArguments) -> tuple[Any, ...]:
     log_sigma, at, row_ids = None, None, None
     if noise is not None:
         log_sigma, row_ids = noise.log_sigma, noise.row_ids
-        at, _ = ops.coordinates(noise.step, noise.row_start, noise.seed, LOGITS_LAYER)
+        at, _ = in_tensors(noise.coordinates)
     needs = needs_gradient(arguments)
     by_row = isinstance(temperature, Tensor)
     return (
@@ -413,7 +405,7 @@ def arguments_of(
     """What `head_arguments` made of them, detached; and `needs`."""
     noise = None
     if log_sigma is not None and at is not None:
-        stream = ops.stream_of(at, LOGITS_LAYER, row_ids)
+        stream = stream_of(at, LOGITS_LAYER, row_ids)
         noise = LogitNoise(log_sigma.detach(), stream.seed, stream.step, row_ids, stream.row_start)
     tau = temperature if temperatures is None else temperatures
     hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()

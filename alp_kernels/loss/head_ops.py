@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..noise import ops
+from .. import operators as ops
+from ..dtypes import real
 from ..objective import objective_of
 from ..reference import HeadRows
 from .fused import fused_head, gradient_scale, logprob_gradients, logprob_rows
@@ -22,6 +23,14 @@ from .transfer import Transfer
 
 NUM_HEAD = HEAD_SCHEMA.count(",") + 1
 TARGETS, NEEDS = 4, NUM_HEAD - 1  # positions in HEAD_SCHEMA
+
+
+def _register(name, run, fake, *, setup=None, gradient=None):  # type: ignore
+    ops.library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"alp_kernels::{name}", fake, lib=ops.library)
+    if gradient is not None:
+        torch.library.register_autograd(f"alp_kernels::{name}", gradient, setup_context=setup, lib=ops.library)
+
 
 ops.library.define(f"linear_logprob({HEAD_SCHEMA}) -> (Tensor, Tensor, Tensor)")
 ops.library.define(
@@ -67,8 +76,8 @@ def _linear_logprob(*args: Any) -> tuple[Tensor, ...]:
 
 def _linear_logprob_fake(*args: Any) -> tuple[Tensor, ...]:
     hidden, targets = args[0], args[TARGETS]
-    real = ops.real(hidden)
-    return tuple(hidden.new_empty(targets.shape, dtype=dtype) for dtype in (real, real, torch.float64))
+    dtypes = (real(hidden), real(hidden), torch.float64)
+    return tuple(hidden.new_empty(targets.shape, dtype=dtype) for dtype in dtypes)
 
 
 def _linear_logprob_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -137,7 +146,7 @@ def _fused(*args: Any) -> tuple[Tensor, ...]:
 
 def _fused_fake(*args: Any) -> tuple[Tensor, ...]:
     hidden, targets = args[0], args[TARGETS]
-    loss, scale = (hidden.new_empty((), dtype=ops.real(hidden)) for _ in range(2))
+    loss, scale = (hidden.new_empty((), dtype=real(hidden)) for _ in range(2))
     logp, entropy = (
         torch.empty_like(targets, dtype=loss.dtype, memory_format=torch.contiguous_format) for _ in range(2)
     )
@@ -157,6 +166,6 @@ def _fused_grad(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return *needed, *[None] * (ctx.num_inputs - 4)
 
 
-ops.register("linear_logprob", _linear_logprob, _linear_logprob_fake, setup=_linear_setup, gradient=_linear_grad)
-ops.register("linear_logprob_backward", _linear_logprob_backward, _linear_logprob_backward_fake)
-ops.register("fused_alp_loss", _fused, _fused_fake, setup=_fused_setup, gradient=_fused_grad)
+_register("linear_logprob", _linear_logprob, _linear_logprob_fake, setup=_linear_setup, gradient=_linear_grad)
+_register("linear_logprob_backward", _linear_logprob_backward, _linear_logprob_backward_fake)
+_register("fused_alp_loss", _fused, _fused_fake, setup=_fused_setup, gradient=_fused_grad)

@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..noise import ops
+from .. import operators as ops
 from ..objective import objective_of, row_gradient, row_loss
 from .layout import BATCH_NAMES, BATCH_SCHEMA
 from .policy import check_loss, level_log_ratio
 from .stats import Stats
 
 NUM_NUMBERS, NUM_FLAGS = 6, 2  # of Stats.rows
+
+
+def _register(name, run, fake, *, setup=None, gradient=None):  # type: ignore
+    ops.library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"alp_kernels::{name}", fake, lib=ops.library)
+    if gradient is not None:
+        torch.library.register_autograd(f"alp_kernels::{name}", gradient, setup_context=setup, lib=ops.library)
+
 
 ops.library.define(
     f"policy_loss(Tensor logp, Tensor? entropy, {BATCH_SCHEMA})"
@@ -75,4 +83,4 @@ def _grad(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return dloss * dlogp, dloss * dentropy if ctx.has_entropy else None, *[None] * (ctx.num_inputs - 2)
 
 
-ops.register("policy_loss", _policy_loss, _policy_loss_fake, setup=_setup, gradient=_grad)
+_register("policy_loss", _policy_loss, _policy_loss_fake, setup=_setup, gradient=_grad)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..noise import ops
 from ..objective import Objective, row_loss
+from ..operators import in_graph
 from .layout import Batch, Rows, batch_arguments, first_and_last, flatten, highest_first, segment_sum
 from .stats import Stats
 from .transfer import Transfer
@@ -108,7 +108,7 @@ def policy_loss(
         "num_tokens": num_tokens,
         "num_sequences": num_sequences,
     }
-    if isinstance(logp, Tensor) and ops.serves(logp):
+    if isinstance(logp, Tensor) and in_graph(logp):
         arguments = batch_arguments("policy_loss", objective, logp.device, nonfinite, given)
         loss, _, _, *rest = torch.ops.alp_kernels.policy_loss(logp, entropy, *arguments)
         masked, masked_entropy, numbers, flags, num_nonfinite = rest

@@ -13,14 +13,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..objective import LossRows, Objective
-from ..reference import Head, HeadRows, exp_coefficient, is_plain
+from ..protocol import HeadEngine, Tiles
+from ..reference import HeadRows, LogitTransform, exp_coefficient, is_plain
 
 _WORTH_DROPPING = 0.95
 """Rows without a gradient are dropped from a chunk where fewer than this fraction have one: dropping copies the others."""
@@ -33,8 +33,8 @@ BLOCK_ROWS = 256
 class Plan:
     """One call's constants; none of them is differentiated."""
 
-    engine: ModuleType
-    head: Head  # temperature and row ids for all N rows
+    engine: HeadEngine
+    head: LogitTransform  # temperature and row ids for all N rows
     targets: Tensor  # (N,)
     chunk_bytes: int  # for logits
     chunk_rows: int  # so many rows of logits are kept at a time
@@ -55,10 +55,10 @@ class Plan:
         return way(self, hidden, weight, bias, needs, num_parts)
 
 
-def is_tiled(engine: ModuleType, head: Head, dtype: torch.dtype, num_parts: int) -> bool:
+def is_tiled(engine: HeadEngine, head: LogitTransform, dtype: torch.dtype, num_parts: int) -> bool:
     """Whether `Tiled` serves. Noise on the logits needs whole rows, since a Philox call serves four distant tokens."""
     fits = dtype == torch.float32 or (dtype == torch.bfloat16 and num_parts <= 1)
-    return engine.TILE is not None and head.sigma is None and fits
+    return engine.tiles is not None and head.sigma is None and fits
 
 
 def is_on_host(tensor: Tensor) -> bool:
@@ -256,6 +256,11 @@ class Tiled(_Sums):
     _dx: Tensor | None = None  # for one tile's gradient
     _is_dweight_begun = False
 
+    @property
+    def tiles(self) -> Tiles:
+        assert self.plan.engine.tiles is not None
+        return self.plan.engine.tiles
+
     def parts(self, index: Tensor) -> Sequence[Tensor]:
         """Rows whose logits are not kept: two tiles of them are in memory at a time."""
         row = 2 * self.hidden.element_size() * self._width()
@@ -282,7 +287,7 @@ class Tiled(_Sums):
 
     def _forward(self, index: Tensor, tiles: Sequence[Tensor | None], bases: list[Tensor] | None) -> HeadRows:
         rows, targets, head = self.hidden[index], self.plan.targets[index], self.plan.head.rows(index)
-        found = self.plan.engine.HeadTiles(len(index))
+        found = self.tiles.head_tiles(len(index))
         for k, start in enumerate(self._starts()):
             x = self._logits(rows, start, tiles[k])
             found.add(x, start, len(self.weight), targets, head, None if bases is None else bases[k])
@@ -318,7 +323,7 @@ class Tiled(_Sums):
         for k, start in reversed(list(enumerate(self._starts()))):
             x = self._logits(rows, start, None) if tiles is None else tiles[k]
             dx = self._gradient(len(wanted), start)
-            self.plan.engine.head_bwd_tile(x, start, len(self.weight), targets, head, out, dlogp, dentropy, wanted, dx)
+            self.tiles.head_bwd_tile(x, start, len(self.weight), targets, head, out, dlogp, dentropy, wanted, dx)
             if self.dhidden is not None:
                 tile = self.weight[start : start + dx.shape[1]]
                 if dx.dtype == dh.dtype:
@@ -397,24 +402,24 @@ class Tiled(_Sums):
         return super().gradients()
 
     def _starts(self) -> range:
-        return range(0, len(self.weight), self.plan.engine.TILE)
+        return range(0, len(self.weight), self.tiles.WIDTH)
 
     def _width(self) -> int:
         """Tokens of the widest tile."""
-        return min(self.plan.engine.TILE, len(self.weight))
+        return min(self.tiles.WIDTH, len(self.weight))
 
     def _share(self, start: int) -> Tensor:
         """The rows of dW that the tile from token `start` on turns into."""
         if self.dweight is None:
             self.dweight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
-        return self.dweight[start : start + self.plan.engine.TILE]
+        return self.dweight[start : start + self.tiles.WIDTH]
 
     def _gradient(self, num_rows: int, start: int) -> Tensor:
         self._dx = _room_for(self._dx, self.hidden, num_rows * self._width())
         return self._shape(self._dx, num_rows, start)
 
     def _shape(self, memory: Tensor, num_rows: int, start: int) -> Tensor:
-        width = min(self.plan.engine.TILE, len(self.weight) - start)
+        width = min(self.tiles.WIDTH, len(self.weight) - start)
         return memory[: num_rows * width].view(num_rows, width)
 
     def _logits(self, rows: Tensor, start: int, tile: Tensor | None) -> Tensor:

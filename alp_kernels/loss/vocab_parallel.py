@@ -14,7 +14,6 @@ over the ranks in backward. Derivations: docs/math.md, section 4
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..objective import Objective
-from ..reference import Head, HeadRows
+from ..protocol import HeadEngine
+from ..reference import HeadRows, LogitTransform
 from .fused import LinearLogprob
 from .gather import local_rows
 from .head import HeadArguments, check_head, fused_loss, needs_gradient, prepare, row_order
@@ -45,11 +45,11 @@ class _Shard(NamedTuple):
 class _SplitEngine:
     """An engine's head for one rank's columns, for `products.Whole`: targets are those of the whole vocabulary."""
 
-    TILE = None
+    tiles = None
     KEEPS_EXPONENTIALS = False
     FUSES_TOKEN_LOSS = False
 
-    def __init__(self, engine: ModuleType, shard: _Shard) -> None:
+    def __init__(self, engine: HeadEngine, shard: _Shard) -> None:
         self.engine, self.shard, self.scale_ = engine, shard, engine.scale_
 
     def _local(self, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class _SplitEngine:
         is_mine = (column >= 0) & (column < self.shard.size)
         return is_mine, torch.where(is_mine, column, 0)
 
-    def head_fwd(self, x: Tensor, targets: Tensor, head: Head) -> HeadRows:
+    def head_fwd(self, x: Tensor, targets: Tensor, head: LogitTransform) -> HeadRows:
         """As reference.head_fwd, of the whole rows; a collective call."""
         is_mine, column = self._local(targets)
         out: HeadRows = self.engine.head_fwd(x, column, head)
@@ -69,7 +69,7 @@ class _SplitEngine:
         return HeadRows(logp.to(out.logp.dtype), entropy.to(out.logp.dtype), lse)
 
     def head_bwd(
-        self, x: Tensor, targets: Tensor, head: Head, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
+        self, x: Tensor, targets: Tensor, head: LogitTransform, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
     ) -> None:
         """As reference.head_bwd, at this rank's columns."""
         is_mine, column = self._local(targets)
@@ -165,7 +165,7 @@ def _check_split(
     flat, weight, bias, plan = check_head(where, arguments, transfer, needs)
     shard, rows = _agree(where, flat, weight, targets, mask, group, vocab_start, plan)
     flat_targets = targets.reshape(-1).long().clamp(0, shard.vocab - 1)
-    split = cast(ModuleType, _SplitEngine(plan.engine, shard))
+    split = cast(HeadEngine, _SplitEngine(plan.engine, shard))
     plan = replace(plan, engine=split, targets=flat_targets, chunk_rows=rows, first_rows=rows)
     return (_SumGradient.apply(flat, group), weight, bias, plan), needs
 

@@ -5,17 +5,17 @@ du arrives; dh = du; dlog_sigma = sigma * sum(du * eps).   Derivation: docs/math
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..engine import pick
-from ..stream import Stream, check_stream
-from . import ops
+from ..dtypes import DTYPES, real
+from ..engine import Engine, pick
+from ..operators import gate
+from ..stream import Coordinates, Stream
+from .operators import PerturbInputs, in_tensors, perturb_operator
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCALES = ("absolute", "rms")
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -23,7 +23,7 @@ ROUNDINGS = ("nearest", "stochastic")
 class Draw(NamedTuple):
     """How a call draws its noise."""
 
-    engine: ModuleType
+    engine: Engine
     stream: Stream
     sigma: Tensor  # ()
     position: int  # of sigma's logarithm in log_sigma
@@ -88,13 +88,22 @@ def perturb(
         TypeError, ValueError: an argument does not fit, before any kernel runs. EngineUnavailable: see engine.pick.
     """
     check_perturb("perturb", hidden, log_sigma, scale, rounding)
-    if ops.serves(hidden):
-        at, place = ops.coordinates(step, row_start, seed, layer)
-        ids = None if row_ids is None else row_ids.reshape(-1)
-        return ops.perturb_at(hidden, log_sigma.reshape(1), at, place, ids, scale, rounding, engine)
-    stream = make_stream(
-        "perturb", hidden.numel() // hidden.shape[-1], hidden.device, seed, step, layer, row_ids, row_start
-    )
+    return _perturb(hidden, log_sigma, Coordinates(seed, step, layer, row_ids, row_start), scale, rounding, engine)
+
+
+def _perturb_in_graph(
+    hidden: Tensor, log_sigma: Tensor, coordinates: Coordinates, scale: str, rounding: str, engine: str | None
+) -> Tensor:
+    ids = None if coordinates.row_ids is None else coordinates.row_ids.reshape(-1)
+    where = in_tensors(coordinates)
+    return perturb_operator(PerturbInputs(hidden, log_sigma.reshape(1), *where, ids, scale, rounding, engine)).u
+
+
+@gate(graph=_perturb_in_graph)
+def _perturb(
+    hidden: Tensor, log_sigma: Tensor, coordinates: Coordinates, scale: str, rounding: str, engine: str | None
+) -> Tensor:
+    stream = coordinates.stream("perturb", hidden.numel() // hidden.shape[-1], hidden.device)
     sigma = log_sigma.detach().reshape(()).exp()
     return Perturb.apply(hidden, log_sigma, Draw(pick(engine, hidden.device), stream, sigma, 0, scale, rounding))
 
@@ -113,7 +122,7 @@ def check_perturb(where: str, hidden: Tensor, log_sigma: Tensor, scale: str, rou
         raise TypeError(f"{where}: hidden is {hidden.dtype}; it needs one of {', '.join(map(str, DTYPES))}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}; it needs (..., D) with D >= 1")
-    sigma_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    sigma_dtype = real(hidden)
     if log_sigma.dtype not in (torch.float32, sigma_dtype):
         raise TypeError(
             f"{where}: log_sigma is {log_sigma.dtype}; it needs {sigma_dtype} (bfloat16 moves sigma by 6 %)"
@@ -126,20 +135,3 @@ def check_perturb(where: str, hidden: Tensor, log_sigma: Tensor, scale: str, rou
         raise ValueError(f"{where}: scale={scale!r}; it needs one of {SCALES}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"{where}: rounding={rounding!r}; it needs one of {ROUNDINGS}")
-
-
-def make_stream(
-    where: str,
-    num_rows: int,
-    device: torch.device,
-    seed: int,
-    step: int | Tensor,
-    layer: int,
-    row_ids: Tensor | None,
-    row_start: int | Tensor,
-) -> Stream:
-    """The noise's coordinates, checked."""
-    step, row_start = (int(x) if isinstance(x, Tensor) else x for x in (step, row_start))
-    stream = Stream(seed, step, layer, row_start, None if row_ids is None else row_ids.reshape(-1))
-    check_stream(where, stream, num_rows, device)
-    return stream

@@ -6,17 +6,18 @@ dweight = sum_n dy x.   Derivation: docs/math.md, section 1
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPES
 from ..engine import pick
+from ..operators import gate
 from ..reference import Norm
-from ..stream import Stream
-from . import ops
-from .perturb import DTYPES, check_perturb, check_tensor, make_stream
+from ..stream import Coordinates
+from .operators import NormInputs, in_tensors, perturb_rms_norm_operator
+from .perturb import Draw, check_perturb, check_tensor
 
 
 class PerturbRMSNorm(torch.autograd.Function):
@@ -24,46 +25,31 @@ class PerturbRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        h: Tensor,
-        weight: Tensor,
-        log_sigma: Tensor,
-        eps: float,
-        offset: float,
-        engine: ModuleType,
-        stream: Stream,
-        scale: str,
-        rounding: str,
+        ctx: Any, h: Tensor, weight: Tensor, log_sigma: Tensor, eps: float, offset: float, draw: Draw
     ) -> tuple[Tensor, Tensor]:
-        sigma = log_sigma.detach().reshape(()).exp()
         norm = Norm(weight.detach().contiguous(), eps, offset)
         rows = h.reshape(-1, h.shape[-1]).contiguous()
-        u, y, rstd, rms = engine.perturb_rms_norm_fwd(rows, sigma, stream, scale, rounding, norm)
+        u, y, rstd, rms = draw.engine.perturb_rms_norm_fwd(
+            rows, draw.sigma, draw.stream, draw.scale, draw.rounding, norm
+        )
         u = u.view(h.shape)
-        ctx.save_for_backward(u, rstd, rms, norm.weight, sigma, stream.row_ids)
-        ctx.engine, ctx.stream, ctx.sigma_shape = engine, stream._replace(row_ids=None), log_sigma.shape
-        ctx.eps, ctx.offset = eps, offset
+        ctx.save_for_backward(u, rstd, rms, norm.weight)
+        ctx.draw, ctx.sigma_shape, ctx.eps, ctx.offset = draw, log_sigma.shape, eps, offset
         return u, y.view(h.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, du: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        u, rstd, rms, weight, sigma, row_ids = ctx.saved_tensors
+        (u, rstd, rms, weight), draw = ctx.saved_tensors, ctx.draw
         _, needs_dweight, needs_dsigma = ctx.needs_input_grad[:3]
         du_rows, dy_rows, u_rows = (x.reshape(-1, u.shape[-1]).contiguous() for x in (du, dy, u))
-        dh, dsigma, dweight = ctx.engine.perturb_rms_norm_bwd(
-            du_rows,
-            dy_rows,
-            u_rows,
-            rstd,
-            rms,
-            ctx.stream._replace(row_ids=row_ids),
-            Norm(weight, ctx.eps, ctx.offset),
-            needs_dsigma,
-            needs_dweight,
+        norm = Norm(weight, ctx.eps, ctx.offset)
+        dh, dsigma, dweight = draw.engine.perturb_rms_norm_bwd(
+            du_rows, dy_rows, u_rows, rstd, rms, draw.stream, norm, needs_dsigma, needs_dweight
         )
+        sigma = draw.sigma
         dlog_sigma = None if dsigma is None else (sigma * dsigma).reshape(ctx.sigma_shape).to(sigma.dtype)
-        return dh.view(u.shape), dweight, dlog_sigma, *[None] * 6
+        return dh.view(u.shape), dweight, dlog_sigma, None, None, None
 
 
 def perturb_rms_norm(
@@ -113,15 +99,34 @@ def perturb_rms_norm(
         raise ValueError(f"{where}: eps={eps}; it needs a number >= 0")
     if not abs(offset) < float("inf"):
         raise ValueError(f"{where}: offset={offset}; it needs a finite number")
-    if ops.serves(hidden):
-        at, place = ops.coordinates(step, row_start, seed, layer)
-        ids = None if row_ids is None else row_ids.reshape(-1)
-        options = (float(eps), float(offset), scale, rounding, engine)
-        u, y, *_ = torch.ops.alp_kernels.perturb_rms_norm(hidden, weight, log_sigma, at, place, ids, *options)
-        return u, y
-    stream = make_stream(
-        where, hidden.numel() // hidden.shape[-1], hidden.device, seed, step, layer, row_ids, row_start
-    )
-    chosen = pick(engine, hidden.device)
-    u, y = PerturbRMSNorm.apply(hidden, weight, log_sigma, eps, offset, chosen, stream, scale, rounding)
+    options = _Options(float(eps), float(offset), scale, rounding, engine)
+    return _perturb_rms_norm(hidden, weight, log_sigma, Coordinates(seed, step, layer, row_ids, row_start), options)
+
+
+class _Options(NamedTuple):
+    eps: float
+    offset: float
+    scale: str
+    rounding: str
+    engine: str | None
+
+
+def _in_graph(
+    hidden: Tensor, weight: Tensor, log_sigma: Tensor, coordinates: Coordinates, options: _Options
+) -> tuple[Tensor, Tensor]:
+    ids = None if coordinates.row_ids is None else coordinates.row_ids.reshape(-1)
+    at, place = in_tensors(coordinates)
+    out = perturb_rms_norm_operator(NormInputs(hidden, weight, log_sigma, at, place, ids, *options))
+    return out.u, out.y
+
+
+@gate(graph=_in_graph)
+def _perturb_rms_norm(
+    hidden: Tensor, weight: Tensor, log_sigma: Tensor, coordinates: Coordinates, options: _Options
+) -> tuple[Tensor, Tensor]:
+    eps, offset, scale, rounding, engine = options
+    stream = coordinates.stream("perturb_rms_norm", hidden.numel() // hidden.shape[-1], hidden.device)
+    sigma = log_sigma.detach().reshape(()).exp()
+    draw = Draw(pick(engine, hidden.device), stream, sigma, 0, scale, rounding)
+    u, y = PerturbRMSNorm.apply(hidden, weight, log_sigma, eps, offset, draw)
     return u, y

@@ -15,7 +15,6 @@ from .scale import scale_
 __all__ = [
     "FUSES_TOKEN_LOSS",
     "KEEPS_EXPONENTIALS",
-    "TILE",
     "head_bwd",
     "head_exp",
     "head_fwd",
@@ -29,12 +28,13 @@ __all__ = [
     "perturb_rms_norm_fwd",
     "philox",
     "scale_",
+    "tiles",
     "unavailable",
 ]
 
 name = "triton"
 
-TILE = None
+tiles = None
 KEEPS_EXPONENTIALS = True  # one pass over the logits instead of two
 FUSES_TOKEN_LOSS = True  # and one launch, coefficients included
 

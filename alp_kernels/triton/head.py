@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import reference
 from ..objective import LOG_RATIO_CLAMP, LossRows, Objective
-from ..reference import Head, HeadRows, is_plain
+from ..reference import HeadRows, LogitTransform, is_plain
 from .noise import (
     LN2,
     MAX_TILE,
@@ -395,28 +395,28 @@ def _head_fwd_kernel(
         tl.store(whole_ptr + n, whole)
 
 
-def head_fwd(x: Tensor, targets: Tensor, head: Head) -> HeadRows:
+def head_fwd(x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
     """Log-probability, entropy and log-sum-exp of each row of x (n, V), x left as it is. float64: the reference's."""
     if x.dtype == torch.float64:
-        return reference.head_fwd(x, targets, head)
+        return reference.head_fwd(x, targets, transform)
     out = _empty_rows(x)
     if len(x):
-        args, options = _head_args(x, head)
+        args, options = _head_args(x, transform)
         with on_device(x):
-            _head_fwd_kernel[(len(x),)](x, *_contiguous(targets, head.temperature), *out, None, *args, **options)
+            _head_fwd_kernel[(len(x),)](x, *_contiguous(targets, transform.temperature), *out, None, *args, **options)
     return out
 
 
-def head_exp(x: Tensor, targets: Tensor, head: Head) -> tuple[HeadRows, Tensor]:
+def head_exp(x: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[HeadRows, Tensor]:
     """The same, and the sum (n,) of the exponentials that replace the row (reference.head_exp). float64: the reference's."""
     if x.dtype == torch.float64:
-        return reference.head_exp(x, targets, head)
-    assert is_plain(head, x.dtype, False)
+        return reference.head_exp(x, targets, transform)
+    assert is_plain(transform, x.dtype, False)
     out, whole = _empty_rows(x), _empty(x)
     if len(x):
-        args, options = _head_args(x, head)
+        args, options = _head_args(x, transform)
         with on_device(x):
-            _head_fwd_kernel[(len(x),)](x, *_contiguous(targets, head.temperature), *out, whole, *args, **options)
+            _head_fwd_kernel[(len(x),)](x, *_contiguous(targets, transform.temperature), *out, whole, *args, **options)
     return out, whole
 
 
@@ -452,16 +452,16 @@ def _head_bwd_kernel(
 
 
 def head_bwd(
-    x: Tensor, targets: Tensor, head: Head, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
+    x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
 ) -> Tensor | None:
     """Replace logits x (n, V) by their gradient, in place; returns dsigma () or None. float64: the reference's."""
     if x.dtype == torch.float64:
-        return reference.head_bwd(x, targets, head, rows, dlogp, dentropy)
-    dsigma = None if head.sigma is None else _empty(x)  # a part a row, added up in a fixed order afterwards
+        return reference.head_bwd(x, targets, transform, rows, dlogp, dentropy)
+    dsigma = None if transform.sigma is None else _empty(x)  # a part a row, added up in a fixed order afterwards
     if len(x):
-        args, options = _head_args(x, head)
+        args, options = _head_args(x, transform)
         given = rows._replace(lse=rows.lse.double())
-        numbers = _contiguous(targets, head.temperature, *given, dlogp, dentropy)
+        numbers = _contiguous(targets, transform.temperature, *given, dlogp, dentropy)
         with on_device(x):
             _head_bwd_kernel[(len(x),)](x, *numbers, dsigma, *args, **options)
     return None if dsigma is None else dsigma.sum()
@@ -559,20 +559,20 @@ def _head_token_loss_kernel(
 
 
 def head_token_loss(
-    x: Tensor, targets: Tensor, head: Head, rows: LossRows, objective: Objective
+    x: Tensor, targets: Tensor, transform: LogitTransform, rows: LossRows, objective: Objective
 ) -> tuple[HeadRows, Tensor | None, Tensor | None]:
     """The token-level loss of a chunk and its gradient, in one launch (reference.head_token_loss). float64: the reference's."""
     if x.dtype == torch.float64:
-        return reference.head_token_loss(x, targets, head, rows, objective)
+        return reference.head_token_loss(x, targets, transform, rows, objective)
     out = _empty_rows(x)
-    dsigma = None if head.sigma is None else _empty(x)
-    coefficient = _empty(x) if is_plain(head, x.dtype, objective.entropy_coef != 0) else None
+    dsigma = None if transform.sigma is None else _empty(x)
+    coefficient = _empty(x) if is_plain(transform, x.dtype, objective.entropy_coef != 0) else None
     dual_clip, kl_coef, entropy_coef = objective.dual_clip, objective.kl_coef, objective.entropy_coef
     if len(x):
-        args, options = _head_args(x, head)
+        args, options = _head_args(x, transform)
         with on_device(x):
             _head_token_loss_kernel[(len(x),)](
-                x, *_contiguous(targets, head.temperature), *out, coefficient, dsigma,
+                x, *_contiguous(targets, transform.temperature), *out, coefficient, dsigma,
                 *_contiguous(rows.denominator, rows.advantages, rows.weight, rows.is_weight),
                 *_contiguous(rows.ref_logp if kl_coef > 0 else None),
                 float(1 - objective.clip_low), float(1 + objective.clip_high),
@@ -587,18 +587,20 @@ def head_token_loss(
 # ------------------------------------------------------------------ launching
 
 
-def _head_args(x: Tensor, head: Head) -> tuple[tuple[Tensor | float | int | None, ...], dict[str, int]]:
+def _head_args(x: Tensor, transform: LogitTransform) -> tuple[tuple[Tensor | float | int | None, ...], dict[str, int]]:
     """sigma_ptr, the stream, logit_scale, softcap, V, Q, BLOCK_Q; and the launch's options."""
     num_rows, vocabulary = x.shape
     quarter = triton.cdiv(vocabulary, 4)
-    stream = (None, 0, 0, 0, 0, 0) if head.sigma is None or head.stream is None else stream_args(head.stream)
-    softcap = None if head.softcap is None else float(head.softcap)
+    stream = (
+        (None, 0, 0, 0, 0, 0) if transform.sigma is None or transform.stream is None else stream_args(transform.stream)
+    )
+    softcap = None if transform.softcap is None else float(transform.softcap)
     # loads of 128 bits, and registers enough for Philox and both pairs of normals
-    largest = MAX_TILE if head.sigma is None else MAX_TILE // 2
+    largest = MAX_TILE if transform.sigma is None else MAX_TILE // 2
     # rows that fill the device take four warps each; fewer take twice as many, and as much more on its way
     more = 1 if num_rows >= ROWS_A_MULTIPROCESSOR * multiprocessors(x.device) else 2
     block_q = min(more * largest, triton.next_power_of_2(quarter))
-    return (head.sigma, *stream, float(head.logit_scale), softcap, vocabulary, quarter, block_q), {
+    return (transform.sigma, *stream, float(transform.logit_scale), softcap, vocabulary, quarter, block_q), {
         "num_warps": 4 * more
     }
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alp_kernels import reference
-from alp_kernels.reference import Head, Norm
+from alp_kernels.reference import LogitTransform, Norm
 from alp_kernels.stream import LOGITS_LAYER, MAX_ROW, NORMAL_BOUND, Stream
 from tests.support import processors
 from tests.support.compare import assert_within_budget
@@ -226,7 +226,7 @@ def test_no_rows_give_no_rows(native_case):
     assert rms is not None and rms.shape == (0,)
     assert native.perturb_bwd(torch.empty(0, 5), STREAM, rms) == 0
     assert native.normal(0, 5, STREAM, CPU).shape == (0, 5)
-    out = native.head_fwd(torch.empty(0, 5), torch.empty(0, dtype=torch.int64), Head())
+    out = native.head_fwd(torch.empty(0, 5), torch.empty(0, dtype=torch.int64), LogitTransform())
     assert [x.shape for x in out] == [(0,)] * 3
 
 
@@ -241,15 +241,15 @@ def test_every_16_bit_number_survives_zero_sigma(native_case):
 # ------------------------------------------------------------------ loss head
 
 HEADS = {
-    "plain": Head(),
-    "scaled": Head(logit_scale=0.3),
-    "softcap": Head(softcap=5.0),
-    "temperature": Head(temperature=torch.tensor([0.5, 1.0, 2.0, 0.7, 1.3])),
-    "noise": Head(
+    "plain": LogitTransform(),
+    "scaled": LogitTransform(logit_scale=0.3),
+    "softcap": LogitTransform(softcap=5.0),
+    "temperature": LogitTransform(temperature=torch.tensor([0.5, 1.0, 2.0, 0.7, 1.3])),
+    "noise": LogitTransform(
         sigma=torch.tensor(0.2), stream=Stream(1, 2, LOGITS_LAYER, row_ids=torch.tensor([9, 1, 5, 1 << 40, 0]))
     ),
 }
-HEADS["all"] = Head(0.9, 8.0, HEADS["temperature"].temperature, HEADS["noise"].sigma, HEADS["noise"].stream)
+HEADS["all"] = LogitTransform(0.9, 8.0, HEADS["temperature"].temperature, HEADS["noise"].sigma, HEADS["noise"].stream)
 VOCABULARIES = (1, 2, 15, 257, 5003)  # certain, fewer than four streams, no whole block, some; a real one comes below
 
 
@@ -310,17 +310,17 @@ def test_head_stays_within_the_error_budget(dtype, dentropy, head, vocabulary):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_stays_within_the_error_budget_on_a_real_vocabulary(dtype):
     x, targets = logits(151_936, dtype, rows=3)
-    check_head(x, targets, Head(), True)
+    check_head(x, targets, LogitTransform(), True)
 
 
 def test_near_certain_tokens_keep_relative_precision(native_case):
     x = torch.full((1, 1000), -40.0)
     x[0, 3] = 20.0
     targets = torch.tensor([3])
-    out = native.head_fwd(x, targets, Head())
+    out = native.head_fwd(x, targets, LogitTransform())
     expected = -999 * math.exp(-60)
     assert out.logp.item() == pytest.approx(expected, rel=1e-5)
-    native.head_bwd(x, targets, Head(), out, torch.ones(1), None)
+    native.head_bwd(x, targets, LogitTransform(), out, torch.ones(1), None)
     assert x[0, 3].item() == pytest.approx(-expected, rel=1e-5)
 
 
@@ -330,7 +330,10 @@ def test_a_row_near_certain_of_another_token_keeps_its_entropy(native_case):
         x = torch.linspace(-50, -30, 2000)[None].clone()
         x[0, certain] = 0.0
         targets = torch.tensor([5])
-        actual, exact = native.head_fwd(x, targets, Head()), reference.head_fwd(x.double(), targets, Head())
+        actual, exact = (
+            native.head_fwd(x, targets, LogitTransform()),
+            reference.head_fwd(x.double(), targets, LogitTransform()),
+        )
         assert actual.entropy.item() == pytest.approx(exact.entropy.item(), rel=1e-5)
         assert actual.logp.item() == pytest.approx(exact.logp.item(), rel=1e-6)
 
@@ -340,25 +343,27 @@ def test_a_row_near_certain_of_another_token_keeps_its_entropy(native_case):
 )
 def test_a_row_without_a_distribution_is_nan_as_in_the_reference(native_case, row):
     x, targets = torch.tensor([row, [0.0, 1.0, 2.0]]), torch.tensor([1, 1])
-    actual, expected = native.head_fwd(x, targets, Head()), reference.head_fwd(x, targets, Head())
+    actual, expected = native.head_fwd(x, targets, LogitTransform()), reference.head_fwd(x, targets, LogitTransform())
     for a, e in zip(actual[:2], expected[:2], strict=True):
         assert a.isnan().tolist() == e.isnan().tolist() == [True, False]
 
 
 def test_a_target_ruled_out_has_log_probability_minus_infinity(native_case):
     x, targets = torch.tensor([[-math.inf, 1.0, 2.0]]), torch.tensor([0])
-    out = native.head_fwd(x, targets, Head())
+    out = native.head_fwd(x, targets, LogitTransform())
     assert out.logp.item() == -math.inf
-    assert out.entropy.item() == pytest.approx(reference.head_fwd(x, targets, Head()).entropy.item(), rel=1e-6)
+    assert out.entropy.item() == pytest.approx(
+        reference.head_fwd(x, targets, LogitTransform()).entropy.item(), rel=1e-6
+    )
 
 
 @given(rows=st.integers(1, 12), vocabulary=st.integers(1, 2100))
 def test_head_rows_know_nothing_of_each_other(rows, vocabulary):
     x, targets = logits(vocabulary, torch.float32, rows=12)
     x, targets = x[:rows], targets[:rows]
-    together = same_bits_everywhere(lambda: native.head_fwd(x, targets, Head()), threads=(1, 2, 4))
+    together = same_bits_everywhere(lambda: native.head_fwd(x, targets, LogitTransform()), threads=(1, 2, 4))
     for n in range(rows):
-        alone = native.head_fwd(x[n : n + 1], targets[n : n + 1], Head())
+        alone = native.head_fwd(x[n : n + 1], targets[n : n + 1], LogitTransform())
         assert all(torch.equal(a, b[n : n + 1]) for a, b in zip(alone, together, strict=True))
 
 
@@ -369,7 +374,9 @@ def test_float64_goes_to_the_reference():
         reference.perturb_fwd(h, SIGMA.double(), STREAM, "absolute", "nearest")[0],
     )
     assert torch.equal(native.perturb_bwd(h, STREAM, None), reference.perturb_bwd(h, STREAM, None))
-    assert torch.equal(native.head_fwd(x, targets, Head()).logp, reference.head_fwd(x, targets, Head()).logp)
+    assert torch.equal(
+        native.head_fwd(x, targets, LogitTransform()).logp, reference.head_fwd(x, targets, LogitTransform()).logp
+    )
 
 
 # ------------------------------------------------------------------ choice

@@ -20,7 +20,7 @@ from alp_kernels import attach, fused_alp_loss, linear_logprob, reference
 from alp_kernels import objective as objectives
 from alp_kernels import perturb as perturb_rows
 from alp_kernels.objective import PRESETS, LossRows, Objective
-from alp_kernels.reference import Head
+from alp_kernels.reference import LogitTransform
 from alp_kernels.stream import LOGITS_LAYER, MAX_ROW, MAX_SEED, MAX_STEP, NORMAL_BOUND, Stream
 from alp_kernels.triton import engine, head, noise, perturb, rms_norm, rounding
 from tests.conftest import DEVICE
@@ -509,12 +509,14 @@ HEADS = {
 }
 
 
-def make_head(num_rows: int, *, logit_scale=1.0, softcap=None, has_temperature=False, has_noise=False) -> Head:
+def make_head(
+    num_rows: int, *, logit_scale=1.0, softcap=None, has_temperature=False, has_noise=False
+) -> LogitTransform:
     temperature = 0.5 + torch.rand(num_rows, generator=generator(2)).to(DEVICE) if has_temperature else None
     row_ids = torch.arange(num_rows, device=DEVICE) * 5 + (1 << 33)
     stream = Stream(11, 12, LOGITS_LAYER, row_ids=row_ids) if has_noise else None
     sigma = torch.tensor(0.3, device=DEVICE) if has_noise else None
-    return Head(logit_scale, softcap, temperature, sigma, stream)
+    return LogitTransform(logit_scale, softcap, temperature, sigma, stream)
 
 
 def make_logits(num_rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -554,12 +556,12 @@ def test_odd_vocabularies_agree_with_the_reference(monkeypatch, vocabulary):
     # 4096: whole tiles of a quarter of that, no last one; 4099: past them
     monkeypatch.setattr(head, "ROWS_A_MULTIPROCESSOR", 1)
     x, targets = make_logits(2, vocabulary, torch.float16)
-    rows, ordinary = (module.head_fwd(x, targets, Head()) for module in (engine, reference))
+    rows, ordinary = (module.head_fwd(x, targets, LogitTransform()) for module in (engine, reference))
     for ours, theirs in zip(rows, ordinary, strict=True):
         torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=2e-6)
     dlogp, dx = randn(2, seed=4), x.clone()
-    engine.head_bwd(dx, targets, Head(), rows, dlogp, None)
-    reference.head_bwd(x, targets, Head(), ordinary, dlogp, None)
+    engine.head_bwd(dx, targets, LogitTransform(), rows, dlogp, None)
+    reference.head_bwd(x, targets, LogitTransform(), ordinary, dlogp, None)
     torch.testing.assert_close(dx, x, rtol=2e-3, atol=1e-6)
 
 
@@ -569,11 +571,11 @@ def test_head_ignores_tokens_at_minus_infinity():
     targets[:] = torch.tensor([0, 21, 22, 39, 6])
     kept = torch.cat((x[:, :7], x[:, 20:]), dim=1)
     moved = torch.where(targets < 7, targets, targets - 13)
-    exact = reference.head_fwd(kept.double(), moved, Head())
-    ordinary, ours = reference.head_fwd(kept, moved, Head()), engine.head_fwd(x, targets, Head())
+    exact = reference.head_fwd(kept.double(), moved, LogitTransform())
+    ordinary, ours = reference.head_fwd(kept, moved, LogitTransform()), engine.head_fwd(x, targets, LogitTransform())
     for a, b, c in zip(ours, ordinary, exact, strict=True):
         assert_within_budget(a, b, c, torch.float32)
-    engine.head_bwd(x, targets, Head(), ours, randn(5, seed=4), randn(5, seed=5))
+    engine.head_bwd(x, targets, LogitTransform(), ours, randn(5, seed=4), randn(5, seed=5))
     assert torch.equal(x[:, 7:20], torch.zeros(5, 13, device=DEVICE))
     assert torch.isfinite(x).all()
 
@@ -581,8 +583,8 @@ def test_head_ignores_tokens_at_minus_infinity():
 def test_near_certain_tokens_keep_relative_precision():
     x, targets = torch.zeros(2, 100, device=DEVICE), torch.tensor([3, 99], device=DEVICE)
     x[0, 3], x[1, 99] = 30.0, 60.0
-    exact = reference.head_fwd(x.double(), targets, Head())
-    ours = engine.head_fwd(x, targets, Head())
+    exact = reference.head_fwd(x.double(), targets, LogitTransform())
+    ours = engine.head_fwd(x, targets, LogitTransform())
     torch.testing.assert_close(ours.logp.double(), exact.logp, rtol=1e-5, atol=0)
     margin = torch.tensor([30.0, 60.0], device=DEVICE, dtype=torch.float64)
     others = 99 * torch.exp(-margin)
@@ -590,18 +592,18 @@ def test_near_certain_tokens_keep_relative_precision():
         ours.entropy.double(), others.log1p() + others * margin / (1 + others), rtol=1e-5, atol=0
     )
     dx, exact_dx = x.clone(), x.double()
-    engine.head_bwd(dx, targets, Head(), ours, torch.ones(2, device=DEVICE), None)
-    reference.head_bwd(exact_dx, targets, Head(), exact, torch.ones(2, device=DEVICE).double(), None)
+    engine.head_bwd(dx, targets, LogitTransform(), ours, torch.ones(2, device=DEVICE), None)
+    reference.head_bwd(exact_dx, targets, LogitTransform(), exact, torch.ones(2, device=DEVICE).double(), None)
     torch.testing.assert_close(dx.double(), exact_dx, rtol=1e-5, atol=0)
 
 
 def test_a_nan_logit_shows_in_its_row_alone():
     x, targets = make_logits(3, 50, torch.float32)
     x[1, 30] = math.nan
-    assert head.head_fwd(x, targets, Head()).logp.isnan().tolist() == [False, True, False]
+    assert head.head_fwd(x, targets, LogitTransform()).logp.isnan().tolist() == [False, True, False]
 
     y = x.clone()
-    _, whole = engine.head_exp(y, targets, Head())
+    _, whole = engine.head_exp(y, targets, LogitTransform())
     assert y[1].isnan().any() and whole.isnan().tolist() == [False, True, False]
 
 
@@ -612,7 +614,7 @@ def test_rows_without_a_distribution_become_nan_and_no_other(monkeypatch, bad):
     x[1, 30] = x[2, targets[2]] = bad  # another token's, and the target's
     if bad < 0:
         x[1:3] = bad
-    for rows in (engine.head_fwd(x, targets, Head()), engine.head_exp(x, targets, Head())[0]):
+    for rows in (engine.head_fwd(x, targets, LogitTransform()), engine.head_exp(x, targets, LogitTransform())[0]):
         assert rows.logp.isnan().tolist() == [False, True, True, False]
 
 
@@ -632,7 +634,9 @@ def two_pass_gradient(x, targets, part, dlogp):
 
 
 @pytest.mark.parametrize("module", [engine, reference])
-@pytest.mark.parametrize("part", [Head(), Head(0.7), Head(-1.3)], ids=["plain", "scale", "negative scale"])
+@pytest.mark.parametrize(
+    "part", [LogitTransform(), LogitTransform(0.7), LogitTransform(-1.3)], ids=["plain", "scale", "negative scale"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exponentials_by_their_coefficient_are_the_gradient(monkeypatch, dtype, part, module):
     monkeypatch.setattr(head, "MAX_TILE", 16)
@@ -667,8 +671,11 @@ def test_a_base_that_rises_keeps_the_error_budget(monkeypatch, dtype):
     x = torch.stack(list(FAR_APART.values())).to(DEVICE) + randn(203)
     x, targets = x.to(dtype), torch.full((len(x),), 100, device=DEVICE)
     dlogp = 1 + randn(len(x), seed=4).abs()
-    ours, ordinary = exp_gradient(engine, x, targets, Head(), dlogp), two_pass_gradient(x, targets, Head(), dlogp)
-    exact = two_pass_gradient(x.double(), targets, Head(), dlogp.double())
+    ours, ordinary = (
+        exp_gradient(engine, x, targets, LogitTransform(), dlogp),
+        two_pass_gradient(x, targets, LogitTransform(), dlogp),
+    )
+    exact = two_pass_gradient(x.double(), targets, LogitTransform(), dlogp.double())
     for row, name in enumerate(FAR_APART):
         has_target = bool(exact[0][row].isfinite())
         assert has_target or torch.equal(ours[0][row], ordinary[0][row])
@@ -682,9 +689,9 @@ def test_a_base_that_rises_keeps_the_error_budget(monkeypatch, dtype):
 @pytest.mark.parametrize("num_rows", [1, 3, 4])
 def test_few_rows_take_more_warps_and_larger_tiles(num_rows):
     x, targets = make_logits(num_rows, 30000, torch.float32)
-    (*_, block_q), options = head._head_args(x, Head())
+    (*_, block_q), options = head._head_args(x, LogitTransform())
     assert (block_q, options["num_warps"]) == ((1024, 4) if num_rows == 4 else (2048, 8))
-    part = Head()
+    part = LogitTransform()
     for ours, theirs in zip(engine.head_fwd(x, targets, part), reference.head_fwd(x, targets, part), strict=True):
         torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=2e-6)
 
@@ -770,7 +777,7 @@ def test_token_loss_stays_within_the_error_budget(kind):
 @pytest.mark.parametrize(("dtype", "softcap"), [(torch.bfloat16, None), (torch.bfloat16, 30.0), (torch.float16, 30.0)])
 def test_token_loss_of_half_logits_is_that_of_float32_rounded_once(dtype, softcap):
     x, targets = make_logits(5, 37, dtype)
-    part = Head(softcap=softcap)
+    part = LogitTransform(softcap=softcap)
     logp = reference.head_fwd(x, targets, part).logp
     rows = LossRows(logp - 0.1, randn(5, seed=4), torch.ones(5, device=DEVICE))
     wide = x.float()
@@ -842,8 +849,8 @@ def test_numbers_of_rows_may_be_expanded_scalars():
     x, targets = make_logits(3, 37, torch.float32)
     rows = LossRows(torch.full((3,), -3.0, device=DEVICE), torch.ones(3, device=DEVICE), torch.ones(3, device=DEVICE))
     expanded = LossRows(*(value[:1].expand(3) for value in rows[:3]))
-    _, _, one = token_gradient(engine, x, targets, Head(), rows, Objective())
-    _, _, two = token_gradient(engine, x, targets, Head(), expanded, Objective())
+    _, _, one = token_gradient(engine, x, targets, LogitTransform(), rows, Objective())
+    _, _, two = token_gradient(engine, x, targets, LogitTransform(), expanded, Objective())
     assert torch.equal(one, two)
 
 
@@ -859,8 +866,8 @@ def test_scaling_in_place_is_pytorchs(dtype, size):
 def test_empty_chunks_launch_nothing():
     x, targets = torch.empty(0, 9, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
     none = torch.empty(0, device=DEVICE)
-    out, dsigma, c = engine.head_token_loss(x, targets, Head(), LossRows(none, none, none), Objective())
-    assert out.logp.shape == c.shape == engine.head_exp(x, targets, Head())[1].shape == (0,)
+    out, dsigma, c = engine.head_token_loss(x, targets, LogitTransform(), LossRows(none, none, none), Objective())
+    assert out.logp.shape == c.shape == engine.head_exp(x, targets, LogitTransform())[1].shape == (0,)
     assert dsigma is None
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from alp_kernels import reference
 from alp_kernels.objective import PRESETS, LossRows
-from alp_kernels.reference import Head, HeadRows, Norm
+from alp_kernels.reference import HeadRows, LogitTransform, Norm
 from alp_kernels.stream import NORMAL_BOUND, Stream
 from alp_kernels.triton import engine
 from tests.conftest import DEVICE
@@ -119,27 +119,29 @@ def test_the_head_reaches_logits_past_two_to_the_31(gib):
         results = []
         for wide in (before.clone(), before.double()):
             numbers = LossRows(*(v[part].to(torch.promote_types(wide.dtype, torch.float32)) for v in rows[:3]))
-            found, _, c = reference.head_token_loss(wide, targets[part], Head(), numbers, PRESETS["alp-token"])
+            found, _, c = reference.head_token_loss(
+                wide, targets[part], LogitTransform(), numbers, PRESETS["alp-token"]
+            )
             results.append([*found, c[:, None] * wide])
         dtypes = [torch.float32] * 3 + [BF16]
         ours = [*(value[part] for value in out), dx]
         for one, two, three, dtype in zip(ours, *results, dtypes, strict=True):
             assert_within_budget(one, two, three, dtype)
 
-    out = engine.head_fwd(x, targets, Head())
+    out = engine.head_fwd(x, targets, LogitTransform())
     for part, before in zip(parts, kept, strict=True):
         assert torch.equal(x[part], before), "head_fwd edited its logits"
-    again, _, c = engine.head_token_loss(x, targets, Head(), rows, PRESETS["alp-token"])
+    again, _, c = engine.head_token_loss(x, targets, LogitTransform(), rows, PRESETS["alp-token"])
     for one, two in zip(out, again, strict=True):
         assert torch.equal(one, two)
     for part, before in zip(parts, kept, strict=True):
         check(part, before, out, c[part, None] * x[part])
     x, dlogp = filled(n, V), torch.linspace(-1, 1, n, device=DEVICE)
-    engine.head_bwd(x, targets, Head(), out, dlogp, None)
+    engine.head_bwd(x, targets, LogitTransform(), out, dlogp, None)
     for part, before in zip(parts, kept, strict=True):
         results = []
         for wide in (before.clone(), before.double()):
             numbers = [v[part].to(torch.promote_types(wide.dtype, torch.float32)) for v in (*out, dlogp)]
-            reference.head_bwd(wide, targets[part], Head(), HeadRows(*numbers[:3]), numbers[3], None)
+            reference.head_bwd(wide, targets[part], LogitTransform(), HeadRows(*numbers[:3]), numbers[3], None)
             results.append(wide)
         assert_within_budget(x[part], *results, BF16)

@@ -26,7 +26,8 @@ from alp_kernels import (
 from alp_kernels.engine import why_not
 from alp_kernels.loss.head import HeadArguments, head_arguments
 from alp_kernels.loss.layout import batch_arguments
-from alp_kernels.noise import ops
+from alp_kernels.noise.operators import NO_LISTENER
+from alp_kernels.operators import integers
 from alp_kernels.stream import FINAL_LAYER
 from tests.support.batches import make_batch
 from tests.support.compare import assert_same_sums
@@ -70,7 +71,7 @@ class Decoder(Toy):
 
 # ------------------------------------------------------------------ the operators
 
-AT, PLACE = ops.integers(ops.NO_HANDLE, 2**63 + 5, 3, 10, 0), ops.integers(1, 4)
+AT, PLACE = integers(NO_LISTENER, 2**63 + 5, 3, 10, 0), integers(1, 4)
 
 
 @pytest.mark.parametrize("scale", ["absolute", "rms"])

@@ -192,7 +192,7 @@ def tiled(extra, entropy_coef, chunk_rows=None, vocab=1031, dtype=torch.float32)
 def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chunk_rows, entropy_coef, dtype):
     from alp_kernels.native import engine as native
 
-    monkeypatch.setattr(native, "TILE", tile)
+    monkeypatch.setattr(native.tiles, "WIDTH", tile)
     vocab = 67 if tile == 1 and extra != "noise" else 1031  # noise takes whole rows anyway
     fused, named, plain = tiled(extra, entropy_coef, chunk_rows, vocab, dtype)
     leaves = list(named.values())
@@ -212,7 +212,7 @@ def test_tiles_ignore_the_instruction_set(monkeypatch, extra, tile, threads):
     """On one number of threads at a time: PyTorch's own products may differ between two."""
     from alp_kernels.native import engine as native
 
-    monkeypatch.setattr(native, "TILE", tile)
+    monkeypatch.setattr(native.tiles, "WIDTH", tile)
     fused, named, _ = tiled(extra, 0.05)
 
     def loss_and_gradients():
@@ -227,7 +227,7 @@ def test_tiles_ignore_the_instruction_set(monkeypatch, extra, tile, threads):
 def test_a_tile_hands_on_what_is_not_finite(native_case, monkeypatch, bad):
     from alp_kernels.native import engine as native
 
-    monkeypatch.setattr(native, "TILE", 16)
+    monkeypatch.setattr(native.tiles, "WIDTH", 16)
     hidden, weight = torch.eye(3, 4), torch.randn(70, 4, generator=generator())
     weight[33, 1] = bad  # row 1 meets it in its third tile
     targets = torch.tensor([3, 40, 69])

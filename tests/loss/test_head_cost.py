@@ -115,7 +115,9 @@ def test_the_default_chunk_of_a_device(vocab, channels, dtype, num_rows):
         (100 * vocab * dtype.itemsize, 100),
         (700 * vocab * dtype.itemsize, 512),
     ):
-        plan = head._plan(reference, reference.Head(), torch.zeros(1), hidden, weight, chunk_bytes, True, True)
+        plan = head._plan(
+            reference, reference.LogitTransform(), torch.zeros(1), hidden, weight, chunk_bytes, True, True
+        )
         assert plan.chunk_rows == plan.first_rows == expected
 
 

@@ -31,7 +31,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from alp_kernels.objective import PRESETS, LossRows, Objective
-from alp_kernels.reference import Head, HeadRows, Norm
+from alp_kernels.reference import HeadRows, LogitTransform, Norm
 from alp_kernels.stream import LOGITS_LAYER, Stream
 from alp_kernels.triton import engine, noise
 
@@ -63,8 +63,8 @@ ROWS = 6  # as many as keep the one multiprocessor of a CPU busy
 IDS = torch.zeros(ROWS, dtype=torch.int64)
 NUMBERED, NAMED = Stream(1 << 63, 1 << 31, 5, 1 << 33), Stream(1, 2, LOGITS_LAYER, 0, IDS)
 AT_POINTER = NUMBERED._replace(at=torch.zeros(2, dtype=torch.int64))
-PLAIN = Head()
-FULL = Head(1.5, 30.0, torch.ones(ROWS), torch.ones(()), NAMED)
+PLAIN = LogitTransform()
+FULL = LogitTransform(1.5, 30.0, torch.ones(ROWS), torch.ones(()), NAMED)
 EVERYTHING = Objective(denominator="old", weight="mask", kl="k3", kl_coef=0.1, entropy_coef=0.1)
 
 
@@ -80,7 +80,7 @@ def _perturb_fwd(dtype: torch.dtype, stream: Stream, scale: str, rounding: str) 
     engine.perturb_fwd(torch.zeros(2, D, dtype=dtype), torch.ones(()), stream, scale, rounding)
 
 
-def _head_bwd(dtype: torch.dtype, head: Head, has_dentropy: bool) -> None:
+def _head_bwd(dtype: torch.dtype, head: LogitTransform, has_dentropy: bool) -> None:
     rows = HeadRows(*_numbers(3))
     engine.head_bwd(_logits(dtype), IDS, head, rows, *_numbers(), _numbers()[0] if has_dentropy else None)
 

@@ -24,7 +24,7 @@ from triton.runtime.jit import KernelInterface
 import alp_kernels.triton
 from alp_kernels import reference
 from alp_kernels.objective import PRESETS, LossRows, Objective
-from alp_kernels.reference import Head, HeadRows, Norm
+from alp_kernels.reference import HeadRows, LogitTransform, Norm
 from alp_kernels.stream import LOGITS_LAYER, NORMAL_BOUND, Stream
 from alp_kernels.triton import engine, noise
 from alp_kernels.triton.head import ROWS_A_MULTIPROCESSOR
@@ -210,11 +210,16 @@ def perturb_rms_norm_bwd(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
 # ------------------------------------------------------------------ head
 
 
-def heads(n: int) -> list[Head]:
+def heads(n: int) -> list[LogitTransform]:
     """Nothing switched on; everything; each with and without what reads a pointer."""
     temperature = 0.5 + torch.rand(n, generator=torch.Generator().manual_seed(2))
     sigma, stream = torch.tensor(0.3), stream_of(n, True, LOGITS_LAYER)
-    return [Head(), Head(0.7, 5.0), Head(1.3, None, temperature), Head(1.3, 30.0, temperature, sigma, stream)]
+    return [
+        LogitTransform(),
+        LogitTransform(0.7, 5.0),
+        LogitTransform(1.3, None, temperature),
+        LogitTransform(1.3, 30.0, temperature, sigma, stream),
+    ]
 
 
 def logits(n: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -243,7 +248,7 @@ def head_exp(shapes: Iterable[tuple[int, int]] = VOCABS) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x, targets = logits(n, vocab, dtype)
             x[2:, -1] += 100  # raises the base in the last tile
-            for head in (Head(), Head(1.3, None, heads(n)[2].temperature)):
+            for head in (LogitTransform(), LogitTransform(1.3, None, heads(n)[2].temperature)):
 
                 def run(module, device, double, given=(x, targets, head)):
                     x, *rest = (moved(part, device, double) for part in given)

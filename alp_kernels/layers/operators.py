@@ -1,0 +1,78 @@
+"""A decoder's forward as operators of a compiled graph: where it starts, and where it ends.
+
+order  (2,) int64 of one handle: its number, and how often it was written; its mutation keeps the operators in order
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..noise.operators import NUM_FIELDS, Listener, listeners
+from ..operators import UNSAFE_IN_CUDA_GRAPHS, integers, library
+
+
+class Handle(Listener, Protocol):
+    """Of a perturbed decoder."""
+
+    def begin_compiled(self) -> Tensor:
+        """The coordinates of the forward that starts, `at` of noise/operators.py."""
+
+    def finish_compiled(self) -> None: ...
+
+
+handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def register(handle: Handle) -> tuple[int, Tensor]:
+    """Its number, by which operators find it, and `order`."""
+    number = next(_numbers)
+    handles[number], listeners[number] = handle, handle
+    return number, integers(number, 0)
+
+
+library.define("begin(Tensor(a!) order) -> Tensor", tags=UNSAFE_IN_CUDA_GRAPHS)
+library.define("finish(Tensor(a!) order, Tensor output) -> ()", tags=UNSAFE_IN_CUDA_GRAPHS)
+
+
+def _begin(order: Tensor) -> Tensor:
+    order[1] += 1
+    handle = handles.get(int(order[0]))
+    if handle is None:
+        raise RuntimeError("perturbed: the handle of this compiled model is gone; keep it while its scope is open")
+    return handle.begin_compiled()
+
+
+def _begin_fake(order: Tensor) -> Tensor:
+    return torch.empty(NUM_FIELDS, dtype=torch.int64, device="cpu")
+
+
+def _finish(order: Tensor, output: Tensor) -> None:
+    order[1] += 1
+    if (handle := handles.get(int(order[0]))) is not None:
+        handle.finish_compiled()
+
+
+def _finish_fake(order: Tensor, output: Tensor) -> None:
+    return None
+
+
+for name, run, fake in (("begin", _begin, _begin_fake), ("finish", _finish, _finish_fake)):
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"alp_kernels::{name}", fake, lib=library)
+
+
+def begin(order: Tensor) -> Tensor:
+    """The coordinates of the forward that starts, (5,)."""
+    at: Tensor = torch.ops.alp_kernels.begin(order)
+    return at
+
+
+def finish(order: Tensor, output: Tensor) -> None:
+    """The forward ends. `output` is only there so that this comes after the layers that made it."""
+    torch.ops.alp_kernels.finish(order, output)

@@ -1,0 +1,130 @@
+"""Operators: what a graph of torch.compile calls in place of our Python. Here is the one gate between the two.
+
+torch.compile knows of an operator its schema, its fake version and its derivative; what runs inside stays Python, so engines
+are called as in eager code. Eager code goes past the dispatcher, which costs more than an autograd function (docs/compile.md).
+
+Inputs and outputs of an operator are NamedTuples. Its schema comes from their fields, so nothing is found by position.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import typing
+from array import array
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Out = TypeVar("Out", bound=tuple[Any, ...])
+
+# cudagraph_unsafe: a recorded graph would repeat the coordinates of noise that it was recorded with
+UNSAFE_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+
+library = torch.library.Library("alp_kernels", "FRAGMENT")
+
+_SCHEMA = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str", list[bool]: "bool[]"}
+
+
+def in_graph(tensor: Tensor) -> bool:
+    """Whether `tensor` belongs to a graph that is being made: torch.compile, torch.export, fake and meta tensors."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def gate(graph: Callable[P, T]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator of what eager code runs: where the first argument's first tensor is in a graph, `graph` stands in for it.
+
+    The first argument is a tensor, or a tuple that begins with one.
+    """
+
+    def decorate(eager: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(eager)
+        def chosen(*args: P.args, **kwargs: P.kwargs) -> T:
+            first: Any = args[0]
+            tensor = first if isinstance(first, Tensor) else first[0]
+            return (graph if in_graph(tensor) else eager)(*args, **kwargs)
+
+        return chosen
+
+    return decorate
+
+
+def _type_in_schema(hint: Any) -> str:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        inner, none = typing.get_args(hint)
+        assert none is type(None), hint
+        return "int?" if inner is int else _SCHEMA[inner] + "?"
+    return _SCHEMA[hint]
+
+
+def _fields(kind: type[tuple[Any, ...]]) -> dict[str, Any]:
+    """A NamedTuple's fields, in order, and their types."""
+    hints = typing.get_type_hints(kind)
+    return {name: hints[name] for name in kind._fields}  # type: ignore[attr-defined]
+
+
+class Operator(Generic[Out]):
+    """torch.ops.alp_kernels.NAME, whose schema is that of `inputs`, one tuple after the other, and of `outputs`.
+
+    run:       inputs -> outputs, all of whose fields are tensors; (0,) stands for one that is not there.
+    fake:      the same, of empty tensors.
+    setup:     (ctx, inputs, outputs): what the derivative needs.
+    gradient:  (ctx, gradients as outputs) -> gradients of some inputs, by their fields' names.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: tuple[type[tuple[Any, ...]], ...],
+        outputs: type[Out],
+        run: Callable[..., Out],
+        fake: Callable[..., Out],
+        *,
+        setup: Callable[..., None] | None = None,
+        gradient: Callable[[Any, Out], Mapping[str, Tensor | None]] | None = None,
+        tags: tuple[torch.Tag, ...] = (),
+    ) -> None:
+        self.name, self.inputs, self.outputs = name, inputs, outputs
+        fields = {name: hint for kind in inputs for name, hint in _fields(kind).items()}
+        self.names = list(fields)
+        types_in = [f"{_type_in_schema(hint)} {field}" for field, hint in fields.items()]
+        types_out = ", ".join(_type_in_schema(hint) for hint in _fields(outputs).values())
+        library.define(f"{name}({', '.join(types_in)}) -> ({types_out})", tags=tags)
+
+        def flat(made: Out) -> Any:
+            return made[0] if len(made) == 1 else tuple(made)
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            assert setup is not None
+            setup(ctx, *self._typed(inputs), self._typed_output(output))
+
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            assert gradient is not None
+            found = gradient(ctx, self.outputs(*grads))
+            return tuple(found.get(name) for name in self.names)
+
+        library.impl(name, lambda *args: flat(run(*self._typed(args))), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"alp_kernels::{name}", lambda *args: flat(fake(*self._typed(args))), lib=library)
+        if gradient is not None:
+            torch.library.register_autograd(f"alp_kernels::{name}", backward, setup_context=setup_context, lib=library)
+        self._call = getattr(torch.ops.alp_kernels, name)
+
+    def __call__(self, *inputs: tuple[Any, ...]) -> Out:
+        return self._typed_output(self._call(*[value for part in inputs for value in part]))
+
+    def _typed(self, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        values = iter(args)
+        return [kind(*[next(values) for _ in _fields(kind)]) for kind in self.inputs]
+
+    def _typed_output(self, output: Any) -> Out:
+        return self.outputs(output) if isinstance(output, Tensor) else self.outputs(*output)
+
+
+def integers(*values: int) -> Tensor:
+    """An int64 tensor on the CPU; values of 64 bits wrap, as seeds need. From a buffer: torch.tensor() is five times slower."""
+    return torch.frombuffer(array("Q", [value % (1 << 64) for value in values]), dtype=torch.int64)

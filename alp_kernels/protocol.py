@@ -1,0 +1,126 @@
+"""What an engine offers: the functions of reference.py, which says what each of them computes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .objective import LossRows, Objective
+from .reference import HeadRows, LogitTransform, Norm
+from .stream import Stream
+
+
+class HeadTiles(Protocol):
+    """head_fwd of rows whose logits come a tile of the vocabulary after the other; `out` is whole after the last."""
+
+    out: HeadRows
+
+    def add(
+        self, x: Tensor, start: int, vocabulary: int, targets: Tensor, transform: LogitTransform, base: Tensor | None
+    ) -> None:
+        """Take up x (n, width), the logits of tokens start, start + 1, ...; noise on them needs whole rows.
+
+        base: None, or (n,) float32 to be written; x is then replaced by e^(z - base), and by 0 at the target.
+        """
+
+
+class Tiles(Protocol):
+    """What an engine offers that takes logits by tiles of the vocabulary."""
+
+    @property
+    def WIDTH(self) -> int:  # noqa: N802
+        """Tokens of a tile."""
+
+    def head_tiles(self, num_rows: int) -> HeadTiles: ...
+
+    def head_bwd_tile(
+        self,
+        x: Tensor,
+        start: int,
+        vocabulary: int,
+        targets: Tensor,
+        transform: LogitTransform,
+        rows: HeadRows,
+        dlogp: Tensor,
+        dentropy: Tensor | None,
+        wanted: Tensor,
+        dx: Tensor,
+    ) -> None:
+        """dx (m, width): the gradient of rows `wanted` (m,) int64 of the tile x (n, width) of logits from token `start` on."""
+
+
+class HeadEngine(Protocol):
+    """The part of an engine that the loss head calls; reference.py says what each function does."""
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """None: logits come whole."""
+
+    @property
+    def KEEPS_EXPONENTIALS(self) -> bool:  # noqa: N802
+        """Whether head_exp, where it serves, is faster than head_fwd and head_bwd."""
+
+    @property
+    def FUSES_TOKEN_LOSS(self) -> bool:  # noqa: N802
+        """Whether head_token_loss is faster for token-level chunks than one of those and the coefficients."""
+
+    def head_fwd(self, x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows: ...
+
+    def head_bwd(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        transform: LogitTransform,
+        rows: HeadRows,
+        dlogp: Tensor,
+        dentropy: Tensor | None,
+    ) -> Tensor | None: ...
+
+    def head_exp(self, x: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[HeadRows, Tensor]: ...
+
+    def head_token_loss(
+        self, x: Tensor, targets: Tensor, transform: LogitTransform, rows: LossRows, objective: Objective
+    ) -> tuple[HeadRows, Tensor | None, Tensor | None]: ...
+
+    def scale_(self, tensor: Tensor, by: Tensor) -> Tensor: ...
+
+
+class Engine(HeadEngine, Protocol):
+    """Who computes: noise, perturbation, RMSNorm and loss head. mypy holds every engine to it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it cannot serve tensors on `device`, or None."""
+
+    def philox(self, counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]: ...
+
+    def normal(self, num_rows: int, num_channels: int, stream: Stream, device: torch.device) -> Tensor: ...
+
+    def perturb_fwd(
+        self, h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def perturb_bwd(self, du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor: ...
+
+    def measure(self, h: Tensor, u: Tensor, num_rows: int) -> Tensor: ...
+
+    def perturb_rms_norm_fwd(
+        self, h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str, norm: Norm
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
+
+    def perturb_rms_norm_bwd(
+        self,
+        du: Tensor,
+        dy: Tensor,
+        u: Tensor,
+        rstd: Tensor,
+        rms: Tensor | None,
+        stream: Stream,
+        norm: Norm,
+        needs_dsigma: bool,
+        needs_dweight: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
