@@ -74,14 +74,7 @@ def _forward_logp(model: PreTrainedModel, part: Experience, temperature: float) 
     keep = completions.mask.shape[1]
     hidden = hidden_states(model, completions.tokens, completions.attention_mask, keep)
     head = output_head(model)  # after the forward: a sharded model's is whole now
-    logp, _ = linear_logprob(
-        head.inputs(hidden),
-        head.weight,
-        completions.targets,
-        mask=completions.mask,
-        temperature=temperature,
-        **head.options,
-    )
+    logp, _ = linear_logprob(hidden, head, completions.targets, mask=completions.mask, temperature=temperature)
     return logp
 
 
@@ -156,8 +149,8 @@ class Updater:
             ids = row_ids(part, draw)[:, -keep:].reshape(-1)
             logit_noise = self.handle.logit_noise(len(ids), ids)
         return fused_alp_loss(
-            head.inputs(hidden),
-            head.weight,
+            hidden,
+            head,
             completions.targets,
             completions.logp,
             part.advantages,
@@ -169,7 +162,6 @@ class Updater:
             turn_ends=turn_ends(completions) if self.method.objective.level == "cum-turn" else None,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
-            **head.options,
         )
 
 

@@ -9,12 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from .engine import EngineUnavailable
 from .layers.attach import attach, detach
 from .layers.perturbation import Perturbation
-from .loss import head_ops as _head_ops  # noqa: F401  (these and loss_ops define the operators)
+from .loss.from_hidden import fused_alp_loss, linear_logprob
 from .loss.gather import gather_sequence, gather_weight
-from .loss.head import fused_alp_loss, linear_logprob
-from .loss.policy import LossOutput, importance_weight, policy_loss
-from .loss.stats import Stats
-from .loss.vocab_parallel import vocab_parallel_alp_loss, vocab_parallel_logprob
+from .loss.head import Head, VocabSplit
+from .loss.policy import importance_weight, policy_loss
+from .loss.stats import LossOutput, Stats
 from .noise.normal import normal
 from .noise.perturb import perturb
 from .noise.rms_norm import perturb_rms_norm
@@ -29,11 +28,13 @@ except PackageNotFoundError:  # used from a source tree that was never installed
 __all__ = [
     "PRESETS",
     "EngineUnavailable",
+    "Head",
     "LogitNoise",
     "LossOutput",
     "Objective",
     "Perturbation",
     "Stats",
+    "VocabSplit",
     "attach",
     "detach",
     "fused_alp_loss",
@@ -45,6 +46,4 @@ __all__ = [
     "perturb",
     "perturb_rms_norm",
     "policy_loss",
-    "vocab_parallel_alp_loss",
-    "vocab_parallel_logprob",
 ]

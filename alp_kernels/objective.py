@@ -117,6 +117,12 @@ class Objective:
         return dataclasses.replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
     @property
+    def needs_sequences(self) -> bool:
+        """Whether the loss depends on which tokens are of one sequence."""
+        of_weight = self.weight is not None and self.weight_level == "sequence"
+        return self.level != "token" or self.aggregation != "token-mean" or of_weight
+
+    @property
     def has_penalty(self) -> bool:
         """Whether a token with zero advantage still has a gradient."""
         return self.kl_coef > 0 or self.entropy_coef != 0

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .objective import Objective, objective_of
+
 P = ParamSpec("P")
 T = TypeVar("T")
 Out = TypeVar("Out", bound=tuple[Any, ...])
@@ -28,7 +30,16 @@ UNSAFE_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 library = torch.library.Library("alp_kernels", "FRAGMENT")
 
-_SCHEMA = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str", list[bool]: "bool[]"}
+_SCHEMA = {
+    Tensor: "Tensor",
+    float: "float",
+    int: "SymInt",
+    bool: "bool",
+    str: "str",
+    list[bool]: "bool[]",
+    Objective: "str",  # as its spec
+    int | float | Tensor | None: "Tensor?",  # a count, made a tensor before
+}
 
 
 def in_graph(tensor: Tensor) -> bool:
@@ -55,11 +66,13 @@ def gate(graph: Callable[P, T]) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def _type_in_schema(hint: Any) -> str:
+    if hint in _SCHEMA:
+        return _SCHEMA[hint]
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         inner, none = typing.get_args(hint)
         assert none is type(None), hint
         return "int?" if inner is int else _SCHEMA[inner] + "?"
-    return _SCHEMA[hint]
+    raise TypeError(f"no schema has {hint}")
 
 
 def _fields(kind: type[tuple[Any, ...]]) -> dict[str, Any]:
@@ -89,9 +102,11 @@ class Operator(Generic[Out]):
         gradient: Callable[[Any, Out], Mapping[str, Tensor | None]] | None = None,
         tags: tuple[torch.Tag, ...] = (),
     ) -> None:
-        self.name, self.inputs, self.outputs = name, inputs, outputs
+        self.name, self.outputs = name, outputs
+        self._hints = [(kind, list(_fields(kind).values())) for kind in inputs]
         fields = {name: hint for kind in inputs for name, hint in _fields(kind).items()}
         self.names = list(fields)
+        assert len(self.names) == sum(len(hints) for _, hints in self._hints), f"{name}: two fields of one name"
         types_in = [f"{_type_in_schema(hint)} {field}" for field, hint in fields.items()]
         types_out = ", ".join(_type_in_schema(hint) for hint in _fields(outputs).values())
         library.define(f"{name}({', '.join(types_in)}) -> ({types_out})", tags=tags)
@@ -115,11 +130,16 @@ class Operator(Generic[Out]):
         self._call = getattr(torch.ops.alp_kernels, name)
 
     def __call__(self, *inputs: tuple[Any, ...]) -> Out:
-        return self._typed_output(self._call(*[value for part in inputs for value in part]))
+        values = (value for part in inputs for value in part)
+        return self._typed_output(self._call(*(v.spec if isinstance(v, Objective) else v for v in values)))
 
     def _typed(self, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         values = iter(args)
-        return [kind(*[next(values) for _ in _fields(kind)]) for kind in self.inputs]
+
+        def read(hint: Any) -> Any:
+            return objective_of(next(values)) if hint is Objective else next(values)
+
+        return [kind(*map(read, hints)) for kind, hints in self._hints]
 
     def _typed_output(self, output: Any) -> Out:
         return self.outputs(output) if isinstance(output, Tensor) else self.outputs(*output)

@@ -51,8 +51,8 @@ class Tiles(Protocol):
         """dx (m, width): the gradient of rows `wanted` (m,) int64 of the tile x (n, width) of logits from token `start` on."""
 
 
-class HeadEngine(Protocol):
-    """The part of an engine that the loss head calls; reference.py says what each function does."""
+class Engine(Protocol):
+    """Who computes: noise, perturbation, RMSNorm and loss head. mypy holds every engine to it."""
 
     @property
     def tiles(self) -> Tiles | None:
@@ -85,10 +85,6 @@ class HeadEngine(Protocol):
     ) -> tuple[HeadRows, Tensor | None, Tensor | None]: ...
 
     def scale_(self, tensor: Tensor, by: Tensor) -> Tensor: ...
-
-
-class Engine(HeadEngine, Protocol):
-    """Who computes: noise, perturbation, RMSNorm and loss head. mypy holds every engine to it."""
 
     @property
     def name(self) -> str: ...

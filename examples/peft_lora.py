@@ -59,14 +59,13 @@ def main(folder: Path | None = None, num_steps: int = 25) -> list[float]:
             hidden = backbone(model)(tokens[:, :-1]).last_hidden_state
             head = output_head(model)  # after the forward, anew each step
             out = fused_alp_loss(
-                head.inputs(hidden),
-                head.weight,
+                hidden,
+                head,
                 tokens[:, 1:],
                 rollout_logp,
                 reward - reward.mean(),
                 torch.ones(32, LENGTH),
                 objective=objective,
-                **head.options,
             )
             out.loss.backward()
         optimizer.step()

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..layers.perturbation import Perturbation, attached
-from ..loss.policy import LossOutput, policy_loss
-from ..loss.stats import Stats
+from ..loss.policy import policy_loss
+from ..loss.stats import LossOutput, Stats
 from ..objective import PRESETS, Objective
 
 SINGLE_RATIO = tuple(name for name in PRESETS if name.startswith(("alp-", "bypass-")))

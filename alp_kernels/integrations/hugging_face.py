@@ -1,8 +1,8 @@
-"""What output head a Hugging Face model has, PEFT adapters included: the arguments of `fused_alp_loss`.
+"""What output head a Hugging Face model has, PEFT adapters included, as a Head that `fused_alp_loss` takes.
 
     hidden = backbone(model)(input_ids).last_hidden_state
     head = output_head(model)
-    out = fused_alp_loss(head.inputs(hidden), head.weight, targets, ..., **head.options)
+    out = fused_alp_loss(hidden, head, targets, ...)
 
 A LoRA adapter on the head, logits = W h + s B A h, becomes a head of D + r channels: weight [W, s B], inputs [h, A h].
 Adding s B A to W instead would round small adapters away where W has 16 bits.
@@ -10,12 +10,13 @@ Adding s B A to W instead would round small adapters away where W has 16 bits.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layers.find import find_layers
+from ..loss.head import Head
 
 _MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse, Falcon-H1
 _DIVIDE = ("logits_scaling",)  # Granite
@@ -27,32 +28,8 @@ _APPLIED_BESIDE_VISION = (
 """Models with a vision tower that do to their logits what their text decoder's configuration says; the others do not."""
 
 
-class OutputHead(NamedTuple):
-    """logits = cap(logit_scale (weight x + bias)) with x = inputs(hidden)."""
-
-    weight: Tensor  # (V, D), or (V, D + r) with adapters of together r ranks; differentiable where it is trained
-    bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float | None
-    adapters: tuple[nn.Module, ...] = ()  # D -> rank each
-
-    def inputs(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> what `weight` is multiplied with: hidden itself but for adapters on the head."""
-        if not self.adapters:
-            return hidden
-        dtypes = [next(adapter.parameters()).dtype for adapter in self.adapters]
-        parts = [adapter(hidden.to(dtype)) for adapter, dtype in zip(self.adapters, dtypes, strict=True)]
-        return torch.cat([hidden, *(part.to(hidden.dtype) for part in parts)], dim=-1)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keywords of `fused_alp_loss` and `linear_logprob`."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """All of them, (..., V): for checks."""
-        logits = nn.functional.linear(self.inputs(hidden), self.weight, self.bias) * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+OutputHead = Head
+"""What `output_head` returns."""
 
 
 def unwrapped(model: Any) -> Any:
@@ -75,7 +52,7 @@ def backbone(model: nn.Module) -> nn.Module:
     return found
 
 
-def output_head(model: nn.Module) -> OutputHead:
+def output_head(model: nn.Module) -> Head:
     """The output head of a Hugging Face causal language model, PeftModel or not, with the adapters that are active now.
 
     Call it anew each step, after the forward: it reads the weights as they are. A frozen head comes as it is, so that the
@@ -93,7 +70,7 @@ def output_head(model: nn.Module) -> OutputHead:
     text = inner.config.get_text_config()
     is_plain = text is not inner.config and inner.config.model_type not in _APPLIED_BESIDE_VISION
     scale, softcap = (1.0, None) if is_plain else _scale_and_cap(text)
-    return OutputHead(weight, bias, scale, softcap, adapters)
+    return Head(weight, bias, softcap=softcap, logit_scale=scale, adapters=adapters)
 
 
 def check_head(model: nn.Module, **inputs: Any) -> None:

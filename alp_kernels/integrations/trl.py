@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import LossOutput, Objective, fused_alp_loss, policy_loss
+from .. import Head, LossOutput, Objective, fused_alp_loss, policy_loss
 from ..objective import kl_estimate
 from ._shared import turn_ends
 from .hugging_face import backbone, output_head
@@ -255,24 +255,16 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         outs: list[LossOutput] = []
         losses: list[Tensor] = []
 
-        def policy_loss_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, **logits: Any) -> LossOutput:
+        def policy_loss_head(hidden: Tensor, head: Head) -> LossOutput:
             keep = targets.shape[1]
             hidden = hidden[:, -keep - 1 : -1]  # a position predicts the next one's token
             context: Any = contextlib.nullcontext()
             if self.args.cast_lm_head_to_fp32:
-                hidden, weight = hidden.float(), weight.float()
-                bias = None if bias is None else bias.float()
+                hidden, bias = head.inputs(hidden).float(), None if head.bias is None else head.bias.float()
+                head = head._replace(weight=head.weight.float(), bias=bias)
                 context = torch.autocast(hidden.device.type, enabled=False)
             with context:
-                out = fused_alp_loss(
-                    hidden,
-                    weight,
-                    targets,
-                    bias=bias,
-                    temperature=self.temperature,
-                    **logits,
-                    **compute,
-                )
+                out = fused_alp_loss(hidden, head, targets, temperature=self.temperature, **compute)
             outs.append(out)
             return out
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .. import LossOutput
+from .. import Head, LossOutput
 from .hugging_face import backbone, output_head
 
 
@@ -28,15 +28,17 @@ class PolicyLossOutput(ModelOutput):
 
 
 def add_policy_loss_head(model: Any) -> None:
-    """`model(..., policy_loss_head=head)` returns head(hidden, weight, bias=, logit_scale=, softcap=), a LossOutput, and
-    makes no logits; without it the forward is as before.
+    """`model(..., policy_loss_head=loss)` returns loss(hidden, head), a LossOutput, and makes no logits; without it the
+    forward is as before.
 
-    `head` is a function and not a dict of tensors: FSDP's mixed precision would round those to bfloat16 on their way in.
+    `loss` is a function and not a dict of tensors: FSDP's mixed precision would round those to bfloat16 on their way in.
     """
     original = model.forward
 
     @functools.wraps(original)  # `generate` reads the signature
-    def forward(self: Any, *args: Any, policy_loss_head: Callable[..., LossOutput] | None = None, **named: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, policy_loss_head: Callable[[Tensor, Head], LossOutput] | None = None, **named: Any
+    ) -> Any:
         if policy_loss_head is None:
             return original(*args, **named)
         named.pop("fused_lm_head", None)
@@ -48,7 +50,7 @@ def add_policy_loss_head(model: Any) -> None:
                 "set alp_fused_head=False"
             )
         hidden = hidden.to(head.weight.device)  # device_map may put the head elsewhere
-        out = policy_loss_head(head.inputs(hidden), head.weight, **head.options)
+        out = policy_loss_head(hidden, head)
         return PolicyLossOutput(loss=out.loss, log_probs=out.logp, entropy=out.entropy)
 
     model.forward = types.MethodType(forward, model)

@@ -9,19 +9,23 @@ Derivation: docs/math.md, section 4
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..objective import Objective, row_gradient, row_loss
+from ..dtypes import real
+from ..objective import row_gradient, row_loss
 from ..reference import HeadRows
-from .layout import Batch, Unread, highest_first
-from .policy import level_log_ratio
-from .products import Plan, Whole, even_sizes
+from .batch import Batch, Unread, flatten
+from .inputs import LossInputs
+from .levels import level_log_ratio
+from .plan import Gradients, Needs, Operands, Plan, even_sizes
+from .products import Whole
+from .segments import highest_first
 from .stats import Stats
+from .tiled import Tiled
 from .transfer import Asked, Transfer
 
 
@@ -29,9 +33,7 @@ class Order(NamedTuple):
     """Which rows are computed, and together with which."""
 
     rows: Tensor  # (n,) the masked-in rows, those that may have a gradient first
-    groups: list[
-        list[int]
-    ]  # rows whose loss is taken together: sizes of their chunks, more than one for a long sequence
+    groups: list[list[int]]  # rows whose loss is taken together: sizes of their chunks, several for a long sequence
     num_plain: int  # rows at the end that need only their log-probability
 
 
@@ -42,7 +44,7 @@ class Fused:
     loss: Tensor  # ()
     logp: Tensor  # (N,), 0 off the mask
     entropy: Tensor  # (N,)
-    gradients: list[Tensor | None]  # of loss / gradient_scale, in hidden, weight, bias and sigma, not yet rounded
+    gradients: Gradients  # of loss / gradient_scale, not yet rounded
     index: Tensor  # (n,) the rows in the loss, in order
     stats: Stats
 
@@ -50,35 +52,39 @@ class Fused:
 class Given(NamedTuple):
     """What the fused head is given; a second backward needs it again."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    plan: Plan
+    operands: Operands
     batch: Batch
-    objective: Objective
     order: Order
-    needs: Sequence[bool]  # whether hidden, weight, bias and sigma need a gradient
+    needs: Needs
+
+
+def prepare(
+    where: str, operands: Operands, inputs: LossInputs, shape: torch.Size, transfer: Transfer, needs: Needs
+) -> Given:
+    """Check a batch beside rows and a head that are checked, and look at all values at once. shape: of the targets."""
+    hidden = operands.hidden
+    unread = flatten(where, inputs, transfer, shape=shape, dtype=real(hidden), device=hidden.device)
+    ranked = rank_rows(unread, transfer)
+    transfer.bring()
+    return Given(operands, unread.batch(), ranked.order(operands.plan), needs)
 
 
 def fused_head(given: Given) -> Fused:
     """The loss and its gradients, chunk by chunk."""
-    with torch.no_grad(), torch.autocast(given.hidden.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(given.operands.hidden.device.type, enabled=False):
         return _fused_head(*given)
 
 
-def _fused_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    batch: Batch,
-    objective: Objective,
-    order: Order,
-    needs: Sequence[bool],
-) -> Fused:
-    real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logp, entropy = (torch.zeros(len(hidden), dtype=real, device=hidden.device) for _ in range(2))
-    products = plan.products(hidden, weight, bias, needs, sum(map(len, order.groups)))
+def _products(operands: Operands, needs: Needs, num_parts: int) -> Whole | Tiled:
+    """For one pass over the rows; num_parts: how often `backward` will be called."""
+    way = Tiled if operands.plan.is_tiled(operands.weight.dtype, num_parts) else Whole
+    return way(operands, needs, num_parts)
+
+
+def _fused_head(operands: Operands, batch: Batch, order: Order, needs: Needs) -> Fused:
+    hidden, plan, objective = operands.hidden, operands.plan, batch.objective
+    logp, entropy = (torch.zeros(len(hidden), dtype=real(hidden), device=hidden.device) for _ in range(2))
+    products = _products(operands, needs, sum(map(len, order.groups)))
 
     def noted(index: Tensor, out: HeadRows) -> HeadRows:
         logp[index], entropy[index] = out.logp, out.entropy
@@ -93,7 +99,7 @@ def _fused_head(
         rows = batch.numbers.select(group).loss_rows()
         if scale is not None:
             rows = rows._replace(weight=rows.weight / scale)
-        if isinstance(products, Whole) and objective.level == "token" and plan.engine.FUSES_TOKEN_LOSS:
+        if isinstance(products, Whole) and objective.level == "token" and plan.fuses_token_loss:
             noted(group, products.token_loss(group, rows, objective))
             continue
         *before, last = group.split(sizes)  # one part, but for a sequence longer than a chunk
@@ -113,7 +119,7 @@ def _fused_head(
     live, p, h = batch.select(index), logp[index], entropy[index]
     ell = level_log_ratio(p, live, objective)
     loss = (live.numbers["weight"] * row_loss(ell, p, h, live.numbers.loss_rows(), objective)).sum()
-    return Fused(loss, logp, entropy, products.gradients(), index, Stats.measure(p, h, ell, live, batch, objective))
+    return Fused(loss, logp, entropy, products.gradients(), index, Stats.measure(p, h, ell, live, batch))
 
 
 class FusedLoss(torch.autograd.Function):
@@ -134,25 +140,26 @@ class FusedLoss(torch.autograd.Function):
         fused: Fused,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.rest, ctx.gradients = given[3:], fused.gradients
+        # the tensors only there: whether they are as they were is autograd's to see
+        ctx.plan, ctx.rest, ctx.gradients = given.operands.plan, given[1:], fused.gradients
         ctx.log_sigma_shape = None if log_sigma is None else log_sigma.shape
         return fused.loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        given = Given(*ctx.saved_tensors, *ctx.rest)
+        hidden, weight, bias = ctx.saved_tensors
+        given = Given(Operands(hidden, weight, bias, ctx.plan), *ctx.rest)
         grads, ctx.gradients = ctx.gradients, None
         if grads is None:
             grads = fused_head(given).gradients
-        scale = gradient_scale(given.batch, given.hidden.dtype)
+        plan, scale = ctx.plan, gradient_scale(given.batch, hidden.dtype)
         by = dloss if scale is None else dloss * scale
-        likes = (given.hidden, given.weight, given.bias, by)
         dhidden, dweight, dbias, dsigma = (
-            None if g is None or like is None else _rounded(g, like.dtype, by, given.plan)
-            for g, like in zip(grads, likes, strict=True)
+            None if g is None or like is None else _rounded(g, like.dtype, by, plan)
+            for g, like in zip(grads, (hidden, weight, bias, by), strict=True)
         )
-        sigma = given.plan.head.sigma
+        sigma = plan.transform.sigma
         dlog_sigma = None if dsigma is None or sigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)
         return dhidden, dweight, dbias, dlog_sigma, None, None
 
@@ -160,8 +167,7 @@ class FusedLoss(torch.autograd.Function):
 def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor, plan: Plan) -> Tensor:
     """gradient * by in `dtype`, in one pass and in place where it can be."""
     if gradient.dtype == dtype:
-        scaled: Tensor = plan.engine.scale_(gradient, by)
-        return scaled
+        return plan.engine.scale_(gradient, by)
     return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
 
 
@@ -192,7 +198,7 @@ class LinearLogprob(torch.autograd.Function):
         plan: Plan,
         order: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        logp, entropy, lse = logprob_rows(hidden, weight, bias, plan, order)
+        logp, entropy, lse = logprob_rows(Operands(hidden, weight, bias, plan), order)
         ctx.save_for_backward(hidden, weight, bias, order, logp, entropy, lse)
         ctx.plan, ctx.log_sigma_shape = plan, None if log_sigma is None else log_sigma.shape
         return logp, entropy
@@ -201,18 +207,29 @@ class LinearLogprob(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, order, *rows = ctx.saved_tensors
-        dhidden, dweight, dbias, dlog_sigma = logprob_gradients(
-            hidden, weight, bias, ctx.plan, order, HeadRows(*rows), dlogp, dentropy, ctx.needs_input_grad[:4]
-        )
-        dlog_sigma = None if dlog_sigma is None else dlog_sigma.reshape(ctx.log_sigma_shape)
-        return dhidden, dweight, dbias, dlog_sigma, None, None
+        operands, needs = Operands(hidden, weight, bias, ctx.plan), Needs(*ctx.needs_input_grad[:4])
+        grads = logprob_gradients(operands, order, HeadRows(*rows), dlogp, dentropy, needs)
+        dlog_sigma = None if grads.sigma is None else grads.sigma.reshape(ctx.log_sigma_shape)
+        return grads.hidden, grads.weight, grads.bias, dlog_sigma, None, None
 
 
-def logprob_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, order: Tensor) -> HeadRows:
+def row_order(hidden: Tensor, mask: Tensor | None, transfer: Transfer) -> Tensor:
+    """The rows of hidden (N, D) to compute, (n,) int64; makes the transfer."""
+    if mask is None:
+        transfer.bring()
+        return torch.arange(len(hidden), device=hidden.device)
+    live = mask.reshape(-1) != 0
+    count = transfer.ask(live.sum())
+    transfer.bring()
+    return highest_first(live)[: int(count.numbers[0])]
+
+
+def logprob_rows(operands: Operands, order: Tensor) -> HeadRows:
     """Log-probability, entropy and log-sum-exp, each (N,), of the rows `order`; 0 at the others."""
-    real = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    out = HeadRows(*(torch.zeros(len(hidden), dtype=d, device=hidden.device) for d in (real, real, torch.float64)))
-    products = plan.products(hidden, weight, bias, [False] * 4, 0)
+    hidden = operands.hidden
+    dtypes = (real(hidden), real(hidden), torch.float64)
+    out = HeadRows(*(torch.zeros(len(hidden), dtype=dtype, device=hidden.device) for dtype in dtypes))
+    products = _products(operands, Needs(), 0)
     with torch.autocast(hidden.device.type, enabled=False):
         for index in products.parts(order):
             for whole, part in zip(out, products.logprob(index), strict=True):
@@ -221,26 +238,19 @@ def logprob_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan
 
 
 def logprob_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    order: Tensor,
-    rows: HeadRows,
-    dlogp: Tensor,
-    dentropy: Tensor,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of hidden, weight, bias and log_sigma () from those of `logprob_rows`; the logits are made again."""
-    products = plan.products(hidden, weight, bias, needs, -(-len(order) // plan.chunk_rows))
+    operands: Operands, order: Tensor, rows: HeadRows, dlogp: Tensor, dentropy: Tensor, needs: Needs
+) -> Gradients:
+    """Of hidden, weight, bias and log_sigma (), from those of `logprob_rows`; the logits are made again."""
+    hidden, weight, bias, plan = operands
+    products = _products(operands, needs, -(-len(order) // plan.chunk_rows))
     with torch.autocast(hidden.device.type, enabled=False):
         for index in products.parts(order):
             out = HeadRows(*(v[index] for v in rows))
             products.backward(index, None, out, dlogp[index], dentropy[index])
-    sigma = plan.head.sigma
+    sigma = plan.transform.sigma
     grads = zip(products.gradients(), (hidden, weight, bias, sigma), strict=True)
     dhidden, dweight, dbias, dsigma = (None if g is None or like is None else g.to(like.dtype) for g, like in grads)
-    return [dhidden, dweight, dbias, None if dsigma is None or sigma is None else dsigma * sigma]
+    return Gradients(dhidden, dweight, dbias, None if dsigma is None or sigma is None else dsigma * sigma)
 
 
 class Ranked(NamedTuple):

@@ -1,11 +1,4 @@
-"""The policy loss on log-probabilities: level, ratio, clip, aggregation (ALP, arXiv 2603.19470; docs/math.md, section 2).
-
-token       ell_t = r_t                          r_t = p_t - denominator_t
-sequence    ell_t = sg[S]   + p_t - sg[p_t]      S   = sum_t m_t r_t
-cum-token   ell_t = sg[C_t] + p_t - sg[p_t]      C_t = sum_{u <= t} m_u r_u
-cum-turn    ell_t = sg[C_e] + p_t - sg[p_t]      e   = last token of t's turn
-geometric   S and C are divided by the number of tokens they sum
-"""
+"""The policy loss on log-probabilities: level, ratio, clip, aggregation (ALP, arXiv 2603.19470; docs/math.md, section 2)."""
 
 from __future__ import annotations
 
@@ -14,42 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..objective import Objective, row_loss
-from ..operators import in_graph
-from .layout import Batch, Rows, batch_arguments, first_and_last, flatten, highest_first, segment_sum
-from .stats import Stats
+from ..noise.perturb import check_tensor
+from ..objective import Objective, row_gradient, row_loss
+from ..operators import Operator, gate
+from .batch import Batch, flatten
+from .inputs import Count, LossInputs
+from .levels import level_log_ratio
+from .segments import highest_first
+from .stats import LossOutput, Stats, StatsRows
 from .transfer import Transfer
-
-
-class LossOutput(NamedTuple):
-    """What every policy loss returns; no option changes its length."""
-
-    loss: Tensor
-    """() scalar, differentiable."""
-    logp: Tensor
-    """Log-probability of each target under the current policy, shaped like the targets, detached; 0 off the mask."""
-    entropy: Tensor | None
-    """Entropy (nats) at each target's position, likewise; None where the caller of `policy_loss` gave none."""
-    stats: Stats
-    """Ratio, KL and clipping statistics that merge exactly; on the device until `.summary()`."""
-
-
-def level_log_ratio(logp: Tensor, rows: Rows, objective: Objective) -> Tensor:
-    """ell of each of some rows in the loss, whole sequences of them; differentiable in logp (n,)."""
-    r = logp - rows.numbers.denominator
-    if objective.level == "token":
-        return r
-    first, last = first_and_last(rows.sequence)
-    if objective.level == "cum-token":
-        last = torch.arange(len(r), device=r.device)
-    elif objective.level == "cum-turn":
-        assert rows.turn is not None
-        _, last = first_and_last(rows.turn)
-    total = segment_sum(r.detach(), first, last)
-    if objective.geometric:
-        total = total / (last + 1 - first)
-    through = torch.where(logp.isinf(), 0.0, logp - logp.detach())  # 0 with gradient 1; not -inf less -inf
-    return total.to(r.dtype) + through
 
 
 def policy_loss(
@@ -66,8 +32,8 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     turn_ends: Tensor | None = None,
-    num_tokens: int | float | Tensor | None = None,
-    num_sequences: int | float | Tensor | None = None,
+    num_tokens: Count = None,
+    num_sequences: Count = None,
     nonfinite: str = "raise",
 ) -> LossOutput:
     """Policy loss from log-probabilities; `fused_alp_loss` is the same from hidden states.
@@ -95,61 +61,173 @@ def policy_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits; in compiled code when it runs.
     """
-    given = {
-        "rollout_logp": rollout_logp,
-        "advantages": advantages,
-        "mask": mask,
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "token_weight": token_weight,
-        "cu_seqlens": cu_seqlens,
-        "sequence_ids": sequence_ids,
-        "turn_ends": turn_ends,
-        "num_tokens": num_tokens,
-        "num_sequences": num_sequences,
-    }
-    if isinstance(logp, Tensor) and in_graph(logp):
-        arguments = batch_arguments("policy_loss", objective, logp.device, nonfinite, given)
-        loss, _, _, *rest = torch.ops.alp_kernels.policy_loss(logp, entropy, *arguments)
-        masked, masked_entropy, numbers, flags, num_nonfinite = rest
-        knows, has_entropy = logp.dim() == 2 or cu_seqlens is not None or sequence_ids is not None, entropy is not None
-        stats = Stats.of_rows(numbers, flags, num_nonfinite, objective, knows_sequences=knows, has_entropy=has_entropy)
-        return LossOutput(loss, masked, None if entropy is None else masked_entropy, stats)
-    batch, index = check_loss(logp, entropy, objective, nonfinite, given)
-    live = batch.select(index)
-    p = logp.reshape(-1)[index]
-    h = None if entropy is None else entropy.reshape(-1)[index]
-    ell = level_log_ratio(p, live, objective)
-    loss = (live.numbers["weight"] * row_loss(ell, p, h, live.numbers.loss_rows(), objective)).sum()
-    masked = torch.where(batch.mask.view(logp.shape), logp.detach(), 0.0)
-    return LossOutput(
-        loss,
-        masked,
-        None if entropy is None else torch.where(batch.mask.view(logp.shape), entropy.detach(), 0.0),
-        Stats.measure(p.detach(), None if h is None else h.detach(), ell.detach(), live, batch, objective),
+    check_tensor("policy_loss", "logp", logp)
+    inputs = LossInputs(
+        rollout_logp=rollout_logp,
+        advantages=advantages,
+        mask=mask,
+        objective=objective,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        token_weight=token_weight,
+        cu_seqlens=cu_seqlens,
+        sequence_ids=sequence_ids,
+        turn_ends=turn_ends,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        nonfinite=nonfinite,
     )
+    return _policy_loss(logp, entropy, inputs)
 
 
-def check_loss(
-    logp: Tensor, entropy: Tensor | None, objective: Objective, nonfinite: str, given: dict[str, Any]
-) -> tuple[Batch, Tensor]:
-    """Check the arguments of `policy_loss` and flatten them. Returns the batch and its rows in the loss, (n,) in order."""
+class _Value(NamedTuple):
+    """A loss and its gradients, in closed form (objective.row_gradient): backward only scales them."""
+
+    loss: Tensor  # ()
+    dlogp: Tensor | None  # like logp, None where nobody will ask
+    dentropy: Tensor | None  # like logp, None likewise and where entropy_coef == 0
+    logp: Tensor  # as LossOutput has it
+    entropy: Tensor | None
+    live: Tensor  # (n,) the rows in the loss
+    stats: Stats
+
+
+@torch.no_grad()
+def _value(logp: Tensor, entropy: Tensor | None, inputs: LossInputs, needs_gradient: bool) -> _Value:
+    batch, objective = check_loss(logp, entropy, inputs), inputs.objective
+    index = highest_first(batch.mask)[: batch.num_live]
+    live, p = batch.select(index), logp.detach().reshape(-1)[index]
+    h = None if entropy is None else entropy.detach().reshape(-1)[index]
+    ell, rows = level_log_ratio(p, live, objective), live.numbers.loss_rows()
+    loss = (live.numbers["weight"] * row_loss(ell, p, h, rows, objective)).sum()
+
+    def of_all(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        out = torch.zeros(logp.shape, dtype=logp.dtype, device=logp.device)
+        out.view(-1)[index] = values.to(out.dtype)
+        return out
+
+    dlogp, dentropy = row_gradient(ell, p, rows, objective) if needs_gradient else (None, None)
+    mask = batch.mask.view(logp.shape)
+    masked, masked_entropy = (None if v is None else torch.where(mask, v.detach(), 0.0) for v in (logp, entropy))
+    assert masked is not None
+    stats = Stats.measure(p, h, ell, live, batch)
+    return _Value(loss, of_all(dlogp), of_all(dentropy), masked, masked_entropy, index, stats)
+
+
+def check_loss(logp: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Batch:
+    """Check the arguments of `policy_loss` and flatten them."""
     where = "policy_loss"
     if logp.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{where}: logp is {logp.dtype}; it needs torch.float32 (a 16-bit log-probability is too coarse)"
         )
     transfer = Transfer()
-    unread = flatten(
-        where, objective, transfer, shape=logp.shape, dtype=logp.dtype, device=logp.device, nonfinite=nonfinite, **given
-    )
-    if objective.entropy_coef != 0 and entropy is None:
-        raise ValueError(f"{where}: entropy_coef={objective.entropy_coef} needs entropy {tuple(logp.shape)}")
+    unread = flatten(where, inputs, transfer, shape=logp.shape, dtype=logp.dtype, device=logp.device)
+    if inputs.objective.entropy_coef != 0 and entropy is None:
+        raise ValueError(f"{where}: entropy_coef={inputs.objective.entropy_coef} needs entropy {tuple(logp.shape)}")
     if entropy is not None and entropy.shape != logp.shape:
         raise ValueError(f"{where}: entropy has shape {tuple(entropy.shape)}; it needs {tuple(logp.shape)}")
     transfer.bring()
-    batch = unread.batch()
-    return batch, highest_first(batch.mask)[: batch.num_live]
+    return unread.batch()
+
+
+# ------------------------------------------------------------------ in a graph
+
+
+class _LogProbabilities(NamedTuple):
+    logp: Tensor
+    entropy: Tensor | None
+
+
+class _PolicyOutput(NamedTuple):
+    """As _Value; (0,) for what is not there."""
+
+    loss: Tensor
+    dlogp: Tensor
+    dentropy: Tensor
+    logp: Tensor
+    entropy: Tensor
+    numbers: Tensor
+    flags: Tensor
+    num_nonfinite: Tensor
+
+
+def _run(p: _LogProbabilities, inputs: LossInputs) -> _PolicyOutput:
+    value = _value(p.logp, p.entropy, inputs, needs_gradient=True)
+    assert value.dlogp is not None
+    dentropy, entropy = value.dentropy, value.entropy
+    if dentropy is None:
+        dentropy = p.logp.new_empty(0) if entropy is None else torch.zeros_like(entropy)
+    entropy = p.logp.new_empty(0) if entropy is None else entropy
+    return _PolicyOutput(
+        value.loss, value.dlogp, dentropy, value.logp, entropy, *value.stats.rows(value.live, p.logp.numel())
+    )
+
+
+def _fake(p: _LogProbabilities, inputs: LossInputs) -> _PolicyOutput:
+    dlogp, logp = (p.logp.new_empty(p.logp.shape) for _ in range(2))
+    dentropy, entropy = (p.logp.new_empty((0,) if p.entropy is None else p.logp.shape) for _ in range(2))
+    return _PolicyOutput(
+        p.logp.new_empty(()), dlogp, dentropy, logp, entropy, *StatsRows.empty_like(p.logp, p.logp.numel())
+    )
+
+
+def _setup(ctx: Any, p: _LogProbabilities, inputs: LossInputs, out: _PolicyOutput) -> None:
+    ctx.mark_non_differentiable(*out[1:])
+    ctx.save_for_backward(out.dlogp, out.dentropy)
+    ctx.has_entropy = p.entropy is not None
+
+
+def _gradient(ctx: Any, grads: _PolicyOutput) -> dict[str, Tensor | None]:
+    dlogp, dentropy = ctx.saved_tensors
+    return {"logp": grads.loss * dlogp, "entropy": grads.loss * dentropy if ctx.has_entropy else None}
+
+
+_operator = Operator(
+    "policy_loss", (_LogProbabilities, LossInputs), _PolicyOutput, _run, _fake, setup=_setup, gradient=_gradient
+)
+
+
+def _in_graph(logp: Tensor, entropy: Tensor | None, inputs: LossInputs) -> LossOutput:
+    out = _operator(_LogProbabilities(logp, entropy), inputs.for_graph("policy_loss", logp.device))
+    stats = StatsRows(out.numbers, out.flags, out.num_nonfinite).stats(
+        inputs.objective, knows_sequences=inputs.knows_sequences(logp.shape), has_entropy=entropy is not None
+    )
+    return LossOutput(out.loss, out.logp, None if entropy is None else out.entropy, stats)
+
+
+# ------------------------------------------------------------------ in eager code
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """Hangs the loss and the gradients that were formed with it into the graph."""
+
+    @staticmethod
+    def forward(
+        logp: Tensor, entropy: Tensor | None, loss: Tensor, dlogp: Tensor | None, dentropy: Tensor | None
+    ) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:  # what torch.func asks for
+        ctx.save_for_backward(*inputs[3:])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if g is None else dloss * g for g in ctx.saved_tensors), None, None, None
+
+
+@gate(graph=_in_graph)
+def _policy_loss(logp: Tensor, entropy: Tensor | None, inputs: LossInputs) -> LossOutput:
+    needs = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (logp, entropy))
+    value = _value(logp, entropy, inputs, needs)
+    return LossOutput(_PolicyLoss.apply(logp, entropy, *value[:3]), value.logp, value.entropy, value.stats)
+
+
+# ------------------------------------------------------------------ the importance weight alone
 
 
 def importance_weight(
@@ -172,26 +250,22 @@ def importance_weight(
         )
     if old_logp.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"importance_weight: old_logp is {old_logp.dtype}; it needs torch.float32")
-    transfer = Transfer()
-    unread = flatten(
-        "importance_weight",
-        objective,
-        transfer,
-        shape=old_logp.shape,
-        dtype=old_logp.dtype,
-        device=old_logp.device,
-        rollout_logp=rollout_logp,
-        advantages=torch.zeros_like(old_logp),
-        mask=mask,
-        old_logp=old_logp,
-        ref_logp=torch.zeros_like(old_logp),
-        token_weight=None,
+    of_weight = Objective(
+        denominator="old",
+        weight=objective.weight,
+        weight_level=objective.weight_level,
+        weight_cap=objective.weight_cap,
+    )
+    inputs = LossInputs(
+        rollout_logp,
+        torch.zeros_like(old_logp),
+        mask,
+        of_weight,
+        old_logp,
         cu_seqlens=cu_seqlens,
         sequence_ids=sequence_ids,
-        turn_ends=torch.zeros_like(mask),
-        num_tokens=None,
-        num_sequences=None,
-        nonfinite="raise",
     )
+    transfer, shape = Transfer(), old_logp.shape
+    unread = flatten("importance_weight", inputs, transfer, shape=shape, dtype=old_logp.dtype, device=old_logp.device)
     transfer.bring()
-    return unread.batch().numbers["is_weight"].view(old_logp.shape)
+    return unread.batch().numbers["is_weight"].view(shape)

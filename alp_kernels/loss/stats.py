@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +17,56 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..objective import LOG_RATIO_CLAMP, Objective
-from .layout import Batch, Rows, first_and_last, segment_sum
+from .batch import Batch, Rows
+from .segments import first_and_last, segment_sum
 
 QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "q99": 0.99, "q99.9": 0.999}
 
 _NUMBERS = ("log_ratio", "rollout_log_ratio", "rollout_logp", "entropy", "level_log_ratio", "advantages")
+
+
+class StatsRows(NamedTuple):
+    """Stats in tensors whose shapes do not depend on the mask, for an operator; 0 at rows that are not in the loss."""
+
+    numbers: Tensor  # (6, N) the values that _NUMBERS names
+    flags: Tensor  # (2, N) bool: is_last, is_live
+    num_nonfinite: Tensor  # (1,) int64
+
+    @staticmethod
+    def empty_like(real: Tensor, num_rows: int) -> StatsRows:
+        return StatsRows(
+            real.new_empty(len(_NUMBERS), num_rows),
+            real.new_empty(2, num_rows, dtype=torch.bool),
+            real.new_empty(1, dtype=torch.int64),
+        )
+
+    def stats(self, objective: Objective, *, knows_sequences: bool, has_entropy: bool) -> Stats:
+        """With `is_live`."""
+        columns: dict[str, Any] = dict(zip(_NUMBERS, self.numbers.unbind(), strict=True))
+        if not has_entropy:
+            columns["entropy"] = None
+        is_last, is_live = self.flags.unbind()
+        return Stats(
+            **columns,
+            is_last=is_last,
+            num_nonfinite=self.num_nonfinite,
+            objective=objective,
+            knows_sequences=knows_sequences,
+            is_live=is_live,
+        )
+
+
+class LossOutput(NamedTuple):
+    """What every policy loss returns; no option changes its length."""
+
+    loss: Tensor
+    """() scalar, differentiable."""
+    logp: Tensor
+    """Log-probability of each target under the current policy, shaped like the targets, detached; 0 off the mask."""
+    entropy: Tensor | None
+    """Entropy (nats) at each target's position, likewise; None where the caller of `policy_loss` gave none."""
+    stats: Stats
+    """Ratio, KL and clipping statistics that merge exactly; on the device until `.summary()`."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +91,9 @@ class Stats:
     is_live: Tensor | None = None  # (N,) bool where there are values of rows that are not in the loss; None: of none
 
     @staticmethod
-    def measure(
-        logp: Tensor, entropy: Tensor | None, ell: Tensor, rows: Rows, batch: Batch, objective: Objective
-    ) -> Stats:
+    def measure(logp: Tensor, entropy: Tensor | None, ell: Tensor, rows: Rows, batch: Batch) -> Stats:
         """Statistics of the rows in the loss, in order; logp, entropy and ell (n,) detached."""
+        objective = batch.objective
         log_ratio = ell if objective.level == "token" else logp - rows.numbers.denominator
         is_last = torch.full_like(rows.sequence, batch.knows_sequences, dtype=torch.bool)
         if batch.knows_sequences:
@@ -107,38 +151,14 @@ class Stats:
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
-    def rows(self, index: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        """In tensors of fixed shapes, for an operator: numbers (6, num_rows) and flags (2, num_rows) bool, 0 but at `index`."""
+    def rows(self, index: Tensor, num_rows: int) -> StatsRows:
+        """For an operator: these values at rows `index` of num_rows."""
         columns = [torch.zeros_like(self.log_ratio) if (v := getattr(self, n)) is None else v for n in _NUMBERS]
         numbers_of_all = self.log_ratio.new_zeros(len(_NUMBERS), num_rows)
         flags_of_all = self.is_last.new_zeros(2, num_rows)
         numbers_of_all[:, index] = torch.stack(columns)
         flags_of_all[:, index] = torch.stack([self.is_last, torch.ones_like(self.is_last)])
-        return numbers_of_all, flags_of_all
-
-    @staticmethod
-    def of_rows(
-        numbers: Tensor,
-        flags: Tensor,
-        num_nonfinite: Tensor,
-        objective: Objective,
-        *,
-        knows_sequences: bool,
-        has_entropy: bool,
-    ) -> Stats:
-        """What `rows` made, with `is_live`."""
-        columns: dict[str, Any] = dict(zip(_NUMBERS, numbers.unbind(), strict=True))
-        if not has_entropy:
-            columns["entropy"] = None
-        is_last, is_live = flags.unbind()
-        return Stats(
-            **columns,
-            is_last=is_last,
-            num_nonfinite=num_nonfinite,
-            objective=objective,
-            knows_sequences=knows_sequences,
-            is_live=is_live,
-        )
+        return StatsRows(numbers_of_all, flags_of_all, self.num_nonfinite.clone())
 
     @staticmethod
     def cat(parts: Iterable[Stats]) -> Stats:

@@ -45,9 +45,7 @@ def test_adapters_and_sigma_train_on_a_quantised_base(bits, adapters):
     with handle.perturbed(step=0):
         hidden = backbone(model)(ids()).last_hidden_state
         head = output_head(model)
-        fused_alp_loss(
-            head.inputs(hidden), head.weight, targets, *rest, objective=Objective.preset("alp-token"), **head.options
-        ).loss.backward()
+        fused_alp_loss(hidden, head, targets, *rest, objective=Objective.preset("alp-token")).loss.backward()
     assert set(gradients(model)) == {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(g.abs().max() > 0 for g in gradients(model).values())
     assert (handle.log_sigma.grad != 0).all()

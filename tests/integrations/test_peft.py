@@ -48,7 +48,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(head, kind, tied)
 
     hidden = backbone(model)(ids()).last_hidden_state
     given = output_head(model)
-    out = fused_alp_loss(given.inputs(hidden), given.weight, targets, *rest, objective=objective, **given.options)
+    out = fused_alp_loss(hidden, given, targets, *rest, objective=objective)
     out.loss.backward()
     assert_same_sums(out.logp * rest[-1], logp.detach() * rest[-1], LENGTH)
     found = gradients(model)
@@ -194,9 +194,7 @@ def test_a_step_moves_adapters_and_sigma_and_nothing_else(head):
         hidden = backbone(model)(ids()).last_hidden_state
         given = output_head(model)
         objective = Objective.preset("alp-sequence")
-        fused_alp_loss(
-            given.inputs(hidden), given.weight, targets, *rest, objective=objective, **given.options
-        ).loss.backward()
+        fused_alp_loss(hidden, given, targets, *rest, objective=objective).loss.backward()
     optimizer.step()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n, p in model.named_parameters() if p.requires_grad}

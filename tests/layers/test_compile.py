@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from alp_kernels import (
+    Head,
     LogitNoise,
     Objective,
     Stats,
@@ -24,8 +25,9 @@ from alp_kernels import (
     policy_loss,
 )
 from alp_kernels.engine import why_not
-from alp_kernels.loss.head import HeadArguments, head_arguments
-from alp_kernels.loss.layout import batch_arguments
+from alp_kernels.loss.arguments import HeadInputs
+from alp_kernels.loss.inputs import LossInputs
+from alp_kernels.loss.operators import Wire
 from alp_kernels.noise.operators import NO_LISTENER
 from alp_kernels.operators import integers
 from alp_kernels.stream import FINAL_LAYER
@@ -189,14 +191,19 @@ def graded(leaves):
 OBJECTIVE = Objective("sequence", kl="k3", kl_coef=0.1, entropy_coef=0.05)
 
 
+def flat(*inputs):
+    """As an operator takes them."""
+    values = (value for part in inputs for value in part)
+    return tuple(value.spec if isinstance(value, Objective) else value for value in values)
+
+
 def test_policy_loss_is_a_sound_operator():
     b = make_batch(0)
     logp, entropy = graded([b.pop("logp"), b.pop("entropy")])
-    given_ = {**b, "cu_seqlens": None, "sequence_ids": None, "num_tokens": 7.0, "num_sequences": None}
-    arguments = batch_arguments("", OBJECTIVE, logp.device, "raise", given_)
-    torch.library.opcheck(torch.ops.alp_kernels.policy_loss.default, (logp, entropy, *arguments))
-    bare = batch_arguments("", Objective("cum-turn"), logp.device, "mask", given_)
-    torch.library.opcheck(torch.ops.alp_kernels.policy_loss.default, (logp, None, *bare))
+    inputs = LossInputs(**b, objective=OBJECTIVE, num_tokens=7.0)
+    for value, given in ((entropy, inputs), (None, inputs._replace(objective=Objective("cum-turn"), nonfinite="mask"))):
+        arguments = flat((logp, value), given.for_graph("", logp.device))
+        torch.library.opcheck(torch.ops.alp_kernels.policy_loss.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,16 +211,15 @@ def test_policy_loss_is_a_sound_operator():
 def test_the_heads_operators_are_sound(dtype, noise):
     leaves, targets, batch = head(dtype=dtype)
     hidden, weight, bias, log_sigma = graded(leaves)
-    spec = LogitNoise(log_sigma, 5, 3) if noise else None
-    shared = HeadArguments(hidden, weight, bias, targets, batch["mask"], 0.7, 3.0, 1.0, spec, None, None)
-    arguments = head_arguments("", shared)
-    given_ = {**batch, "cu_seqlens": None, "sequence_ids": None, "num_tokens": None, "num_sequences": None}
+    whole = Head(weight, bias, 0.7, 3.0, 1.0, LogitNoise(log_sigma, 5, 3) if noise else None)
+    frozen = whole._replace(weight=weight.detach(), bias=None)
+    loss = LossInputs(**batch, objective=OBJECTIVE).for_graph("", hidden.device)
     operators = torch.ops.alp_kernels
-    torch.library.opcheck(operators.linear_logprob.default, arguments)
-    of_batch = batch_arguments("", OBJECTIVE, hidden.device, "raise", given_)
-    torch.library.opcheck(operators.fused_alp_loss.default, (*arguments, *of_batch))
-    frozen = head_arguments("", shared._replace(weight=weight.detach(), bias=None))
-    torch.library.opcheck(operators.linear_logprob.default, frozen)
+    for some in (whole, frozen):
+        wire = Wire.of(HeadInputs.of("", hidden, some, targets, batch["mask"], None, None))
+        torch.library.opcheck(operators.linear_logprob.default, flat(wire))
+    wire = Wire.of(HeadInputs.of("", hidden, whole, targets, batch["mask"], None, None))
+    torch.library.opcheck(operators.fused_alp_loss.default, flat(wire, loss))
 
 
 def test_perturb_rms_norm_is_a_sound_operator():

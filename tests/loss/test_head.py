@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from alp_kernels import LogitNoise, Objective, fused_alp_loss, linear_logprob, normal, policy_loss
 from alp_kernels.engine import why_not
-from alp_kernels.loss.products import even_sizes
+from alp_kernels.loss.plan import even_sizes
 from alp_kernels.stream import LOGITS_LAYER
 from tests.conftest import DEVICE
 from tests.support.batches import pack

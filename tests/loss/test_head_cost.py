@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alp_kernels import Objective, fused_alp_loss, linear_logprob, reference
 from alp_kernels.engine import why_not
-from alp_kernels.loss import head
-from alp_kernels.loss.products import even_sizes
+from alp_kernels.loss import plan as plans
+from alp_kernels.loss.plan import Needs, even_sizes
 from tests.conftest import DEVICE
 from tests.support.heads import LEVELS, make_head
 from tests.support.multiplications import Multiplications
@@ -115,9 +115,8 @@ def test_the_default_chunk_of_a_device(vocab, channels, dtype, num_rows):
         (100 * vocab * dtype.itemsize, 100),
         (700 * vocab * dtype.itemsize, 512),
     ):
-        plan = head._plan(
-            reference, reference.LogitTransform(), torch.zeros(1), hidden, weight, chunk_bytes, True, True
-        )
+        transform, needs = reference.LogitTransform(), Needs(weight=True)
+        plan = plans.make_plan(reference, transform, torch.zeros(1), hidden, weight, chunk_bytes, needs)
         assert plan.chunk_rows == plan.first_rows == expected
 
 
@@ -130,7 +129,7 @@ def test_the_first_chunk_of_logits_lies_in_the_memory_of_dweight(level, num_rows
     hidden, weight, targets, rest = make_head(0, num_rows // 4, 4, channels, vocab, torch.float32)
     rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
     rest |= {"mask": torch.ones_like(rest["mask"]), "advantages": torch.ones_like(rest["advantages"])}
-    monkeypatch.setattr(head, "CPU_CHUNK_BYTES", room * 4 or 1)
+    monkeypatch.setattr(plans, "CPU_CHUNK_BYTES", room * 4 or 1)
     sizes = {}
 
     class Watch(TorchDispatchMode):

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alp_kernels import PRESETS, Objective, Stats, importance_weight, policy_loss
-from alp_kernels.loss.layout import BATCH_NAMES
-from alp_kernels.loss.policy import check_loss, level_log_ratio
-from alp_kernels.objective import KL, Aggregation, Level, row_gradient, surrogate
+from alp_kernels.loss.inputs import LossInputs
+from alp_kernels.loss.levels import level_log_ratio
+from alp_kernels.loss.policy import check_loss
+from alp_kernels.objective import KL, Aggregation, Level, row_gradient, row_loss, surrogate
 from tests.support.batches import by_hand, make_batch, pack
 
 
@@ -269,13 +270,19 @@ def test_probabilities_in_place_of_logarithms_are_refused():
 def test_the_closed_form_of_the_gradient_is_autograds(level, kl):
     b = make_batch(3)
     objective = Objective(level, kl=kl, kl_coef=0.1, entropy_coef=0.05)
-    _, dlogp, dentropy = differentiated(b, objective)
-    given = {name: b.get(name) for name in BATCH_NAMES}
-    batch, index = check_loss(b["logp"], b["entropy"], objective, "raise", given)
-    live, p = batch.select(index), b["logp"].view(-1)[index]
-    closed = row_gradient(level_log_ratio(p, live, objective), p, live.numbers.loss_rows(), objective)
-    for actual, expected in zip(closed, (dlogp, dentropy), strict=True):
-        torch.testing.assert_close(actual, expected.reshape(-1)[index], rtol=1e-12, atol=1e-15)
+    inputs = LossInputs(**{k: v for k, v in b.items() if k not in ("logp", "entropy")}, objective=objective)
+    batch = check_loss(b["logp"], b["entropy"], inputs)
+    index = batch.mask.nonzero().squeeze(1)
+    live = batch.select(index)
+    rows = live.numbers.loss_rows()
+    p, h = (b[name].view(-1)[index].requires_grad_() for name in ("logp", "entropy"))
+    ell = level_log_ratio(p, live, objective)
+    expected = torch.autograd.grad((rows.weight * row_loss(ell, p, h, rows, objective)).sum(), (p, h))
+    closed = row_gradient(ell.detach(), p.detach(), rows, objective)
+    _, *ours = differentiated(b, objective)
+    for one, two, of_all in zip(closed, expected, ours, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-15)
+        assert torch.equal(of_all.view(-1)[index], one)
 
 
 def test_masking_nonfinite_rollout_logp_hides_nothing_else():
@@ -357,6 +364,14 @@ def test_a_loss_of_log_probabilities_goes_through_torch_func():
 
     leaf = logp.clone().requires_grad_()
     torch.testing.assert_close(torch.func.grad(loss)(logp), torch.autograd.grad(loss(leaf), leaf)[0], rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused_and_not_zero():
+    b = make_batch(0)
+    leaf = b.pop("logp").requires_grad_()
+    (first,) = torch.autograd.grad(policy_loss(leaf, **b, objective=Objective()).loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(first.sum(), leaf)
 
 
 def test_what_is_no_tensor_of_floats_is_named():

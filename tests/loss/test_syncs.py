@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import alp_kernels.engine
+import alp_kernels.loss.plan
 import alp_kernels.loss.products
 from alp_kernels import Objective, attach, fused_alp_loss, importance_weight, linear_logprob, policy_loss, reference
 from alp_kernels.objective import Level
@@ -82,7 +83,8 @@ def counted(monkeypatch):
     engine.FUSES_TOKEN_LOSS = True
     with monkeypatch.context() as patch:
         patch.setattr(alp_kernels.engine, "_choose", lambda device_type: engine)
-        patch.setattr(alp_kernels.loss.products, "is_on_host", lambda tensor: False)
+        for module in (alp_kernels.loss.plan, alp_kernels.loss.products):
+            patch.setattr(module, "is_on_host", lambda tensor: False)
         for name in ("tolist", "cpu"):
             patch.setattr(torch.Tensor, name, waiting(getattr(torch.Tensor, name)))
         with counter:

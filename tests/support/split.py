@@ -1,4 +1,4 @@
-"""What ranks make of a head or of sequences that are split over them; for test_vocab_parallel.py and test_parallel.py."""
+"""What ranks make of a head or of sequences that are split over them; for test_split.py and test_parallel.py."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from transformers import Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alp_kernels import (
+    Head,
+    LogitNoise,
     Objective,
+    VocabSplit,
     attach,
     fused_alp_loss,
     gather_sequence,
     gather_weight,
     linear_logprob,
     policy_loss,
-    vocab_parallel_alp_loss,
-    vocab_parallel_logprob,
 )
 from alp_kernels.loss.gather import _Gather
 from tests.support import wrapped
@@ -35,7 +36,7 @@ SPLITS = {2: (50, 11), 4: (7, 30, 20, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
+class HeadCase:
     dtype: torch.dtype = torch.float64
     options: bool = False  # bias, softcap, scale, a temperature a token, a mask
     certain: bool = False  # targets 15 nats and more above the rest
@@ -62,7 +63,7 @@ class Head:
         return {"hidden": hidden, "weight": weight, "targets": targets, "keywords": keywords}
 
 
-def head_case(head: Head, preset: str | None, is_split: bool, exact: bool = False) -> dict[str, Any]:
+def head_case(head: HeadCase, preset: str | None, is_split: bool, exact: bool = False) -> dict[str, Any]:
     """logp, entropy, loss and gradients, of the whole head or of this rank's shard; preset None: linear_logprob.
 
     exact: in float64, of the same inputs.
@@ -84,15 +85,14 @@ def head_case(head: Head, preset: str | None, is_split: bool, exact: bool = Fals
         leaves.append(bias.clone().requires_grad_())
         keywords["bias"] = leaves[2]
     keywords["chunk_bytes"] = head.chunk_bytes
+    given = Head(leaves[1], split=VocabSplit()) if is_split else leaves[1]
     out: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(6)
     if preset is None:
-        function = vocab_parallel_logprob if is_split else linear_logprob
-        logp, entropy = function(*leaves[:2], whole["targets"], **keywords)
+        logp, entropy = linear_logprob(hidden, given, whole["targets"], **keywords)
         by = torch.randn(2, B, T, generator=generator).to(logp.dtype)
         loss = (by[0] * logp + by[1] * entropy).sum()
     else:
-        function = vocab_parallel_alp_loss if is_split else fused_alp_loss
         mask = keywords.pop("mask")
         inputs = _double(head.inputs())
         with torch.no_grad():
@@ -101,7 +101,9 @@ def head_case(head: Head, preset: str | None, is_split: bool, exact: bool = Fals
         rollout, reference = (clean + 0.3 * torch.randn(2, B, T, generator=generator).to(mask.dtype)).unbind()
         objective = Objective.preset(preset, kl="k3", kl_coef=0.1, entropy_coef=0.01)
         rows = (rollout, torch.tensor([1.0, -0.5, 2.0], dtype=mask.dtype), mask)
-        result = function(*leaves[:2], whole["targets"], *rows, objective=objective, ref_logp=reference, **keywords)
+        result = fused_alp_loss(
+            hidden, given, whole["targets"], *rows, objective=objective, ref_logp=reference, **keywords
+        )
         loss, logp, entropy, stats = result
         out["stats"] = stats.summary()
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -126,26 +128,32 @@ def _local(gradient: Any) -> Tensor:
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
-def head_cases(cases: list[tuple[Head, str | None]]) -> list[dict[str, Any]]:
+def head_cases(cases: list[tuple[HeadCase, str | None]]) -> list[dict[str, Any]]:
     return [head_case(head, preset, is_split=True) for head, preset in cases]
 
 
 def refusals() -> dict[str, str]:
     """What each mistake is answered with on this rank."""
-    whole, rank, sizes = Head().inputs(), dist.get_rank(), SPLITS[dist.get_world_size()]
-    args = [whole["hidden"], whole["weight"].split(sizes)[rank], whole["targets"]]
+    whole, rank, sizes = HeadCase().inputs(), dist.get_rank(), SPLITS[dist.get_world_size()]
+    hidden, rows, targets = whole["hidden"], whole["weight"].split(sizes)[rank], whole["targets"]
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def logprob(hidden: Tensor, weight: Tensor, targets: Tensor, **split: Any) -> None:
+        linear_logprob(hidden, Head(weight, split=VocabSplit(**split)), targets)
+
+    shard, columns = (distribute_tensor(whole["weight"], mesh, [Shard(dim)]) for dim in (0, 1))
+    noise = LogitNoise(torch.tensor(-1.0, dtype=hidden.dtype), 1, 2)
     mistakes: dict[str, Any] = {
-        "whole head": lambda: vocab_parallel_logprob(args[0], whole["weight"], args[2]),
-        "gap": lambda: vocab_parallel_logprob(*args, vocab_start=100 * rank),
-        "target": lambda: vocab_parallel_logprob(*args[:2], args[2] + V - 1),
-        "batch": lambda: vocab_parallel_logprob(*args[:2], (args[2] + rank) % V),
-        "hidden": lambda: vocab_parallel_logprob(args[0] + rank, *args[1:]),
-        "sharded head": lambda: linear_logprob(args[0], distribute_tensor(whole["weight"], mesh, [Shard(0)]), args[2]),
-        "split columns": lambda: vocab_parallel_logprob(
-            args[0], distribute_tensor(whole["weight"], mesh, [Shard(1)]), args[2]
-        ),
-        "columns": lambda: vocab_parallel_logprob(args[0][..., 1:], *args[1:]),
+        "whole head": lambda: logprob(hidden, whole["weight"], targets),
+        "gap": lambda: logprob(hidden, rows, targets, start=100 * rank),
+        "target": lambda: logprob(hidden, rows, targets + V - 1),
+        "batch": lambda: logprob(hidden, rows, (targets + rank) % V),
+        "hidden": lambda: logprob(hidden + rank, rows, targets),
+        "sharded head": lambda: linear_logprob(hidden, shard, targets),
+        "split columns": lambda: logprob(hidden, columns, targets),
+        "columns": lambda: logprob(hidden[..., 1:], rows, targets),
+        "placed twice": lambda: logprob(hidden, shard, targets, start=0),
+        "noise": lambda: linear_logprob(hidden, Head(rows, split=VocabSplit(), logit_noise=noise), targets),
     }
     said = {}
     for name, mistake in mistakes.items():
@@ -188,11 +196,16 @@ def tensor_parallel_update(
         if not is_split:
             out = wrapped.fused(hidden, model.lm_head.weight, batch)
         elif fused:
-            out = vocab_parallel_alp_loss(
-                hidden, model.lm_head.weight, *rest, objective=wrapped.OBJECTIVE, **batch["counts"]
+            out = fused_alp_loss(
+                hidden,
+                Head(model.lm_head.weight, split=VocabSplit()),
+                *rest,
+                objective=wrapped.OBJECTIVE,
+                **batch["counts"],
             )
         else:
-            logp, _ = vocab_parallel_logprob(hidden, model.lm_head.weight, rest[0], mask=batch["mask"])
+            head = Head(model.lm_head.weight, split=VocabSplit())
+            logp, _ = linear_logprob(hidden, head, rest[0], mask=batch["mask"])
             out = policy_loss(logp, *rest[1:], objective=wrapped.OBJECTIVE, **batch["counts"])
         out.loss.backward()
     assert handle.log_sigma.grad is not None
@@ -255,7 +268,7 @@ def context_parallel_update(is_split: bool, preset: str) -> dict[str, Any]:
 
 def weight_gradient(dtype: torch.dtype, rank: int, weight: Tensor | None = None) -> Any:
     """Of the head's weight, for hidden states that only `rank` has; through `weight` where given, which is no leaf."""
-    head = Head().inputs()
+    head = HeadCase().inputs()
     leaf = head["weight"].to(dtype).requires_grad_() if weight is None else weight
     rows = (torch.full((B, T), -4.0), torch.tensor([1.0, -1, 2]), head["keywords"]["mask"])
     hidden = (head["hidden"] * (rank + 1)).to(dtype)
@@ -267,7 +280,7 @@ def gathered_weight(average: bool) -> dict[str, Tensor]:
     """This rank's uneven slice of the gradient of a gathered weight."""
     sizes, rank, out = SPLITS[dist.get_world_size()], dist.get_rank(), {}
     for dtype in (torch.float64, torch.bfloat16):
-        local = Head().inputs()["weight"].split(sizes)[rank].to(dtype).requires_grad_()
+        local = HeadCase().inputs()["weight"].split(sizes)[rank].to(dtype).requires_grad_()
         weight_gradient(dtype, rank, gather_weight(local, average=average))
         assert local.grad is not None
         out[str(dtype)] = local.grad

@@ -11,25 +11,25 @@ from torch import Tensor
 from tests.support import processes, split
 from tests.support.bounds import BOUND, assert_same
 from tests.support.compare import assert_within_budget
-from tests.support.split import Head
+from tests.support.split import HeadCase
 
-EXACT: list[tuple[Head, str | None]] = [
-    *((Head(options=o, dtensor=d), None) for o, d in itertools.product((False, True), repeat=2)),
-    (Head(options=True, chunk_bytes=1500), None),
-    (Head(certain=True), None),
+EXACT: list[tuple[HeadCase, str | None]] = [
+    *((HeadCase(options=o, dtensor=d), None) for o, d in itertools.product((False, True), repeat=2)),
+    (HeadCase(options=True, chunk_bytes=1500), None),
+    (HeadCase(certain=True), None),
     *(
-        (Head(options=True, chunk_bytes=c), p)
+        (HeadCase(options=True, chunk_bytes=c), p)
         for c in (None, 2500)
         for p in ("alp-token", "alp-sequence", "alp-cum-token")
     ),
-    (Head(dtensor=True), "alp-sequence"),
+    (HeadCase(dtensor=True), "alp-sequence"),
 ]
 BUDGETED = [
-    (Head(dtype, options=o), p)
+    (HeadCase(dtype, options=o), p)
     for dtype in (torch.float32, torch.bfloat16)
     for o, p in ((False, None), (True, "alp-token"))
 ]
-CERTAIN = (Head(torch.float32, certain=True), None)
+CERTAIN = (HeadCase(torch.float32, certain=True), None)
 UPDATES = {
     "fused": {"fused": True},
     "logprob": {"fused": False},
@@ -53,7 +53,7 @@ def ranks() -> dict[int, list[dict[str, Any]]]:
     return {size: processes.run(work, size) for size in (2, 4)}
 
 
-def joined(ranks: list[dict[str, Any]], case: tuple[Head, str | None]) -> dict[str, Tensor]:
+def joined(ranks: list[dict[str, Any]], case: tuple[HeadCase, str | None]) -> dict[str, Tensor]:
     """The ranks' shards of gradients put together; what should be the same on all ranks is."""
     parts = [rank["heads"][[*EXACT, *BUDGETED, CERTAIN].index(case)] for rank in ranks]
     out = {}
@@ -68,7 +68,7 @@ def joined(ranks: list[dict[str, Any]], case: tuple[Head, str | None]) -> dict[s
 
 
 @functools.cache
-def whole(head: Head, preset: str | None) -> dict[str, Any]:
+def whole(head: HeadCase, preset: str | None) -> dict[str, Any]:
     return split.head_case(head, preset, is_split=False)
 
 
@@ -127,4 +127,6 @@ def test_mistakes_are_said_on_every_rank(size: int, ranks: dict[int, Any]) -> No
         assert "weight has shape" in said["columns"]
         assert "weight is a DTensor, one rank's shard of it; give gather_weight(weight)" in said["sharded head"]
         assert "it needs (Shard(0),) on a mesh of one dimension" in said["split columns"]
+        assert "VocabSplit's group and start must be None" in said["placed twice"]
+        assert "logit_noise came with a split vocabulary" in said["noise"]
         assert "give perturbed(row_ids=...), or attach their data_rank" in rank["noise that differs"]

@@ -1,0 +1,243 @@
+"""What the fused head's functions are given, checked: hidden states, a head, targets -> rows, and a plan of how to take them.
+
+Everything is checked before any kernel runs; values are looked at in one transfer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import DTYPES, real
+from ..engine import pick
+from ..noise.perturb import check_tensor
+from ..reference import LogitTransform
+from .gather import local_rows
+from .head import Head
+from .plan import Needs, Operands, make_plan
+from .split import agree, sum_gradient
+from .transfer import Transfer
+
+
+class HeadInputs(NamedTuple):
+    """Hidden states at an output head; made once by `of`, where autocast and autograd can be asked."""
+
+    hidden: Tensor  # (B, T, D) or (N, D), of the head's dtype
+    head: Head
+    targets: Tensor  # (B, T) or (N,)
+    mask: Tensor | None
+    chunk_bytes: int | None
+    engine: str | None
+    needs: Needs
+
+    @staticmethod
+    def of(
+        where: str,
+        hidden: Tensor,
+        head: Head,
+        targets: Tensor,
+        mask: Tensor | None,
+        chunk_bytes: int | None,
+        engine: str | None,
+    ) -> HeadInputs:
+        """With the adapters' outputs, this rank's rows of a DTensor, and all in one dtype as autocast would have them."""
+        check_tensor(where, "hidden", hidden)
+        check_tensor(where, "weight", head.weight)
+        if head.split is not None:
+            head = _local(where, head)
+        hidden, weight, bias = head.inputs(hidden), head.weight, head.bias
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        log_sigma = None if head.logit_noise is None else head.logit_noise.log_sigma
+        graded = (hidden, weight, bias, log_sigma)
+        needs = Needs(*(torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in graded))
+        head = head._replace(weight=weight, bias=bias)
+        return HeadInputs(hidden, head, targets, mask, chunk_bytes, engine, needs)
+
+
+def check_head(where: str, inputs: HeadInputs, transfer: Transfer) -> Operands:
+    """Check the inputs beside one another; `transfer` looks at the values of targets and temperature.
+
+    With a split the ranks compare theirs, a collective call, and the gradient of hidden is summed over them.
+    """
+    hidden, head, targets, mask = inputs.hidden, inputs.head, inputs.targets, inputs.mask
+    _check_tensors(where, inputs)
+    _check_shapes(where, inputs)
+    flat_targets = (targets if mask is None else targets * (mask != 0)).reshape(-1).long()  # off the mask anything goes
+    if head.split is None:
+        _check_targets(where, flat_targets, targets.shape, len(head.weight), transfer)
+    _check_options(where, inputs)
+    transform = _transform(where, inputs, transfer)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    plan = make_plan(
+        pick(inputs.engine, hidden.device),
+        transform,
+        flat_targets,
+        hidden,
+        head.weight,
+        inputs.chunk_bytes,
+        inputs.needs,
+    )
+    if head.split is not None:
+        shard, chunk_rows = agree(where, flat, head.weight, targets, mask, head.split, plan.chunk_rows)
+        plan = plan.for_shard(shard, targets.reshape(-1).long().clamp(0, shard.vocab - 1), chunk_rows)
+        flat = sum_gradient(flat, shard.group)
+    return Operands(flat, head.weight, head.bias, plan)
+
+
+def _local(where: str, head: Head) -> Head:
+    """With this rank's rows in place of DTensors."""
+    split, weight, bias = head.split, head.weight, head.bias
+    assert split is not None
+    if not torch.distributed.is_initialized():
+        raise RuntimeError(f"{where}: torch.distributed is not initialised; in one process leave the Head's split out")
+    if head.logit_noise is not None:
+        raise ValueError(f"{where}: logit_noise came with a split vocabulary; its noise needs whole rows of logits")
+    if hasattr(weight, "full_tensor"):
+        if split.group is not None or split.start is not None:
+            raise ValueError(
+                f"{where}: weight is a DTensor, which says where its rows are; VocabSplit's group and start must be None"
+            )
+        group, weight = local_rows(where, "weight", weight)
+        split = split._replace(group=group)
+    if bias is not None and hasattr(bias, "full_tensor"):
+        _, bias = local_rows(where, "bias", bias)
+    if weight.dim() != 2 or len(weight) == 0:
+        raise ValueError(
+            f"{where}: weight has shape {tuple(weight.shape)}; it needs this rank's rows of the head (V_r, D)"
+        )
+    return head._replace(weight=weight, bias=bias, split=split)
+
+
+def _check_tensors(where: str, inputs: HeadInputs) -> None:
+    tensors = {
+        "hidden": inputs.hidden,
+        "weight": inputs.head.weight,
+        "targets": inputs.targets,
+        "bias": inputs.head.bias,
+        "mask": inputs.mask,
+    }
+    for name, value in tensors.items():
+        if value is not None or name == "targets":
+            check_tensor(where, name, value)
+        if hasattr(value, "full_tensor"):
+            fits = "gather_weight(weight), or Head(weight, split=VocabSplit()) where tensor-parallel ranks split the vocabulary"
+            fits = fits if name == "weight" else f"{name}.full_tensor()"
+            raise TypeError(f"{where}: {name} is a DTensor, one rank's shard of it; give {fits}")
+        if type(value).__module__.startswith("torchao."):
+            raise TypeError(
+                f"{where}: {name} is a {type(value).__name__}, quantised by torchao; give {name}.dequantize()"
+            )
+    if inputs.hidden.device.type == "meta":
+        raise ValueError(f"{where}: hidden is on the meta device and holds no values")
+
+
+def _check_shapes(where: str, inputs: HeadInputs) -> None:
+    """And dtypes, and devices."""
+    hidden, weight, bias = inputs.hidden, inputs.head.weight, inputs.head.bias
+    targets, mask = inputs.targets, inputs.mask
+    if hidden.dtype not in DTYPES:
+        raise TypeError(f"{where}: hidden is {hidden.dtype}; it needs one of {', '.join(map(str, DTYPES))}")
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"{where}: hidden has shape {tuple(hidden.shape)}; it needs (B, T, D) or (N, D)")
+    channels = hidden.shape[-1]
+    if weight.dim() == 1:
+        raise ValueError(
+            f"{where}: weight has shape {tuple(weight.shape)}: one rank's flat shard (FSDP1, ZeRO-3)? It needs (V, {channels}): "
+            "take the loss inside the wrapped forward, where the weight is whole, or from log-probabilities with policy_loss"
+        )
+    if weight.dim() != 2 or weight.shape[1] != channels or len(weight) == 0:
+        raise ValueError(
+            f"{where}: weight has shape {tuple(weight.shape)}; hidden {tuple(hidden.shape)} needs (V, {channels})"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"{where}: weight is {weight.dtype}, hidden {hidden.dtype}; they must be alike (cast one, or use autocast)"
+        )
+    vocab = len(weight)
+    if bias is not None and (bias.shape != (vocab,) or bias.dtype != weight.dtype):
+        raise ValueError(f"{where}: bias is {bias.dtype} {tuple(bias.shape)}; weight needs {weight.dtype} ({vocab},)")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{where}: targets has shape {tuple(targets.shape)}; hidden {tuple(hidden.shape)} needs {tuple(hidden.shape[:-1])}"
+        )
+    if targets.numel() == 0:
+        raise ValueError(
+            f"{where}: targets have shape {tuple(targets.shape)}: the batch is empty; it needs at least one token"
+        )
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{where}: targets is {targets.dtype}; it needs torch.int64")
+    if mask is not None and mask.shape != targets.shape:
+        raise ValueError(f"{where}: mask has shape {tuple(mask.shape)}; it needs {tuple(targets.shape)}")
+    for name, value in (("weight", weight), ("bias", bias), ("targets", targets), ("mask", mask)):
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{where}: {name} is on {value.device}, hidden on {hidden.device}; they must share one")
+
+
+def _check_targets(where: str, flat: Tensor, shape: torch.Size, vocab: int, transfer: Transfer) -> None:
+    span = [transfer.ask(value) for value in flat.aminmax()]
+
+    def check() -> None:
+        low, high = (int(asked.numbers[0]) for asked in span)
+        if low < 0 or high >= vocab:
+            outside = (flat < 0) | (flat >= vocab)
+            count, first = int(outside.sum()), int(outside.to(torch.uint8).argmax())
+            at = (first,) if len(shape) == 1 else divmod(first, shape[1])
+            raise ValueError(
+                f"{where}: targets has {count} values outside the vocabulary [0, {vocab}), first {int(flat[first])} at {at}"
+            )
+
+    transfer.check(check)
+
+
+def _check_options(where: str, inputs: HeadInputs) -> None:
+    scale, softcap, chunk_bytes = inputs.head.logit_scale, inputs.head.softcap, inputs.chunk_bytes
+    if not (math.isfinite(scale) and scale != 0):
+        raise ValueError(f"{where}: logit_scale={scale}; it needs a finite number other than 0")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{where}: softcap={softcap}; it needs a number > 0, or None")
+    if chunk_bytes is not None and chunk_bytes <= 0:
+        raise ValueError(f"{where}: chunk_bytes={chunk_bytes}; it needs a number of bytes > 0, or None")
+
+
+def _transform(where: str, inputs: HeadInputs, transfer: Transfer) -> LogitTransform:
+    hidden, head, targets = inputs.hidden, inputs.head, inputs.targets
+    softcap = None if head.softcap is None else float(head.softcap)
+    transform = LogitTransform(float(head.logit_scale), softcap, _temperatures(where, inputs, transfer))
+    if head.logit_noise is None:
+        return transform
+    log_sigma = head.logit_noise.log_sigma
+    if log_sigma.numel() != 1 or log_sigma.dtype != real(hidden) or log_sigma.device != hidden.device:
+        raise ValueError(
+            f"{where}: logit_noise.log_sigma is {log_sigma.dtype} {tuple(log_sigma.shape)} on {log_sigma.device}; "
+            f"it needs {real(hidden)} () on {hidden.device}"
+        )
+    stream = head.logit_noise.coordinates.stream(where, targets.numel(), hidden.device)
+    stream = stream._replace(row_ids=stream.rows(targets.numel(), hidden.device), row_start=0)
+    return transform._replace(sigma=log_sigma.detach().reshape(()).exp(), stream=stream)
+
+
+def _temperatures(where: str, inputs: HeadInputs, transfer: Transfer) -> Tensor | None:
+    """(N,); None: 1."""
+    temperature, hidden, shape = inputs.head.temperature, inputs.hidden, inputs.targets.shape
+    if not isinstance(temperature, Tensor):
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"{where}: temperature={temperature}; it needs a number > 0")
+        if temperature == 1:
+            return None
+        return torch.full((shape.numel(),), temperature, dtype=real(hidden), device=hidden.device)
+    if temperature.numel() != 1 and temperature.shape != shape:
+        raise ValueError(f"{where}: temperature has shape {tuple(temperature.shape)}; it needs () or {tuple(shape)}")
+    tau = temperature.detach().to(hidden.device, real(hidden), non_blocking=True)
+    lowest = transfer.ask(tau.amin())
+
+    def check() -> None:
+        if not lowest.numbers[0] > 0:
+            raise ValueError(f"{where}: temperature has values <= 0; it needs positive ones")
+
+    transfer.check(check)
+    return (tau.reshape(()) if tau.numel() == 1 else tau).expand(shape).reshape(-1)

@@ -1,0 +1,163 @@
+"""Hidden states -> log-probabilities -> policy loss, with the logits never all in memory: the public functions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..objective import Objective
+from ..operators import gate
+from ..stream import LogitNoise
+from .arguments import HeadInputs, check_head
+from .fused import FusedLoss, LinearLogprob, fused_head, prepare, row_order
+from .head import Head, as_head
+from .inputs import Count, LossInputs
+from .operators import Wire, fused_alp_loss_operator, linear_logprob_operator
+from .stats import LossOutput
+from .transfer import Transfer
+
+
+def fused_alp_loss(
+    hidden: Tensor,
+    weight: Tensor | Head,
+    targets: Tensor,
+    rollout_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    objective: Objective,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logit_noise: LogitNoise | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    turn_ends: Tensor | None = None,
+    num_tokens: Count = None,
+    num_sequences: Count = None,
+    nonfinite: str = "raise",
+    chunk_bytes: int | None = None,
+    engine: str | None = None,
+) -> LossOutput:
+    """Policy loss straight from hidden states and the output head: `policy_loss` without N x V logits in memory.
+
+    The row of `hidden` at a position predicts the target at that position: the caller shifts.
+
+    Args:
+        hidden: (B, T, D) padded or (N, D) packed; float32, bfloat16, float16 (float64 for tests); differentiable.
+        weight: a Head, such as `output_head(model)` makes; or (V, D) of the output embedding, hidden's dtype (autocast casts
+            both), differentiable unless frozen. A Head takes the keywords from bias to logit_noise where it leaves them out.
+        targets: (B, T) or (N,) int64 in [0, V); free off the mask.
+        rollout_logp, advantages, mask and the keywords from old_logp to nonfinite: as in `policy_loss`, (B, T) or (N,).
+        bias, logit_scale, softcap, logit_noise, temperature: as in Head.
+        chunk_bytes: memory for one chunk of logits, in bytes; default 240 MiB on a CPU, 2.5 GiB on other devices, and for
+            16-bit tensors at least that of a float32 gradient of `weight`, which a single chunk saves.
+        engine: "triton", "native", "reference" or None for the automatic choice.
+
+    Returns:
+        LossOutput(loss, logp, entropy, stats). Gradients are formed with the loss; backward only scales them.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what fits, before any kernel runs.
+    """
+    where = "fused_alp_loss"
+    head = as_head(
+        where,
+        weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        logit_noise=logit_noise,
+    )
+    inputs = LossInputs(
+        rollout_logp=rollout_logp,
+        advantages=advantages,
+        mask=mask,
+        objective=objective,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        token_weight=token_weight,
+        cu_seqlens=cu_seqlens,
+        sequence_ids=sequence_ids,
+        turn_ends=turn_ends,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        nonfinite=nonfinite,
+    )
+    return _fused_alp_loss(HeadInputs.of(where, hidden, head, targets, mask, chunk_bytes, engine), inputs)
+
+
+def _fused_in_graph(head: HeadInputs, loss: LossInputs) -> LossOutput:
+    if head.head.split is not None:
+        return _fused_eager(head, loss)  # its collective calls are no part of an operator: Dynamo breaks the graph here
+    out = fused_alp_loss_operator(Wire.of(head), loss.for_graph("fused_alp_loss", head.hidden.device))
+    knows_sequences = loss.knows_sequences(head.targets.shape)
+    stats = out.stats_rows.stats(loss.objective, knows_sequences=knows_sequences, has_entropy=True)
+    return LossOutput(out.loss, out.logp, out.entropy, stats)
+
+
+def _fused_eager(head: HeadInputs, loss: LossInputs) -> LossOutput:
+    where, shape, transfer = "fused_alp_loss", head.targets.shape, Transfer()
+    operands = check_head(where, head, transfer)
+    given = prepare(where, operands, loss, shape, transfer, head.needs)
+    fused, noise = fused_head(given), head.head.logit_noise
+    log_sigma = None if noise is None else noise.log_sigma
+    value = FusedLoss.apply(operands.hidden, operands.weight, operands.bias, log_sigma, given, fused)
+    return LossOutput(value, fused.logp.view(shape), fused.entropy.view(shape), fused.stats)
+
+
+_fused_alp_loss = gate(graph=_fused_in_graph)(_fused_eager)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor | Head,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logit_noise: LogitNoise | None = None,
+    chunk_bytes: int | None = None,
+    engine: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy (nats) of its distribution, both like targets and differentiable.
+
+    Arguments as in `fused_alp_loss`. Rows off `mask` return 0 and cost nothing. Without a gradient (torch.no_grad) this is
+    one product; with one, backward makes the logits again, chunk by chunk.
+    """
+    where = "linear_logprob"
+    head = as_head(
+        where,
+        weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        logit_noise=logit_noise,
+    )
+    return _linear_logprob(HeadInputs.of(where, hidden, head, targets, mask, chunk_bytes, engine))
+
+
+def _logprob_in_graph(head: HeadInputs) -> tuple[Tensor, Tensor]:
+    if head.head.split is not None:
+        return _logprob_eager(head)
+    out = linear_logprob_operator(Wire.of(head))
+    return out.logp, out.entropy
+
+
+def _logprob_eager(head: HeadInputs) -> tuple[Tensor, Tensor]:
+    transfer, noise = Transfer(), head.head.logit_noise
+    hidden, weight, bias, plan = check_head("linear_logprob", head, transfer)
+    log_sigma = None if noise is None else noise.log_sigma
+    logp, entropy = LinearLogprob.apply(hidden, weight, bias, log_sigma, plan, row_order(hidden, head.mask, transfer))
+    return logp.view(head.targets.shape), entropy.view(head.targets.shape)
+
+
+_linear_logprob = gate(graph=_logprob_in_graph)(_logprob_eager)

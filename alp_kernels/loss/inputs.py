@@ -1,0 +1,65 @@
+"""What a policy loss is given: one description, made by the public functions and taken by all that is below them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..objective import Objective
+
+Count: TypeAlias = int | float | Tensor | None
+"""Of a whole optimiser batch, > 0; a tensor of one element counts as at least 1, None as this call's own count."""
+
+
+class LossInputs(NamedTuple):
+    """As `policy_loss` explains them; per token: (B, T) padded or (N,) packed."""
+
+    rollout_logp: Tensor  # per token
+    advantages: Tensor  # (B,) or per token
+    mask: Tensor  # per token
+    objective: Objective
+    old_logp: Tensor | None = None  # per token
+    ref_logp: Tensor | None = None  # per token
+    token_weight: Tensor | None = None  # per token
+    cu_seqlens: Tensor | None = None  # (B + 1,)
+    sequence_ids: Tensor | None = None  # (N,)
+    turn_ends: Tensor | None = None  # per token
+    num_tokens: Count = None
+    num_sequences: Count = None
+    nonfinite: str = "raise"
+
+    def knows_sequences(self, shape: torch.Size) -> bool:
+        """shape: of the targets."""
+        return len(shape) == 2 or self.cu_seqlens is not None or self.sequence_ids is not None
+
+    def for_graph(self, where: str, device: torch.device) -> LossInputs:
+        """With counts as tensors, which no graph is specialised on. The rest is checked inside the operator, when it runs."""
+        check_objective(where, self.objective)
+        for name in ("num_tokens", "num_sequences"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), Tensor):
+                check_count(where, name, getattr(self, name))
+        return self._replace(
+            num_tokens=_tensor(self.num_tokens, device), num_sequences=_tensor(self.num_sequences, device)
+        )
+
+
+def _tensor(count: Count, device: torch.device) -> Tensor | None:
+    return count if isinstance(count, Tensor | None) else torch.full((), count, dtype=torch.float64, device=device)
+
+
+def check_objective(where: str, objective: Objective) -> None:
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{where}: objective is {objective!r}; it needs an Objective, e.g. Objective.preset('alp-sequence')"
+        )
+
+
+def check_count(where: str, name: str, value: float) -> None:
+    """Of a number, which may be symbolic in a graph."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat) or not value > 0:
+        raise ValueError(f"{where}: {name}={value!r}; it needs a count > 0, that of the whole optimiser batch")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: {name}={value!r}; it needs a count > 0, that of the whole optimiser batch")

@@ -1,0 +1,259 @@
+"""linear_logprob and fused_alp_loss as operators of a compiled graph. Checks, chunks and row selections are inside.
+
+`linear_logprob` makes its logits again in backward. `fused_alp_loss` returns the gradients beside the loss, already in the dtypes
+of their tensors (and at the scale that float16 needs); backward multiplies them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import real
+from ..noise.operators import in_tensors, stream_of
+from ..operators import Operator
+from ..reference import HeadRows
+from ..stream import LOGITS_LAYER, LogitNoise
+from .arguments import HeadInputs, check_head
+from .fused import fused_head, gradient_scale, logprob_gradients, logprob_rows, prepare, row_order
+from .head import Head
+from .inputs import LossInputs
+from .plan import Gradients, Needs
+from .stats import StatsRows
+from .transfer import Transfer
+
+
+class Wire(NamedTuple):
+    """HeadInputs as an operator takes them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    log_sigma: Tensor | None
+    targets: Tensor
+    is_wanted: Tensor | None  # HeadInputs.mask
+    temperatures: Tensor | None
+    temperature: float  # where temperatures is None
+    softcap: float | None
+    logit_scale: float
+    at: Tensor | None  # of the noise on the logits, as row_ids: noise/operators.py
+    row_ids: Tensor | None
+    chunk_bytes: int | None
+    engine: str | None
+    needs: list[bool]
+
+    @staticmethod
+    def of(inputs: HeadInputs) -> Wire:
+        head, noise = inputs.head, inputs.head.logit_noise
+        by_row = head.temperature if isinstance(head.temperature, Tensor) else None
+        return Wire(
+            hidden=inputs.hidden,
+            weight=head.weight,
+            bias=head.bias,
+            log_sigma=None if noise is None else noise.log_sigma,
+            targets=inputs.targets,
+            is_wanted=inputs.mask,
+            temperatures=by_row,
+            temperature=1.0 if isinstance(head.temperature, Tensor) else head.temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            at=None if noise is None else in_tensors(noise.coordinates).at,
+            row_ids=None if noise is None else noise.row_ids,
+            chunk_bytes=inputs.chunk_bytes,
+            engine=inputs.engine,
+            needs=list(inputs.needs),
+        )
+
+    def inputs(self) -> HeadInputs:
+        """Detached."""
+        noise = None
+        if self.log_sigma is not None and self.at is not None:
+            stream = stream_of(self.at, LOGITS_LAYER, self.row_ids)
+            noise = LogitNoise(self.log_sigma.detach(), stream.seed, stream.step, self.row_ids, stream.row_start)
+        head = Head(
+            self.weight.detach(),
+            None if self.bias is None else self.bias.detach(),
+            self.temperature if self.temperatures is None else self.temperatures,
+            self.softcap,
+            self.logit_scale,
+            noise,
+        )
+        rest = (self.targets, self.is_wanted, self.chunk_bytes, self.engine, Needs(*self.needs))
+        return HeadInputs(self.hidden.detach(), head, *rest)
+
+    def gradients(self, grads: Gradients) -> WireGradients:
+        """Each in its tensor's dtype and shape, contiguous; (0,) for those that are not needed."""
+        likes = (self.hidden, self.weight, self.bias, self.log_sigma)
+        return WireGradients(
+            *(
+                self.hidden.new_empty(0)
+                if grad is None or like is None
+                else grad.to(like.dtype).reshape(like.shape).contiguous()
+                for grad, like in zip(grads, likes, strict=True)
+            )
+        )
+
+    def empty_gradients(self) -> WireGradients:
+        likes = zip((self.hidden, self.weight, self.bias, self.log_sigma), self.needs, strict=True)
+        empty = (
+            like.new_empty(like.shape) if needed and like is not None else self.hidden.new_empty(0)
+            for like, needed in likes
+        )
+        return WireGradients(*empty)
+
+
+class WireGradients(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    log_sigma: Tensor
+
+    def needed(self, needs: list[bool]) -> dict[str, Tensor | None]:
+        """By their fields' names in Wire."""
+        return {name: grad for name, grad, need in zip(self._fields, self, needs, strict=True) if need}
+
+
+# ------------------------------------------------------------------ linear_logprob
+
+
+class LogprobRows(NamedTuple):
+    """Each like targets."""
+
+    logp: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+class _LogprobBackward(NamedTuple):
+    logp: Tensor
+    entropy: Tensor
+    lse: Tensor
+    dlogp: Tensor
+    dentropy: Tensor
+
+
+def _linear_logprob(wire: Wire) -> LogprobRows:
+    inputs, transfer = wire.inputs(), Transfer()
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        operands = check_head("linear_logprob", inputs, transfer)
+        rows = logprob_rows(operands, row_order(operands.hidden, inputs.mask, transfer))
+    return LogprobRows(*(v.view(inputs.targets.shape) for v in rows))
+
+
+def _linear_logprob_fake(wire: Wire) -> LogprobRows:
+    dtypes = (real(wire.hidden), real(wire.hidden), torch.float64)
+    return LogprobRows(*(wire.hidden.new_empty(wire.targets.shape, dtype=dtype) for dtype in dtypes))
+
+
+def _linear_logprob_backward(wire: Wire, given: _LogprobBackward) -> WireGradients:
+    inputs, transfer = wire.inputs(), Transfer()
+    logp, entropy, lse, dlogp, dentropy = (v.reshape(-1) for v in given)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        operands = check_head("linear_logprob", inputs, transfer)
+        order = row_order(operands.hidden, inputs.mask, transfer)
+        grads = logprob_gradients(operands, order, HeadRows(logp, entropy, lse), dlogp, dentropy, inputs.needs)
+    return wire.gradients(grads)
+
+
+def _linear_logprob_backward_fake(wire: Wire, given: _LogprobBackward) -> WireGradients:
+    return wire.empty_gradients()
+
+
+def _linear_setup(ctx: Any, wire: Wire, out: LogprobRows) -> None:
+    """Tensors where autograd wants them, the rest on ctx."""
+    ctx.mark_non_differentiable(out.lse)
+    tensors = {name: value for name, value in wire._asdict().items() if isinstance(value, Tensor)}
+    ctx.others = {name: value for name, value in wire._asdict().items() if name not in tensors}
+    ctx.names = list(tensors)
+    ctx.save_for_backward(*tensors.values(), *out)
+
+
+def _linear_gradient(ctx: Any, grads: LogprobRows) -> dict[str, Tensor | None]:
+    *tensors, logp, entropy, lse = ctx.saved_tensors
+    wire = Wire(**ctx.others, **dict(zip(ctx.names, tensors, strict=True)))
+    given = _LogprobBackward(logp, entropy, lse, grads.logp, grads.entropy)
+    return _linear_logprob_backward_operator(wire, given).needed(wire.needs)
+
+
+linear_logprob_operator = Operator(
+    "linear_logprob", (Wire,), LogprobRows, _linear_logprob, _linear_logprob_fake,
+    setup=_linear_setup, gradient=_linear_gradient,
+)  # fmt: skip
+_linear_logprob_backward_operator = Operator(
+    "linear_logprob_backward", (Wire, _LogprobBackward), WireGradients,
+    _linear_logprob_backward, _linear_logprob_backward_fake,
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------ fused_alp_loss
+
+
+class FusedOutput(NamedTuple):
+    loss: Tensor  # ()
+    logp: Tensor  # like targets, as entropy
+    entropy: Tensor
+    dhidden: Tensor  # as WireGradients, of loss / scale
+    dweight: Tensor
+    dbias: Tensor
+    dlog_sigma: Tensor
+    scale: Tensor  # ()
+    numbers: Tensor  # as StatsRows, with the next two
+    flags: Tensor
+    num_nonfinite: Tensor
+
+    @property
+    def gradients(self) -> WireGradients:
+        return WireGradients(self.dhidden, self.dweight, self.dbias, self.dlog_sigma)
+
+    @property
+    def stats_rows(self) -> StatsRows:
+        return StatsRows(self.numbers, self.flags, self.num_nonfinite)
+
+
+def _fused(wire: Wire, loss: LossInputs) -> FusedOutput:
+    inputs, transfer = wire.inputs(), Transfer()
+    shape = inputs.targets.shape
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        operands = check_head("fused_alp_loss", inputs, transfer)
+        given = prepare("fused_alp_loss", operands, loss, shape, transfer, inputs.needs)
+    fused, sigma = fused_head(given), operands.plan.transform.sigma
+    grads = fused.gradients
+    if grads.sigma is not None and sigma is not None:
+        grads = grads._replace(sigma=grads.sigma * sigma)
+    scale = gradient_scale(given.batch, operands.hidden.dtype)
+    return FusedOutput(
+        fused.loss,
+        fused.logp.view(shape),
+        fused.entropy.view(shape),
+        *wire.gradients(grads),
+        torch.ones_like(fused.loss) if scale is None else scale,
+        *fused.stats.rows(fused.index, shape.numel()),
+    )
+
+
+def _fused_fake(wire: Wire, loss: LossInputs) -> FusedOutput:
+    value, scale = (wire.hidden.new_empty((), dtype=real(wire.hidden)) for _ in range(2))
+    logp, entropy = (
+        torch.empty_like(wire.targets, dtype=value.dtype, memory_format=torch.contiguous_format) for _ in range(2)
+    )
+    stats = StatsRows.empty_like(value, wire.targets.numel())
+    return FusedOutput(value, logp, entropy, *wire.empty_gradients(), scale, *stats)
+
+
+def _fused_setup(ctx: Any, wire: Wire, loss: LossInputs, out: FusedOutput) -> None:
+    ctx.mark_non_differentiable(*out[1:])
+    ctx.save_for_backward(*out.gradients, out.scale)
+    ctx.needs = wire.needs
+
+
+def _fused_gradient(ctx: Any, grads: FusedOutput) -> dict[str, Tensor | None]:
+    *formed, scale = ctx.saved_tensors
+    by = grads.loss * scale
+    return WireGradients(*((grad * by).to(grad.dtype) for grad in formed)).needed(ctx.needs)
+
+
+fused_alp_loss_operator = Operator(
+    "fused_alp_loss", (Wire, LossInputs), FusedOutput, _fused, _fused_fake, setup=_fused_setup, gradient=_fused_gradient
+)

@@ -1,0 +1,128 @@
+"""One call's constants: how many rows of logits are made at a time, and who computes what of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..protocol import Engine
+from ..reference import LogitTransform
+from .split import Shard
+
+CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 5 << 29
+"""Memory for a chunk of logits where the caller names none: 8704 rows of a vocabulary of 151936 in bfloat16.
+
+A second chunk reads the weight twice more and has dW written, read, written, read in float32 and rounded, where one chunk
+writes it rounded: with D 4096, 12 GB more, a tenth of what three products of 8192 rows take. The last 512 of those rows, for
+batches a little above a power of two, are 148 MiB.
+"""
+
+BLOCK_ROWS = 256
+"""A device's chunks are multiples of it but for the last: whole tiles of the products, and sizes that come again."""
+
+
+class Needs(NamedTuple):
+    """Whether a gradient will be asked for."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    log_sigma: bool = False
+
+
+class Gradients(NamedTuple):
+    """Of hidden, weight and bias, like them, and of the logit noise's sigma or log_sigma, (); None where nobody needs it."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    sigma: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """None of it is differentiated."""
+
+    engine: Engine
+    transform: LogitTransform  # temperature and row ids for all N rows
+    targets: Tensor  # (N,)
+    chunk_bytes: int  # for logits
+    chunk_rows: int  # so many rows of logits are kept at a time
+    first_rows: int  # ... in the first chunk, which may lie in the memory of dW
+    shard: Shard | None = None  # where ranks split the vocabulary: targets are those of the whole one
+
+    def is_tiled(self, dtype: torch.dtype, num_parts: int) -> bool:
+        """Whether logits come by tiles; num_parts: how often rows go back (a single product is rounded once).
+
+        Noise on the logits needs whole rows, since a Philox call serves four distant tokens.
+        """
+        fits = dtype == torch.float32 or (dtype == torch.bfloat16 and num_parts <= 1)
+        return self.engine.tiles is not None and self.shard is None and self.transform.sigma is None and fits
+
+    @property
+    def keeps_exponentials(self) -> bool:
+        return self.engine.KEEPS_EXPONENTIALS and self.shard is None
+
+    @property
+    def fuses_token_loss(self) -> bool:
+        return self.engine.FUSES_TOKEN_LOSS and self.shard is None
+
+    def for_shard(self, shard: Shard, targets: Tensor, chunk_rows: int) -> Plan:
+        """A chunk is a collective call: chunk_rows is the same on all ranks."""
+        return replace(self, shard=shard, targets=targets, chunk_rows=chunk_rows, first_rows=chunk_rows)
+
+
+class Operands(NamedTuple):
+    """Rows, a head that fits them, and the plan."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    plan: Plan
+
+
+def make_plan(
+    engine: Engine,
+    transform: LogitTransform,
+    targets: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    chunk_bytes: int | None,
+    needs: Needs,
+) -> Plan:
+    vocab, channels = weight.shape
+    default = CPU_CHUNK_BYTES if is_on_host(hidden) else DEVICE_CHUNK_BYTES
+    limit = default if chunk_bytes is None else chunk_bytes
+    if chunk_bytes is None and needs.weight and hidden.dtype in (torch.bfloat16, torch.float16):
+        # several chunks need a float32 dW to be summed in; a single one of that size needs none, and no pass over it
+        limit = max(limit, 4 * vocab * channels)
+    rows = max(1, limit // (vocab * hidden.element_size()))
+    if not is_on_host(hidden) and rows > BLOCK_ROWS:
+        rows -= rows % BLOCK_ROWS
+    plan = Plan(engine, transform, targets, limit, rows, rows)
+    lies_in_dweight = (
+        chunk_bytes is None and needs.weight and hidden.dtype == torch.float32 and plan.is_tiled(hidden.dtype, 1)
+    )
+    return replace(plan, first_rows=max(rows, channels)) if lies_in_dweight else plan
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def even_sizes(num_rows: int, first: int, rest: int) -> list[int]:
+    """Rows in as few chunks as fit, the first of at most `first` rows and the others of `rest`, filled alike.
+
+    Where `rest` is a multiple of BLOCK_ROWS, so are they, but for the last.
+    """
+    unit = BLOCK_ROWS if rest % BLOCK_ROWS == 0 else 1
+    others = max(0, -(-(num_rows - first) // rest))
+    sizes: list[int] = []
+    for i in range(others + 1 if num_rows else 0):
+        left = num_rows - sum(sizes)
+        share = -(-first * left // (first + others * rest)) if i == 0 else -(-left // (others + 1 - i))
+        sizes.append(min(left, -(-share // unit) * unit))
+    return sizes

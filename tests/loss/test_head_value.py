@@ -1,0 +1,91 @@
+"""Head: one value in place of a weight and its keywords, with the same bits."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from alp_kernels import Head, LogitNoise, Objective, VocabSplit, fused_alp_loss, linear_logprob
+from tests.support.heads import make_head
+
+OBJECTIVE = Objective("sequence")
+
+
+@pytest.fixture
+def batch():
+    return make_head(0, 3, 5)
+
+
+def noise(hidden):
+    return LogitNoise(torch.full((), -1.0, dtype=torch.float64, device=hidden.device, requires_grad=True), 1, 2)
+
+
+def results(hidden, weight, targets, rest, **keywords):
+    """Loss, log-probabilities, entropies, and gradients in the hidden states."""
+    hidden = hidden.clone().requires_grad_()
+    out = fused_alp_loss(hidden, weight, targets, **rest, objective=OBJECTIVE, **keywords)
+    logp, entropy = linear_logprob(hidden, weight, targets, **keywords)
+    grads = [torch.autograd.grad(loss, hidden, retain_graph=True)[0] for loss in (out.loss, (logp + entropy).sum())]
+    return [out.loss, logp, entropy, *grads]
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_head_has_the_bits_of_its_keywords(batch, is_compiled):
+    hidden, weight, targets, rest = batch
+    bias = torch.linspace(-1, 1, len(weight), dtype=torch.float64, device=weight.device)
+    keywords = {"bias": bias, "temperature": 0.7, "softcap": 3.0, "logit_scale": 0.8, "logit_noise": noise(hidden)}
+    of_head = torch.compile(results, backend="aot_eager") if is_compiled else results
+    expected = results(hidden, weight, targets, rest, **keywords)
+    for name in keywords:  # each may stand beside the Head that leaves it out
+        head = Head(weight, **{k: v for k, v in keywords.items() if k != name})
+        given = of_head(hidden, head, targets, rest, **{name: keywords[name]})
+        assert all(torch.equal(a, e) for a, e in zip(given, expected, strict=True))
+        if is_compiled:
+            break
+    whole = of_head(hidden, Head(weight, **keywords), targets, rest)
+    assert all(torch.equal(a, e) for a, e in zip(whole, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("bias", torch.zeros(37)), ("temperature", 0.7), ("softcap", 2.0), ("logit_scale", 0.5)]
+)
+def test_a_keyword_that_the_head_has_already_is_refused(batch, name, value):
+    hidden, weight, targets, rest = batch
+    for function, more in ((linear_logprob, {}), (fused_alp_loss, {**rest, "objective": OBJECTIVE})):
+        with pytest.raises(ValueError, match=rf"{function.__name__}: {name} came with a Head that has its own"):
+            function(hidden, Head(weight, **{name: value}), targets, **more, **{name: value})
+
+
+def test_adapters_of_a_head_run_once(batch):
+    hidden, weight, targets, _ = batch
+    adapter = nn.Linear(16, 2, bias=False, dtype=torch.float64)
+    head = Head(torch.cat([weight, weight[:, :2]], dim=1), adapters=(adapter,))
+    expected = (hidden @ weight.T + adapter(hidden) @ weight[:, :2].T).log_softmax(-1)
+    assert torch.equal(head.inputs(head.inputs(hidden)), head.inputs(hidden))
+    for given in (hidden, head.inputs(hidden)):
+        logp, _ = linear_logprob(given, head, targets)
+        torch.testing.assert_close(logp, expected.gather(-1, targets[..., None]).squeeze(-1))
+
+
+def test_a_split_without_ranks_is_refused(batch):
+    hidden, weight, targets, _ = batch
+    with pytest.raises(
+        RuntimeError, match=r"torch.distributed is not initialised; in one process leave the Head's split"
+    ):
+        linear_logprob(hidden, Head(weight, split=VocabSplit()), targets)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [(nn.Linear(2, 2), r"is a Linear; .*give weight.weight"), (None, "NoneType")]
+)
+def test_a_weight_that_is_no_tensor_is_named(batch, wrong, message):
+    hidden, _, targets, _ = batch
+    for weight in (wrong, Head(wrong)):
+        with pytest.raises(TypeError, match=message):
+            linear_logprob(hidden, weight, targets)
+
+
+def test_the_public_functions_have_no_more_parameters_than_they_had():
+    assert len(inspect.signature(fused_alp_loss).parameters) == 23
+    assert len(inspect.signature(linear_logprob).parameters) == 11
