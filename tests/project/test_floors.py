@@ -1,0 +1,133 @@
+"""The packages stand on floors: every import, wherever it is written, goes down, and none closes a circle."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+FLOORS = {
+    "alp_kernels": [
+        {"dtypes", "objective", "stream"},
+        {"reference", "operators"},
+        {"protocol"},
+        {"native", "triton"},
+        {"engine"},
+        {"noise"},
+        {"loss", "layers"},
+        {""},  # alp_kernels itself: what users import
+        {"integrations"},
+    ],
+}
+"""From the ground up. Rooms of one floor do not know one another."""
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Dotted name below `package` ("" for itself) -> file."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT / package).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path, name: str, package: str, known: set[str]) -> Iterator[str]:
+    """What a module imports of its own package: at the top, inside functions, for type checking, by string."""
+    folder = name.split(".") if name else []
+    if path.name != "__init__.py":
+        folder = folder[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            targets = [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = [package, *folder][: len(folder) + 2 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            targets = [(base, alias.name) for alias in node.names]
+        else:
+            continue
+        for base, item in targets:
+            if base.partition(".")[0] != package:
+                continue
+            inner = base.partition(".")[2]
+            deeper = f"{inner}.{item}".lstrip(".") if item else inner
+            yield deeper if deeper in known else inner
+
+
+def graph(package: str) -> dict[str, set[str]]:
+    files = modules(package)
+    return {name: set(imported(path, name, package, set(files))) - {name} for name, path in files.items()}
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """The modules of each circle (Tarjan's strongly connected components)."""
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        number[node] = low[node] = len(number)
+        stack.append(node)
+        for other in edges[node]:
+            if other not in number:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], number[other])
+        if low[node] == number[node]:
+            members = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(members) > 1:
+                found.append(sorted(members))
+
+    for node in edges:
+        if node not in number:
+            visit(node)
+    return found
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+@pytest.mark.parametrize("package", ["alp_kernels", "alp"])
+def test_no_imports_close_a_circle(package):
+    assert circles(graph(package)) == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_go_down(package):
+    floor = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
+    wrong = []
+    for name, others in graph(package).items():
+        for other in others:
+            room, below = name.partition(".")[0], other.partition(".")[0]
+            # engine.py names all engines for mypy, which compares them with the protocol
+            if room != below and not floor[below] < floor[room]:
+                wrong.append(f"{name} -> {other}")
+    assert wrong == []
+
+
+def test_the_library_does_not_know_the_loop():
+    for path in modules("alp_kernels").values():
+        assert not re.search(r"^\s*(from|import) alp\b", path.read_text(), re.MULTILINE), path
+
+
+def test_operators_are_called_where_they_are_made():
+    """torch.ops.alp_kernels.NAME is an import by string."""
+    callers = [name for name, path in modules("alp_kernels").items() if "torch.ops.alp_kernels" in _code(path)]
+    assert sorted(callers) == ["layers.operators", "operators"]
+
+
+def _code(path: Path) -> str:
+    """Without docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
