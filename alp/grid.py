@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import UserError
-from .run import Metrics, read_metrics, write_whole
+from .runs.folder import Metrics, read_metrics, write_whole
 
 _DIGITS = 6  # significant, in an export
 

@@ -15,7 +15,7 @@ from typing import Any
 from .config import UserError
 from .grid import Grid
 from .grid_plots import Picture, forest, pictures
-from .run import write_whole
+from .runs.folder import write_whole
 from .statistics import RESAMPLES
 from .summary import (
     GROUPS,

@@ -17,7 +17,7 @@ from .config import TrainConfig, UserError
 from .grid import load_grid
 from .grid_report import HEAD, write_grid_report, write_page
 from .plots import Series, draw, plots_of
-from .run import Metrics, read_metrics
+from .runs.folder import Metrics, read_metrics
 from .summary import status
 
 _ROWS = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .models import Policy, positions
+from .policy.models import Policy, positions
 
 _PICKED_AT_ONCE = 1 << 24  # float64 probabilities in memory while tokens are picked
 

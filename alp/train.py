@@ -23,25 +23,25 @@ import torch
 
 from alp_kernels import Stats
 
-from .adapters import load_trained_state, snapshot, trained_state
 from .advantage import centre
 from .config import TrainConfig
-from .diagnostics import diagnose
 from .errors import Diverged, UserError
-from .evaluate import evaluate
-from .inference import make_engine
-from .measure import clean_metrics, clean_stats, step_kl
-from .mismatch import describe, measure_mismatch
-from .models import Policy
-from .parallel import World, random_state, set_random_state
+from .measures.accuracy import evaluate
+from .measures.causes import diagnose
+from .measures.clean import clean_metrics, clean_stats, step_kl
+from .measures.mismatch import describe, measure_mismatch
 from .plots import save_plots
-from .progress import Reporter, in_short, outcome
+from .policy.adapters import load_trained_state, snapshot, trained_state
+from .policy.models import Policy
+from .ranks.shard import Whole, gather, reshard, shard, shard_like, shard_optimiser_state
+from .ranks.world import World, random_state, set_random_state
 from .rollout import Completions, uniforms
-from .run import Metrics, Run, create_run
-from .shard import Whole, gather, reshard, shard, shard_like, shard_optimiser_state
-from .signals import Stopped, StopRequest
-from .tasks import Problem, Score, Task, make_task
-from .tool_task import excluding_void, roll_out, sums_of, tool_metrics, with_tools
+from .runs.folder import Metrics, Run, create_run
+from .runs.progress import Reporter, in_short, outcome
+from .runs.signals import Stopped, StopRequest
+from .sampling.in_process import make_engine
+from .tasks.task import Problem, Score, Task, make_task
+from .tools.tool_task import excluding_void, roll_out, sums_of, tool_metrics, with_tools
 from .update import Experience, StepResult, Updater, score_clean
 from .warmup import make_policy, new_tokens
 

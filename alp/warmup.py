@@ -21,15 +21,18 @@ import transformers
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
-from . import chain, models, tasks, tool_task, toolchain, turns
 from .config import TrainConfig, UserError
-from .load import load_policy
-from .models import TINY, Policy, attention, hidden_states, make_tiny
-from .parallel import World
-from .progress import Reporter
+from .policy import models
+from .policy.load import load_policy
+from .policy.models import TINY, Policy, attention, hidden_states, make_tiny
+from .ranks.world import World
 from .rollout import sample
-from .tasks import Task
-from .tool_task import ToolTask, encode_demonstration, pieces_of, roll_out
+from .runs.progress import Reporter
+from .tasks import mod_chain, tool_chain
+from .tasks import task as task_module
+from .tasks.task import Task
+from .tools import tool_task, turns
+from .tools.tool_task import ToolTask, encode_demonstration, pieces_of, roll_out
 
 logger = logging.getLogger("alp")
 
@@ -40,6 +43,7 @@ _MUON_LR_RATIO = 10 / 3  # Muon's learning rate over AdamW's
 _SLACK = 2  # tokens a completion may have beyond the longest demonstration seen
 _LENGTH_PROBE = 512  # demonstrations looked at for that
 _DEFAULT_NEW_TOKENS = 256  # a turn
+_SOURCES = (mod_chain, models, task_module, tool_task, tool_chain, turns)
 
 Report = Callable[[int, float, float], None]
 """Called with step, loss and greedy accuracy."""
@@ -106,7 +110,7 @@ def warmed_up(config: TrainConfig, task: Task, report: Report) -> tuple[Policy, 
 
 def _key(config: TrainConfig, task: Task) -> str:
     """A digest of everything that determines the warmed-up weights."""
-    sources = [Path(str(module.__file__)).read_text() for module in (chain, models, tasks, tool_task, toolchain, turns)]
+    sources = [Path(str(module.__file__)).read_text() for module in _SOURCES]
     parts = [
         task.identity(),
         dataclasses.asdict(config.warmup),

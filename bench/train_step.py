@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 from alp.advantage import centre
 from alp.config import RolloutConfig, TrainConfig, UpdateConfig, WarmupConfig
-from alp.models import hidden_states, make_tiny
-from alp.parallel import World
+from alp.policy.models import hidden_states, make_tiny
+from alp.ranks.world import World
 from alp.rollout import Completions
-from alp.tasks import Problem, Score, Task, make_task
+from alp.tasks.task import Problem, Score, Task, make_task
 from alp.train import Trainer
 from alp.update import Experience, Updater, score_clean
 from alp_kernels import Stats

@@ -16,9 +16,9 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from alp.config import RolloutConfig, TrainConfig, WarmupConfig
-from alp.evaluate import evaluate
-from alp.parallel import World
-from alp.tasks import make_task
+from alp.measures.accuracy import evaluate
+from alp.ranks.world import World
+from alp.tasks.task import make_task
 from alp.warmup import make_policy, new_tokens
 from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from alp import cli
-from alp.benchmark import benchmark, evaluate_on, pass_at_k
 from alp.config import EvalConfig, ModelConfig, RolloutConfig, TaskConfig, TrainConfig
 from alp.errors import UserError
-from alp.evaluate import evaluate
-from alp.models import Policy, make_tiny
-from alp.parallel import World
+from alp.measures.accuracy import evaluate
+from alp.measures.benchmark import benchmark, evaluate_on, pass_at_k
+from alp.policy.models import Policy, make_tiny
+from alp.ranks.world import World
 from alp.rollout import sample, uniforms
-from alp.tasks import Problem, Score, make_task
+from alp.tasks.task import Problem, Score, make_task
 from tests.support.tiny_models import write_llama, write_sums
 
 

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from alp.config import TrainConfig, UserError
-from alp.parallel import World
+from alp.ranks.world import World
 from alp.train import train
 from tests.support import sharded
 from tests.support.compare import likely_order_bound

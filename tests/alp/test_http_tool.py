@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from alp import http_tool
 from alp.config import ToolsConfig, TrainConfig, UserError
-from alp.http_tool import AUTHORIZATION, HttpTool
-from alp.tools import MAX_OUTPUT, make_tool
+from alp.tools import http
+from alp.tools.http import AUTHORIZATION, HttpTool
+from alp.tools.tool import MAX_OUTPUT, make_tool
 
 Answer = tuple[int, bytes]
 
@@ -169,7 +169,7 @@ def test_a_service_that_fails_is_asked_again_and_then_called_crashed(
 
 def test_pauses_grow(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(http_tool.time, "sleep", pauses.append)
+    monkeypatch.setattr(http.time, "sleep", pauses.append)
     service.answer = lambda request: (503, b"")
     client(service, pause_s=1.0).run(["x"])
     assert [0.5 * 2**i <= pause <= 1.5 * 2**i for i, pause in enumerate(pauses)] == [True] * 3
@@ -188,8 +188,8 @@ def test_no_more_scripts_than_allowed_run_at_once(service: Service) -> None:
 def test_a_silent_a_dribbling_and_a_flooding_service_do_not_hang(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_tool, "_ANSWER_S", 0.1)
-    monkeypatch.setattr(http_tool, "_TRIES", 2)
+    monkeypatch.setattr(http, "_ANSWER_S", 0.1)
+    monkeypatch.setattr(http, "_TRIES", 2)
     is_over = threading.Event()
 
     def silent(request: dict[str, Any]) -> Answer:

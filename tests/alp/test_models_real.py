@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import alp.train as loop
-from alp.adapters import served, snapshot, strip
-from alp.benchmark import _problems, evaluate_on
 from alp.config import EvalConfig, ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig
-from alp.data import read_jsonl, read_problems, read_record
 from alp.errors import UserError
-from alp.inference import InferenceEngine
-from alp.load import load_policy
-from alp.models import Policy
-from alp.parallel import World
+from alp.measures.benchmark import _problems, evaluate_on
+from alp.policy.adapters import served, snapshot, strip
+from alp.policy.load import load_policy
+from alp.policy.models import Policy
+from alp.ranks.world import World
 from alp.rollout import sample, uniforms
-from alp.run import Run, read_metrics
-from alp.tasks import make_task, verify
+from alp.runs.folder import Run, read_metrics
+from alp.sampling.in_process import InferenceEngine
+from alp.tasks.files import read_jsonl, read_problems, read_record
+from alp.tasks.task import make_task, verify
 from alp.train import train
 from alp.update import Experience, Updater, score_clean
 from tests.support.compare import likely_order_bound

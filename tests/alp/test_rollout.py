@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from alp.config import ModelConfig, RolloutConfig
-from alp.inference import InferenceEngine, QuantisedLinear, integer_matmul, quantise
-from alp.models import Policy, character_tokenizer, hidden_states, make_tiny
+from alp.policy.models import Policy, character_tokenizer, hidden_states, make_tiny
 from alp.rollout import sample, uniforms
+from alp.sampling.in_process import InferenceEngine, QuantisedLinear, integer_matmul, quantise
 from alp_kernels.integrations.hugging_face import output_head
 
 SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)

@@ -18,8 +18,8 @@ import torch
 
 from alp import cli
 from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, UserError, WarmupConfig
-from alp.models import make_tiny
-from alp.run import Run, create_run, read_metrics, write_whole
+from alp.policy.models import make_tiny
+from alp.runs.folder import Run, create_run, read_metrics, write_whole
 from alp.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import alp.train as loop
-from alp import vllm_engine
 from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig
 from alp.errors import UserError
-from alp.inference import InferenceEngine, make_engine
-from alp.load import load_policy
-from alp.mismatch import K3_BOUND, describe, measure_mismatch
-from alp.models import Policy, hidden_states
+from alp.measures.mismatch import K3_BOUND, describe, measure_mismatch
+from alp.policy.load import load_policy
+from alp.policy.models import Policy, hidden_states
 from alp.rollout import Completions, sample, uniforms
-from alp.run import read_metrics
-from alp.tasks import Task, make_task
+from alp.runs.folder import read_metrics
+from alp.sampling import vllm
+from alp.sampling.in_process import InferenceEngine, make_engine
+from alp.tasks.task import Task, make_task
 from alp.train import train
 from alp_kernels.integrations.hugging_face import output_head
 from tests.support.tiny_models import write_llama, write_sums
@@ -317,7 +317,7 @@ def test_servers_that_cannot_serve_say_why(
         make_engine(policy.model, RolloutConfig(path="vllm", server="http://127.0.0.1:9"))
     with pytest.raises(UserError, match=r"and rollout.path vllm"):
         TrainConfig(rollout=RolloutConfig(server=url))
-    backend: Any = vllm_engine.connect(url)
+    backend: Any = vllm.connect(url)
     with pytest.raises(UserError, match=r"404.*VLLM_SERVER_DEV_MODE=1"):
         backend._call("/not/there", {})
     monkeypatch.setattr(backend, "_call", lambda *_: {"choices": [{"index": 0, "text": "x"}]})
@@ -358,7 +358,7 @@ def test_vllm_in_this_process_is_asked_the_same(policy: Policy, folder: Path, mo
     monkeypatch.setitem(
         sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace, __spec__=object())
     )  # type: ignore[arg-type]
-    monkeypatch.setattr(vllm_engine, "_connections", {})
+    monkeypatch.setattr(vllm, "_connections", {})
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.mul_(0.5)
     engine = make_engine(policy.model, RolloutConfig(path="vllm", lag=0))

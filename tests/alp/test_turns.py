@@ -24,16 +24,16 @@ from alp.config import (
     UserError,
     WarmupConfig,
 )
-from alp.models import Policy, character_tokenizer, hidden_states, make_tiny
-from alp.parallel import World
+from alp.policy.models import Policy, character_tokenizer, hidden_states, make_tiny
+from alp.ranks.world import World
 from alp.rollout import Completions, cut_off, sample, uniforms
-from alp.run import Run, read_metrics
-from alp.tasks import make_task
-from alp.tool_task import INSTRUCTION, ToolTask, encode_demonstration, excluding_void, with_tools
-from alp.toolchain import BOXED, CLOSE, OPEN, PRINT, write_transcript
-from alp.tools import STATUSES, MontyTool, Status, ToolResult
+from alp.runs.folder import Run, read_metrics
+from alp.tasks.task import make_task
+from alp.tasks.tool_chain import BOXED, CLOSE, OPEN, PRINT, write_transcript
+from alp.tools.tool import STATUSES, MontyTool, Status, ToolResult
+from alp.tools.tool_task import INSTRUCTION, ToolTask, encode_demonstration, excluding_void, with_tools
+from alp.tools.turns import LABEL, FenceStop, encode_observation, find_code, observe, sample_turns
 from alp.train import train
-from alp.turns import LABEL, FenceStop, encode_observation, find_code, observe, sample_turns
 from alp.update import Experience, Updater, last_token, row_ids, score_clean
 
 PIECES = (OPEN, PRINT, CLOSE, BOXED, LABEL)
@@ -531,6 +531,6 @@ def test_a_run_goes_on_when_every_call_fails(tmp_path: Path, monkeypatch: pytest
 
     config = small(tmp_path, name="broken", warmup=WarmupConfig(accuracy=0), steps=2)
     monkeypatch.setattr(MontyTool, "run", broken)
-    monkeypatch.setattr("alp.turns.find_code", lambda text: (0, text) if len(text) > 3 else None)
+    monkeypatch.setattr("alp.tools.turns.find_code", lambda text: (0, text) if len(text) > 3 else None)
     metrics = read_metrics(train(config) / "metrics.jsonl")
     assert len(metrics) == 2 and metrics[-1]["reward"] == 0

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from alp.advantage import centre
 from alp.config import ModelConfig, UpdateConfig, UserError
-from alp.diagnostics import diagnose
-from alp.inference import snapshot
+from alp.measures.causes import diagnose
 from alp.methods import METHODS
-from alp.models import Policy, hidden_states, make_tiny
-from alp.parallel import World
+from alp.policy.models import Policy, hidden_states, make_tiny
+from alp.ranks.world import World
 from alp.rollout import sample, uniforms
+from alp.sampling.in_process import snapshot
 from alp.update import Experience, Updater, last_token, score_clean
 from alp_kernels.integrations.hugging_face import output_head
 from tests.support.compare import likely_order_bound

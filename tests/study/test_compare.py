@@ -19,15 +19,15 @@ from alp.compare import Comparison, _warm_up, compare, cross, locked
 from alp.config import TrainConfig
 from alp.errors import Diverged, UserError
 from alp.grid import load_grid
-from alp.measure import step_kl
+from alp.measures.clean import step_kl
 from alp.methods import METHODS, register
-from alp.models import make_tiny
-from alp.parallel import World
+from alp.policy.models import make_tiny
 from alp.presets import PRESETS, arms_of, change, contrasts_of
-from alp.run import read_metrics
+from alp.ranks.world import World
+from alp.runs.folder import read_metrics
 from alp.summary import accuracies
-from alp.tasks import make_task
-from alp.tool_task import ToolTask
+from alp.tasks.task import make_task
+from alp.tools.tool_task import ToolTask
 from alp.train import Trainer
 from alp_kernels import Objective
 from tests.support.grids import ARMS, base, grid

@@ -12,7 +12,7 @@ import torch
 
 from alp import cli
 from alp.rollout import Completions
-from alp.tasks import Score
+from alp.tasks.task import Score
 from alp.train import Trainer
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from alp.adapters import add_lora, served, snapshot
 from alp.config import RolloutConfig, UpdateConfig
-from alp.inference import InferenceEngine
-from alp.parallel import World
+from alp.policy.adapters import add_lora, served, snapshot
+from alp.ranks.shard import Whole, full, gather, shard, shard_like, shard_optimiser_state
+from alp.ranks.world import World
 from alp.rollout import Completions
-from alp.shard import Whole, full, gather, shard, shard_like, shard_optimiser_state
+from alp.sampling.in_process import InferenceEngine
 from alp.update import Experience, Updater, score_clean
 
 RANKS = 2

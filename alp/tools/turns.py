@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .data import last_boxed
-from .models import Policy
-from .rollout import Completions, Sampler, Turns, sample
-from .tools import STATUSES, Tool, ToolResult
+from ..policy.models import Policy
+from ..rollout import Completions, Sampler, Turns, sample
+from ..tasks.files import last_boxed
+from .tool import STATUSES, Tool, ToolResult
 
 FENCE = "```"
 LANGUAGES = ("", "py", "python")

@@ -18,8 +18,8 @@ import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from .config import UserError
-from .tools import MAX_OUTPUT, Status, ToolResult, last_line, refusal
+from ..config import UserError
+from .tool import MAX_OUTPUT, Status, ToolResult, last_line, refusal
 
 AUTHORIZATION = "ALP_TOOLS_AUTHORIZATION"
 _TRIES = 4

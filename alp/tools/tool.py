@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
-from .config import ToolsConfig, UserError
+from ..config import ToolsConfig, UserError
 
 Status = Literal["ok", "error", "timeout", "memory", "crashed", "refused"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -47,7 +47,7 @@ class Tool(Protocol):
 def make_tool(config: ToolsConfig) -> Tool:
     """The tool that `config` names, tried once; raises a UserError that says why it cannot serve."""
     if config.tool == "http":
-        from .http_tool import HttpTool
+        from .http import HttpTool
 
         assert config.url is not None  # the configuration was checked
         service = HttpTool(config.url, timeout=config.timeout, concurrency=config.workers or 32)

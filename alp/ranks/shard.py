@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from alp_kernels.layers.find import find_layers
 
-from .models import decoder_of
-from .parallel import World
+from ..policy.models import decoder_of
+from .world import World
 
 
 def shard(model: PreTrainedModel, compute_dtype: torch.dtype | None, world: World) -> None:

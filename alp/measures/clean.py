@@ -13,10 +13,10 @@ import torch
 
 from alp_kernels import Objective, Stats, policy_loss
 
-from .parallel import World
-from .run import Metrics
-from .statistics import hill
-from .update import Experience
+from ..ranks.world import World
+from ..runs.folder import Metrics
+from ..statistics import hill
+from ..update import Experience
 
 _KEPT = ("k1_kl", "k3_kl", "ess_frac", "chi2_token", "chi2_sequence", "token_ratio/", "sequence_ratio/")
 _TAIL = {"token": 0.01, "sequence": 0.05}

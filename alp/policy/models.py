@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from ..config import ModelConfig
+from ..errors import UserError
 from .adapters import adapted, save_adapter
-from .config import ModelConfig
-from .errors import UserError
 
 TINY = "tiny"
 _ALPHABET = "\n" + "".join(map(chr, range(32, 127)))

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
-from .shard import full
+from ..errors import UserError
+from ..ranks.shard import full
 
 _GROUP = 32  # weights that share a scale in ao-int4-weights
 _FP8_CAPABILITY = (8, 9)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import UserError, nearest
+from ..errors import UserError, nearest
 
 Record = Mapping[str, Any]
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters import Weights, served, snapshot, strip
-from .config import RolloutConfig
-from .models import Policy
-from .rollout import Completions, Stop, sample
-from .shard import full
+from ..config import RolloutConfig
+from ..policy.adapters import Weights, served, snapshot, strip
+from ..policy.models import Policy
+from ..ranks.shard import full
+from ..rollout import Completions, Stop, sample
 
 ACTIVATION_MAX = 127  # symmetric int8
 _FLOAT32_EXACT = 1 << 24
@@ -108,7 +108,7 @@ class Engine(Protocol):
 def make_engine(model: PreTrainedModel, config: RolloutConfig) -> Engine:
     """The engine that `config.path` names, with the model's weights."""
     if config.path == "vllm":
-        from .vllm_engine import VllmEngine
+        from .vllm import VllmEngine
 
         return VllmEngine(model, config)
     return InferenceEngine(model, config)
@@ -204,7 +204,7 @@ class InferenceEngine(History):
                 bias = plain.get(f"{name}.bias")
                 module.load(full(plain[f"{name}.weight"]), None if bias is None else full(bias))
         if self._torchao:
-            from .torchao_linear import quantise_layers
+            from .torchao import quantise_layers
 
             quantise_layers(self.model, self._torchao, plain, self._config.path)
         quantised = {f"{name}.weight" for name in self._torchao}

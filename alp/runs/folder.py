@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
-from .config import TrainConfig, UserError
+from ..config import TrainConfig, UserError
 
 Metrics = dict[str, Any]
 """One step: numbers, and for sigma and the envelope lists of numbers."""
@@ -221,14 +221,15 @@ class Run:
 
 def commit() -> str:
     """The commit of the code and its uncommitted diff, where the code is in a git checkout."""
-    here = Path(__file__).parent
+    own = Path(__file__)
+    root = own.parents[2]  # where `alp` and `alp_kernels` lie side by side
 
     def git(*command: str) -> str:
-        return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout
 
     try:
-        if git("ls-files", Path(__file__).name) == "":
+        if git("ls-files", str(own)) == "":
             return "not under version control\n"
-        return git("rev-parse", "HEAD") + git("diff", "HEAD", "--", "..")
+        return git("rev-parse", "HEAD") + git("diff", "HEAD", "--", ".")
     except (OSError, subprocess.CalledProcessError):
         return "not under version control\n"

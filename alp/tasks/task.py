@@ -17,9 +17,9 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
-from .config import TaskConfig
-from .data import Line, read_problems
-from .errors import UserError, nearest
+from ..config import TaskConfig
+from ..errors import UserError, nearest
+from .files import Line, read_problems
 
 Split = Literal["warmup", "train", "eval"]
 _SPLITS: tuple[Split, ...] = ("warmup", "train", "eval")
@@ -99,7 +99,7 @@ class GymTask:
             raise UserError("the task needs reasoning-gym, which is not installed: pip install 'alp-kernels[train]'")
         from reasoning_gym.factory import DATASETS, create_dataset
 
-        from . import chain, toolchain
+        from . import mod_chain, tool_chain
 
         if config.name not in DATASETS:
             raise UserError(f"task.name={config.name!r} is not a reasoning-gym dataset{nearest(config.name, DATASETS)}")
@@ -117,8 +117,8 @@ class GymTask:
             }
         except (AssertionError, TypeError, ValueError) as error:
             raise UserError(f"task.options: {config.name} refuses {self._options}: {error}") from None
-        self._is_chain = chain.ModChainDataset.is_chain if config.name == chain.DATASET_NAME else None
-        self.is_tool_chain = config.name == toolchain.DATASET_NAME
+        self._is_chain = mod_chain.ModChainDataset.is_chain if config.name == mod_chain.DATASET_NAME else None
+        self.is_tool_chain = config.name == tool_chain.DATASET_NAME
 
     def entry(self, split: Split, index: int) -> dict[str, Any]:
         """The dataset's own item; past the end of a small dataset its items come again."""
@@ -143,13 +143,14 @@ class GymTask:
             return Score(0.0, parsed=False)
 
     def demonstration(self, index: int, error: float) -> tuple[str, str]:
-        from . import chain
 
         entry = self.entry("warmup", index)
         rng = random.Random(f"{self._seeds['warmup']}/{index}")
         if self._is_chain is not None:
+            from . import mod_chain
+
             metadata = entry["metadata"]
-            answer = chain.write_chain(metadata["first"], metadata["steps"], rng, error)
+            answer = mod_chain.write_chain(metadata["first"], metadata["steps"], rng, error)
         else:
             answer = _garble(entry["answer"], rng, error)
         return entry["question"] + self.suffix, answer

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adapters import Weights, served
-from .config import RolloutConfig
-from .errors import UserError
-from .inference import History
-from .models import Policy
-from .rollout import Completions, Stop, cut_off
+from ..config import RolloutConfig
+from ..errors import UserError
+from ..policy.adapters import Weights, served
+from ..policy.models import Policy
+from ..rollout import Completions, Stop, cut_off
+from .in_process import History
 
 _CONCURRENT = 64  # requests on their way at once
 _TIMEOUT_S = 3600.0  # of one request: a long completion under load

@@ -10,9 +10,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
+from ..config import ModelConfig
+from ..errors import UserError
 from .adapters import add_lora, base_of, load_adapter, require_peft
-from .config import ModelConfig
-from .errors import UserError
 from .models import Policy, attention, checkpoint_activations
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import UserError
+from ..errors import UserError
 
 Weights = dict[str, Tensor]
 """A model's parameters by name, detached; of a sharded model its shards."""

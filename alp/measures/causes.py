@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .adapters import Weights, snapshot
-from .parallel import World
-from .shard import reshard
-from .update import Experience, Updater, score_clean
+from ..policy.adapters import Weights, snapshot
+from ..ranks.shard import reshard
+from ..ranks.world import World
+from ..update import Experience, Updater, score_clean
 
 # Diagnostics draw noise that no update uses: its optimiser steps stay below this bit
 _STEP_BIT = 1 << 31

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from .config import RolloutConfig
-from .inference import Engine
-from .models import Policy
-from .rollout import uniforms
-from .tasks import Task
-from .tool_task import roll_out
-from .update import Experience, score_clean
+from ..config import RolloutConfig
+from ..policy.models import Policy
+from ..rollout import uniforms
+from ..sampling.in_process import Engine
+from ..tasks.task import Task
+from ..tools.tool_task import roll_out
+from ..update import Experience, score_clean
 
 _PROMPTS, _SAMPLES = 8, 4
 _STREAM = (1 << 32) - 2  # a batch number that neither training nor evaluation reaches

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from .config import EvalConfig, TaskConfig, TrainConfig
-from .errors import UserError
-from .evaluate import resolve
-from .inference import Engine, make_engine
-from .load import load_policy
-from .models import Policy
-from .parallel import World
-from .rollout import sample, uniforms
-from .run import write_whole
-from .tasks import JsonlTask, Problem, Task, make_task
-from .tool_task import ToolTask, roll_out, with_tools
-from .warmup import new_tokens
+from ..config import EvalConfig, TaskConfig, TrainConfig
+from ..errors import UserError
+from ..policy.load import load_policy
+from ..policy.models import Policy
+from ..ranks.world import World
+from ..rollout import sample, uniforms
+from ..runs.folder import write_whole
+from ..sampling.in_process import Engine, make_engine
+from ..tasks.task import JsonlTask, Problem, Task, make_task
+from ..tools.tool_task import ToolTask, roll_out, with_tools
+from ..warmup import new_tokens
+from .accuracy import resolve
 
 _STREAM = 1 << 31  # and the problem's number: training's batch numbers stay below
 

@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from . import toolchain
-from .config import ToolsConfig, TrainConfig, UserError
-from .models import TINY, Policy
-from .rollout import Completions, Sampler
-from .tasks import GymTask, JsonlTask, Problem, Score, Split, Task
-from .tools import STATUSES, Tool, make_tool
+from ..config import ToolsConfig, TrainConfig, UserError
+from ..policy.models import TINY, Policy
+from ..rollout import Completions, Sampler
+from ..tasks import tool_chain
+from ..tasks.task import GymTask, JsonlTask, Problem, Score, Split, Task
+from .tool import STATUSES, Tool, make_tool
 from .turns import LABEL, boxed, encode_observation, sample_turns
 
 INSTRUCTION = (
@@ -39,7 +39,7 @@ class ToolTask:
         self.name, self._instruction = inner.name, instruction
         self.pieces: tuple[str, ...] = ()
         if isinstance(inner, GymTask) and inner.is_tool_chain:
-            self.pieces = (toolchain.OPEN, toolchain.PRINT, toolchain.CLOSE, toolchain.BOXED, LABEL)
+            self.pieces = (tool_chain.OPEN, tool_chain.PRINT, tool_chain.CLOSE, tool_chain.BOXED, LABEL)
 
     def problem(self, split: Split, index: int) -> Problem:
         return self.asked(self.inner.problem(split, index))
@@ -61,7 +61,7 @@ class ToolTask:
         entry = self.inner.entry("warmup", index)
         metadata, rng = entry["metadata"], random.Random(f"{self.inner.identity()['seeds']['warmup']}/{index}")
         question = entry["question"] + self.inner.suffix + self._instruction
-        return question, toolchain.write_transcript(metadata["first"], metadata["steps"], rng, error)
+        return question, tool_chain.write_transcript(metadata["first"], metadata["steps"], rng, error)
 
     def identity(self) -> dict[str, Any]:
         return self.inner.identity() | {"max_turns": self.max_turns, "observation": self.config.observation_tokens}
@@ -82,12 +82,12 @@ def with_tools(task: Task, config: TrainConfig) -> Task:
         max_turns = len(chain.entry("train", 0)["metadata"]["steps"]) + _SPARE_TURNS if chain is not None else 0
     if max_turns == 0:
         if chain is not None:
-            raise UserError(f"tools.max_turns=0; task.name={toolchain.DATASET_NAME!r} needs 1 or more")
+            raise UserError(f"tools.max_turns=0; task.name={tool_chain.DATASET_NAME!r} needs 1 or more")
         return task
     if is_tiny and chain is None:
         raise UserError(
             f"tools.max_turns={max_turns} with task {task.name!r}: the tiny model has demonstrations with a tool only for "
-            f"task.name={toolchain.DATASET_NAME!r}; give a model.path"
+            f"task.name={tool_chain.DATASET_NAME!r}; give a model.path"
         )
     return ToolTask(task, make_tool(config.tools), config.tools, max_turns, "" if is_tiny else INSTRUCTION)
 

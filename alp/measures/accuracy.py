@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from .config import RolloutConfig, TrainConfig
-from .errors import UserError
-from .inference import make_engine
-from .load import load_policy
-from .models import Policy
-from .rollout import sample, uniforms
-from .tasks import Task, make_task
-from .tool_task import roll_out, with_tools
-from .warmup import new_tokens
+from ..config import RolloutConfig, TrainConfig
+from ..errors import UserError
+from ..policy.load import load_policy
+from ..policy.models import Policy
+from ..rollout import sample, uniforms
+from ..sampling.in_process import make_engine
+from ..tasks.task import Task, make_task
+from ..tools.tool_task import roll_out, with_tools
+from ..warmup import new_tokens
 
 _EVAL_STREAM = (1 << 32) - 1  # a batch number that training never reaches
 _SAMPLES = 4
