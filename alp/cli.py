@@ -121,7 +121,7 @@ def evaluate(
         return
     if settings != _EVAL_DEFAULT:
         raise UserError("samples, temperature, top_p, max_new_tokens and json belong to --on TASK ...")
-    from .measures.accuracy import evaluate_named
+    from .measures.benchmark import evaluate_named
 
     for name, value in evaluate_named(model, config).items():
         print(f"{name:>10}  {value:.4f}")

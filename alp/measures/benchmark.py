@@ -1,4 +1,7 @@
-"""Finished models on whole benchmarks: avg@n and the unbiased pass@k of every problem, several tasks in one call."""
+"""Finished models, a run's or Hugging Face's: on their task as before and after training, or on whole benchmarks.
+
+Of benchmarks avg@n and the unbiased pass@k of every problem, several tasks in one call.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,12 @@ from ..errors import UserError
 from ..policy.load import load_policy
 from ..policy.models import Policy
 from ..ranks.world import World
-from ..rollout import sample, uniforms
-from ..runs.folder import write_whole
-from ..sampling.in_process import Engine, make_engine
-from ..tasks.task import JsonlTask, Problem, Task, make_task
-from ..tools.tool_task import ToolTask, roll_out, with_tools
-from ..warmup import new_tokens
-from .accuracy import resolve
+from ..rollout import Request, Sample, sample, uniforms
+from ..runs.files import write_whole
+from ..setup import make_sampler, make_task, with_tools
+from ..tasks.gym import datasets
+from ..tasks.task import Problem, Task, new_tokens
+from .accuracy import evaluate
 
 _STREAM = 1 << 31  # and the problem's number: training's batch numbers stay below
 
@@ -45,7 +47,7 @@ def _powers_of_two(n: int) -> list[int]:
 
 def benchmark(
     policy: Policy,
-    engine: Engine | None,
+    on_path: Sample,
     task: Task,
     problems: list[Problem],
     settings: EvalConfig,
@@ -55,7 +57,7 @@ def benchmark(
     world: World,
     chunk: int,
 ) -> dict[str, float]:
-    """avg@n and pass@k of all problems, shared out over the ranks; `engine` None: on the training path.
+    """avg@n and pass@k of all problems, shared out over the ranks, `chunk` completions at a time.
 
     A problem's random numbers are its own: chunks and ranks change no completion.
     """
@@ -68,17 +70,8 @@ def benchmark(
         some = mine[start : start + per_chunk]
         prompts = [policy.encode_prompt(problems[i].question) for i in some]
         u = torch.cat([uniforms(n, max_new_tokens, seed, _STREAM | i) for i in some])
-        sampler = functools.partial(sample, chunk=chunk) if engine is None else engine.sample
-        completions = roll_out(
-            task,
-            functools.partial(sampler, top_p=settings.top_p),
-            policy,
-            prompts,
-            n,
-            max_new_tokens,
-            u=u,
-            temperature=settings.temperature,
-        )
+        request = Request(prompts, n, max_new_tokens, u=u, temperature=settings.temperature, top_p=settings.top_p)
+        completions = task.roll_out(on_path, policy, request)
         for row, text in enumerate(completions.texts):
             score = problems[some[row // n]].score(text)
             right[some[row // n]] += score.correct
@@ -90,6 +83,36 @@ def benchmark(
         report[f"pass@{k}"] = sum(pass_at_k(n, int(c), k) for c in right) / len(problems)
     count = n * len(problems)
     return report | {"unparsed": unparsed / count, "truncated": truncated / count}
+
+
+def resolve(name: str, config: TrainConfig) -> tuple[TrainConfig, str]:
+    """The configuration that counts and the model's path, of a run folder or a Hugging Face model."""
+    run = Path(name)
+    if not ((run / "config.json").is_file() and (run / "metrics.jsonl").is_file()):
+        return config, name
+    if config != TrainConfig():
+        raise UserError(f"{run} is a run and is evaluated with its own config.json; drop the other options")
+    if not (run / "model").is_dir():
+        raise UserError(f"{run} has no model yet: it is written at the run's end; alp train --resume {run}")
+    return TrainConfig.load(run / "config.json"), str(run / "model")
+
+
+def evaluate_named(name: str, config: TrainConfig) -> dict[str, float]:
+    """`evaluate` for a run folder, whose own configuration is then used, or for a Hugging Face model."""
+    config, path = resolve(name, config)
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy = load_policy(dataclasses.replace(config.model, path=path, lora=None), device)
+    policy = policy._replace(system=config.task.system)
+    task = with_tools(make_task(config.task, config.seed), config)
+    return evaluate(
+        policy,
+        task,
+        make_sampler,
+        config.rollout,
+        num_problems=config.eval_prompts,
+        max_new_tokens=new_tokens(config, policy, task),
+        seed=config.seed,
+    )
 
 
 def evaluate_on(name: str, config: TrainConfig, settings: EvalConfig) -> dict[str, dict[str, float]]:
@@ -110,16 +133,14 @@ def evaluate_on(name: str, config: TrainConfig, settings: EvalConfig) -> dict[st
         policy = policy._replace(system=config.task.system)
         policy.model.eval()
         # a run that vLLM sampled is evaluated by vLLM; the quantised paths exist to make a mismatch, and are left out
-        engine = (
-            make_engine(policy.model, dataclasses.replace(config.rollout, lag=0))
-            if config.rollout.path == "vllm"
-            else None
-        )
+        on_path: Sample = functools.partial(sample, chunk=config.rollout.chunk)
+        if config.rollout.path == "vllm":
+            on_path = make_sampler(policy.model, dataclasses.replace(config.rollout, lag=0)).sample
         table = {}
         for task_name, (task, problems) in sets.items():
             table[task_name] = benchmark(
                 policy,
-                engine,
+                on_path,
                 task,
                 problems,
                 settings,
@@ -145,19 +166,15 @@ def evaluate_on(name: str, config: TrainConfig, settings: EvalConfig) -> dict[st
 
 def _problems(item: str, config: TrainConfig) -> tuple[Task, list[Problem]]:
     """All of a file, of the held-out split of a `datasets` name, or eval_prompts problems of a reasoning-gym dataset."""
-    from reasoning_gym.factory import DATASETS
-
-    if item in DATASETS:
+    path, suffix = Path(item), config.task.suffix
+    if item in datasets():
         options = config.task.options if item == config.task.name and config.task.path is None else ()
-        task = make_task(TaskConfig(name=item, options=options, suffix=config.task.suffix), config.seed)
-        task = with_tools(task, config)
-        return task, [task.problem("eval", i) for i in range(config.eval_prompts)]
-    path = Path(item)
-    options = config.task.options if path == config.task.path else ()
-    whole = JsonlTask(TaskConfig(path=path, eval_path=path, options=options, suffix=config.task.suffix), config.seed)
-    task = with_tools(whole, config)
-    problems = whole.problems()
-    return task, [task.asked(p) for p in problems] if isinstance(task, ToolTask) else problems
+        chosen = TaskConfig(name=item, options=options, suffix=suffix)
+    else:
+        options = config.task.options if path == config.task.path else ()
+        chosen = TaskConfig(path=path, eval_path=path, options=options, suffix=suffix)
+    task = with_tools(make_task(chosen, config.seed), config)
+    return task, task.held_out(config.eval_prompts)
 
 
 def table_of(results: dict[str, dict[str, float]]) -> str:

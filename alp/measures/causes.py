@@ -1,11 +1,11 @@
-"""Why the sampling and the training policy differ, told apart: engine mismatch, staleness, perturbation.
+"""Why the sampling and the training policy differ, told apart: the sampler's mismatch, staleness, perturbation.
 
     mismatch      log pi_train(sampling weights) - q           same weights, other arithmetic
     staleness     log pi_train(now) - log pi_train(sampling weights)
     perturbation  log pi_train(now, perturbed) - log pi_train(now)
     clean         log pi_train(now) - q                        the sum of the first two: comparable between methods
 
-q is the sampling engine's own log-probability; all are of the sampled tokens, on the training path, before the updates.
+q is the sampler's own log-probability; all are of the sampled tokens, on the training path, before the updates.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What only compared runs measure: the unperturbed policy against the rollout engine, and against itself a step later.
+"""What only compared runs measure: the unperturbed policy against the sampler.
 
 The ratio in the loss has another denominator in every method, and in ALP it holds its own noise; these figures do not,
 so they compare. All are of the sampled tokens, before the step's updates, exact over ranks.
@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
 from alp_kernels import Objective, Stats, policy_loss
 
-from ..ranks.world import World
-from ..runs.folder import Metrics
-from ..statistics import hill
+from ..runs.files import Metrics
 from ..update import Experience
+from .tail import hill
 
 _KEPT = ("k1_kl", "k3_kl", "ess_frac", "chi2_token", "chi2_sequence", "token_ratio/", "sequence_ratio/")
 _TAIL = {"token": 0.01, "sequence": 0.05}
@@ -28,7 +26,7 @@ _BINS = 80
 
 
 def clean_stats(experience: Experience) -> Stats:
-    """Ratios of the unperturbed policy, before this batch's updates, over the rollout engine; over all ranks."""
+    """Ratios of the unperturbed policy, before this batch's updates, over the sampler; over all ranks."""
     assert experience.old_logp is not None
     completions = experience.completions
     out = policy_loss(
@@ -56,13 +54,3 @@ def clean_metrics(stats: Stats, with_shape: bool) -> Metrics:
             for name, values in log_ratios.items()
         }
     return metrics
-
-
-def step_kl(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, world: World) -> float:
-    """k3 estimate of KL(before || after), nats a token, from (B, T) log-probabilities of the rollouts' tokens.
-
-    The tokens come from the rollout engine, so this is the change where the data lie, not an unbiased KL.
-    """
-    r = (after - before)[mask].double()
-    count, total = world.sum([float(len(r)), float((torch.expm1(r) - r).sum())])
-    return total / max(count, 1.0)  # every trajectory may be void and out of the loss

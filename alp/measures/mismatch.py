@@ -1,4 +1,4 @@
-"""How far the inference engine is from the training path with the same weights, measured before training starts.
+"""How far the sampler is from the training path with the same weights, measured before training starts.
 
 r = log p_train - q over the tokens of a few completions: the part of every later ratio that no update makes.
 """
@@ -9,21 +9,19 @@ import torch
 
 from ..config import RolloutConfig
 from ..policy.models import Policy
-from ..rollout import uniforms
-from ..sampling.in_process import Engine
+from ..rollout import Request, Sampler, uniforms
 from ..tasks.task import Task
-from ..tools.tool_task import roll_out
 from ..update import Experience, score_clean
 
 _PROMPTS, _SAMPLES = 8, 4
 _STREAM = (1 << 32) - 2  # a batch number that neither training nor evaluation reaches
 K3_BOUND = 0.05  # nats a token; 8 by 5 bits stays below, 4-bit weights on a sharp small model do not
-"""Above it the engine is asked about in words."""
+"""Above it the sampler is asked about in words."""
 
 
 @torch.no_grad()
 def measure_mismatch(
-    engine: Engine,
+    sampler: Sampler,
     policy: Policy,
     task: Task,
     config: RolloutConfig,
@@ -32,12 +30,11 @@ def measure_mismatch(
     seed: int,
     micro_batch: int | None,
 ) -> dict[str, float]:
-    """mean_abs, k1_kl, k3_kl and max_ratio of the clean training path over the engine, and the number of tokens."""
+    """mean_abs, k1_kl, k3_kl and max_ratio of the clean training path over the sampler, and the number of tokens."""
     prompts = [policy.encode_prompt(task.problem("train", i).question) for i in range(_PROMPTS)]
     u = uniforms(_PROMPTS * _SAMPLES, max_new_tokens, seed, _STREAM)
-    completions = roll_out(
-        task, engine.sample, policy, prompts, _SAMPLES, max_new_tokens, u=u, temperature=config.temperature
-    )
+    request = Request(prompts, _SAMPLES, max_new_tokens, u=u, temperature=config.temperature)
+    completions = task.roll_out(sampler.sample, policy, request)
     rows = len(completions.mask)
     experience = Experience(completions, torch.zeros(rows), torch.arange(rows), old_logp=None)
     was_training = policy.model.training
@@ -55,9 +52,9 @@ def measure_mismatch(
 
 
 def describe(measured: dict[str, float], config: RolloutConfig) -> str:
-    """One line; a second one where the engine is further away than rounding explains."""
+    """One line; a second one where the sampler is further away than rounding explains."""
     line = (
-        f"engine {config.path} against the training path, same weights, {measured['tokens']:.0f} tokens: "
+        f"sampler {config.path} against the training path, same weights, {measured['tokens']:.0f} tokens: "
         f"mean |log-ratio| {measured['mean_abs']:.2g}, k1 KL {measured['k1_kl']:.2g}, k3 KL {measured['k3_kl']:.2g}, "
         f"largest ratio {measured['max_ratio']:.3g}"
     )

@@ -12,7 +12,7 @@ from transformers.utils import find_adapter_config_file
 
 from ..config import ModelConfig
 from ..errors import UserError
-from .adapters import add_lora, base_of, load_adapter, require_peft
+from .lora import add_lora, base_of, load_adapter, require_peft
 from .models import Policy, attention, checkpoint_activations
 
 

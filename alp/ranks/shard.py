@@ -94,7 +94,7 @@ def shard_optimiser_state(state: dict[str, Any], optimiser: torch.optim.Optimize
     return {**state, "state": by_parameter}
 
 
-class Whole:
+class PlainCopy:
     """A plain copy of a model that is about to be sharded, in rank 0's host memory: what is evaluated and saved."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None, world: World) -> None:

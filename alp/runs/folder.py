@@ -1,6 +1,5 @@
 """A run's folder: config.json, commit.txt, metrics.jsonl, mismatch.json, before.json, outcome.json, checkpoints/, model/ ...
 
-Whatever must survive a kill is written beside its place, synced and renamed: a file is the old one or the new one.
 Its size is bounded: two checkpoints, best/ and model/, and one of these once more while it is being written.
 """
 
@@ -14,71 +13,16 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
-from ..config import TrainConfig, UserError
-
-Metrics = dict[str, Any]
-"""One step: numbers, and for sigma and the envelope lists of numbers."""
+from ..config import TrainConfig
+from ..errors import UserError
+from .files import Metrics, read_metrics, write_folder, write_json, write_whole
 
 _KEPT = 2
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place; on failure (a full disk) `path` stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` make a folder beside `folder`, then put it in place; on a full disk `folder` stays, with a UserError.
-
-    A kill between the two renames leaves the old one as .NAME-old: `Run.tidy` puts it back.
-    """
-    beside, old = folder.with_name(f".{folder.name}"), folder.with_name(f".{folder.name}-old")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        fill(beside)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        again = f"make room, then alp train --resume {folder.parent}"
-        raise UserError(f"{folder} cannot be written: {error}; what was there before is intact; {again}") from error
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(beside, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def read_metrics(path: Path) -> list[Metrics]:
-    """The steps on record; a last line torn by a kill is left out, one torn elsewhere is a UserError."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    steps = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}:{number}: not JSON ({error.msg})") from None
-    return steps
 
 
 def create_run(config: TrainConfig) -> Path:
@@ -204,19 +148,19 @@ class Run:
 
         write_folder(self.folder / "best", fill)
 
+    # -------------------------------------------------------------- evaluations
+
     def save_mismatch(self, measured: dict[str, float]) -> None:
-        """mismatch.json: the inference engine against the training path before the first step."""
-        text = json.dumps(measured, indent=2)
-        write_whole(self.folder / "mismatch.json", lambda file: file.write(text.encode()))
+        """mismatch.json: the sampler against the training path before the first step."""
+        write_json(self.folder / "mismatch.json", measured)
 
     def save_before(self, before: dict[str, float]) -> None:
         """before.json: the evaluation before the run, for one that has no outcome because it diverged."""
-        write_whole(self.folder / "before.json", lambda file: file.write(json.dumps(before, indent=2).encode()))
+        write_json(self.folder / "before.json", before)
 
     def save_outcome(self, before: dict[str, float], after: dict[str, float]) -> None:
         """outcome.json: the evaluations before and after the run."""
-        text = json.dumps({"before": before, "after": after}, indent=2)
-        write_whole(self.folder / "outcome.json", lambda file: file.write(text.encode()))
+        write_json(self.folder / "outcome.json", {"before": before, "after": after})
 
 
 def commit() -> str:

@@ -1,4 +1,4 @@
-"""vLLM as the engine that samples: a server (rollout.server), or its LLM class in this process.
+"""vLLM as the sampler: a server (rollout.server), or its LLM class in this process.
 
 Token ids go in and come out, with vLLM's own log-probability of each sampled token. New weights go through a folder of
 one safetensors file that vLLM reloads: merged where adapters are trained, and never with log_sigma, which is no part of
@@ -19,15 +19,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import RolloutConfig
 from ..errors import UserError
 from ..policy.adapters import Weights, served
 from ..policy.models import Policy
-from ..rollout import Completions, Stop, cut_off
-from .in_process import History
+from ..rollout import Completions, Request, cut_off
+from .history import History
 
 _CONCURRENT = 64  # requests on their way at once
 _TIMEOUT_S = 3600.0  # of one request: a long completion under load
@@ -51,7 +50,7 @@ class Backend(Protocol):
     def reload(self, folder: str) -> None: ...
 
 
-class VllmEngine(History):
+class VllmSampler(History):
     """The weights of `lag` batches ago, sent when they are first sampled from."""
 
     def __init__(self, model: PreTrainedModel, config: RolloutConfig) -> None:
@@ -76,44 +75,34 @@ class VllmEngine(History):
             self._backend.reload(folder)
         self._backend.holds = self.weights
 
-    def sample(
-        self,
-        policy: Policy,
-        prompts: list[list[int]],
-        num_samples: int,
-        max_new_tokens: int,
-        *,
-        u: Tensor | None,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        stop: Stop | None = None,
-    ) -> Completions:
+    def sample(self, policy: Policy, request: Request) -> Completions:
         """As `rollout.sample`; of `u` each prompt's first number seeds its request. What follows a stop is dropped."""
         self._send()
         shared = {
-            "n": num_samples,
-            "max_tokens": max_new_tokens,
-            "temperature": 0.0 if u is None else temperature,
+            "n": request.num_samples,
+            "max_tokens": request.max_new_tokens,
+            "temperature": 0.0 if request.u is None else request.temperature,
             "logprobs": 0,
             "stop_token_ids": policy.eos_ids,
             # a model's generation_config.json must not change what is sampled from
-            "top_p": top_p,
+            "top_p": request.top_p,
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
-        params = [shared] * len(prompts)
-        if u is not None:
-            params = [shared | {"seed": int(first * (1 << 31))} for first in u[::num_samples, 0].tolist()]
-        groups = self._backend.generate(prompts, params)
+        params = [shared] * len(request.prompts)
+        if request.u is not None:
+            params = [
+                shared | {"seed": int(first * (1 << 31))} for first in request.u[:: request.num_samples, 0].tolist()
+            ]
+        groups = self._backend.generate(request.prompts, params)
         sampled = [one for group in groups for one in group]
-        completions = _completions(policy, prompts, sampled, num_samples, max_new_tokens)
-        return completions if stop is None else cut_off(policy, completions, stop)
+        completions = _completions(policy, request, sampled)
+        return completions if request.stop is None else cut_off(policy, completions, request.stop)
 
 
-def _completions(
-    policy: Policy, prompts: list[list[int]], sampled: list[Sampled], num_samples: int, max_new_tokens: int
-) -> Completions:
+def _completions(policy: Policy, request: Request, sampled: list[Sampled]) -> Completions:
+    prompts, num_samples, max_new_tokens = request.prompts, request.num_samples, request.max_new_tokens
     if len(sampled) != len(prompts) * num_samples:
         raise UserError(f"vLLM gave {len(sampled)} completions of {len(prompts) * num_samples}")
     width, pad = max(map(len, prompts)), policy.pad_id

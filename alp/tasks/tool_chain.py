@@ -18,6 +18,7 @@ from reasoning_gym.factory import ProceduralDataset, register_dataset
 
 DATASET_NAME = "tool_chain"
 OPEN, PRINT, CLOSE, BOXED = "```python\n", "print(", ")\n```", "\\boxed{"
+PIECES = (OPEN, PRINT, CLOSE, BOXED)
 
 
 @dataclass

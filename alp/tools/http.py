@@ -18,7 +18,7 @@ import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ..config import UserError
+from ..errors import UserError
 from .tool import MAX_OUTPUT, Status, ToolResult, last_line, refusal
 
 AUTHORIZATION = "ALP_TOOLS_AUTHORIZATION"
@@ -111,7 +111,7 @@ class HttpTool:
             try:
                 connection.request("POST", self._path, body, self._headers)
                 response = connection.getresponse()
-                answer = _read_body(response, time.monotonic() + self._timeout + _ANSWER_S)
+                answer = _read_body(response, self._timeout + _ANSWER_S)
             except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
                 self._close()
                 if not is_kept:
@@ -127,15 +127,15 @@ class HttpTool:
             self._local.connection = None
 
 
-def _read_body(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """All of it; a service may neither flood nor dribble (a socket's own time limit starts anew with every byte)."""
-    body = b""
+def _read_body(response: http.client.HTTPResponse, seconds: float) -> bytes:
+    """All of it, within size and time: a socket's own time limit starts anew with every byte."""
+    deadline, body = time.monotonic() + seconds, b""
     while piece := response.read1(1 << 16):
         body += piece
         if len(body) > _MAX_ANSWER:
             raise http.client.HTTPException(f"more than {_MAX_ANSWER} bytes")
         if time.monotonic() > deadline:
-            raise http.client.HTTPException("it dribbles")
+            raise http.client.HTTPException(f"the response took longer than {seconds:g} s")
     response.close()  # read1 does not notice the end, and the connection would refuse its next request
     return body
 

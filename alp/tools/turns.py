@@ -2,7 +2,7 @@
 
     prompt | turn: text, ```python ... ``` | observation | turn: ... | observation | turn: ... \\boxed{answer}
 
-A turn is one call of the single-turn sampler on the token ids so far, those of the trajectories still open; it ends
+A turn is one call of the sampler on the token ids so far, those of the trajectories still open; it ends
 at the token that closes a code block, or at the end token. Observations are tokens of the context that carry no loss:
 in the attention mask, not in the mask. Nothing that was sampled is ever tokenised again.
 
@@ -11,6 +11,7 @@ B = P prompts * G samples; T tokens of the longest response, observations includ
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..policy.models import Policy
-from ..rollout import Completions, Sampler, Turns, sample
+from ..rollout import Completions, Request, Sample, Turns
 from ..tasks.files import last_boxed
 from .tool import STATUSES, Tool, ToolResult
 
@@ -157,23 +158,14 @@ class _Trajectory:
 
 @torch.no_grad()
 def sample_turns(
-    policy: Policy,
-    prompts: list[list[int]],
-    num_samples: int,
-    max_new_tokens: int,
-    *,
-    u: Tensor | None,
-    temperature: float = 1.0,
-    sampler: Sampler = sample,
-    tool: Tool,
-    max_turns: int,
-    observation_tokens: int,
+    sample: Sample, policy: Policy, request: Request, *, tool: Tool, max_turns: int, observation_tokens: int
 ) -> Completions:
-    """`sampler`, a turn at a time, with a tool: `max_new_tokens` limits a whole response, observations included.
+    """`sample`, a turn at a time, with a tool: `max_new_tokens` limits a whole response, observations included.
 
     `texts` are those of the last turns, without code: nothing that a tool printed is scored.
     """
-    rows = [_Trajectory(prompt) for prompt in prompts for _ in range(num_samples)]
+    max_new_tokens, u = request.max_new_tokens, request.u
+    rows = [_Trajectory(prompt) for prompt in request.prompts for _ in range(request.num_samples)]
     stop, tool_s = FenceStop(policy.tokenizer), 0.0
     for turn in range(1, max_turns + 1):
         is_open = [i for i, row in enumerate(rows) if row.is_open]
@@ -181,16 +173,17 @@ def sample_turns(
             break
         used = [len(rows[i].tokens) for i in is_open]
         room = max_new_tokens - min(used)
-        is_first = turn == 1  # the samples of a prompt then share its reading
-        out = sampler(
-            policy,
-            prompts if is_first else [rows[i].prompt + rows[i].tokens for i in is_open],
-            num_samples if is_first else 1,
-            room,
+        asked = dataclasses.replace(
+            request,
+            max_new_tokens=room,
             u=None if u is None else _shifted(u[is_open], used, room),
-            temperature=temperature,
             stop=stop,
         )
+        if turn > 1:  # in the first, the samples of a prompt share its reading
+            asked = dataclasses.replace(
+                asked, prompts=[rows[i].prompt + rows[i].tokens for i in is_open], num_samples=1
+            )
+        out = sample(policy, asked)
         # a row with less room than the widest was sampled on: what is past its own limit is dropped
         lengths = [min(n, max_new_tokens - k) for n, k in zip(out.mask.sum(dim=1).tolist(), used, strict=True)]
         calls = []

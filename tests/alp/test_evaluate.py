@@ -16,10 +16,12 @@ from alp.config import EvalConfig, ModelConfig, RolloutConfig, TaskConfig, Train
 from alp.errors import UserError
 from alp.measures.accuracy import evaluate
 from alp.measures.benchmark import benchmark, evaluate_on, pass_at_k
-from alp.policy.models import Policy, make_tiny
+from alp.policy.models import Policy
+from alp.policy.tiny import make_tiny
 from alp.ranks.world import World
-from alp.rollout import sample, uniforms
-from alp.tasks.task import Problem, Score, make_task
+from alp.rollout import Request, sample, uniforms
+from alp.setup import make_sampler, make_task
+from alp.tasks.task import Problem, Score
 from tests.support.tiny_models import write_llama, write_sums
 
 
@@ -74,7 +76,7 @@ class Rank(World):
 
 def run(policy: Policy, world: World, chunk: int = 512, **changes: Any) -> dict[str, float]:
     settings = EvalConfig(**{"samples": 4, **changes})
-    return benchmark(policy, None, TASK, PROBLEMS, settings, max_new_tokens=8, seed=3, world=world, chunk=chunk)
+    return benchmark(policy, sample, TASK, PROBLEMS, settings, max_new_tokens=8, seed=3, world=world, chunk=chunk)
 
 
 def test_chunks_and_ranks_change_nothing_and_drop_no_problem(policy: Policy) -> None:
@@ -92,7 +94,7 @@ def test_chunks_and_ranks_change_nothing_and_drop_no_problem(policy: Policy) -> 
 
 def test_the_table_follows_from_the_completions(policy: Policy) -> None:
     u = torch.cat([uniforms(4, 8, 3, 1 << 31 | i) for i in range(11)])
-    completions = sample(policy, [policy.encode_prompt(p.question) for p in PROBLEMS], 4, 8, u=u)
+    completions = sample(policy, Request([policy.encode_prompt(p.question) for p in PROBLEMS], 4, 8, u=u))
     right = [sum(even_length(t).correct for t in completions.texts[i : i + 4]) for i in range(0, 44, 4)]
     report = run(policy, World("cpu"))
     assert list(report) == ["problems", "avg@4", "pass@1", "pass@2", "pass@4", "unparsed", "truncated"]
@@ -109,18 +111,18 @@ def test_nucleus_sampling_keeps_the_fewest_tokens_that_hold_the_mass(policy: Pol
         p = policy.model(torch.tensor(prompt)).logits[0, -1].softmax(-1)
     ordered = p.sort(descending=True).values
     kept = int((ordered.cumsum(0) < 0.6).sum()) + 1
-    out = sample(policy, prompt, 4000, 1, u=uniforms(4000, 1, 0, 0), top_p=0.6)
+    out = sample(policy, Request(prompt, 4000, 1, u=uniforms(4000, 1, 0, 0), top_p=0.6))
     drawn = out.targets[:, 0]
     assert p[drawn.unique()].min() >= ordered[kept - 1]
     expected = (p[drawn] / ordered[:kept].sum()).log()
     torch.testing.assert_close(out.logp[:, 0], expected, rtol=0, atol=1e-5)
-    only = sample(policy, prompt, 5, 1, u=uniforms(5, 1, 0, 0), top_p=1e-6)
+    only = sample(policy, Request(prompt, 5, 1, u=uniforms(5, 1, 0, 0), top_p=1e-6))
     assert (only.targets == p.argmax()).all() and (only.logp == 0).all()
 
 
 def test_the_loops_evaluation_keeps_its_keys(policy: Policy) -> None:
     task = make_task(TaskConfig(options=("num_steps=1",)), seed=0)
-    report = evaluate(policy, task, RolloutConfig(), num_problems=5, max_new_tokens=4, seed=0)
+    report = evaluate(policy, task, make_sampler, RolloutConfig(), num_problems=5, max_new_tokens=4, seed=0)
     assert list(report) == ["train", "pass@4", "reward", "unparsed", "truncated", "rollout", "greedy"]
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from alp.config import ModelConfig, RolloutConfig, TrainConfig, UpdateConfig, UserError
+from alp.config import ModelConfig, RolloutConfig, TrainConfig, UpdateConfig
+from alp.errors import UserError
 from alp.policy.load import load_policy
-from alp.policy.models import make_tiny
-from alp.runs.folder import Run, read_metrics
+from alp.policy.tiny import make_tiny
+from alp.runs.files import read_metrics
+from alp.runs.folder import Run
 from alp.runs.signals import StopRequest
 from alp.train import Trainer, train
 from tests.support.long_run import score

@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from alp import cli
-from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, UserError, WarmupConfig
-from alp.policy.models import make_tiny
-from alp.runs.folder import Run, create_run, read_metrics, write_whole
+from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, WarmupConfig
+from alp.errors import UserError
+from alp.policy.tiny import make_tiny
+from alp.runs.files import read_metrics, write_whole
+from alp.runs.folder import Run, create_run
 from alp.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import reasoning_gym
 
-from alp.config import TaskConfig, UserError
+from alp.config import TaskConfig
+from alp.errors import UserError
+from alp.setup import make_task
 from alp.tasks import mod_chain
 from alp.tasks.files import last_boxed, read_jsonl
-from alp.tasks.task import make_task, verify
+from alp.tasks.math import verify
 
 
 def test_chain_reads_left_to_right_and_writes_every_result() -> None:
