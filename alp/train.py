@@ -85,8 +85,8 @@ class Trainer:
     def step(self) -> Metrics:
         """One rollout batch and the optimiser steps it feeds; returns what to record."""
         clock, start = Clock(), time.monotonic()
-        problems = self.problems()
         with clock("rollout"):
+            problems = self.problems()
             completions = self.roll_out(problems)
         if self.world.max(int(not completions.logp.isfinite().all())):
             raise Diverged(f"step {self.num_steps}: log-probabilities of the rollouts are not finite; lower update.lr")
@@ -284,12 +284,16 @@ def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool =
             f"{config.update.minibatches} times the number of processes, {world.size}"
         )
     try:
-        return _train(config, resume, world, start, with_plots)
+        trainer, run = _begin(config, resume, world)
+        _loop(trainer, run)
+        _finish(trainer, run, start, with_plots)
+        return run.folder
     finally:
         world.close()
 
 
-def _train(config: TrainConfig, resume: Path | None, world: World, start: float, with_plots: bool) -> Path:
+def _begin(config: TrainConfig, resume: Path | None, world: World) -> tuple[Trainer, Run]:
+    """The run's parts as they are before its first step, or after the one that its checkpoint holds."""
     from .setup import make_policy, make_sampler, make_task, with_tools  # all kinds of them; the rest knows none
 
     task = with_tools(make_task(config.task, config.seed), config)
@@ -316,7 +320,12 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
         run.keep_metrics(trainer.num_steps)
         print(f"run folder: {run.folder}", flush=True)
     world.barrier()
+    return trainer, run
 
+
+def _loop(trainer: Trainer, run: Run) -> None:
+    """Step, record, keep; raises Stopped after the step in which a signal came."""
+    config, world = trainer.config, trainer.world
     reporter = Reporter("train", config.steps, start=trainer.num_steps, quiet=not world.is_main)
     with StopRequest(quiet=not world.is_main) as request, reporter as progress:
         while trainer.num_steps < config.steps:
@@ -336,9 +345,13 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
             progress(trainer.num_steps, in_short(metrics))
             if signum:
                 world.barrier()  # the checkpoint is there before a launcher sees any rank end
-                line = f"stopped after step {trainer.num_steps}; continue with alp train --resume {folder}"
+                line = f"stopped after step {trainer.num_steps}; continue with alp train --resume {run.folder}"
                 raise Stopped(signum, line if world.is_main else "")
 
+
+def _finish(trainer: Trainer, run: Run, start: float, with_plots: bool) -> None:
+    """What the run came to."""
+    world = trainer.world
     trainer.gather()
     if world.is_main:
         after = trainer.evaluate()
@@ -349,8 +362,7 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
 
             save_plots(run.folder.name, run.metrics, run.folder / "plots")
         run.close()
-        path, seconds = config.rollout.path, time.monotonic() - start
+        path, seconds = trainer.config.rollout.path, time.monotonic() - start
         print(f"learned in {seconds:.0f} s: {outcome(trainer.before, after, run.metrics, path)}; ", end="")
-        print(f"see {folder} (alp report {folder})", flush=True)
+        print(f"see {run.folder} (alp report {run.folder})", flush=True)
     world.barrier()
-    return folder
