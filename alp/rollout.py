@@ -1,4 +1,6 @@
-"""Prompts -> groups of completions, with the log-probability of each token under the sampler that sampled it.
+"""Prompts -> groups of completions: what a sampler is asked for and gives, and `sample`, by transformers' own forward.
+
+Each token comes with its log-probability under the sampler that sampled it.
 
 Token ids are kept end to end and never tokenised again. B = P prompts * G samples, the samples of a prompt adjacent.
 """
@@ -147,28 +149,6 @@ def sample(policy: Policy, request: Request, *, chunk: int = 512) -> Completions
     lengths = mask.sum(dim=1).tolist()
     texts = [policy.decode(row[:n]) for row, n in zip(tokens[:, width:].tolist(), lengths, strict=True)]
     return Completions(tokens, attention_mask, mask, logp, texts, truncated)
-
-
-def cut_off(policy: Policy, completions: Completions, stop: Stop) -> Completions:
-    """What `sample` would have ended at `stop`, from completions that went on: a prefix is sampled like the whole."""
-    targets, mask = completions.targets, completions.mask.clone()
-    truncated, alive = completions.truncated.clone(), mask.any(dim=1)
-    for t in range(1, mask.shape[1] + 1):
-        alive = alive & mask[:, t - 1]
-        stopped = stop(targets[:, :t], alive)
-        mask[stopped, t:] = False
-        truncated &= ~stopped
-        alive &= ~stopped
-    width = completions.tokens.shape[1] - mask.shape[1]
-    kept = [row[:n] for row, n in zip(targets.tolist(), mask.sum(dim=1).tolist(), strict=True)]
-    return Completions(
-        torch.cat([completions.tokens[:, :width], targets.masked_fill(~mask, policy.pad_id)], dim=1),
-        torch.cat([completions.attention_mask[:, :width], mask.long()], dim=1),
-        mask,
-        completions.logp.masked_fill(~mask, 0.0),
-        [policy.decode(row) for row in kept],
-        truncated,
-    )
 
 
 def _sample_chunk(policy: Policy, request: Request, width: int) -> tuple[Tensor, ...]:

@@ -212,7 +212,7 @@ class Trainer:
 
     # -------------------------------------------------------------- outcome and state
 
-    def gather(self) -> None:
+    def make_whole(self) -> None:
         """Before `evaluate` and `save`, which are for rank 0 alone: what is sharded is made whole there."""
         if self.plain is not None:
             self.plain.fill(self.policy.model)
@@ -309,7 +309,7 @@ def _begin(config: TrainConfig, resume: Path | None, world: World) -> tuple[Trai
         trainer.load_state(checkpoint)
     else:
         mismatch = trainer.measure_mismatch()
-        trainer.gather()
+        trainer.make_whole()
         if world.is_main:
             run.save_mismatch(mismatch)
             print(describe(mismatch, config.rollout), flush=True)
@@ -331,7 +331,7 @@ def _loop(trainer: Trainer, run: Run) -> None:
         while trainer.num_steps < config.steps:
             metrics = trainer.step()
             if trainer.evaluates_now:
-                trainer.gather()
+                trainer.make_whole()
             if world.is_main:
                 evaluated = trainer.evaluate_now()
                 run.record(metrics | evaluated)
@@ -352,7 +352,7 @@ def _loop(trainer: Trainer, run: Run) -> None:
 def _finish(trainer: Trainer, run: Run, start: float, with_plots: bool) -> None:
     """What the run came to."""
     world = trainer.world
-    trainer.gather()
+    trainer.make_whole()
     if world.is_main:
         after = trainer.evaluate()
         run.save_model(trainer.save)

@@ -55,7 +55,7 @@ def full(tensor: Tensor) -> Tensor:
     return whole
 
 
-def gather(tree: Any, keep: bool) -> Any:
+def full_tree(tree: Any, keep: bool) -> Any:
     """Nested dicts and lists with every shard made whole, in host memory, where `keep`; elsewhere None for each.
 
     A collective call, one tensor at a time. A parameter that comes twice (tied weights) stays one.

@@ -25,7 +25,7 @@ from ..config import RolloutConfig
 from ..errors import UserError
 from ..policy.adapters import Weights, served
 from ..policy.models import Policy
-from ..rollout import Completions, Request, cut_off
+from ..rollout import Completions, Request, Stop
 from .history import History
 
 _CONCURRENT = 64  # requests on their way at once
@@ -129,6 +129,28 @@ def _completions(policy: Policy, request: Request, sampled: list[Sampled]) -> Co
         logp.to(device),
         [policy.decode(one.tokens) for one in sampled],
         torch.tensor([not one.ended for one in sampled], device=device),
+    )
+
+
+def cut_off(policy: Policy, completions: Completions, stop: Stop) -> Completions:
+    """What `sample` would have ended at `stop`, from completions that went on: a prefix is sampled like the whole."""
+    targets, mask = completions.targets, completions.mask.clone()
+    truncated, alive = completions.truncated.clone(), mask.any(dim=1)
+    for t in range(1, mask.shape[1] + 1):
+        alive = alive & mask[:, t - 1]
+        stopped = stop(targets[:, :t], alive)
+        mask[stopped, t:] = False
+        truncated &= ~stopped
+        alive &= ~stopped
+    width = completions.tokens.shape[1] - mask.shape[1]
+    kept = [row[:n] for row, n in zip(targets.tolist(), mask.sum(dim=1).tolist(), strict=True)]
+    return Completions(
+        torch.cat([completions.tokens[:, :width], targets.masked_fill(~mask, policy.pad_id)], dim=1),
+        torch.cat([completions.attention_mask[:, :width], mask.long()], dim=1),
+        mask,
+        completions.logp.masked_fill(~mask, 0.0),
+        [policy.decode(row) for row in kept],
+        truncated,
     )
 
 

@@ -19,9 +19,10 @@ from alp.errors import UserError
 from alp.policy.models import Policy, hidden_states
 from alp.policy.tiny import character_tokenizer, make_tiny
 from alp.ranks.world import World
-from alp.rollout import Completions, Request, Sample, cut_off, sample, uniforms
+from alp.rollout import Completions, Request, Sample, sample, uniforms
 from alp.runs.files import read_metrics
 from alp.runs.folder import Run
+from alp.sampling.vllm import cut_off
 from alp.setup import make_task, with_tools
 from alp.tasks.gym import ToolChainTask
 from alp.tasks.tool_chain import BOXED, CLOSE, OPEN, PRINT, write_transcript

@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from alp.config import RolloutConfig, UpdateConfig
 from alp.policy.adapters import served, snapshot
 from alp.policy.lora import add_lora
-from alp.ranks.shard import PlainCopy, full, gather, shard, shard_like, shard_optimiser_state
+from alp.ranks.shard import PlainCopy, full, full_tree, shard, shard_like, shard_optimiser_state
 from alp.ranks.world import World
 from alp.rollout import Completions
 from alp.sampling.in_process import InProcessSampler
@@ -149,7 +149,9 @@ def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
 
 def restores(model: torch.nn.Module, updater: Updater) -> bool:
     """Whether a state made whole and spoilt here is, sharded again, what it was."""
-    state = gather({"model": model.state_dict(keep_vars=True), "optimiser": updater.optimiser.state_dict()}, keep=True)
+    state = full_tree(
+        {"model": model.state_dict(keep_vars=True), "optimiser": updater.optimiser.state_dict()}, keep=True
+    )
     state = copy.deepcopy(state)  # as a file would: what was whole already is not copied by `gather`
     before = [p.detach().clone() for p in model.parameters()]
     moments = [updater.optimiser.state[p]["exp_avg"].clone() for p in updater.parameters]
