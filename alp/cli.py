@@ -14,7 +14,7 @@ from .config import EvalConfig, TrainConfig
 from .errors import UserError, nearest
 from .presets import PRESETS, Preset, arms_of, contrasts_of
 from .quiet import leave_out_import_chatter
-from .signals import Stopped
+from .runs.signals import Stopped
 
 _Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 _DEFAULT = TrainConfig()
@@ -115,13 +115,13 @@ def evaluate(
         model: A run folder (its own task and paths are then used), a model directory, or a name on the hub.
     """
     if settings.on:
-        from .benchmark import evaluate_on
+        from .measures.benchmark import evaluate_on
 
         evaluate_on(model, config, settings)
         return
     if settings != _EVAL_DEFAULT:
         raise UserError("samples, temperature, top_p, max_new_tokens and json belong to --on TASK ...")
-    from .evaluate import evaluate_named
+    from .measures.benchmark import evaluate_named
 
     for name, value in evaluate_named(model, config).items():
         print(f"{name:>10}  {value:.4f}")

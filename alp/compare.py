@@ -41,9 +41,10 @@ from .errors import Diverged, UserError
 from .methods import METHODS
 from .plugins import load_plugins
 from .presets import Changes, Contrast, change
-from .progress import Reporter
-from .run import commit, read_metrics, write_whole
-from .signals import Stopped
+from .runs.files import read_metrics, write_whole
+from .runs.folder import commit
+from .runs.progress import Reporter
+from .runs.signals import Stopped
 
 _POLL_S = 0.5
 _PLACE = ("runs", "cache", "name", "seed", "device")
@@ -350,8 +351,7 @@ def _die_with(parent: Connection) -> None:
 
 
 def _warm_up(config: TrainConfig) -> None:
-    from .tasks import make_task
-    from .tool_task import with_tools
+    from .setup import make_task, with_tools
     from .warmup import warmed_up
 
     task = with_tools(make_task(config.task, config.seed), config)

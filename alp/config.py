@@ -78,6 +78,11 @@ class ModelConfig:
     num_heads: int = 4
     gradient_checkpointing: bool = False
 
+    @property
+    def is_tiny(self) -> bool:
+        """Whether it is the built-in decoder."""
+        return self.path == "tiny"
+
 
 @dataclass(frozen=True)
 class WarmupConfig:
@@ -95,12 +100,12 @@ class WarmupConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How completions are sampled, and how far the sampling engine is from the trained weights."""
+    """How completions are sampled, and how far the sampler is from the trained weights."""
 
     path: Literal[
         "same", "bf16", "int8", "ao-int8", "ao-int8-weights", "ao-fp8", "ao-fp8-weights", "ao-int4-weights", "vllm"
     ] = "int8"
-    """Inference path: the training path itself, bfloat16, 8-bit activations by `bits`-bit weights, torchao's
+    """The sampler: the training path itself, bfloat16, 8-bit activations by `bits`-bit weights, torchao's
     quantisation of both or of weights alone, or vLLM."""
     server: str | None = None
     """URL of a vLLM server; None: vLLM inside this process."""
@@ -189,9 +194,9 @@ class TrainConfig:
     eval_prompts: int = 256
     """Problems of the evaluations before and after."""
     diagnose_every: int = 10
-    """Steps between reports that tell engine mismatch, staleness and perturbation apart; 0: never."""
+    """Steps between reports that tell the sampler's mismatch, staleness and perturbation apart; 0: never."""
     measure_clean: bool = False
-    """Every step, the unperturbed policy against the rollout engine: KL, ratios and their tail. Costs a forward where
+    """Every step, the unperturbed policy against the sampler: KL, ratios and their tail. Costs a forward where
     the method does without one."""
     measure_step_kl: bool = False
     """Every step, the KL from the policy before its updates to the one after them. Costs one or two forwards."""
@@ -267,7 +272,7 @@ class TrainConfig:
             (
                 "model.lora",
                 model.lora,
-                model.lora is None or model.path != "tiny",
+                model.lora is None or not model.is_tiny,
                 "a model.path: adapters need a base",
             ),
             (

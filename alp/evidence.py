@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .config import UserError
+from .errors import UserError
 from .grid import Grid, export_grid, load_grid
 from .grid_plots import Picture, pictures
 from .grid_report import write_text

@@ -11,7 +11,7 @@ from itertools import accumulate
 import numpy as np
 
 from .grid import Cell, Grid
-from .run import Metrics
+from .runs.files import Metrics
 from .summary import Contrast, accuracies, seconds_of, series
 from .svg import WIDTH, Chart, Range, look, tick_text
 

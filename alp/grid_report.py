@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import UserError
+from .errors import UserError
 from .grid import Grid
 from .grid_plots import Picture, forest, pictures
-from .run import write_whole
+from .runs.files import write_whole
 from .statistics import RESAMPLES
 from .summary import (
     GROUPS,

@@ -1,7 +1,7 @@
 """The methods as rows of one table: an objective of alp_kernels, and whether the update's forward is perturbed.
 
 numerator    clean, or perturbed (ALP)
-denominator  Objective.denominator: the rollout engine's log-probabilities, or the trainer's, recomputed ("old")
+denominator  Objective.denominator: the sampler's log-probabilities, or the trainer's, recomputed ("old")
 
 A method of your own is one more row, from a file named by --plugins:
 
@@ -32,7 +32,7 @@ class Method:
         return self.objective.denominator == "old"
 
     def with_clips(self, low: float | None, high: float | None, dual: float | None) -> Method:
-        """The same method with some clips replaced; None keeps the method's own, and none gets a dual clip it has not."""
+        """The same method with some clips replaced; None keeps its own. `dual` is ignored if it has no dual clip."""
         given = {
             "clip_low": low,
             "clip_high": high,

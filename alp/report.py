@@ -13,11 +13,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from .config import TrainConfig, UserError
+from .config import TrainConfig
+from .errors import UserError
 from .grid import load_grid
 from .grid_report import HEAD, write_grid_report, write_page
 from .plots import Series, draw, plots_of
-from .run import Metrics, read_metrics
+from .runs.files import Metrics, read_metrics
 from .summary import status
 
 _ROWS = {

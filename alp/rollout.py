@@ -1,31 +1,37 @@
-"""Prompts -> groups of completions, with the log-probability of each token under the engine that sampled it.
+"""Prompts -> groups of completions: what a sampler is asked for and gives, and `sample`, by transformers' own forward.
+
+Each token comes with its log-probability under the sampler that sampled it.
 
 Token ids are kept end to end and never tokenised again. B = P prompts * G samples, the samples of a prompt adjacent.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .models import Policy, positions
+from .config import RolloutConfig
+from .policy.adapters import Weights
+from .policy.models import Policy, positions
 
 _PICKED_AT_ONCE = 1 << 24  # float64 probabilities in memory while tokens are picked
 
 
 @dataclass(frozen=True)
 class Turns:
-    """What a rollout of several turns with a tool knows beside its tokens; alp/turns.py."""
+    """What a rollout of several turns with a tool knows beside its tokens; alp/tools/turns.py."""
 
     ends: Tensor  # (B, T) bool; the last token of each turn
-    figures: dict[str, Tensor]  # (B,) each; turns.FIGURES
+    figures: dict[str, Tensor]  # (B,) each: turns, void, calls, cut, and each status a call can end with
     tool_s: float  # seconds that the whole rollout waited for the tool
 
     def rows(self, index: slice) -> Turns:
@@ -42,7 +48,7 @@ class Completions:
     tokens: Tensor  # (B, W + T) int64
     attention_mask: Tensor  # (B, W + T) int64; 0: padding
     mask: Tensor  # (B, T) bool; sampled tokens, the one that ends the completion included: those with a loss
-    logp: Tensor  # (B, T) float32, of the engine that sampled, at the sampling temperature; 0 outside the mask
+    logp: Tensor  # (B, T) float32, of the sampler, at the sampling temperature; 0 outside the mask
     texts: list[str]
     truncated: Tensor  # (B,) bool; ran into the length limit, or out of turns
     turns: Turns | None = None  # None: one turn, without tools
@@ -63,25 +69,63 @@ class Completions:
             None if self.turns is None else self.turns.rows(index),
         )
 
+    def without_void(self) -> Completions:
+        """Void trajectories without a loss: their rewards have been counted, their tokens are not."""
+        if self.turns is None:
+            return self
+        is_kept = (self.turns.figures["void"] == 0).to(self.mask.device)[:, None]
+        turns = dataclasses.replace(self.turns, ends=self.turns.ends & is_kept)
+        logp = self.logp.masked_fill(~is_kept, 0.0)
+        return dataclasses.replace(self, mask=self.mask & is_kept, logp=logp, turns=turns)
+
 
 Stop = Callable[[Tensor, Tensor], Tensor]
 """Given a chunk's tokens so far (R, t) and which rows go on (R,): the rows to end here as at an end token, (R,) bool."""
 
 
-class Sampler(Protocol):
-    """`sample`, or the same of an inference engine."""
+@dataclass(frozen=True)
+class Request:
+    """What a sampler is asked for: each prompt completed `num_samples` times."""
 
-    def __call__(
-        self,
-        policy: Policy,
-        prompts: list[list[int]],
-        num_samples: int,
-        max_new_tokens: int,
-        *,
-        u: Tensor | None,
-        temperature: float = 1.0,
-        stop: Stop | None = None,
-    ) -> Completions: ...
+    prompts: list[list[int]]  # token ids, of any lengths
+    num_samples: int
+    max_new_tokens: int
+    u: Tensor | None  # (B, max_new_tokens) in [0, 1) picks the tokens; None: the most probable token each time
+    temperature: float = 1.0  # divides the logits, in what is sampled from and in the log-probabilities returned
+    top_p: float = 1.0  # keep the most probable tokens that hold this much probability; it enters both likewise
+    stop: Stop | None = None  # ends rows before their end token
+
+
+Sample = Callable[[Policy, Request], Completions]
+"""`sample` with the policy's own weights, or `Sampler.sample`."""
+
+
+class Sampler(Protocol):
+    """What the loop asks of a sampler: completions, from weights that it is given batch by batch."""
+
+    history: deque[Weights]
+    """Weights of the last batches, oldest first."""
+
+    @property
+    def weights(self) -> Weights:
+        """Those in use."""
+        ...
+
+    def push(self, model: nn.Module) -> None:
+        """Note the weights after a batch's updates."""
+        ...
+
+    def restore(self, history: list[Weights]) -> None:
+        """Continue from a checkpoint's history, oldest first."""
+        ...
+
+    def sample(self, policy: Policy, request: Request) -> Completions:
+        """As `sample`, with the sampler's weights; of `policy` the tokenizer counts."""
+        ...
+
+
+MakeSampler = Callable[[PreTrainedModel, RolloutConfig], Sampler]
+"""A sampler with the model's weights."""
 
 
 def uniforms(num_rows: int, num_tokens: int, seed: int, batch: int) -> Tensor:
@@ -91,80 +135,31 @@ def uniforms(num_rows: int, num_tokens: int, seed: int, batch: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(
-    policy: Policy,
-    prompts: list[list[int]],
-    num_samples: int,
-    max_new_tokens: int,
-    *,
-    u: Tensor | None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    chunk: int = 512,
-    stop: Stop | None = None,
-) -> Completions:
-    """Complete each prompt `num_samples` times.
-
-    Args:
-        prompts: token ids, of any lengths.
-        u: (P * num_samples, max_new_tokens) in [0, 1) picks the tokens; None: the most probable token each time.
-        temperature: divides the logits, in what is sampled from and in the log-probabilities returned.
-        top_p: keep the most probable tokens that hold this much probability together; it enters both likewise.
-        chunk: completions sampled together.
-        stop: ends rows before their end token.
-    """
+def sample(policy: Policy, request: Request, *, chunk: int = 512) -> Completions:
+    """Completions by transformers' forward with the policy's own weights; `chunk` of them are sampled together."""
+    prompts, num_samples, u = request.prompts, request.num_samples, request.u
     width = max(map(len, prompts))
     per_chunk = max(1, chunk // num_samples)
     parts = []
     for start in range(0, len(prompts), per_chunk):
         some = prompts[start : start + per_chunk]
         rows = None if u is None else u[start * num_samples : (start + len(some)) * num_samples]
-        parts.append(_sample_chunk(policy, some, width, num_samples, max_new_tokens, rows, temperature, top_p, stop))
+        parts.append(_sample_chunk(policy, dataclasses.replace(request, prompts=some, u=rows), width))
     tokens, attention_mask, mask, logp, truncated = (torch.cat(columns) for columns in zip(*parts, strict=True))
     lengths = mask.sum(dim=1).tolist()
     texts = [policy.decode(row[:n]) for row, n in zip(tokens[:, width:].tolist(), lengths, strict=True)]
     return Completions(tokens, attention_mask, mask, logp, texts, truncated)
 
 
-def cut_off(policy: Policy, completions: Completions, stop: Stop) -> Completions:
-    """What `sample` would have ended at `stop`, from completions that went on: a prefix is sampled like the whole."""
-    targets, mask = completions.targets, completions.mask.clone()
-    truncated, alive = completions.truncated.clone(), mask.any(dim=1)
-    for t in range(1, mask.shape[1] + 1):
-        alive = alive & mask[:, t - 1]
-        stopped = stop(targets[:, :t], alive)
-        mask[stopped, t:] = False
-        truncated &= ~stopped
-        alive &= ~stopped
-    width = completions.tokens.shape[1] - mask.shape[1]
-    kept = [row[:n] for row, n in zip(targets.tolist(), mask.sum(dim=1).tolist(), strict=True)]
-    return Completions(
-        torch.cat([completions.tokens[:, :width], targets.masked_fill(~mask, policy.pad_id)], dim=1),
-        torch.cat([completions.attention_mask[:, :width], mask.long()], dim=1),
-        mask,
-        completions.logp.masked_fill(~mask, 0.0),
-        [policy.decode(row) for row in kept],
-        truncated,
-    )
-
-
-def _sample_chunk(
-    policy: Policy,
-    prompts: list[list[int]],
-    width: int,
-    num_samples: int,
-    max_new_tokens: int,
-    u: Tensor | None,
-    temperature: float,
-    top_p: float,
-    stop: Stop | None,
-) -> tuple[Tensor, ...]:
+def _sample_chunk(policy: Policy, request: Request, width: int) -> tuple[Tensor, ...]:
+    prompts, num_samples, max_new_tokens = request.prompts, request.num_samples, request.max_new_tokens
+    temperature, stop = request.temperature, request.stop
     model, device = policy.model, policy.model.device
     ids = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=device)
     attending = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     is_padded = bool((attending == 0).any())
     eos_ids = torch.tensor(policy.eos_ids, device=device, dtype=torch.int64)
-    u = None if u is None else u.to(device)
+    u = None if request.u is None else request.u.to(device)
 
     cache = DynamicCache(config=model.config)
     cached = {_cache_name(model): cache, "use_cache": True}  # the model adds keys and values to it in place
@@ -188,8 +183,8 @@ def _sample_chunk(
     for t in range(max_new_tokens):
         scaled = logits.float() if temperature == 1 else logits.float() / temperature
         log_probs = scaled.log_softmax(dim=-1)
-        if top_p < 1:
-            log_probs = _nucleus(log_probs, top_p)
+        if request.top_p < 1:
+            log_probs = _nucleus(log_probs, request.top_p)
         token = log_probs.argmax(dim=-1) if u is None else _pick(log_probs, u[:, t])
         tokens[:, t] = torch.where(alive, token, policy.pad_id)
         mask[:, t] = alive

@@ -165,20 +165,6 @@ def area(steps: Numbers, values: Numbers) -> float:
     return float(np.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else float(y[0])
 
 
-def hill(values: Numbers, k: int) -> float:
-    """Hill's estimate of the tail index from the k largest of positive values: P(X > x) falls like x^-index.
-
-    Small is heavy: below 2 the variance is infinite. nan where there are not k + 1 values or the top ones are equal.
-    """
-    x = np.asarray(values, dtype=float)
-    if k < 1 or len(x) <= k:
-        return float("nan")
-    top = np.sort(x)[-k - 1 :]
-    if top[0] <= 0 or top[0] == top[-1]:
-        return float("nan")
-    return float(1 / np.log(top[1:] / top[0]).mean())
-
-
 def spikes(values: Numbers, start: int = 0) -> list[float]:
     """How far each jump of a KL series went above what came before it, in nats.
 

@@ -2,7 +2,7 @@
 
 What of textbook PPO/GRPO is left out, and why:
 - a value network and GAE: a group's mean reward is the baseline, and rewards come at the end;
-- the old policy's forward: ALP and Bypass divide by what the sampling engine reported; only GRPO-like rows recompute;
+- the old policy's forward: ALP and Bypass divide by what the sampler reported; only GRPO-like rows recompute;
 - several epochs over a batch: minibatches and lag already make the data stale;
 - a KL penalty to a reference model: runs are short, and the reward is verified, not modelled;
 - a learning-rate schedule and early stopping: neither has proved useful yet.
@@ -23,27 +23,26 @@ import torch
 
 from alp_kernels import Stats
 
-from .adapters import load_trained_state, snapshot, trained_state
 from .advantage import centre
 from .config import TrainConfig
-from .diagnostics import diagnose
 from .errors import Diverged, UserError
-from .evaluate import evaluate
-from .inference import make_engine
-from .measure import clean_metrics, clean_stats, step_kl
-from .mismatch import describe, measure_mismatch
-from .models import Policy
-from .parallel import World, random_state, set_random_state
-from .plots import save_plots
-from .progress import Reporter, in_short, outcome
-from .rollout import Completions, uniforms
-from .run import Metrics, Run, create_run
-from .shard import Whole, gather, reshard, shard, shard_like, shard_optimiser_state
-from .signals import Stopped, StopRequest
-from .tasks import Problem, Score, Task, make_task
-from .tool_task import excluding_void, roll_out, sums_of, tool_metrics, with_tools
+from .measures.accuracy import evaluate
+from .measures.causes import diagnose
+from .measures.clean import clean_metrics, clean_stats
+from .measures.mismatch import describe, measure_mismatch
+from .measures.step import rollout_metrics, step_kl
+from .policy.adapters import snapshot
+from .policy.models import Policy
+from .ranks.shard import PlainCopy, shard
+from .ranks.world import World
+from .rollout import Completions, MakeSampler, Request, uniforms
+from .runs.files import Metrics
+from .runs.folder import Run, create_run
+from .runs.progress import Reporter, in_short, outcome
+from .runs.signals import Stopped, StopRequest
+from .runs.state import put_state, take_state
+from .tasks.task import Problem, Score, Task, new_tokens
 from .update import Experience, StepResult, Updater, score_clean
-from .warmup import make_policy, new_tokens
 
 
 class Clock:
@@ -60,21 +59,24 @@ class Clock:
 
 
 class Trainer:
-    """Everything a run holds, and one step of it."""
+    """Everything a run holds, and one step of it. Knows task and sampler by their protocols alone."""
 
-    def __init__(self, config: TrainConfig, world: World, policy: Policy, task: Task) -> None:
+    def __init__(
+        self, config: TrainConfig, world: World, policy: Policy, task: Task, make_sampler: MakeSampler
+    ) -> None:
         self.config, self.world, self.policy, self.task = config, world, policy, task
+        self.make_sampler = make_sampler
         self.max_new_tokens = new_tokens(config, policy, task)
         rollout = config.rollout
         if config.compute_dtype and rollout.path == "same":
             rollout = dataclasses.replace(rollout, path="bf16")  # which is then the training path's arithmetic
-        self.engine = make_engine(policy.model, rollout)
-        self.whole: Whole | None = None
-        if config.parallel == "fsdp" and world.size > 1:  # after the engine: it is a copy, and stays in one piece
+        self.sampler = make_sampler(policy.model, rollout)
+        self.plain: PlainCopy | None = None
+        if config.parallel == "fsdp" and world.size > 1:  # after the sampler: it is a copy, and stays in one piece
             compute_dtype = getattr(torch, config.compute_dtype) if config.compute_dtype else None
-            self.whole = Whole(policy.model, compute_dtype, world)
+            self.plain = PlainCopy(policy.model, compute_dtype, world)
             shard(policy.model, compute_dtype, world)
-            self.engine.restore([snapshot(policy.model)])
+            self.sampler.restore([snapshot(policy.model)])
         self.updater = Updater(policy.model, config.update, config.rollout.temperature, config.seed, world)
         self.before: dict[str, float] = {}
         self.num_steps = 0
@@ -84,11 +86,12 @@ class Trainer:
         """One rollout batch and the optimiser steps it feeds; returns what to record."""
         clock, start = Clock(), time.monotonic()
         with clock("rollout"):
-            completions = self.roll_out()
+            problems = self.problems()
+            completions = self.roll_out(problems)
         if self.world.max(int(not completions.logp.isfinite().all())):
             raise Diverged(f"step {self.num_steps}: log-probabilities of the rollouts are not finite; lower update.lr")
         with clock("score"):
-            scores = self.score(completions)
+            scores = self.score(problems, completions)
         with clock("update"):
             experience = self.centre(completions, scores)
         with clock("diagnose"):
@@ -98,7 +101,7 @@ class Trainer:
         with clock("diagnose"):
             metrics |= self.measure_change(experience)
         with clock("push"):
-            self.engine.push(self.policy.model)
+            self.sampler.push(self.policy.model)
         self.num_steps += 1
         seconds = clock.seconds | {"step_s": time.monotonic() - start}
         return {"step": self.num_steps} | self.report(completions, scores, results) | metrics | seconds
@@ -110,28 +113,26 @@ class Trainer:
         """Places in the whole batch of this rank's prompts: a share of each minibatch, one after the other."""
         return self.world.share(self.config.rollout.prompts, self.config.update.minibatches)
 
-    @property
     def problems(self) -> list[Problem]:
+        """This step's problems of this rank."""
         first = self.num_steps * self.config.rollout.prompts
         return [self.task.problem("train", first + i) for i in self.prompt_ids]
 
-    def roll_out(self) -> Completions:
-        """G samples of each of this rank's prompts, from the inference engine."""
+    def roll_out(self, problems: list[Problem]) -> Completions:
+        """G samples of each of this rank's prompts."""
         rollout = self.config.rollout
         u = uniforms(rollout.prompts * rollout.samples, self.max_new_tokens, self.config.seed, self.num_steps)
-        return roll_out(
-            self.task,
-            self.engine.sample,
-            self.policy,
-            [self.policy.encode_prompt(problem.question) for problem in self.problems],
+        request = Request(
+            [self.policy.encode_prompt(problem.question) for problem in problems],
             rollout.samples,
             self.max_new_tokens,
             u=u.view(rollout.prompts, rollout.samples, -1)[self.prompt_ids].flatten(0, 1),
             temperature=rollout.temperature,
         )
+        return self.task.roll_out(self.sampler.sample, self.policy, request)
 
-    def score(self, completions: Completions) -> list[Score]:
-        problems, num_samples = self.problems, self.config.rollout.samples
+    def score(self, problems: list[Problem], completions: Completions) -> list[Score]:
+        num_samples = self.config.rollout.samples
         return [problems[i // num_samples].score(text) for i, text in enumerate(completions.texts)]
 
     def centre(self, completions: Completions, scores: list[Score]) -> Experience:
@@ -140,8 +141,8 @@ class Trainer:
         num_samples = config.rollout.samples
         rewards_PG = torch.tensor([score.reward for score in scores], device=device).view(-1, num_samples)
         groups = torch.tensor(self.prompt_ids, device=device)[:, None] * num_samples
-        if completions.turns is not None and config.tools.void == "exclude":
-            completions = excluding_void(completions)
+        if config.tools.void == "exclude":
+            completions = completions.without_void()
         experience = Experience(
             completions,
             advantages=centre(rewards_PG, config.update.normalise_std).flatten(),
@@ -163,15 +164,15 @@ class Trainer:
     # -------------------------------------------------------------- what a step reports
 
     def diagnose(self, experience: Experience) -> Metrics:
-        """Every so many steps: engine mismatch, staleness and perturbation shift, apart."""
+        """Every so many steps: the sampler's mismatch, staleness and perturbation shift, apart."""
         if not self.diagnoses_now:
             return {}
         return diagnose(
-            self.updater, self.engine.weights, experience, self.num_steps, self.config.update.micro_batch, self.world
+            self.updater, self.sampler.weights, experience, self.num_steps, self.config.update.micro_batch, self.world
         )
 
     def measure(self, experience: Experience) -> Metrics:
-        """Every step where asked for: the unperturbed policy against the rollout engine."""
+        """Every step where asked for: the unperturbed policy against the sampler."""
         return clean_metrics(clean_stats(experience), self.diagnoses_now) if self.config.measure_clean else {}
 
     def measure_change(self, experience: Experience) -> Metrics:
@@ -191,31 +192,15 @@ class Trainer:
 
     def report(self, completions: Completions, scores: list[Score], results: list[StepResult]) -> Metrics:
         """The step's figures over all ranks; method.md's list, rewards, noise and counts."""
-        of_tools = sums_of(completions)
-        sums = self.world.sum(
-            [
-                float(len(scores)),
-                sum(score.reward for score in scores),
-                float(sum(score.correct for score in scores)),
-                float(sum(not score.parsed for score in scores)),
-                float(completions.truncated.sum()),
-                float(sum(result.loss for result in results)),
-                *of_tools.values(),
-            ]
-        )
-        count, reward, correct, unparsed, truncated, loss = sums[:6]
-        of_tools = dict(zip(of_tools, sums[6:], strict=True))
+        (loss,) = self.world.sum([float(sum(result.loss for result in results))])
         stats = Stats.cat([result.stats for result in results]).gather()
-        metrics: Metrics = {
-            "reward": reward / count,
-            "accuracy": correct / count,
-            "unparsed": unparsed / count,
-            "truncated": truncated / count,
-            **tool_metrics(of_tools, count, self.world.size),
+        grad_norms = torch.stack([result.grad_norm for result in results])
+        metrics = rollout_metrics(completions, scores, self.world) | {
             "loss": loss / len(results),
-            "grad_norm": float(torch.stack([result.grad_norm for result in results]).mean()),
-            "grad_norm_max": float(torch.stack([result.grad_norm for result in results]).max()),
-        } | stats.summary()
+            "grad_norm": float(grad_norms.mean()),
+            "grad_norm_max": float(grad_norms.max()),
+        }
+        metrics |= stats.summary()
         handle = self.updater.handle
         if handle is not None:
             metrics |= {"sigma": handle.sigma.tolist(), "realised_noise": handle.realised()["rms_over_nominal"]}
@@ -227,19 +212,19 @@ class Trainer:
 
     # -------------------------------------------------------------- outcome and state
 
-    def gather(self) -> None:
+    def make_whole(self) -> None:
         """Before `evaluate` and `save`, which are for rank 0 alone: what is sharded is made whole there."""
-        if self.whole is not None:
-            self.whole.fill(self.policy.model)
+        if self.plain is not None:
+            self.plain.fill(self.policy.model)
 
     def save(self, folder: Path) -> None:
         """Write the policy in Hugging Face form."""
-        (self.policy if self.whole is None else self.policy._replace(model=self.whole.model)).save(folder)
+        (self.policy if self.plain is None else self.policy._replace(model=self.plain.model)).save(folder)
 
     def measure_mismatch(self) -> dict[str, float]:
-        """The engine against the training path with the same weights; on every rank, and the same there."""
+        """The sampler against the training path with the same weights; on every rank, and the same there."""
         return measure_mismatch(
-            self.engine,
+            self.sampler,
             self.policy,
             self.task,
             self.config.rollout,
@@ -261,8 +246,9 @@ class Trainer:
         """Accuracies of the policy as it is now; computed once a step."""
         if self._evaluated is None or self._evaluated[0] != self.num_steps:
             report = evaluate(
-                self.policy if self.whole is None else self.policy._replace(model=self.whole.as_computed()),
+                self.policy if self.plain is None else self.policy._replace(model=self.plain.as_computed()),
                 self.task,
+                self.make_sampler,
                 self.config.rollout,
                 num_problems=self.config.eval_prompts,
                 max_new_tokens=self.max_new_tokens,
@@ -272,37 +258,16 @@ class Trainer:
         return self._evaluated[1]
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs to continue bit for bit; data and sampling follow from the number of steps.
-
-        A collective call; rank 0's is whole, and the same whether the run was sharded or not.
-        """
-        handle, world = self.updater.handle, self.world
-        reshard(self.policy.model)
-        state = {
-            "num_steps": self.num_steps,
-            "before": self.before,
-            "model": trained_state(self.policy.model),
-            "optimiser": self.updater.optimiser.state_dict(),
-            "noise": None if handle is None else handle.state_dict(),
-            "sampling_weights": list(self.engine.history),
-            "random": world.gather(random_state(world.device)),
-        }
-        return dict(gather(state, keep=world.is_main))
+        """All that a resumed run needs; a collective call."""
+        updater = self.updater
+        state = take_state(self.policy.model, updater.optimiser, updater.handle, self.sampler, self.world)
+        return {"num_steps": self.num_steps, "before": self.before, **state}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from rank 0's `state`, on any number of ranks; with as many as it had, bit for bit."""
+        """Continue from rank 0's `state`."""
         self.num_steps, self.before = state["num_steps"], state["before"]
-        model, optimiser = self.policy.model, self.updater.optimiser
-        own = dict(model.state_dict(keep_vars=True))
-        load_trained_state(model, {name: shard_like(value, own[name]) for name, value in state["model"].items()})
-        optimiser.load_state_dict(shard_optimiser_state(state["optimiser"], optimiser))
-        if self.updater.handle is not None:
-            self.updater.handle.load_state_dict(state["noise"])
-        self.engine.restore(
-            [{name: shard_like(value, own[name]) for name, value in old.items()} for old in state["sampling_weights"]]
-        )
-        if self.world.rank < len(state["random"]):
-            set_random_state(state["random"][self.world.rank], self.world.device)
+        updater = self.updater
+        put_state(state, self.policy.model, updater.optimiser, updater.handle, self.sampler, self.world)
 
 
 def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool = True) -> Path:
@@ -319,12 +284,18 @@ def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool =
             f"{config.update.minibatches} times the number of processes, {world.size}"
         )
     try:
-        return _train(config, resume, world, start, with_plots)
+        trainer, run = _begin(config, resume, world)
+        _loop(trainer, run)
+        _finish(trainer, run, start, with_plots)
+        return run.folder
     finally:
         world.close()
 
 
-def _train(config: TrainConfig, resume: Path | None, world: World, start: float, with_plots: bool) -> Path:
+def _begin(config: TrainConfig, resume: Path | None, world: World) -> tuple[Trainer, Run]:
+    """The run's parts as they are before its first step, or after the one that its checkpoint holds."""
+    from .setup import make_policy, make_sampler, make_task, with_tools  # all kinds of them; the rest knows none
+
     task = with_tools(make_task(config.task, config.seed), config)
     # the folder before the warm-up: a name that is taken is known at once, and a run killed while warming up resumes
     folder = resume or Path(world.broadcast(str(create_run(config)) if world.is_main else None))
@@ -333,12 +304,12 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
     checkpoint = run.load_checkpoint(torch.device("cpu") if is_sharded else world.device, mmap=is_sharded)
     policy = make_policy(config, task, world, is_resumed=checkpoint is not None)
     torch.manual_seed(config.seed + world.rank)  # a model's dropout, if it has any, differs between the ranks
-    trainer = Trainer(config, world, policy, task)
+    trainer = Trainer(config, world, policy, task, make_sampler)
     if checkpoint is not None:
         trainer.load_state(checkpoint)
     else:
         mismatch = trainer.measure_mismatch()
-        trainer.gather()
+        trainer.make_whole()
         if world.is_main:
             run.save_mismatch(mismatch)
             print(describe(mismatch, config.rollout), flush=True)
@@ -349,13 +320,18 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
         run.keep_metrics(trainer.num_steps)
         print(f"run folder: {run.folder}", flush=True)
     world.barrier()
+    return trainer, run
 
+
+def _loop(trainer: Trainer, run: Run) -> None:
+    """Step, record, keep; raises Stopped after the step in which a signal came."""
+    config, world = trainer.config, trainer.world
     reporter = Reporter("train", config.steps, start=trainer.num_steps, quiet=not world.is_main)
     with StopRequest(quiet=not world.is_main) as request, reporter as progress:
         while trainer.num_steps < config.steps:
             metrics = trainer.step()
             if trainer.evaluates_now:
-                trainer.gather()
+                trainer.make_whole()
             if world.is_main:
                 evaluated = trainer.evaluate_now()
                 run.record(metrics | evaluated)
@@ -369,19 +345,24 @@ def _train(config: TrainConfig, resume: Path | None, world: World, start: float,
             progress(trainer.num_steps, in_short(metrics))
             if signum:
                 world.barrier()  # the checkpoint is there before a launcher sees any rank end
-                line = f"stopped after step {trainer.num_steps}; continue with alp train --resume {folder}"
+                line = f"stopped after step {trainer.num_steps}; continue with alp train --resume {run.folder}"
                 raise Stopped(signum, line if world.is_main else "")
 
-    trainer.gather()
+
+def _finish(trainer: Trainer, run: Run, start: float, with_plots: bool) -> None:
+    """What the run came to."""
+    world = trainer.world
+    trainer.make_whole()
     if world.is_main:
         after = trainer.evaluate()
         run.save_model(trainer.save)
         run.save_outcome(trainer.before, after)
         if with_plots:
+            from .plots import save_plots
+
             save_plots(run.folder.name, run.metrics, run.folder / "plots")
         run.close()
-        path, seconds = config.rollout.path, time.monotonic() - start
+        path, seconds = trainer.config.rollout.path, time.monotonic() - start
         print(f"learned in {seconds:.0f} s: {outcome(trainer.before, after, run.metrics, path)}; ", end="")
-        print(f"see {folder} (alp report {folder})", flush=True)
+        print(f"see {run.folder} (alp report {run.folder})", flush=True)
     world.barrier()
-    return folder

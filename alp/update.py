@@ -21,10 +21,10 @@ from alp_kernels.integrations.hugging_face import output_head
 from .config import UpdateConfig, layers_of
 from .errors import Diverged, UserError
 from .methods import METHODS, Method
-from .models import hidden_states, positions
-from .parallel import World
+from .policy.models import hidden_states, positions
+from .ranks.shard import full, reshard
+from .ranks.world import World
 from .rollout import Completions
-from .shard import full, reshard
 
 _POSITION_BITS = 20  # of a row's identity; the sample's number stands above, and above that the noise draw's
 _DRAW_BIT = 44  # row ids end at 48 bits

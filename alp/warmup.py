@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import shutil
 import time
@@ -21,68 +20,20 @@ import transformers
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
-from . import chain, models, tasks, tool_task, toolchain, turns
-from .config import TrainConfig, UserError
-from .load import load_policy
-from .models import TINY, Policy, attention, hidden_states, make_tiny
-from .parallel import World
-from .progress import Reporter
-from .rollout import sample
-from .tasks import Task
-from .tool_task import ToolTask, encode_demonstration, pieces_of, roll_out
-
-logger = logging.getLogger("alp")
+from .config import TrainConfig
+from .errors import UserError
+from .policy.models import Policy, hidden_states
+from .policy.tiny import character_tokenizer, make_tiny
+from .rollout import Request, sample
+from .tasks.task import Task, completion_length
 
 _EVAL_EVERY = 25
 _EVAL_PROBLEMS = 128
 _LR_WARMUP = 20  # steps
 _MUON_LR_RATIO = 10 / 3  # Muon's learning rate over AdamW's
-_SLACK = 2  # tokens a completion may have beyond the longest demonstration seen
-_LENGTH_PROBE = 512  # demonstrations looked at for that
-_DEFAULT_NEW_TOKENS = 256  # a turn
 
 Report = Callable[[int, float, float], None]
 """Called with step, loss and greedy accuracy."""
-
-
-def make_policy(config: TrainConfig, task: Task, world: World, is_resumed: bool) -> Policy:
-    """The model to train: loaded, or the tiny one, which rank 0 warms up first; a resumed run's weights come later."""
-    if config.model.path != TINY:
-        torch.manual_seed(config.seed)  # fresh adapters are the same on every rank
-        return load_policy(config.model, world.device)._replace(system=config.task.system)
-    if is_resumed:
-        policy = make_tiny(config.model, pieces_of(task))
-    else:
-        if not world.is_main:
-            world.barrier()  # rank 0 fills the cache
-        with Reporter("warm-up", None, quiet=not world.is_main) as report:
-            policy, line = warmed_up(
-                config,
-                task,
-                lambda step, loss, accuracy: report(step, f"loss {loss:.2f}  greedy accuracy {accuracy:.2f}"),
-            )
-        if world.is_main:
-            print(line, flush=True)
-            world.barrier()
-    policy.model.to(device=world.device, dtype=getattr(torch, config.model.dtype))
-    for name in attention(config.model).values():
-        policy.model.set_attn_implementation(name)
-    return policy._replace(system=config.task.system)
-
-
-def new_tokens(config: TrainConfig, policy: Policy, task: Task) -> int:
-    """The length limit of a completion: as configured, else what demonstrations need (tiny model), else 256 a turn."""
-    if config.rollout.max_new_tokens is not None:
-        return config.rollout.max_new_tokens
-    if config.model.path == TINY:
-        return completion_length(policy, task)
-    return _DEFAULT_NEW_TOKENS * (task.max_turns if isinstance(task, ToolTask) else 1)
-
-
-def completion_length(policy: Policy, task: Task) -> int:
-    """Tokens that the longest of many demonstrations needs, the end token included, and a little slack."""
-    lengths = [len(encode_demonstration(policy.tokenizer, task, i, 0.0)[1]) for i in range(_LENGTH_PROBE)]
-    return max(lengths) + 1 + (0 if min(lengths) == max(lengths) else _SLACK)
 
 
 def warmed_up(config: TrainConfig, task: Task, report: Report) -> tuple[Policy, str]:
@@ -90,10 +41,10 @@ def warmed_up(config: TrainConfig, task: Task, report: Report) -> tuple[Policy, 
     folder = (config.cache or config.runs / "cache") / f"tiny-{task.name}-{_key(config, task)}"
     if folder.is_dir():
         model = Qwen2ForCausalLM.from_pretrained(folder)
-        return Policy(model.train(), models.character_tokenizer(pieces_of(task))), f"warm-up: taken from {folder}"
+        return Policy(model.train(), character_tokenizer(task.pieces)), f"warm-up: taken from {folder}"
     start = time.monotonic()
     torch.manual_seed(config.seed)
-    policy = make_tiny(config.model, pieces_of(task))
+    policy = make_tiny(config.model, task.pieces)
     if config.warmup.accuracy == 0:
         return policy, "warm-up: skipped (warmup.accuracy=0)"
     steps, accuracy = _train(policy, config, task, report)
@@ -104,9 +55,16 @@ def warmed_up(config: TrainConfig, task: Task, report: Report) -> tuple[Policy, 
     )
 
 
+def sources() -> list[Path]:
+    """The files whose code makes the warmed-up weights: the tiny model, all of tasks/ and tools/, and this one."""
+    package = Path(__file__).parent
+    rooms = [path for room in ("tasks", "tools") for path in sorted((package / room).glob("*.py"))]
+    policy = [package / "policy" / name for name in ("models.py", "tiny.py")]
+    return [*policy, *rooms, Path(__file__)]
+
+
 def _key(config: TrainConfig, task: Task) -> str:
     """A digest of everything that determines the warmed-up weights."""
-    sources = [Path(str(module.__file__)).read_text() for module in (chain, models, tasks, tool_task, toolchain, turns)]
     parts = [
         task.identity(),
         dataclasses.asdict(config.warmup),
@@ -115,8 +73,7 @@ def _key(config: TrainConfig, task: Task) -> str:
         torch.__version__,
         transformers.__version__,
         torch.get_num_threads(),
-        sources,
-        Path(__file__).read_text(),
+        [path.read_text() for path in sources()],
         [Path(name).read_text() for name in config.plugins if name.endswith(".py")],
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:16]
@@ -151,7 +108,7 @@ def _train(policy: Policy, config: TrainConfig, task: Task, report: Report) -> t
         torch.optim.AdamW(others, lr=warmup.lr, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
     ramps = [torch.optim.lr_scheduler.LinearLR(o, 1 / _LR_WARMUP, total_iters=_LR_WARMUP) for o in optimisers]
-    max_new_tokens = completion_length(policy, task)
+    max_new_tokens = completion_length(policy.tokenizer, task)
     accuracy = 0.0
     for step in range(1, warmup.max_steps + 1):
         loss = _loss(policy, task, range((step - 1) * warmup.batch, step * warmup.batch), warmup.error)
@@ -175,7 +132,7 @@ def _train(policy: Policy, config: TrainConfig, task: Task, report: Report) -> t
 def _loss(policy: Policy, task: Task, indices: range, error: float) -> Tensor:
     """Cross-entropy of demonstrated answers and their end token; prompts, tools' outputs and padding carry none."""
     eos = policy.eos_ids[0]
-    demonstrations = [encode_demonstration(policy.tokenizer, task, i, error) for i in indices]
+    demonstrations = [task.encode_demonstration(policy.tokenizer, i, error) for i in indices]
     prompts = [policy.encode_prompt(question) for question, _, _ in demonstrations]
     answers = [[*ids, eos] for _, ids, _ in demonstrations]
     are_written = [[*is_written, True] for _, _, is_written in demonstrations]
@@ -196,6 +153,6 @@ def _greedy_accuracy(policy: Policy, task: Task, max_new_tokens: int) -> float:
     """Of problems that no split but this one has: the warm-up's demonstrations never reach these indices."""
     problems = [task.problem("warmup", (1 << 23) + i) for i in range(_EVAL_PROBLEMS)]
     prompts = [policy.encode_prompt(problem.question) for problem in problems]
-    completions = roll_out(task, sample, policy, prompts, 1, max_new_tokens, u=None)
+    completions = task.roll_out(sample, policy, Request(prompts, 1, max_new_tokens, u=None))
     scores = [problem.score(text) for problem, text in zip(problems, completions.texts, strict=True)]
     return sum(score.correct for score in scores) / len(scores)

@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ from transformers import PreTrainedModel
 
 from alp.advantage import centre
 from alp.config import RolloutConfig, TrainConfig, UpdateConfig, WarmupConfig
-from alp.models import hidden_states, make_tiny
-from alp.parallel import World
+from alp.policy.models import hidden_states
+from alp.policy.tiny import make_tiny
+from alp.ranks.world import World
 from alp.rollout import Completions
-from alp.tasks import Problem, Score, Task, make_task
+from alp.setup import make_sampler, make_task
+from alp.tasks.task import Problem, Score, SingleTurn
 from alp.train import Trainer
 from alp.update import Experience, Updater, score_clean
 from alp_kernels import Stats
@@ -102,7 +104,7 @@ def make_inputs(device: torch.device, case: StepCase) -> Inputs:
     return inputs._replace(truth=plain(inputs)())
 
 
-class HalfRight:
+class HalfRight(SingleTurn):
     """The default task's questions; which answers are right is as good as random, so that few groups are all alike.
 
     A model with random weights has no right answer: all advantages would be zero, and work could be skipped.
@@ -115,11 +117,11 @@ class HalfRight:
     def problem(self, split: Any, index: int) -> Problem:
         return self.task.problem(split, index)._replace(score=lambda text: Score(float(sum(map(ord, text)) % 2)))
 
-    demonstration = identity = None  # not asked for
+    def demonstration(self, index: int, error: float) -> tuple[str, str]:
+        return self.task.demonstration(index, error)
 
-
-def half_right(config: TrainConfig) -> Task:
-    return cast(Task, HalfRight(config))
+    def identity(self) -> dict[str, Any]:
+        return self.task.identity()
 
 
 def weights_of(model: nn.Module) -> Tensor:
@@ -232,7 +234,7 @@ def our_step(changes: dict[str, Any], inputs: Inputs) -> Callable[[], dict[str, 
     config = dataclasses.replace(inputs.config, rollout=dataclasses.replace(inputs.config.rollout, **changes))
     torch.manual_seed(SEED)
     policy = make_tiny(config.model)
-    trainer = Trainer(config, World(config.device), policy, half_right(config))
+    trainer = Trainer(config, World(config.device), policy, HalfRight(config), make_sampler)
 
     def run() -> dict[str, Any]:
         metrics = trainer.step()
@@ -267,7 +269,7 @@ def make_trl(inputs: Inputs) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    case, task = inputs.case, half_right(inputs.config)
+    case, task = inputs.case, HalfRight(inputs.config)
     problems = [task.problem("train", i) for i in range(case.prompts)]
     by_question = {problem.question: problem for problem in problems}
 

@@ -16,10 +16,10 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from alp.config import RolloutConfig, TrainConfig, WarmupConfig
-from alp.evaluate import evaluate
-from alp.parallel import World
-from alp.tasks import make_task
-from alp.warmup import make_policy, new_tokens
+from alp.measures.accuracy import evaluate
+from alp.ranks.world import World
+from alp.setup import make_policy, make_sampler, make_task
+from alp.tasks.task import new_tokens
 from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer
 
 
@@ -96,6 +96,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             return evaluate(
                 policy,
                 task,
+                make_sampler,
                 config.rollout,
                 num_problems=chosen.eval_prompts,
                 max_new_tokens=trainer.max_completion_length,

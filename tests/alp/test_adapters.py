@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from alp import cli
-from alp.adapters import adapted, add_lora, served, snapshot
 from alp.config import ModelConfig
 from alp.errors import UserError
-from alp.load import load_policy
-from alp.models import Policy
+from alp.policy.adapters import adapted, served, snapshot
+from alp.policy.load import load_policy
+from alp.policy.lora import add_lora
+from alp.policy.models import Policy
 from tests.support.tiny_models import write_llama, write_sums
 
 CPU = torch.device("cpu")

@@ -10,8 +10,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from alp.config import TrainConfig, UserError
-from alp.parallel import World
+from alp.config import TrainConfig
+from alp.errors import UserError
+from alp.ranks.world import World
 from alp.train import train
 from tests.support import sharded
 from tests.support.compare import likely_order_bound
@@ -60,18 +61,18 @@ def test_each_row_meets_the_noise_of_one_process(name: str, ranks: list[dict[str
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_engine_saved_copy_and_every_rank_hold_the_same_whole_weights(name: str, ranks: list[dict[str, Any]]) -> None:
+def test_sampler_saved_copy_and_every_rank_hold_the_same_whole_weights(name: str, ranks: list[dict[str, Any]]) -> None:
     first, case = ranks[0][name], CASES[name]
     assert first["whole"].keys() == first["weight"].keys()
     for key, value in first["weight"].items():
         assert torch.equal(first["whole"][key], value) and torch.equal(ranks[1][name]["weight"][key], value)
-    assert first["engine"].keys() == ranks[1][name]["engine"].keys()
-    for key, value in first["engine"].items():
-        assert torch.equal(ranks[1][name]["engine"][key], value)
+    assert first["sampler"].keys() == ranks[1][name]["sampler"].keys()
+    for key, value in first["sampler"].items():
+        assert torch.equal(ranks[1][name]["sampler"][key], value)
     if case.path != "int8":
-        assert first["engine"].keys() >= first["served"].keys()
+        assert first["sampler"].keys() >= first["served"].keys()
         for key, value in first["served"].items():
-            assert torch.equal(first["engine"][key], value.to(first["engine"][key].dtype)), key
+            assert torch.equal(first["sampler"][key], value.to(first["sampler"][key].dtype)), key
     if "log_sigma" in first:
         assert torch.equal(first["log_sigma"], ranks[1][name]["log_sigma"])
     assert all(rank[name]["restored"] for rank in ranks)

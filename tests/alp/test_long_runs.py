@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from alp.config import ModelConfig, RolloutConfig, TrainConfig, UpdateConfig, UserError
-from alp.load import load_policy
-from alp.models import make_tiny
-from alp.run import Run, read_metrics
-from alp.signals import StopRequest
+from alp.config import ModelConfig, RolloutConfig, TrainConfig, UpdateConfig
+from alp.errors import UserError
+from alp.policy.load import load_policy
+from alp.policy.tiny import make_tiny
+from alp.runs.files import read_metrics
+from alp.runs.folder import Run
+from alp.runs.signals import StopRequest
 from alp.train import Trainer, train
 from tests.support.long_run import score
 
@@ -196,7 +198,7 @@ def test_a_process_sent_sigterm_resumes_exactly(runs: Path, one_rank: Path) -> N
 
 def ask(*lines: str) -> subprocess.CompletedProcess[str]:
     """Lines of Python in a process with a StopRequest open, which prints what it has noted at its end."""
-    program = ["import os, signal, time", "from alp.signals import StopRequest"]
+    program = ["import os, signal, time", "from alp.runs.signals import StopRequest"]
     program += ["signal.signal(signal.SIGINT, signal.default_int_handler)", "request = StopRequest()"]
     program += [*lines, "print(request.signum)"]
     command = [sys.executable, "-c", "\n".join(program)]

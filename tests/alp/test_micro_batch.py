@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alp.config import UpdateConfig
 from alp.methods import METHODS
-from alp.parallel import World
+from alp.ranks.world import World
 from alp.rollout import Completions
 from alp.update import Experience, Updater, last_token
 from alp_kernels import Stats, policy_loss

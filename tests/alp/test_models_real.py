@@ -1,6 +1,7 @@
 """Hugging Face models and data as their owners keep them: chat templates, benchmark files, adapters, 16 bits."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,27 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import alp.train as loop
-from alp.adapters import served, snapshot, strip
-from alp.benchmark import _problems, evaluate_on
+from alp import train as loop
 from alp.config import EvalConfig, ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig
-from alp.data import read_jsonl, read_problems, read_record
 from alp.errors import UserError
-from alp.inference import InferenceEngine
-from alp.load import load_policy
-from alp.models import Policy
-from alp.parallel import World
-from alp.rollout import sample, uniforms
-from alp.run import Run, read_metrics
-from alp.tasks import make_task, verify
-from alp.train import train
+from alp.measures.benchmark import _problems, evaluate_on
+from alp.policy.adapters import served, snapshot, strip
+from alp.policy.load import load_policy
+from alp.policy.models import Policy
+from alp.ranks.world import World
+from alp.rollout import Request, sample, uniforms
+from alp.runs.files import read_metrics
+from alp.runs.folder import Run
+from alp.sampling.in_process import InProcessSampler
+from alp.setup import make_task
+from alp.tasks.files import read_jsonl, read_problems, read_record
+from alp.tasks.math import verify
 from alp.update import Experience, Updater, score_clean
 from tests.support.compare import likely_order_bound
 from tests.support.tiny_models import CHAT, DROPS_SYSTEM, NO_SYSTEM, write_lines, write_llama, write_sums
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of a small run's time; tests/alp/test_run.py looks at them."""
-    monkeypatch.setattr(loop, "save_plots", lambda *_: None)
+train = functools.partial(loop.train, with_plots=False)  # they take most of a small run's time
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +170,7 @@ def test_a_name_that_is_no_dataset_is_one_error(tmp_path: Path, monkeypatch: pyt
 def experience(policy: Policy) -> Experience:
     prompts = [policy.encode_prompt(text) for text in ("1+2=", "12345*6=", "7=")]
     policy.model.eval()
-    completions = sample(policy, prompts, 2, 9, u=uniforms(6, 9, seed=1, batch=2))
+    completions = sample(policy, Request(prompts, 2, 9, u=uniforms(6, 9, seed=1, batch=2)))
     policy.model.train()
     return Experience(completions, torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0]), torch.arange(6), None)
 
@@ -247,12 +244,12 @@ def test_merged_weights_are_pefts(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("path", "bound"), [("same", 1e-5), ("bf16", 0.2), ("int8", 0.1)])
-def test_every_engine_samples_from_the_adapted_model(folder: Path, path: Any, bound: float) -> None:
+def test_every_sampler_samples_from_the_adapted_model(folder: Path, path: Any, bound: float) -> None:
     policy = load(folder, lora=4)
     stir(policy)
-    engine = InferenceEngine(policy.model, RolloutConfig(path=path, bits=8, lag=0))
+    sampler = InProcessSampler(policy.model, RolloutConfig(path=path, bits=8, lag=0))
     prompts = [policy.encode_prompt(text) for text in ("1+2=", "12345*6=")]
-    completions = engine.sample(policy, prompts, 3, 6, u=uniforms(6, 6, 0, 0))
+    completions = sampler.sample(policy, Request(prompts, 3, 6, u=uniforms(6, 6, 0, 0)))
     rows = Experience(completions, torch.zeros(6), torch.arange(6), None)
     clean = score_clean(policy.model, rows, 1.0, None)
     assert (clean - completions.logp)[completions.mask].abs().mean() < bound

@@ -8,9 +8,11 @@ import torch
 from transformers import AutoTokenizer
 
 from alp.config import ModelConfig, RolloutConfig
-from alp.inference import InferenceEngine, QuantisedLinear, integer_matmul, quantise
-from alp.models import Policy, character_tokenizer, hidden_states, make_tiny
-from alp.rollout import sample, uniforms
+from alp.policy.models import Policy, hidden_states
+from alp.policy.tiny import character_tokenizer, make_tiny
+from alp.rollout import Request, sample, uniforms
+from alp.sampling.in_process import InProcessSampler
+from alp.sampling.int8 import QuantisedLinear, integer_matmul, quantise
 from alp_kernels.integrations.hugging_face import output_head
 
 SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
@@ -35,17 +37,17 @@ def test_tokenizer_round_trip_survives_saving(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("path", "bound"), [("same", 1e-5), ("bf16", 0.05), ("int8", 0.05)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_logp_is_that_of_the_sampling_engine(
+def test_sampled_logp_is_that_of_the_sampling_sampler(
     policy: Policy, path: Literal["same", "bf16", "int8"], bound: float, temperature: float
 ) -> None:
-    engine = InferenceEngine(policy.model, RolloutConfig(path=path, bits=5, lag=0))
+    sampler = InProcessSampler(policy.model, RolloutConfig(path=path, bits=5, lag=0))
     prompts = [policy.encode_prompt(text) for text in ("1+2=", "12345*6=", "7=")]
     u = uniforms(6, 9, seed=1, batch=2)
-    out = sample(Policy(engine.model, policy.tokenizer), prompts, 2, 9, u=u, temperature=temperature, chunk=4)
+    out = sample(Policy(sampler.model, policy.tokenizer), Request(prompts, 2, 9, u=u, temperature=temperature), chunk=4)
     keep = out.mask.shape[1]
     with torch.no_grad():
-        hidden = hidden_states(engine.model, out.tokens, out.attention_mask, keep)
-        logits = engine.model.get_output_embeddings()(hidden).float() / temperature
+        hidden = hidden_states(sampler.model, out.tokens, out.attention_mask, keep)
+        logits = sampler.model.get_output_embeddings()(hidden).float() / temperature
     expected = logits.log_softmax(-1).gather(-1, out.targets[..., None]).squeeze(-1)
     # another order of the same sums; on the coarse paths a sum that lands across a rounding boundary moves by a step
     assert (out.logp - expected)[out.mask].abs().max() < bound
@@ -55,15 +57,15 @@ def test_sampled_logp_is_that_of_the_sampling_engine(
 def test_completions_do_not_depend_on_chunks_padding_or_company(policy: Policy) -> None:
     prompts = [policy.encode_prompt(text) for text in ("1+2=", "12345*6=", "7=")]
     u = uniforms(6, 9, seed=1, batch=2)
-    together = sample(policy, prompts, 2, 9, u=u)
-    alone = sample(policy, prompts[:1], 2, 9, u=u[:2])
-    chunked = sample(policy, prompts, 2, 9, u=u, chunk=2)
+    together = sample(policy, Request(prompts, 2, 9, u=u))
+    alone = sample(policy, Request(prompts[:1], 2, 9, u=u[:2]))
+    chunked = sample(policy, Request(prompts, 2, 9, u=u), chunk=2)
     assert together.texts == chunked.texts and together.texts[:2] == alone.texts
 
 
 def test_a_completion_ends_at_its_end_token_or_is_counted_truncated(policy: Policy) -> None:
     prompts = [policy.encode_prompt("1+2=")]
-    out = sample(policy, prompts, 64, 12, u=uniforms(64, 12, seed=0, batch=0))
+    out = sample(policy, Request(prompts, 64, 12, u=uniforms(64, 12, seed=0, batch=0)))
     eos = policy.eos_ids[0]
     for row, mask, truncated in zip(out.targets.tolist(), out.mask.tolist(), out.truncated.tolist(), strict=True):
         length = sum(mask)
@@ -75,7 +77,7 @@ def test_a_completion_ends_at_its_end_token_or_is_counted_truncated(policy: Poli
 def test_sampling_follows_the_distribution(policy: Policy) -> None:
     prompts = [policy.encode_prompt("1+2=")]
     n = 20000
-    out = sample(policy, prompts, n, 1, u=uniforms(n, 1, seed=0, batch=0), chunk=n)
+    out = sample(policy, Request(prompts, n, 1, u=uniforms(n, 1, seed=0, batch=0)), chunk=n)
     tokens = torch.tensor([prompts[0]])
     with torch.no_grad():
         p = policy.model(tokens).logits[0, -1].softmax(-1)
@@ -107,19 +109,19 @@ def test_quantised_weights_are_integers_of_so_many_bits_and_products_are_exact(b
 
 
 def test_the_head_and_embeddings_are_not_quantised(policy: Policy) -> None:
-    engine = InferenceEngine(policy.model, RolloutConfig(path="int8"))
-    quantised = [name for name, module in engine.model.named_modules() if isinstance(module, QuantisedLinear)]
+    sampler = InProcessSampler(policy.model, RolloutConfig(path="int8"))
+    quantised = [name for name, module in sampler.model.named_modules() if isinstance(module, QuantisedLinear)]
     assert len(quantised) == 2 * 7
-    assert torch.equal(output_head(engine.model).weight, output_head(policy.model).weight)
+    assert torch.equal(output_head(sampler.model).weight, output_head(policy.model).weight)
 
 
-def test_the_engine_lags_by_so_many_batches_after_a_ramp(policy: Policy) -> None:
-    engine = InferenceEngine(policy.model, RolloutConfig(path="same", lag=2))
+def test_the_sampler_lags_by_so_many_batches_after_a_ramp(policy: Policy) -> None:
+    sampler = InProcessSampler(policy.model, RolloutConfig(path="same", lag=2))
     weight = policy.model.get_output_embeddings().weight
     seen = []
     for value in range(1, 6):
         with torch.no_grad():
             weight.fill_(value)
-        engine.push(policy.model)
-        seen.append(float(engine.model.get_output_embeddings().weight.detach().mean()))
+        sampler.push(policy.model)
+        seen.append(float(sampler.model.get_output_embeddings().weight.detach().mean()))
     assert abs(seen[0]) < 0.5 and abs(seen[1]) < 0.5 and seen[2:] == [1.0, 2.0, 3.0]

@@ -17,9 +17,12 @@ import pytest
 import torch
 
 from alp import cli
-from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, UserError, WarmupConfig
-from alp.models import make_tiny
-from alp.run import Run, create_run, read_metrics, write_whole
+from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, WarmupConfig
+from alp.errors import UserError
+from alp.policy.tiny import make_tiny
+from alp.runs import folder as run_folder
+from alp.runs.files import read_metrics, write_whole
+from alp.runs.folder import Run, create_run
 from alp.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -319,3 +322,28 @@ def test_doctor_names_every_engine(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert run_cli(monkeypatch, "doctor") == 0
     assert "cpu (" in (text := capsys.readouterr().out)
     assert "none: ALP_KERNELS_ENGINE='bogus'; the engines are" in text
+
+
+# ------------------------------------------------------------------ the commit
+
+
+def test_a_run_notes_what_is_changed_in_either_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = run_folder.__file__
+    assert own is not None
+    for package in ("alp", "alp_kernels"):
+        (tmp_path / package / "runs").mkdir(parents=True)
+        (tmp_path / package / "__init__.py").write_text("before\n")
+    (tmp_path / Path(own).relative_to(ROOT)).write_text("")
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / Path(own).relative_to(ROOT)))
+    head = run_folder.commit()
+    assert len(head.strip()) == 40
+    for package in ("alp", "alp_kernels"):
+        (tmp_path / package / "__init__.py").write_text("after\n")
+    said = run_folder.commit()
+    assert said.startswith(head) and {"+++ b/alp/__init__.py", "+++ b/alp_kernels/__init__.py"} <= set(
+        said.splitlines()
+    )
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "alp" / "runs" / "new.py"))
+    assert run_folder.commit() == "not under version control\n"

@@ -1,6 +1,7 @@
-"""Inference engines: torchao's numerics, vLLM over a loopback server, and the mismatch measured before training."""
+"""Samplers: torchao's numerics, vLLM over a loopback server, and the mismatch measured before training."""
 
 import dataclasses
+import functools
 import json
 import sys
 import threading
@@ -15,29 +16,24 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import alp.train as loop
-from alp import vllm_engine
+from alp import train as loop
 from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig
 from alp.errors import UserError
-from alp.inference import InferenceEngine, make_engine
-from alp.load import load_policy
-from alp.mismatch import K3_BOUND, describe, measure_mismatch
-from alp.models import Policy, hidden_states
-from alp.rollout import Completions, sample, uniforms
-from alp.run import read_metrics
-from alp.tasks import Task, make_task
-from alp.train import train
+from alp.measures.mismatch import K3_BOUND, describe, measure_mismatch
+from alp.policy.load import load_policy
+from alp.policy.models import Policy, hidden_states
+from alp.rollout import Completions, Request, sample, uniforms
+from alp.runs.files import read_metrics
+from alp.sampling import vllm
+from alp.sampling.in_process import InProcessSampler
+from alp.setup import make_sampler, make_task
+from alp.tasks.task import Task
 from alp_kernels.integrations.hugging_face import output_head
 from tests.support.tiny_models import write_llama, write_sums
 
 CPU = torch.device("cpu")
 WEIGHT_ONLY = ("ao-int8-weights", "ao-fp8-weights", "ao-int4-weights")
-
-
-@pytest.fixture(autouse=True)
-def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of a small run's time; tests/alp/test_run.py looks at them."""
-    monkeypatch.setattr(loop, "save_plots", lambda *_: None)
+train = functools.partial(loop.train, with_plots=False)  # they take most of a small run's time
 
 
 @pytest.fixture(scope="module")
@@ -72,75 +68,75 @@ def scores(model: Any, completions: Completions, temperature: float = 1.0) -> to
 
 @pytest.mark.parametrize("path", ["ao-int8", *WEIGHT_ONLY])
 def test_sampled_logp_is_that_of_the_quantised_model(policy: Policy, path: Any) -> None:
-    engine = InferenceEngine(policy.model, RolloutConfig(path=path, lag=0))
-    out = engine.sample(policy, prompts(policy), 3, 7, u=uniforms(9, 7, 1, 2), temperature=0.7)
+    sampler = InProcessSampler(policy.model, RolloutConfig(path=path, lag=0))
+    out = sampler.sample(policy, Request(prompts(policy), 3, 7, u=uniforms(9, 7, 1, 2), temperature=0.7))
     # activations on a grid of their own may round across a boundary in another order of sums
     bound = 0.1 if path == "ao-int8" else 1e-4
-    assert (out.logp - scores(engine.model, out, 0.7))[out.mask].abs().max() < bound
+    assert (out.logp - scores(sampler.model, out, 0.7))[out.mask].abs().max() < bound
     apart = (out.logp - scores(policy.model, out, 0.7))[out.mask].abs().mean()
     assert 1e-4 < apart < 0.5, "quantisation shows, and is not something else"
 
 
 @pytest.mark.parametrize("path", WEIGHT_ONLY)
 def test_new_weights_are_quantised_anew_after_the_lag(policy: Policy, path: Any) -> None:
-    engine = InferenceEngine(policy.model, RolloutConfig(path=path, lag=1))
+    sampler = InProcessSampler(policy.model, RolloutConfig(path=path, lag=1))
     with torch.no_grad():
         for p in policy.model.parameters():
             p.mul_(0.5)
-    engine.push(policy.model)
-    old = engine.sample(policy, prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0))
-    engine.push(policy.model)
-    new = engine.sample(policy, prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0))
-    fresh = InferenceEngine(policy.model, RolloutConfig(path=path, lag=0))
-    again = fresh.sample(policy, prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0))
+    sampler.push(policy.model)
+    old = sampler.sample(policy, Request(prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0)))
+    sampler.push(policy.model)
+    new = sampler.sample(policy, Request(prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0)))
+    fresh = InProcessSampler(policy.model, RolloutConfig(path=path, lag=0))
+    again = fresh.sample(policy, Request(prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0)))
     assert torch.equal(new.logp, again.logp) and not torch.equal(old.logp, new.logp)
 
 
 def test_torchao_leaves_the_head_and_embeddings_as_they_are(policy: Policy) -> None:
-    engine = InferenceEngine(policy.model, RolloutConfig(path="ao-int8-weights"))
-    assert torch.equal(output_head(engine.model).weight, output_head(policy.model).weight)
-    linear = [m for m in engine.model.modules() if isinstance(m, nn.Linear)]
+    sampler = InProcessSampler(policy.model, RolloutConfig(path="ao-int8-weights"))
+    assert torch.equal(output_head(sampler.model).weight, output_head(policy.model).weight)
+    linear = [m for m in sampler.model.modules() if isinstance(m, nn.Linear)]
     assert sum(type(m.weight).__name__ == "Int8Tensor" for m in linear) == len(linear) - 1 == 2 * 7
 
 
 def test_what_a_path_needs_is_said(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"compute capability 8\.9.*'ao-fp8-weights' runs anywhere"):
-        make_engine(policy.model, RolloutConfig(path="ao-fp8"))
+        make_sampler(policy.model, RolloutConfig(path="ao-fp8"))
     narrow = load_policy(ModelConfig(path=str(write_llama(tmp_path, intermediate_size=48))), CPU)
     with pytest.raises(UserError, match=r"multiple of 32; .*down_proj has 48"):
-        make_engine(narrow.model, RolloutConfig(path="ao-int4-weights"))
+        make_sampler(narrow.model, RolloutConfig(path="ao-int4-weights"))
     with pytest.raises(UserError, match=r"alp-kernels\[vllm\].*rollout.server"):
-        make_engine(policy.model, RolloutConfig(path="vllm"))
+        make_sampler(policy.model, RolloutConfig(path="vllm"))
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"alp-kernels\[quantise\]"):
-        make_engine(policy.model, RolloutConfig(path="ao-int8"))
+        make_sampler(policy.model, RolloutConfig(path="ao-int8"))
 
 
 # ------------------------------------------------------------------ the mismatch before training
 
 
-def measured(engine: Any, policy: Policy, task: Task, **changes: Any) -> dict[str, float]:
+def measured(sampler: Any, policy: Policy, task: Task, **changes: Any) -> dict[str, float]:
     config = RolloutConfig(**changes)
-    return measure_mismatch(engine, policy, task, config, max_new_tokens=8, seed=0, micro_batch=5)
+    return measure_mismatch(sampler, policy, task, config, max_new_tokens=8, seed=0, micro_batch=5)
 
 
-def test_the_same_engine_has_no_mismatch_and_coarser_ones_have_more(policy: Policy, task: Task) -> None:
+def test_the_same_sampler_has_no_mismatch_and_coarser_ones_have_more(policy: Policy, task: Task) -> None:
     found = {}
     for path in ("same", "ao-int8-weights", "ao-int4-weights"):
         config = RolloutConfig(path=path, lag=0)  # type: ignore[arg-type]
-        found[path] = measured(make_engine(policy.model, config), policy, task, path=path)
+        found[path] = measured(make_sampler(policy.model, config), policy, task, path=path)
     assert found["same"]["k3_kl"] < 1e-10 and abs(found["same"]["max_ratio"] - 1) < 1e-4
     assert 1e-7 < found["ao-int8-weights"]["k3_kl"] < found["ao-int4-weights"]["k3_kl"]
     assert found["same"]["tokens"] > 32
 
 
 def test_a_mismatch_is_that_of_the_definition(policy: Policy, task: Task) -> None:
-    engine = make_engine(policy.model, RolloutConfig(path="ao-int4-weights", lag=0))
+    sampler = make_sampler(policy.model, RolloutConfig(path="ao-int4-weights", lag=0))
     asked = [policy.encode_prompt(task.problem("train", i).question) for i in range(8)]
-    out = engine.sample(policy, asked, 4, 8, u=uniforms(32, 8, 0, (1 << 32) - 2))
+    out = sampler.sample(policy, Request(asked, 4, 8, u=uniforms(32, 8, 0, (1 << 32) - 2)))
     r = (scores(policy.model, out) - out.logp)[out.mask].double()
-    report = measured(engine, policy, task, path="ao-int4-weights")
+    report = measured(sampler, policy, task, path="ao-int4-weights")
     assert report["tokens"] == len(r) and report["mean_abs"] == pytest.approx(float(r.abs().mean()), rel=1e-4)
     assert report["k3_kl"] == pytest.approx(float((r.exp() - 1 - r).mean()), rel=1e-3)
     assert report["k1_kl"] == pytest.approx(float(-r.mean()), abs=1e-6)
@@ -160,7 +156,7 @@ def test_a_mismatch_that_rounding_cannot_explain_is_questioned() -> None:
 
 
 class FakeVllm:
-    """What the engine asks of vLLM, answered by a real model: prompts by token id, weights from a folder."""
+    """What the sampler asks of vLLM, answered by a real model: prompts by token id, weights from a folder."""
 
     def __init__(self, folder: Path, served_temperature: float | None = None) -> None:
         self.policy = load_policy(ModelConfig(path=str(folder)), CPU)
@@ -177,7 +173,7 @@ class FakeVllm:
         n, length = asked["n"], asked["max_tokens"]
         u = uniforms(n, length, asked["seed"], 0) if asked["temperature"] else None
         temperature = self.temperature or asked["temperature"] or 1.0
-        return sample(self.policy, [prompt], n, length, u=u, temperature=temperature, top_p=asked["top_p"])
+        return sample(self.policy, Request([prompt], n, length, u=u, temperature=temperature, top_p=asked["top_p"]))
 
     def reload(self, folder: str) -> None:
         weights = load_file(Path(folder) / "model.safetensors")
@@ -248,8 +244,8 @@ def server(folder: Path) -> Iterator[tuple[FakeVllm, str]]:
 
 def test_a_server_samples_by_token_ids_with_its_own_logp(policy: Policy, server: tuple[FakeVllm, str]) -> None:
     fake, url = server
-    engine = make_engine(policy.model, RolloutConfig(path="vllm", server=url, lag=0))
-    out = engine.sample(policy, prompts(policy), 4, 9, u=uniforms(12, 9, 1, 2), temperature=0.7)
+    sampler = make_sampler(policy.model, RolloutConfig(path="vllm", server=url, lag=0))
+    out = sampler.sample(policy, Request(prompts(policy), 4, 9, u=uniforms(12, 9, 1, 2), temperature=0.7))
     assert [asked["n"] for asked in fake.requests] == [4] * 3 and len({a["seed"] for a in fake.requests}) == 3
     torch.testing.assert_close(out.logp, scores(policy.model, out, 0.7) * out.mask, rtol=0, atol=1e-4)
     width = max(map(len, prompts(policy)))
@@ -261,10 +257,10 @@ def test_a_server_samples_by_token_ids_with_its_own_logp(policy: Policy, server:
         n = int(mask.sum())
         assert mask[:n].all() and (targets[n - 1].item() in ids) != bool(truncated)
     assert out.texts[0] == policy.decode(out.targets[0][out.mask[0]].tolist())
-    again = engine.sample(policy, prompts(policy), 4, 9, u=uniforms(12, 9, 1, 2), temperature=0.7)
+    again = sampler.sample(policy, Request(prompts(policy), 4, 9, u=uniforms(12, 9, 1, 2), temperature=0.7))
     assert torch.equal(again.tokens, out.tokens)
-    greedy = engine.sample(policy, prompts(policy), 1, 5, u=None)
-    assert torch.equal(greedy.tokens, sample(policy, prompts(policy), 1, 5, u=None).tokens)
+    greedy = sampler.sample(policy, Request(prompts(policy), 1, 5, u=None))
+    assert torch.equal(greedy.tokens, sample(policy, Request(prompts(policy), 1, 5, u=None)).tokens)
 
 
 @pytest.mark.parametrize("lora", [None, 4])
@@ -278,21 +274,25 @@ def test_a_server_gets_plain_weights_and_only_when_it_needs_them(
     names = {name for name, _ in load_policy(ModelConfig(path=str(folder)), CPU).model.named_parameters()}
     attach(policy.model, 1e-2)
     config = RolloutConfig(path="vllm", server=url, lag=1)
-    engine = make_engine(policy.model, config)
+    sampler = make_sampler(policy.model, config)
     u = uniforms(6, 5, 0, 0)
-    engine.sample(policy, prompts(policy), 2, 5, u=u)
-    engine.sample(policy, prompts(policy), 2, 5, u=u)
+    sampler.sample(policy, Request(prompts(policy), 2, 5, u=u))
+    sampler.sample(policy, Request(prompts(policy), 2, 5, u=u))
     assert fake.weight_names == [names], "sigma is no part of the model; weights that are there are not sent again"
     with torch.no_grad():
         for p in policy.model.parameters():
             if p.requires_grad:
                 p.add_(0.1)
-    engine.push(policy.model)
-    lagging = engine.sample(policy, prompts(policy), 2, 5, u=u)
-    now = make_engine(policy.model, dataclasses.replace(config, lag=0)).sample(policy, prompts(policy), 2, 5, u=u)
+    sampler.push(policy.model)
+    lagging = sampler.sample(policy, Request(prompts(policy), 2, 5, u=u))
+    now = make_sampler(policy.model, dataclasses.replace(config, lag=0)).sample(
+        policy, Request(prompts(policy), 2, 5, u=u)
+    )
     assert torch.allclose(now.logp, scores(policy.model, now) * now.mask, atol=1e-4)
     assert not torch.allclose(lagging.logp, scores(policy.model, lagging) * lagging.mask, atol=1e-2)
-    assert torch.equal(engine.sample(policy, prompts(policy), 2, 5, u=u).logp, lagging.logp), "an evaluation between"
+    assert torch.equal(sampler.sample(policy, Request(prompts(policy), 2, 5, u=u)).logp, lagging.logp), (
+        "an evaluation between"
+    )
     assert fake.calls.count("/collective_rpc") == fake.calls.count("/reset_prefix_cache") == 3
 
 
@@ -301,11 +301,11 @@ def test_a_server_of_another_temperature_is_questioned(
 ) -> None:
     fake, url = server
     config = RolloutConfig(path="vllm", server=url, lag=0, temperature=0.5)
-    engine = make_engine(policy.model, config)
-    report = measured(engine, policy, task, path="vllm", server=url, temperature=0.5)
+    sampler = make_sampler(policy.model, config)
+    report = measured(sampler, policy, task, path="vllm", server=url, temperature=0.5)
     assert report["k3_kl"] < 1e-6 and "\n" not in describe(report, config)
     fake.temperature = 1.5
-    report = measured(engine, policy, task, path="vllm", server=url, temperature=0.5)
+    report = measured(sampler, policy, task, path="vllm", server=url, temperature=0.5)
     assert "processed_logprobs" in describe(report, config)
 
 
@@ -314,10 +314,10 @@ def test_servers_that_cannot_serve_say_why(
 ) -> None:
     _, url = server
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
-        make_engine(policy.model, RolloutConfig(path="vllm", server="http://127.0.0.1:9"))
+        make_sampler(policy.model, RolloutConfig(path="vllm", server="http://127.0.0.1:9"))
     with pytest.raises(UserError, match=r"and rollout.path vllm"):
         TrainConfig(rollout=RolloutConfig(server=url))
-    backend: Any = vllm_engine.connect(url)
+    backend: Any = vllm.connect(url)
     with pytest.raises(UserError, match=r"404.*VLLM_SERVER_DEV_MODE=1"):
         backend._call("/not/there", {})
     monkeypatch.setattr(backend, "_call", lambda *_: {"choices": [{"index": 0, "text": "x"}]})
@@ -358,11 +358,11 @@ def test_vllm_in_this_process_is_asked_the_same(policy: Policy, folder: Path, mo
     monkeypatch.setitem(
         sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace, __spec__=object())
     )  # type: ignore[arg-type]
-    monkeypatch.setattr(vllm_engine, "_connections", {})
+    monkeypatch.setattr(vllm, "_connections", {})
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.mul_(0.5)
-    engine = make_engine(policy.model, RolloutConfig(path="vllm", lag=0))
-    out = engine.sample(policy, prompts(policy), 2, 6, u=uniforms(6, 6, 0, 0))
+    sampler = make_sampler(policy.model, RolloutConfig(path="vllm", lag=0))
+    out = sampler.sample(policy, Request(prompts(policy), 2, 6, u=uniforms(6, 6, 0, 0)))
     torch.testing.assert_close(out.logp, scores(policy.model, out) * out.mask, rtol=0, atol=1e-4)
     assert fake.calls == ["reset"]
 
@@ -371,7 +371,7 @@ def test_vllm_in_this_process_is_asked_the_same(policy: Policy, folder: Path, mo
 
 
 @pytest.mark.parametrize(("path", "lora"), [("vllm", None), ("vllm", 4), ("ao-int8", 4)])
-def test_a_run_trains_against_the_engine_and_records_its_mismatch(
+def test_a_run_trains_against_the_sampler_and_records_its_mismatch(
     folder: Path,
     tmp_path: Path,
     server: tuple[FakeVllm, str],
@@ -397,7 +397,7 @@ def test_a_run_trains_against_the_engine_and_records_its_mismatch(
     out = train(config)
     measured = json.loads((out / "mismatch.json").read_text())
     assert measured["k3_kl"] < (1e-6 if path == "vllm" else 0.01) and measured["tokens"] > 32
-    assert f"engine {path} against the training path, same weights" in capsys.readouterr().out
+    assert f"sampler {path} against the training path, same weights" in capsys.readouterr().out
     metrics = read_metrics(out / "metrics.jsonl")
     assert metrics[0]["mismatch/k3_kl"] < (1e-6 if path == "vllm" else 0.01)
     assert not any("sigma" in name or "lora" in name for names in fake.weight_names for name in names)

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import reasoning_gym
 
-from alp import chain
-from alp.config import TaskConfig, UserError
-from alp.data import last_boxed, read_jsonl
-from alp.tasks import make_task, verify
+from alp.config import TaskConfig
+from alp.errors import UserError
+from alp.setup import make_task
+from alp.tasks import mod_chain
+from alp.tasks.files import last_boxed, read_jsonl
+from alp.tasks.math import verify
 
 
 def test_chain_reads_left_to_right_and_writes_every_result() -> None:
-    assert chain.write_chain(7, [("+", 3), ("*", 4), ("-", 9)]) == "001"
+    assert mod_chain.write_chain(7, [("+", 3), ("*", 4), ("-", 9)]) == "001"
 
 
 def test_chain_is_registered_beside_reasoning_gyms_own() -> None:
@@ -32,7 +34,7 @@ def test_demonstration_goes_wrong_as_often_as_asked_and_reads_on_from_what_was_w
         question, answer = task.demonstration(i, error=0.12)
         value = int(question[0])
         for step, digit in enumerate(answer):
-            expected = chain.apply(question[1 + 2 * step], value, int(question[2 + 2 * step]))
+            expected = mod_chain.apply(question[1 + 2 * step], value, int(question[2 + 2 * step]))
             wrong, total, value = wrong + (expected != int(digit)), total + 1, int(digit)
     # 3600 independent faults: four standard deviations are 0.022
     assert abs(wrong / total - 0.12) < 0.022

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from alp.config import ToolsConfig, UserError
-from alp.tools import MAX_CODE, MAX_OUTPUT, STATUSES, MontyTool, ToolResult, last_line, make_tool
+from alp.config import ToolsConfig
+from alp.errors import UserError
+from alp.setup import make_tool
+from alp.tools.monty import MontyTool
+from alp.tools.tool import MAX_CODE, MAX_OUTPUT, STATUSES, ToolResult, last_line
 
 TIMEOUT_S = 0.5
 
@@ -230,7 +233,7 @@ def test_the_workers_end_with_the_tool_and_with_the_process() -> None:
     while mine & set(workers()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    code = "import os\nfrom alp.tools import MontyTool\npool = MontyTool(2)\nprint('up', flush=True)\ninput()"
+    code = "import os\nfrom alp.tools.monty import MontyTool\npool = MontyTool(2)\nprint('up', flush=True)\ninput()"
     root = Path(__file__).parents[2]
     with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "up\n"

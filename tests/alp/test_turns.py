@@ -14,26 +14,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alp.advantage import centre
-from alp.config import (
-    ModelConfig,
-    RolloutConfig,
-    TaskConfig,
-    ToolsConfig,
-    TrainConfig,
-    UpdateConfig,
-    UserError,
-    WarmupConfig,
-)
-from alp.models import Policy, character_tokenizer, hidden_states, make_tiny
-from alp.parallel import World
-from alp.rollout import Completions, cut_off, sample, uniforms
-from alp.run import Run, read_metrics
-from alp.tasks import make_task
-from alp.tool_task import INSTRUCTION, ToolTask, encode_demonstration, excluding_void, with_tools
-from alp.toolchain import BOXED, CLOSE, OPEN, PRINT, write_transcript
-from alp.tools import STATUSES, MontyTool, Status, ToolResult
+from alp.config import ModelConfig, RolloutConfig, TaskConfig, ToolsConfig, TrainConfig, UpdateConfig, WarmupConfig
+from alp.errors import UserError
+from alp.policy.models import Policy, hidden_states
+from alp.policy.tiny import character_tokenizer, make_tiny
+from alp.ranks.world import World
+from alp.rollout import Completions, Request, Sample, sample, uniforms
+from alp.runs.files import read_metrics
+from alp.runs.folder import Run
+from alp.sampling.vllm import cut_off
+from alp.setup import make_task, with_tools
+from alp.tasks.gym import ToolChainTask
+from alp.tasks.tool_chain import BOXED, CLOSE, OPEN, PRINT, write_transcript
+from alp.tools.monty import MontyTool
+from alp.tools.tool import STATUSES, Status, ToolResult
+from alp.tools.tool_task import INSTRUCTION, ToolTask
+from alp.tools.turns import LABEL, FenceStop, encode_observation, find_code, observe, sample_turns
 from alp.train import train
-from alp.turns import LABEL, FenceStop, encode_observation, find_code, observe, sample_turns
 from alp.update import Experience, Updater, last_token, row_ids, score_clean
 
 PIECES = (OPEN, PRINT, CLOSE, BOXED, LABEL)
@@ -74,16 +71,15 @@ def babbler(seed: int = 0) -> Policy:
 QUESTIONS = ("1+2=", "12345*6=", "7=", "99-1=")
 
 
-def roll_out(policy: Policy, questions: tuple[str, ...] = QUESTIONS, samples: int = 16, **changes: Any) -> Completions:
-    u = uniforms(len(questions) * samples, LIMIT, seed=1, batch=2)
-    options: dict[str, Any] = {
-        "u": u,
-        "tool": Echo(),
-        "max_turns": MAX_TURNS,
-        "observation_tokens": OBSERVATION,
-    }
+def roll_out(
+    policy: Policy, questions: tuple[str, ...] = QUESTIONS, samples: int = 16, by: Sample = sample, **changes: Any
+) -> Completions:
     prompts = [policy.encode_prompt(question) for question in questions]
-    return sample_turns(policy, prompts, samples, LIMIT, **{**options, **changes})
+    u = uniforms(len(questions) * samples, LIMIT, seed=1, batch=2)
+    options: dict[str, Any] = {"tool": Echo(), "max_turns": MAX_TURNS, "observation_tokens": OBSERVATION}
+    options |= {name: changes.pop(name) for name in list(changes) if name in options}
+    request = dataclasses.replace(Request(prompts, samples, LIMIT, u=u), **changes)
+    return sample_turns(by, policy, request, **options)
 
 
 def segments(completions: Completions, row: int) -> list[tuple[bool, list[int]]]:
@@ -250,8 +246,8 @@ def test_cutting_off_afterwards_is_stopping_in_time() -> None:
     def stop(tokens: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
         return alive & (tokens[:, -1] % 7 == 3)
 
-    whole = sample(policy, asked, 16, 40, u=u)
-    in_time, afterwards = sample(policy, asked, 16, 40, u=u, stop=stop), cut_off(policy, whole, stop)
+    whole = sample(policy, Request(asked, 16, 40, u=u))
+    in_time, afterwards = sample(policy, Request(asked, 16, 40, u=u, stop=stop)), cut_off(policy, whole, stop)
     assert 0 < int(in_time.mask.sum()) < int(whole.mask.sum())
     for name in ("tokens", "attention_mask", "mask", "truncated"):
         assert torch.equal(getattr(afterwards, name), getattr(in_time, name)), name
@@ -262,7 +258,7 @@ def test_cutting_off_afterwards_is_stopping_in_time() -> None:
 def test_trajectories_do_not_depend_on_chunks_padding_or_company() -> None:
     policy = babbler()
     together = roll_out(policy)
-    chunked = roll_out(policy, sampler=functools.partial(sample, chunk=16))
+    chunked = roll_out(policy, by=functools.partial(sample, chunk=16))
     alone = roll_out(policy, QUESTIONS[:1])
     assert torch.equal(together.targets, chunked.targets) and torch.equal(together.mask, chunked.mask)
     for row in range(16):
@@ -274,7 +270,7 @@ def test_random_numbers_belong_to_places_in_the_response() -> None:
     policy = babbler()
     out = roll_out(policy)
     prompts = [policy.encode_prompt(question) for question in QUESTIONS]
-    single = sample(policy, prompts, 16, LIMIT, u=uniforms(64, LIMIT, seed=1, batch=2))
+    single = sample(policy, Request(prompts, 16, LIMIT, u=uniforms(64, LIMIT, seed=1, batch=2)))
     assert out.turns is not None
     for row in range(64):
         first = int(out.turns.ends[row].nonzero()[0]) + 1
@@ -383,7 +379,7 @@ def test_excluded_void_trajectories_have_no_gradient_but_count_in_their_group(me
     assert experience.completions.turns is not None
     is_void = experience.completions.turns.figures["void"] > 0
     assert 0 < is_void.sum() < 16
-    excluded = dataclasses.replace(experience, completions=excluding_void(experience.completions))
+    excluded = dataclasses.replace(experience, completions=experience.completions.without_void())
     assert torch.equal(excluded.advantages, experience.advantages)
     assert excluded.completions.mask.any(dim=1).tolist() == (~is_void).tolist()
     assert torch.equal(excluded.completions.attention_mask, experience.completions.attention_mask)
@@ -416,24 +412,27 @@ def test_only_the_models_own_last_box_is_an_answer() -> None:
 
 
 def test_demonstrations_are_right_without_faults_and_consistent_with_them() -> None:
-    task, tool = tool_task(), MontyTool(1)
+    inner, tool = tool_task().inner, MontyTool(1)
+    assert isinstance(inner, ToolChainTask)
     answers = []
     for i in range(40):
         for error in (0.0, 0.2):
-            question, parts = task.transcript(i, error)
+            question, parts = inner.transcript(i, error)
             results = tool.run([find_code(part)[1] for part in parts[:-1:2]])  # type: ignore[index]
             assert [r.stdout for r in results] == parts[1::2], "the tool says what the demonstration says it says"
-            assert question == task.inner.entry("warmup", i)["question"]  # type: ignore[attr-defined]
-            answers.append((error, parts[-1] == f"\\boxed{{{task.inner.entry('warmup', i)['answer']}}}"))  # type: ignore[attr-defined]
+            assert question == inner.entry("warmup", i)["question"]
+            answers.append((error, parts[-1] == f"\\boxed{{{inner.entry('warmup', i)['answer']}}}"))
     assert all(is_right for error, is_right in answers if error == 0)
     assert 0 < sum(is_right for error, is_right in answers if error) < 35
 
 
 def test_a_demonstration_is_made_of_the_tokens_a_rollout_would_hold() -> None:
     task = tool_task()
+    inner = task.inner
+    assert isinstance(inner, ToolChainTask)
     tokenizer = character_tokenizer(task.pieces)
-    _, tokens, is_written = encode_demonstration(tokenizer, task, 3, 0.0)
-    _, parts = task.transcript(3, 0.0)
+    _, tokens, is_written = task.encode_demonstration(tokenizer, 3, 0.0)
+    _, parts = inner.transcript(3, 0.0)
     assert tokenizer.decode(tokens) == "".join(p if i % 2 == 0 else LABEL + p for i, p in enumerate(parts))
     read = [t for t, written in zip(tokens, is_written, strict=True) if not written]
     expected = [encode_observation(tokenizer, observe(ToolResult("ok", p, "", 0)), 256)[0] for p in parts[1::2]]
@@ -531,6 +530,6 @@ def test_a_run_goes_on_when_every_call_fails(tmp_path: Path, monkeypatch: pytest
 
     config = small(tmp_path, name="broken", warmup=WarmupConfig(accuracy=0), steps=2)
     monkeypatch.setattr(MontyTool, "run", broken)
-    monkeypatch.setattr("alp.turns.find_code", lambda text: (0, text) if len(text) > 3 else None)
+    monkeypatch.setattr("alp.tools.turns.find_code", lambda text: (0, text) if len(text) > 3 else None)
     metrics = read_metrics(train(config) / "metrics.jsonl")
     assert len(metrics) == 2 and metrics[-1]["reward"] == 0

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from alp.advantage import centre
-from alp.config import ModelConfig, UpdateConfig, UserError
-from alp.diagnostics import diagnose
-from alp.inference import snapshot
+from alp.config import ModelConfig, UpdateConfig
+from alp.errors import UserError
+from alp.measures.causes import diagnose
 from alp.methods import METHODS
-from alp.models import Policy, hidden_states, make_tiny
-from alp.parallel import World
-from alp.rollout import sample, uniforms
+from alp.policy.adapters import snapshot
+from alp.policy.models import Policy, hidden_states
+from alp.policy.tiny import make_tiny
+from alp.ranks.world import World
+from alp.rollout import Request, sample, uniforms
 from alp.update import Experience, Updater, last_token, score_clean
 from alp_kernels.integrations.hugging_face import output_head
 from tests.support.compare import likely_order_bound
@@ -33,7 +35,7 @@ def policy() -> Policy:
 def make_experience(policy: Policy) -> Experience:
     """Six completions of three prompts of different lengths, with made-up advantages and off-policy log-probabilities."""
     prompts = [policy.encode_prompt(text) for text in ("1+2=", "12345*6=", "7=")]
-    completions = sample(policy, prompts, 2, 9, u=uniforms(6, 9, seed=1, batch=2))
+    completions = sample(policy, Request(prompts, 2, 9, u=uniforms(6, 9, seed=1, batch=2)))
     generator = torch.Generator().manual_seed(4)
     shift = 0.3 * torch.randn(completions.logp.shape, generator=generator)
     completions = dataclasses.replace(completions, logp=(completions.logp + shift) * completions.mask)

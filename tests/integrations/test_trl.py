@@ -26,7 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import alp_kernels.integrations.trl as integration
 import alp_kernels.layers.perturbation
-from alp.models import character_tokenizer
+from alp.policy.tiny import character_tokenizer
 from alp_kernels import Objective, policy_loss
 from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer, check_logprobs_mode
 from tests.support import trl_ranks

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
-from alp.models import character_tokenizer
+from alp.policy.tiny import character_tokenizer
 from alp_kernels import Objective, policy_loss
 from alp_kernels.integrations.trl_async import ALPAsyncGRPOConfig, ALPAsyncGRPOTrainer
 

@@ -19,15 +19,15 @@ from alp.compare import Comparison, _warm_up, compare, cross, locked
 from alp.config import TrainConfig
 from alp.errors import Diverged, UserError
 from alp.grid import load_grid
-from alp.measure import step_kl
+from alp.measures.step import step_kl
 from alp.methods import METHODS, register
-from alp.models import make_tiny
-from alp.parallel import World
+from alp.policy.tiny import make_tiny
 from alp.presets import PRESETS, arms_of, change, contrasts_of
-from alp.run import read_metrics
+from alp.ranks.world import World
+from alp.runs.files import read_metrics
+from alp.setup import make_sampler, make_task
 from alp.summary import accuracies
-from alp.tasks import make_task
-from alp.tool_task import ToolTask
+from alp.tools.tool_task import ToolTask
 from alp.train import Trainer
 from alp_kernels import Objective
 from tests.support.grids import ARMS, base, grid
@@ -240,9 +240,9 @@ def test_a_tools_warm_up_is_that_of_its_task(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_policy_that_is_no_longer_a_number_has_diverged(cache: Path, tmp_path: Path) -> None:
     config = base(cache, runs=tmp_path)
     task, world = make_task(config.task, config.seed), World("cpu")
-    trainer = Trainer(config, world, make_tiny(config.model), task)
+    trainer = Trainer(config, world, make_tiny(config.model), task, make_sampler)
     with torch.no_grad():
-        next(trainer.engine.model.parameters()).fill_(float("nan"))
+        next(trainer.sampler.model.parameters()).fill_(float("nan"))
     with pytest.raises(Diverged, match="not finite"):
         trainer.step()
 

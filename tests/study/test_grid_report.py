@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from alp import cli
-from alp.config import UserError
+from alp.errors import UserError
 from alp.grid import Cell, Grid, export_grid, load_grid
 from alp.grid_plots import pictures
 from alp.grid_report import TABLES, write_grid_report

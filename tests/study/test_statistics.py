@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from alp.measures.tail import hill
 from alp.statistics import (
     area,
     bootstrap_interval,
     effect_size,
     has_collapsed,
-    hill,
     holm,
     mean_sd,
     paired,

@@ -12,11 +12,11 @@ import torch
 
 from alp import cli
 from alp.rollout import Completions
-from alp.tasks import Score
+from alp.tasks.task import Problem, Score
 from alp.train import Trainer
 
 
-def score(self: Trainer, completions: Completions) -> list[Score]:
+def score(self: Trainer, problems: list[Problem], completions: Completions) -> list[Score]:
     """A reward that depends on every character: advantages, and so gradients, are not zero."""
     return [Score(sum(text.encode()) % 7 / 6) for text in completions.texts]
 

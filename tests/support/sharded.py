@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from alp.adapters import add_lora, served, snapshot
 from alp.config import RolloutConfig, UpdateConfig
-from alp.inference import InferenceEngine
-from alp.parallel import World
+from alp.policy.adapters import served, snapshot
+from alp.policy.lora import add_lora
+from alp.ranks.shard import PlainCopy, full, full_tree, shard, shard_like, shard_optimiser_state
+from alp.ranks.world import World
 from alp.rollout import Completions
-from alp.shard import Whole, full, gather, shard, shard_like, shard_optimiser_state
+from alp.sampling.in_process import InProcessSampler
 from alp.update import Experience, Updater, score_clean
 
 RANKS = 2
@@ -38,7 +39,7 @@ class Case:
     idle_rank: bool = False  # no advantage on rank 1: nothing of its rows has a gradient
     compute_dtype: torch.dtype | None = None
     lora: bool = False
-    path: str = "same"  # of the sampling engine
+    path: str = "same"  # of the sampler
     update: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -52,7 +53,7 @@ CASES = {
     "gspo": Case(update={"method": "gspo", "micro_batch": 2}),
     "clipped": Case(update={"grad_clip": 0.01}),
     "idle-rank": Case(idle_rank=True, update={"micro_batch": 2}),
-    "int8-engine": Case(path="int8"),
+    "int8-sampler": Case(path="int8"),
     "lora": Case(lora=True, path="bf16", update={"micro_batch": 2}),
     "bfloat16": Case(compute_dtype=torch.bfloat16, update={"micro_batch": 2}),
 }
@@ -104,10 +105,10 @@ def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
     per_rank = NUM_ROWS // world.size
     experience = make_experience(case).rows(slice(world.rank * per_rank, (world.rank + 1) * per_rank))
     rollout = RolloutConfig(path=case.path, lag=1)
-    engine, whole = InferenceEngine(model, rollout), Whole(model, case.compute_dtype, world)
+    sampler, whole = InProcessSampler(model, rollout), PlainCopy(model, case.compute_dtype, world)
     if sharded:
         shard(model, case.compute_dtype, world)
-        engine.restore([snapshot(model)])
+        sampler.restore([snapshot(model)])
     config = dataclasses.replace(UpdateConfig(grad_clip=1e9, sigma=0.05, lr=1e-2), **case.update)
     updater = Updater(model, config, temperature=0.8, seed=11, world=world)
     seen: list[Tensor] = []
@@ -116,8 +117,8 @@ def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
     seen.clear()
     result = updater.step(STEP, experience)
     num_parts = -(-per_rank // (config.micro_batch or per_rank))
-    engine.push(model)
-    engine.push(model)  # twice: a lag of one
+    sampler.push(model)
+    sampler.push(model)  # twice: a lag of one
     out: dict[str, Any] = {
         "clean": clean,
         "noisy_input": torch.cat(seen[:num_parts]),  # a recompute would come after
@@ -126,7 +127,7 @@ def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
         "weight": {name: full(p.detach()) for name, p in model.named_parameters()},
         "served": {name: full(value) for name, value in served(model, snapshot(model)).items()},
         "gradient": {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None},
-        "engine": {name: value.clone() for name, value in engine.model.state_dict().items()},
+        "sampler": {name: value.clone() for name, value in sampler.model.state_dict().items()},
         "dtypes": {p.dtype for p in model.parameters()}
         | {p.grad.dtype for p in model.parameters() if p.grad is not None},
     }
@@ -148,7 +149,9 @@ def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
 
 def restores(model: torch.nn.Module, updater: Updater) -> bool:
     """Whether a state made whole and spoilt here is, sharded again, what it was."""
-    state = gather({"model": model.state_dict(keep_vars=True), "optimiser": updater.optimiser.state_dict()}, keep=True)
+    state = full_tree(
+        {"model": model.state_dict(keep_vars=True), "optimiser": updater.optimiser.state_dict()}, keep=True
+    )
     state = copy.deepcopy(state)  # as a file would: what was whole already is not copied by `gather`
     before = [p.detach().clone() for p in model.parameters()]
     moments = [updater.optimiser.state[p]["exp_avg"].clone() for p in updater.parameters]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from alp.models import character_tokenizer
+from alp.policy.tiny import character_tokenizer
 from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer
 from tests.support.compare import order_bound
 

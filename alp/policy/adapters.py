@@ -1,0 +1,102 @@
+"""LoRA: small matrices A (r, K) and B (N, r) beside each frozen linear weight W (N, K), which acts as W + s B A.
+
+The training path keeps the two products apart, as peft does; samplers get the one matrix they would serve.
+Models without adapters have weights, snapshots and states, too: all parameters are then trained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+
+Weights = dict[str, Tensor]
+"""A model's parameters by name, detached; of a sharded model its shards."""
+
+ADAPTER = "default"  # peft's name for the only one
+PREFIX = "base_model.model."  # of the names in adapter_model.safetensors
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """As peft saves one: adapter_config.json and adapter_model.safetensors, which peft, transformers and vLLM load."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+    from safetensors.torch import save_file
+
+    config = model.peft_config[ADAPTER]
+    weights = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"{PREFIX}{name}": value.detach().cpu().contiguous() for name, value in weights.items()},
+        folder / SAFETENSORS_WEIGHTS_NAME,
+        metadata={"format": "pt"},
+    )
+    for_inference, config.inference_mode = config.inference_mode, True  # as peft writes it: loads frozen, unless asked
+    config.save_pretrained(str(folder))
+    config.inference_mode = for_inference
+
+
+def adapted(model: nn.Module) -> dict[str, Any]:
+    """The linear layers that have an adapter, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    }
+
+
+def snapshot(model: nn.Module) -> Weights:
+    """Copies of what is trained: all parameters, or the adapters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trained_state(model: nn.Module) -> dict[str, Any]:
+    """The state_dict without frozen parameters: what a checkpoint must hold."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    state = model.state_dict(keep_vars=True)  # tied weights are one object, by which a gathering of shards knows them
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Put back what `trained_state` took."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if unexpected or trained & set(missing):
+        raise UserError(f"the checkpoint does not fit the model: {[*unexpected, *sorted(trained & set(missing))][:3]}")
+
+
+def strip(model: PreTrainedModel) -> None:
+    """Take the adapters off, in place: the plain model with its frozen weights."""
+    for name, module in adapted(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.base_layer)
+
+
+@torch.no_grad()
+def served(model: nn.Module, weights: Weights) -> Weights:
+    """The parameters of the plain model, by its own names, that a `snapshot` stands for.
+
+    Products in float32; the sum is rounded once, to the weight's own dtype.
+    """
+    layers = adapted(model)
+    if not layers:
+        return weights
+    merged = {}
+    for name, parameter in model.named_parameters():
+        layer, dot, leaf = name.rpartition(".base_layer.")
+        if not dot:
+            if f".{ADAPTER}." not in name:
+                merged[name] = parameter.detach()
+            continue
+        value = parameter.detach()
+        if leaf == "weight":
+            a, b = (weights[f"{layer}.lora_{which}.{ADAPTER}.weight"].float() for which in "AB")
+            product = (b @ a).T if layers[layer].fan_in_fan_out else b @ a
+            value = (value.float() + layers[layer].scaling[ADAPTER] * product).to(value.dtype)
+        merged[f"{layer}.{leaf}"] = value
+    return merged

@@ -1,0 +1,36 @@
+"""Weights of an earlier time: what a sampler that lags behind the trained model samples from."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from torch import nn
+
+from ..policy.adapters import Weights, snapshot
+
+
+class History:
+    """The weights of the last batches, of which the oldest sample; the first batches have no such past."""
+
+    def __init__(self, lag: int) -> None:
+        self.history: deque[Weights] = deque(maxlen=lag + 1)
+
+    @property
+    def weights(self) -> Weights:
+        """Those in use, before quantisation."""
+        return self.history[0]
+
+    def push(self, model: nn.Module) -> None:
+        """Note the weights after a batch's updates, and load those that are `lag` batches old."""
+        self.history.append(snapshot(model))
+        self._load(self.weights)
+
+    def restore(self, history: list[Weights]) -> None:
+        """Continue from a checkpoint's history, oldest first."""
+        device = next(iter(self.weights.values())).device
+        self.history.clear()
+        self.history.extend({name: value.to(device) for name, value in weights.items()} for weights in history)
+        self._load(self.weights)
+
+    def _load(self, weights: Weights) -> None:
+        raise NotImplementedError

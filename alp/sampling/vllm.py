@@ -1,0 +1,267 @@
+"""vLLM as the sampler: a server (rollout.server), or its LLM class in this process.
+
+Token ids go in and come out, with vLLM's own log-probability of each sampled token. New weights go through a folder of
+one safetensors file that vLLM reloads: merged where adapters are trained, and never with log_sigma, which is no part of
+the model. vLLM draws its own random numbers, from seeds that follow from the run's; batches change its last bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from ..config import RolloutConfig
+from ..errors import UserError
+from ..policy.adapters import Weights, served
+from ..policy.models import Policy
+from ..rollout import Completions, Request, Stop
+from .history import History
+
+_CONCURRENT = 64  # requests on their way at once
+_TIMEOUT_S = 3600.0  # of one request: a long completion under load
+_MEMORY = 0.4  # of the GPU for vLLM, beside the trainer in this process
+
+
+class Sampled(NamedTuple):
+    tokens: list[int]  # the one that ends it included
+    logp: list[float]
+    ended: bool  # by an end token, not by the length limit
+
+
+class Backend(Protocol):
+    """A running vLLM."""
+
+    holds: object | None
+    """The weights it was given last."""
+
+    def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[Sampled]]: ...
+
+    def reload(self, folder: str) -> None: ...
+
+
+class VllmSampler(History):
+    """The weights of `lag` batches ago, sent when they are first sampled from."""
+
+    def __init__(self, model: PreTrainedModel, config: RolloutConfig) -> None:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise UserError("rollout.path='vllm' serves one training process: ranks would send it weights in between")
+        super().__init__(config.lag)
+        self._trained = model
+        self._backend = connect(config.server) if config.server is not None else in_process(model)
+        self.push(model)
+
+    def _load(self, weights: Weights) -> None:
+        """Nothing yet: an evaluation between two batches may give the server other weights."""
+
+    def _send(self) -> None:
+        if self._backend.holds is self.weights:
+            return
+        with tempfile.TemporaryDirectory(prefix="alp-weights-") as folder:
+            plain = served(self._trained, self.weights)
+            save_file(
+                {name: value.cpu().contiguous() for name, value in plain.items()}, Path(folder) / "model.safetensors"
+            )
+            self._backend.reload(folder)
+        self._backend.holds = self.weights
+
+    def sample(self, policy: Policy, request: Request) -> Completions:
+        """As `rollout.sample`; of `u` each prompt's first number seeds its request. What follows a stop is dropped."""
+        self._send()
+        shared = {
+            "n": request.num_samples,
+            "max_tokens": request.max_new_tokens,
+            "temperature": 0.0 if request.u is None else request.temperature,
+            "logprobs": 0,
+            "stop_token_ids": policy.eos_ids,
+            # a model's generation_config.json must not change what is sampled from
+            "top_p": request.top_p,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        params = [shared] * len(request.prompts)
+        if request.u is not None:
+            params = [
+                shared | {"seed": int(first * (1 << 31))} for first in request.u[:: request.num_samples, 0].tolist()
+            ]
+        groups = self._backend.generate(request.prompts, params)
+        sampled = [one for group in groups for one in group]
+        completions = _completions(policy, request, sampled)
+        return completions if request.stop is None else cut_off(policy, completions, request.stop)
+
+
+def _completions(policy: Policy, request: Request, sampled: list[Sampled]) -> Completions:
+    prompts, num_samples, max_new_tokens = request.prompts, request.num_samples, request.max_new_tokens
+    if len(sampled) != len(prompts) * num_samples:
+        raise UserError(f"vLLM gave {len(sampled)} completions of {len(prompts) * num_samples}")
+    width, pad = max(map(len, prompts)), policy.pad_id
+    rows = [prompts[i // num_samples] for i in range(len(sampled))]
+    lengths = torch.tensor([len(one.tokens) for one in sampled])
+    if not all(len(one.tokens) == len(one.logp) <= max_new_tokens for one in sampled):
+        raise UserError("vLLM gave another number of log-probabilities than of tokens, or more tokens than asked for")
+    tokens = torch.tensor(
+        [
+            [pad] * (width - len(p)) + p + one.tokens + [pad] * (max_new_tokens - len(one.tokens))
+            for p, one in zip(rows, sampled, strict=True)
+        ]
+    )
+    mask = torch.arange(max_new_tokens) < lengths[:, None]
+    before = torch.arange(width) >= torch.tensor([width - len(p) for p in rows])[:, None]
+    logp = torch.tensor([one.logp + [0.0] * (max_new_tokens - len(one.logp)) for one in sampled])
+    if not logp.isfinite().all():
+        raise UserError(f"vLLM gave {int((~logp.isfinite()).sum())} log-probabilities that are not finite")
+    device = policy.model.device
+    return Completions(
+        tokens.to(device),
+        torch.cat([before, mask], dim=1).long().to(device),
+        mask.to(device),
+        logp.to(device),
+        [policy.decode(one.tokens) for one in sampled],
+        torch.tensor([not one.ended for one in sampled], device=device),
+    )
+
+
+def cut_off(policy: Policy, completions: Completions, stop: Stop) -> Completions:
+    """What `sample` would have ended at `stop`, from completions that went on: a prefix is sampled like the whole."""
+    targets, mask = completions.targets, completions.mask.clone()
+    truncated, alive = completions.truncated.clone(), mask.any(dim=1)
+    for t in range(1, mask.shape[1] + 1):
+        alive = alive & mask[:, t - 1]
+        stopped = stop(targets[:, :t], alive)
+        mask[stopped, t:] = False
+        truncated &= ~stopped
+        alive &= ~stopped
+    width = completions.tokens.shape[1] - mask.shape[1]
+    kept = [row[:n] for row, n in zip(targets.tolist(), mask.sum(dim=1).tolist(), strict=True)]
+    return Completions(
+        torch.cat([completions.tokens[:, :width], targets.masked_fill(~mask, policy.pad_id)], dim=1),
+        torch.cat([completions.attention_mask[:, :width], mask.long()], dim=1),
+        mask,
+        completions.logp.masked_fill(~mask, 0.0),
+        [policy.decode(row) for row in kept],
+        truncated,
+    )
+
+
+# ------------------------------------------------------------------ a server
+
+
+_connections: dict[str, Backend] = {}
+"""One for each URL: training and evaluation must see what weights the other has sent."""
+
+
+def connect(url: str) -> Backend:
+    if url not in _connections:
+        _connections[url] = _Server(url.rstrip("/"))
+    return _connections[url]
+
+
+class _Server:
+    """`vllm serve`, with VLLM_SERVER_DEV_MODE=1 for the weights."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.holds: object | None = None
+        self._model = self._call("/v1/models")["data"][0]["id"]
+
+    def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[Sampled]]:
+        with ThreadPoolExecutor(_CONCURRENT) as pool:
+            return list(pool.map(self._complete, prompts, params))
+
+    def _complete(self, prompt: list[int], params: dict[str, Any]) -> list[Sampled]:
+        reply = self._call(
+            "/v1/completions", {"model": self._model, "prompt": prompt, "return_token_ids": True, **params}
+        )
+        try:
+            return [
+                Sampled(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop")
+                for choice in sorted(reply["choices"], key=lambda choice: choice["index"])
+            ]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"rollout.server={self._url}: its completions lack {error}; it needs a vLLM that knows return_token_ids "
+                "(0.10.2 or later)"
+            ) from None
+
+    def reload(self, folder: str) -> None:
+        self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+        self._call("/reset_prefix_cache", {})  # keys and values of the weights before
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
+                text = reply.read()
+        except urllib.error.HTTPError as error:
+            hint = "; start it with VLLM_SERVER_DEV_MODE=1" if error.code == 404 and not path.startswith("/v1") else ""
+            said = error.read().decode(errors="replace")[:300]
+            raise UserError(f"rollout.server={self._url}{path} answers {error.code}: {said}{hint}") from None
+        except (urllib.error.URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(f"rollout.server={self._url} cannot be reached: {reason}") from None
+        return json.loads(text) if text.strip() else None
+
+
+# ------------------------------------------------------------------ in this process
+
+
+def in_process(model: PreTrainedModel) -> Backend:
+    key = f"in process: {model.name_or_path}"
+    if key not in _connections:
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "rollout.path='vllm' needs vLLM: pip install 'alp-kernels[vllm]', or give the URL of a server as "
+                "rollout.server"
+            )
+        _connections[key] = _InProcess(model)
+    return _connections[key]
+
+
+class _InProcess:
+    """vllm.LLM on the trainer's own GPU."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        import vllm
+
+        self._vllm = vllm
+        self.holds: object | None = None
+        self._llm = vllm.LLM(
+            model=model.name_or_path,
+            dtype=str(model.dtype).removeprefix("torch."),
+            gpu_memory_utilization=_MEMORY,
+            logprobs_mode="processed_logprobs",
+        )
+
+    def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[Sampled]]:
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [self._vllm.SamplingParams(**some) for some in params],
+            use_tqdm=False,
+        )
+        return [
+            [
+                Sampled(
+                    list(one.token_ids),
+                    [position[token].logprob for position, token in zip(one.logprobs, one.token_ids, strict=True)],
+                    one.finish_reason == "stop",
+                )
+                for one in output.outputs
+            ]
+            for output in outputs
+        ]
+
+    def reload(self, folder: str) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self._llm.reset_prefix_cache()
