@@ -86,7 +86,9 @@ def require_noise(where: str, preset: str) -> None:
     """An "alp-*" loss on log-probabilities of a clean forward would be its "bypass-*" without a word."""
     if not preset.startswith("alp-"):
         return
-    if not any((handle := reference()) is not None and handle._scope.is_on for reference in attached.values()):
+    if not any(
+        (handle := reference()) is not None and handle.forwards.scope.is_open for reference in attached.values()
+    ):
         raise RuntimeError(
             f"{where}: no perturbation is switched on in this process, so this would not be ALP. Open the scope around the "
             "update's forward (handle.perturbed), or choose a bypass loss, which is the same without noise"

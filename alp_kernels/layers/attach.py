@@ -74,7 +74,7 @@ def attach(
     ):
         raise ValueError(f"attach: sigma_bounds={sigma_bounds!r}; it needs (low, high) with 0 < low < high")
     found = find_layers(model, path)
-    if found.parent in attached and (other := attached[found.parent]()) is not None and other._removables:
+    if found.parent in attached and (other := attached[found.parent]()) is not None and other.is_attached:
         raise ValueError(
             f"attach: {type(model).__name__} is perturbed already; call detach() on its handle or "
             "alp_kernels.detach(model) first"

@@ -1,17 +1,17 @@
-"""The hooks that `attach` puts on a model: which module they are on, and where a copy of the model leaves them."""
+"""The hooks that `attach` puts on a model. A copy of the model leaves them behind."""
 
 from __future__ import annotations
 
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..operators import integers
-
-if TYPE_CHECKING:
-    from .perturbation import Perturbation
+from .add import Noisy, add, add_in_graph
+from .forwards import in_backward
 
 
 class _Hook:
@@ -20,7 +20,7 @@ class _Hook:
     Each kind has a __call__ of its own, since compiled versions are counted, and limited, for each function.
     """
 
-    def __init__(self, handle: Perturbation) -> None:
+    def __init__(self, handle: Noisy) -> None:
         self.handle = handle
 
     def __call__(self, *args: Any) -> Any:
@@ -39,42 +39,97 @@ class _Clean:
 
 
 class Enter(_Hook):
+    """Before the decoder's forward."""
+
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.handle.on_enter()
+        self.handle.forwards.enter()
 
 
 class Leave(_Hook):
+    """After it."""
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.handle.on_leave(output)
+        self.handle.forwards.leave(output)
 
 
 class LayerInput(_Hook):
-    """Knows which layer it sits on; `place` says it to compiled code, which is then the same for all layers."""
+    """Before a layer's forward: adds noise to its hidden states.
 
-    def __init__(self, handle: Perturbation, position: int, index: int) -> None:
+    Knows which layer it sits on; `place` says it to compiled code, which is then the same for all layers.
+    """
+
+    def __init__(self, handle: Noisy, position: int, layer: int) -> None:
         super().__init__(handle)
-        self.position, self.index, self.place = position, index, integers(position, index)
+        self.position, self.layer, self.place = position, layer, integers(position, layer)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.handle.on_layer(self, args, kwargs)
+        handle = self.handle
+        forwards = handle.forwards
+        is_compiling = torch.compiler.is_compiling()
+        runs_again = not is_compiling and in_backward()
+        if not (forwards.switch.is_on if is_compiling else forwards.scope.is_open or runs_again):
+            return None
+        by_position = len(args) > 0 and isinstance(args[0], Tensor)
+        hidden = args[0] if by_position else kwargs.get("hidden_states")
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"attach: layer {self.layer} was called with {len(args)} positional arguments and keywords {sorted(kwargs)}; its "
+                "hidden states must come first or as hidden_states"
+            )
+        if is_compiling:
+            u = add_in_graph(handle, self.place, hidden)
+        else:
+            forward = forwards.recomputed(self.layer) if runs_again else forwards.entered(self.layer)
+            if forward is None:
+                return None
+            u = add(handle, self.position, self.layer, hidden, forward)
+        return ((u, *args[1:]), kwargs) if by_position else (args, {**kwargs, "hidden_states": u})
 
 
 class Output(_Hook):
-    """On the decoder or the model, whose output carries the tensor `field`."""
+    """After the decoder or the model, whose output carries the tensor `field`: adds noise to it."""
 
-    def __init__(self, handle: Perturbation, index: int, field: str) -> None:
+    def __init__(self, handle: Noisy, layer: int, field: str) -> None:
         super().__init__(handle)
-        self.index, self.field, self.place = index, field, integers(0, index)
+        self.layer, self.field, self.place = layer, field, integers(0, layer)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.handle.on_output(self, output)
+        handle = self.handle
+        forwards = handle.forwards
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and in_backward() and handle.was_opened:
+            raise RuntimeError(
+                'perturbed: with layers="final" or "logits" the decoder as a whole cannot be recomputed in backward; '
+                "checkpoint its layers"
+            )
+        if not (forwards.switch.is_on if is_compiling else forwards.scope.is_open):
+            return None
+        hidden = output if isinstance(output, Tensor) else getattr(output, self.field, None)
+        if hidden is None and isinstance(output, tuple):
+            hidden = output[0]
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"attach: the model returned a {type(output).__name__} without {self.field}; noise cannot be added to it"
+            )
+        if is_compiling:
+            forwards.begin_in_graph()
+            u = add_in_graph(handle, self.place, hidden)
+            forwards.finish_in_graph(u.detach())
+        else:
+            u = add(handle, 0, self.layer, hidden, forwards.current or forwards.next())
+        if isinstance(output, Tensor):
+            return u
+        if hasattr(output, self.field):
+            setattr(output, self.field, u)
+            return output
+        return (u, *output[1:])
 
 
 class OwnForward:
-    """A module's `forward`, the class's own, as an attribute of the module itself, so that graphs without noise do not fit it.
+    """Sets a module's own `forward` on the instance: that invalidates graphs compiled before the hooks existed.
 
-    Dynamo does not look for hooks on a module that had none: a graph compiled before the hooks came, or for another model of
-    the class (a reference model), would run in place of one with noise. It does look for such a `forward`.
+    Dynamo does not look for hooks on a module that had none: such a graph, or one of another model of the class (a
+    reference model), would run in place of one with noise. It does look for such a `forward`.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 import alp_kernels.integrations.trl as integration
-import alp_kernels.layers.perturbation
+import alp_kernels.noise.perturb
 from alp.policy.tiny import character_tokenizer
 from alp_kernels import Objective, policy_loss
 from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer, check_logprobs_mode
@@ -139,13 +139,13 @@ def test_tis_and_mis_weigh_by_the_rollout_engine(tmp_path: Path) -> None:
 def test_every_update_forward_is_perturbed_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(write_llama(tmp_path / "llama"))
     calls = {"perturbed": 0, "forwards": 0, "in_training_mode": 0}
-    genuine = alp_kernels.layers.perturbation.Perturb.forward
+    genuine = alp_kernels.noise.perturb.Perturb.forward
 
     def counted(*args: Any) -> Tensor:
         calls["perturbed"] += 1
         return genuine(*args)
 
-    monkeypatch.setattr(alp_kernels.layers.perturbation.Perturb, "forward", staticmethod(counted))
+    monkeypatch.setattr(alp_kernels.noise.perturb.Perturb, "forward", staticmethod(counted))
     trainer = make(
         tmp_path,
         model=path,

@@ -262,7 +262,7 @@ def test_a_scope_of_replays_alone_asks_the_device_whether_there_were_any():
     with pytest.raises(RuntimeError, match="no layer of"), handle.perturbed(step=0):
         pass
     with handle.perturbed(step=1):
-        handle._position[2] += 1  # as a graph does that was captured here
+        handle._rows.position[2] += 1  # as a graph does that was captured here
     with pytest.raises(RuntimeError, match="no layer of"), handle.perturbed(step=1):
         pass
 
@@ -271,12 +271,12 @@ def test_what_cannot_be_captured_is_refused(monkeypatch):
     toy = Toy()
     with attach(toy) as handle, handle.perturbed(step=0):
         toy(ids())
-        monkeypatch.setattr("alp_kernels.layers.perturbation._is_captured", lambda tensor: True)
+        monkeypatch.setattr("alp_kernels.layers.forwards.is_captured", lambda tensor: True)
         with pytest.raises(RuntimeError, match="would repeat this forward's noise"):
             toy(ids())
         monkeypatch.undo()
     with attach(toy, capturable=True) as handle:
-        monkeypatch.setattr("alp_kernels.layers.perturbation._is_captured", lambda tensor: True)
+        monkeypatch.setattr("alp_kernels.layers.perturbation.is_captured", lambda tensor: True)
         with pytest.raises(RuntimeError, match="open the scope around the capture"), handle.perturbed(step=0):
             pass
         monkeypatch.undo()
@@ -309,7 +309,7 @@ def test_gradient_of_log_sigma_is_the_finite_difference():
     handle.log_sigma.data = handle.log_sigma.data.double()
 
     def loss():
-        handle._next_row = 0
+        handle._rows.next = 0
         with handle.perturbed(step=0):
             return model(x).square().mean()
 
@@ -438,7 +438,7 @@ def test_ranks_are_asked_for_when_noise_is_drawn(tmp_path):
     try:
         with unittest.mock.patch("torch.distributed.get_rank", return_value=5), handle.perturbed(step=0):
             toy(ids()).sum().backward()
-            assert handle._take_rows(1) >> 32 == 5
+            assert handle._rows.take(1) >> 32 == 5
         before = handle.log_sigma.grad.clone()
         handle.sum_gradient()
         assert torch.equal(handle.log_sigma.grad, before)

@@ -95,8 +95,8 @@ def test_the_small_operators_are_sound():
     toy = Toy()
     handle = attach(toy)
     with handle.perturbed(step=0):
-        torch.library.opcheck(operators.begin.default, (handle._order,))
-        torch.library.opcheck(operators.finish.default, (handle._order, torch.randn(3)))
+        torch.library.opcheck(operators.begin.default, (handle.forwards._order,))
+        torch.library.opcheck(operators.finish.default, (handle.forwards._order, torch.randn(3)))
         toy(ids())
 
 
@@ -371,8 +371,8 @@ def record(model, call, handle, steps=3, in_scope=False):
         clean = call(ids())
         if not in_scope:
             loss.backward()
-        position = torch.tensor([handle._next_row, handle._forwards, handle._scope.num_perturbed])
-        measured = torch.stack([found.sums for found in handle._measured.values()])
+        position = torch.tensor([handle._rows.next, handle._rows.num_forwards, handle.forwards.scope.num_perturbed])
+        measured = torch.stack([found.sums for found in handle._realised._measured.values()])
         out += [loss.detach(), clean.detach(), position, measured, *all_gradients(model, handle)]
     return out
 
@@ -531,7 +531,7 @@ def test_two_forwards_in_one_graph_have_rows_of_their_own():
     with handle.perturbed(step=1):
         pass_ = [toy(x), toy(x)]
     assert not torch.equal(first, second)
-    handle._step = -1
+    handle._rows.step = -1
     with handle.perturbed(step=0):
         assert torch.equal(toy(x), first)
         assert torch.equal(toy(x), second)

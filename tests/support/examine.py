@@ -149,7 +149,7 @@ def _head(model: nn.Module, inputs: dict[str, Any]) -> str:
 def _gradients(model: nn.Module, handle: Perturbation, inputs: dict[str, Any]) -> dict[str, Tensor]:
     model.zero_grad()
     handle.zero_grad()
-    handle._next_row = 0
+    handle._rows.next = 0
     with handle.perturbed(step=0):
         model(**inputs).logits.float().log_softmax(-1)[..., 3].mean().backward()
     named = {**dict(model.named_parameters()), "log_sigma": handle.log_sigma}
@@ -217,7 +217,7 @@ def _differences(model: nn.Module, inputs: dict[str, Any], path: str | None) -> 
     handle.log_sigma.data = handle.log_sigma.data.double()
 
     def loss() -> Tensor:
-        handle._next_row = 0
+        handle._rows.next = 0
         with handle.perturbed(step=0):
             return model(**inputs).logits.log_softmax(-1)[..., 3].mean()
 

@@ -1,0 +1,93 @@
+"""How noise is added to a layer's hidden states: in eager code, as an operator of a graph, or for shapes alone."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..engine import pick
+from ..noise.operators import PerturbInputs, perturb_operator
+from ..noise.perturb import Draw, Perturb, check_perturb, perturb
+from ..operators import in_graph
+from ..stream import Coordinates, Stream
+from .forwards import Forward, Forwards
+
+
+class Noisy(Protocol):
+    """What a hook needs of the handle."""
+
+    layers: tuple[int, ...]
+    log_sigma: Tensor
+    seed: int
+    scale: str
+    rounding: str
+    engine: str | None
+    forwards: Forwards
+
+    @property
+    def was_opened(self) -> bool:
+        """Whether its scope was ever open."""
+
+
+def add(handle: Noisy, position: int, layer: int, hidden: Tensor, forward: Forward) -> Tensor:
+    """u = hidden + noise, for the layer at `position` of log_sigma, in `forward`."""
+    if in_graph(hidden):
+        return _add_to_fake(handle, position, layer, hidden, forward)
+    device, log_sigma = hidden.device, forward.log_sigma
+    alike = hidden.shape, hidden.dtype, device
+    if alike not in forward.draws:
+        forward.draws[alike] = _draws(handle, forward, hidden)
+    draw = forward.draws[alike][position]
+    if log_sigma.device != device:
+        log_sigma = log_sigma.to(device)
+    u: Tensor = Perturb.apply(hidden, log_sigma, draw)
+    handle.forwards.note(forward.number, forward.row_start, position, hidden, u, draw.sigma, draw.engine)
+    return u
+
+
+def _draws(handle: Noisy, forward: Forward, hidden: Tensor) -> list[Draw]:
+    """How each layer of `forward` with hidden states like these draws its noise; checked as `perturb` does."""
+    device, num_rows = hidden.device, hidden.numel() // max(hidden.shape[-1], 1)
+    log_sigma, row_ids = forward.log_sigma.detach().to(device), forward.row_ids  # layers on several devices
+    check_perturb("perturb", hidden, log_sigma[0], handle.scale, handle.rounding)
+    if row_ids is not None:
+        if row_ids.numel() != num_rows:
+            raise ValueError(
+                f"perturbed: row_ids has shape {tuple(row_ids.shape)}; the hidden states have {num_rows} rows"
+            )
+        row_ids = row_ids.to(device)
+    seed, step, start, engine = handle.seed, forward.step, forward.row_start, pick(handle.engine, device)
+    at = None if forward.pointer is None else forward.pointer.to(device)
+    row_ids = Coordinates(seed, step, handle.layers[0], row_ids, start).stream("perturb", num_rows, device).row_ids
+    return [
+        Draw(engine, Stream(seed, step, layer, start, row_ids, at), sigma, position, handle.scale, handle.rounding)
+        for position, (layer, sigma) in enumerate(zip(handle.layers, log_sigma.exp().unbind(), strict=True))
+    ]
+
+
+def _add_to_fake(handle: Noisy, position: int, layer: int, hidden: Tensor, forward: Forward) -> Tensor:
+    """The shapes alone: fake and meta tensors."""
+    scope = handle.forwards.scope
+    scope.num_perturbed += 1
+    scope.ran.add(position)
+    return perturb(
+        hidden,
+        handle.log_sigma[position].to(hidden.device),
+        seed=handle.seed,
+        step=forward.step,
+        layer=layer,
+        row_start=forward.row_start,
+        scale=handle.scale,
+        rounding=handle.rounding,
+        engine=handle.engine,
+    )
+
+
+def add_in_graph(handle: Noisy, place: Tensor, hidden: Tensor) -> Tensor:
+    """The same as an operator; place (2,): the layer's position and coordinate."""
+    at, row_ids = handle.forwards.coordinates_in_graph(), handle.forwards.switch.row_ids
+    ids = None if row_ids is None else row_ids.reshape(-1).to(hidden.device)
+    log_sigma = handle.log_sigma.to(hidden.device)
+    inputs = PerturbInputs(hidden, log_sigma, at, place, ids, handle.scale, handle.rounding, handle.engine)
+    return perturb_operator(inputs).u

@@ -1,0 +1,62 @@
+"""How much of the noise survived the dtype of the hidden states."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..protocol import Engine
+
+logger = logging.getLogger("alp_kernels")
+
+_MEASURED_ROWS = 64
+
+
+class _Measured(NamedTuple):
+    """The noise in a layer's first rows."""
+
+    sums: Tensor  # (n, 3): what engine.measure returns
+    num_channels: int
+    sigma: Tensor  # ()
+
+
+class Realised:
+    """By a layer's position: what the last step's first forward measured."""
+
+    def __init__(self) -> None:
+        self._measured: dict[int, _Measured] = {}
+        self._warned = False
+
+    def measure(self, position: int, hidden: Tensor, u: Tensor, sigma: Tensor, engine: Engine) -> None:
+        """One launch."""
+        num_channels = hidden.shape[-1]
+        sums = engine.measure(hidden.contiguous(), u, min(hidden.numel() // num_channels, _MEASURED_ROWS))
+        self._measured[position] = _Measured(sums, num_channels, sigma)
+
+    def report(self, layers: tuple[int, ...], scale: str) -> dict[str, list[float]]:
+        """As `Perturbation.realised` explains."""
+        if not self._measured:
+            return {"rms_over_nominal": [], "changed_frac": []}
+        measured = [self._measured[p] for p in sorted(self._measured)]
+        counts = torch.tensor([len(m.sums) * m.num_channels for m in measured], dtype=torch.float64, device="cpu")
+        means = torch.stack([m.sums.cpu().double().sum(dim=0) for m in measured]) / counts[:, None]
+        noise, changed, size = means.unbind(dim=1)
+        nominal = torch.stack([m.sigma.cpu().double() for m in measured])
+        if scale == "rms":
+            nominal = nominal * size.sqrt()
+        ratio = (noise.sqrt() / nominal.clamp(min=1e-30)).tolist()
+        off = [layers[p] for p, r in zip(sorted(self._measured), ratio, strict=True) if not 0.7 <= r <= 1.4]
+        if off and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the noise that reached layers %s is %.2g to %.2g times the size asked for: sigma is too small for the "
+                'dtype of the hidden states and is rounded away or up. Use a larger sigma, scale="rms", '
+                'rounding="stochastic", or float32.',
+                off,
+                min(ratio),
+                max(ratio),
+            )
+        return {"rms_over_nominal": ratio, "changed_frac": changed.tolist()}
