@@ -12,9 +12,9 @@ import tyro
 
 from .config import EvalConfig, TrainConfig
 from .errors import UserError, nearest
-from .presets import PRESETS, Preset, arms_of, contrasts_of
 from .quiet import leave_out_import_chatter
 from .runs.signals import Stopped
+from .study.presets import PRESETS, Preset, arms_of, contrasts_of
 
 _Config = Annotated[TrainConfig, tyro.conf.arg(name="")]
 _DEFAULT = TrainConfig()
@@ -62,8 +62,8 @@ def _compare_from(preset: Preset) -> Callable[..., None]:
             threads: Threads of a cell on the CPU; results depend on it, so a comparison keeps the number it began with.
             out: The comparison's folder. Default: runs/PRESET, or runs/compare.
         """
-        from .compare import Comparison, cross
-        from .compare import compare as run_comparison
+        from .study.compare import Comparison, cross
+        from .study.compare import compare as run_comparison
 
         chosen = _preset_called(preset)
         arms, pairs = (arms_of(methods), contrasts_of(methods)) if methods else (chosen.arms, chosen.contrasts)
@@ -134,7 +134,7 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None
         runs: Run folders; or one folder of a grid, or an export of one.
         out: The page to write; by default report.html, of a grid in its folder. It replaces no other kind of file.
     """
-    from .report import write_report
+    from .study.report import write_report
 
     print(f"wrote {write_report(list(runs), out)}")
 

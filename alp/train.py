@@ -358,7 +358,7 @@ def _finish(trainer: Trainer, run: Run, start: float, with_plots: bool) -> None:
         run.save_model(trainer.save)
         run.save_outcome(trainer.before, after)
         if with_plots:
-            from .plots import save_plots
+            from .runs.plots import save_plots
 
             save_plots(run.folder.name, run.metrics, run.folder / "plots")
         run.close()

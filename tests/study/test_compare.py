@@ -15,18 +15,18 @@ import pytest
 import torch
 
 from alp import cli
-from alp.compare import Comparison, _warm_up, compare, cross, locked
 from alp.config import TrainConfig
 from alp.errors import Diverged, UserError
-from alp.grid import load_grid
 from alp.measures.step import step_kl
 from alp.methods import METHODS, register
 from alp.policy.tiny import make_tiny
-from alp.presets import PRESETS, arms_of, change, contrasts_of
 from alp.ranks.world import World
 from alp.runs.files import read_metrics
 from alp.setup import make_sampler, make_task
-from alp.summary import accuracies
+from alp.study.compare import Comparison, _warm_up, compare, cross, locked
+from alp.study.grid import load_grid
+from alp.study.presets import PRESETS, arms_of, change, contrasts_of
+from alp.study.summary import accuracies
 from alp.tools.tool_task import ToolTask
 from alp.train import Trainer
 from alp_kernels import Objective
@@ -92,7 +92,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.support.grids import base, grid
-from alp.compare import compare
+from alp.study.compare import compare
 if __name__ == "__main__":
     compare(grid(Path({folder!r}), base(Path({cache!r}))), jobs=1)
 """

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from alp import evidence
-from alp.grid import load_grid
-from alp.grid_plots import pictures
-from alp.svg import sheet
+from alp.runs.svg import sheet
+from alp.study import evidence
+from alp.study.grid import load_grid
+from alp.study.plots import pictures
 from tests.support.synthetic_grid import make_grid, write_folder
 
 ROOT = Path(__file__).parents[2]

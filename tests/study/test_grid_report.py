@@ -15,11 +15,12 @@ import pytest
 
 from alp import cli
 from alp.errors import UserError
-from alp.grid import Cell, Grid, export_grid, load_grid
-from alp.grid_plots import pictures
-from alp.grid_report import TABLES, write_grid_report
-from alp.report import write_report
-from alp.summary import (
+from alp.runs.svg import Range
+from alp.study.grid import Cell, Grid, export_grid, load_grid
+from alp.study.grid_report import TABLES, write_grid_report
+from alp.study.plots import pictures
+from alp.study.report import write_report
+from alp.study.summary import (
     QUANTITIES,
     Contrast,
     accuracies,
@@ -32,7 +33,6 @@ from alp.summary import (
     status,
     summarise,
 )
-from alp.svg import Range
 from tests.support.synthetic_grid import make_grid, write_folder
 
 BROKEN = {("gspo", 1): "failed", ("mis", 2): "unfinished", ("bypass-token", 3): "collapsed"}

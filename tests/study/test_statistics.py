@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from alp.measures.tail import hill
-from alp.statistics import (
+from alp.study.statistics import (
     area,
     bootstrap_interval,
     effect_size,

@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from alp.compare import Comparison
 from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, WarmupConfig
-from alp.presets import arms_of, contrasts_of
+from alp.study.compare import Comparison
+from alp.study.presets import arms_of, contrasts_of
 
 ARMS = arms_of(("bypass-sequence", "alp-sequence"))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from alp.config import RolloutConfig, TrainConfig, UpdateConfig
-from alp.grid import Cell, Grid
+from alp.study.grid import Cell, Grid
 
 METHODS = ("grpo", "gspo", "bypass-token", "bypass-sequence", "tis-token", "mis", "alp-token", "alp-sequence")
 

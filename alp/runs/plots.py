@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .runs.files import Metrics
+from .files import Metrics
 
 Series = dict[str, list[Metrics]]
 """Metrics by run name."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import ModelConfig, RolloutConfig, TrainConfig, UpdateConfig
+from ..config import ModelConfig, RolloutConfig, TrainConfig, UpdateConfig
 
 Changes = dict[str, Any]
 """Fields by dotted name, as on the command line: {"update.clip_low": 0.99}."""

@@ -10,10 +10,10 @@ from itertools import accumulate
 
 import numpy as np
 
+from ..runs.files import Metrics
+from ..runs.svg import WIDTH, Chart, Range, look, tick_text
 from .grid import Cell, Grid
-from .runs.files import Metrics
 from .summary import Contrast, accuracies, seconds_of, series
-from .svg import WIDTH, Chart, Range, look, tick_text
 
 OVERLAID = 8
 """Arms that one panel can show together."""

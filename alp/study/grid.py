@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .runs.files import Metrics, read_metrics, write_whole
+from ..errors import UserError
+from ..runs.files import Metrics, read_metrics, write_whole
 
 _DIGITS = 6  # significant, in an export
 

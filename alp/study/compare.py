@@ -36,15 +36,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config import TrainConfig
-from .errors import Diverged, UserError
-from .methods import METHODS
-from .plugins import load_plugins
+from ..config import TrainConfig
+from ..errors import Diverged, UserError
+from ..methods import METHODS
+from ..plugins import load_plugins
+from ..runs.files import read_metrics, write_whole
+from ..runs.folder import commit
+from ..runs.progress import Reporter
+from ..runs.signals import Stopped
 from .presets import Changes, Contrast, change
-from .runs.files import read_metrics, write_whole
-from .runs.folder import commit
-from .runs.progress import Reporter
-from .runs.signals import Stopped
 
 _POLL_S = 0.5
 _PLACE = ("runs", "cache", "name", "seed", "device")
@@ -351,8 +351,8 @@ def _die_with(parent: Connection) -> None:
 
 
 def _warm_up(config: TrainConfig) -> None:
-    from .setup import make_task, with_tools
-    from .warmup import warmed_up
+    from ..setup import make_task, with_tools
+    from ..warmup import warmed_up
 
     task = with_tools(make_task(config.task, config.seed), config)
     _, line = warmed_up(config, task, lambda step, loss, accuracy: None)
@@ -360,7 +360,7 @@ def _warm_up(config: TrainConfig) -> None:
 
 
 def _run_cell(config: TrainConfig) -> None:
-    from .train import train
+    from ..train import train
 
     folder = Task(config, is_warmup=False).folder
     if not (folder / "config.json").is_file():  # a kill between the folder and its first file

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from .config import TrainConfig
-from .errors import UserError
+from ..config import TrainConfig
+from ..errors import UserError
+from ..runs.files import Metrics, read_metrics
+from ..runs.plots import Series, draw, plots_of
 from .grid import load_grid
 from .grid_report import HEAD, write_grid_report, write_page
-from .plots import Series, draw, plots_of
-from .runs.files import Metrics, read_metrics
 from .summary import status
 
 _ROWS = {

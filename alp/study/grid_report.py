@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
+from ..runs.files import write_whole
+from ..runs.svg import CHARTS, THEME
 from .grid import Grid
-from .grid_plots import Picture, forest, pictures
-from .runs.files import write_whole
+from .plots import Picture, forest, pictures
 from .statistics import RESAMPLES
 from .summary import (
     GROUPS,
@@ -34,7 +35,6 @@ from .summary import (
     status,
     summarise,
 )
-from .svg import CHARTS, THEME
 
 HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>alp'
 """Begins every page of `alp report`: only a file that begins so is written over."""
