@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,21 @@ FLOORS = {
         {""},  # alp_kernels itself: what users import
         {"integrations"},
     ],
+    "alp": [
+        {"advantage", "doctor", "errors", "methods", "quiet"},
+        {"plugins"},
+        {"config"},
+        {"policy"},
+        {"ranks", "rollout"},
+        {"runs", "sampling", "tasks", "update"},
+        {"tools", "warmup"},
+        {"setup"},
+        {"measures"},
+        {"train"},  # the loop
+        {"study", "preloaded"},  # its guests
+        {"cli", "evidence"},
+        {"__main__", ""},
+    ],
 }
 """From the ground up. Rooms of one floor do not know one another."""
 
@@ -36,12 +52,16 @@ def modules(package: str) -> dict[str, Path]:
     return found
 
 
-def imported(path: Path, name: str, package: str, known: set[str]) -> Iterator[str]:
-    """What a module imports of its own package: at the top, inside functions, for type checking, by string."""
+def imported(path: Path, name: str, package: str, known: set[str], at_once: bool) -> Iterator[str]:
+    """What a module imports of its own package: anywhere, or (at_once) as soon as it is imported itself."""
     folder = name.split(".") if name else []
     if path.name != "__init__.py":
         folder = folder[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    later = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)} if at_once else set()
+    for node in ast.walk(tree):
+        if id(node) in later:
+            continue
         if isinstance(node, ast.Import):
             targets = [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -58,9 +78,25 @@ def imported(path: Path, name: str, package: str, known: set[str]) -> Iterator[s
             yield deeper if deeper in known else inner
 
 
-def graph(package: str) -> dict[str, set[str]]:
+@functools.cache
+def graph(package: str, at_once: bool = False) -> dict[str, set[str]]:
     files = modules(package)
-    return {name: set(imported(path, name, package, set(files))) - {name} for name, path in files.items()}
+    return {name: set(imported(path, name, package, set(files), at_once)) - {name} for name, path in files.items()}
+
+
+def reach(package: str, name: str, at_once: bool = False) -> set[str]:
+    """What a module needs, directly or not, itself included."""
+    edges, seen, ahead = graph(package, at_once), set(), [name]
+    while ahead:
+        if (one := ahead.pop()) not in seen:
+            seen.add(one)
+            ahead += edges[one]
+    return seen
+
+
+def lines(package: str, names: set[str]) -> int:
+    files = modules(package)
+    return sum(len(files[name].read_text().splitlines()) for name in names)
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
@@ -107,10 +143,18 @@ def test_imports_go_down(package):
     for name, others in graph(package).items():
         for other in others:
             room, below = name.partition(".")[0], other.partition(".")[0]
-            # engine.py names all engines for mypy, which compares them with the protocol
             if room != below and not floor[below] < floor[room]:
                 wrong.append(f"{name} -> {other}")
     assert wrong == []
+
+
+def test_the_loop_knows_tasks_samplers_and_tools_by_their_protocols():
+    """Who builds them is imported where a run begins; of the loop's own code one can hold all in mind."""
+    at_once = reach("alp", "train", at_once=True)
+    kinds = {name for name in at_once if name.partition(".")[0] in {"tasks", "sampling", "tools"}}
+    assert kinds <= {"tasks", "tasks.task"}
+    assert {name.partition(".")[0] for name in graph("alp")["train"] - graph("alp", True)["train"]} <= {"setup", "runs"}
+    assert lines("alp", at_once) <= 2800
 
 
 def test_the_library_does_not_know_the_loop():
