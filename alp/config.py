@@ -167,15 +167,13 @@ class UpdateConfig:
     dual_clip: float | None = 3.0
     """One cap for all methods that have a dual clip, so that they compare."""
     sigma: float = 1e-2
-    """Noise at the perturbed layers' inputs; only methods that perturb read these six."""
+    """Noise at the perturbed layers' inputs; only methods that perturb read these five."""
     sigma_lr: float = 5e-4
     layers: str = "all"
     """ "all", "final", "logits" or layer numbers like "0,3"."""
     scale: Literal["absolute", "rms"] = "absolute"
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """Of the perturbed hidden states in 16 bits: nearest loses noise far below the bfloat16 step."""
-    draws: int = 1
-    """Independent noise samples that the loss of a step is averaged over; each costs a forward and a backward."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +265,6 @@ class TrainConfig:
             ("update.dual_clip", update.dual_clip, update.dual_clip is None or update.dual_clip > 1, "a number > 1"),
             ("update.sigma", update.sigma, update.sigma > 0, "a number > 0 (bypass-* are the methods without noise)"),
             ("update.sigma_lr", update.sigma_lr, update.sigma_lr >= 0, "0 or more (0: sigma stays as it is)"),
-            ("update.draws", update.draws, 1 <= update.draws <= 16, "1 to 16"),
             ("model.lora", model.lora, model.lora is None or model.lora >= 1, "1 or more"),
             (
                 "model.lora",
@@ -363,12 +360,22 @@ class EvalConfig:
                 raise UserError(f"{name}={getattr(self, name)!r}; it needs {fits}")
 
 
+_GONE = {"draws": 1}
+"""Options that older run folders hold, and what they mean here."""
+
+
 def _from_dict(kind: type, data: dict[str, Any], where: str) -> Any:
     """A dataclass from nested dictionaries; every key must be a field."""
     types_of = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
     values = {}
     for key, value in data.items():
+        if key in _GONE and key not in names:
+            if value != _GONE[key]:
+                raise UserError(
+                    f"{where}: {key}={value!r} is of an older version; this one has {key}={_GONE[key]!r} alone"
+                )
+            continue
         if key not in names:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, names)}")
         values[key] = _convert(types_of[key], value, f"{where}: {key}")

@@ -6,7 +6,6 @@ B sequences of this rank's minibatch, T response tokens, W + T tokens with the p
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alp_kernels import LossOutput, Perturbation, Stats, attach, fused_alp_loss, linear_logprob
+from alp_kernels import LossOutput, Perturbation, Stats, attach, fused_alp_loss, linear_logprob, stream
 from alp_kernels.integrations.hugging_face import output_head
 
 from .config import UpdateConfig, layers_of
@@ -25,9 +24,6 @@ from .policy.models import hidden_states, positions
 from .ranks.shard import full, reshard
 from .ranks.world import World
 from .rollout import Completions
-
-_POSITION_BITS = 20  # of a row's identity; the sample's number stands above, and above that the noise draw's
-_DRAW_BIT = 44  # row ids end at 48 bits
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,10 @@ class StepResult(NamedTuple):
     grad_norm: Tensor  # () of the whole batch's gradient, before clipping
 
 
-def row_ids(experience: Experience, draw: int = 0) -> Tensor:
+def row_ids(experience: Experience) -> Tensor:
     """(B, W + T - 1): identities of the rows the forward reads, whatever the padding, order, rank or micro-batch."""
     where = positions(experience.completions.attention_mask[:, :-1])
-    return (experience.sample_ids[:, None] << _POSITION_BITS) | where | draw << _DRAW_BIT
+    return stream.row_ids(experience.sample_ids[:, None], where)
 
 
 @torch.no_grad()
@@ -109,12 +105,12 @@ class Updater:
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
 
     @contextlib.contextmanager
-    def perturbed(self, step: int, experience: Experience, draw: int = 0) -> Iterator[None]:
+    def perturbed(self, step: int, experience: Experience) -> Iterator[None]:
         """Noise on, for methods that perturb."""
         if self.handle is None:
             yield
             return
-        with self.handle.perturbed(step=step, row_ids=row_ids(experience, draw)):
+        with self.handle.perturbed(step=step, row_ids=row_ids(experience)):
             yield
 
     def step(self, step: int, minibatch: Experience) -> StepResult:
@@ -123,11 +119,10 @@ class Updater:
         num_tokens, num_sequences = self.world.sum([float(completions.mask.sum()), float(len(minibatch.advantages))])
         num_tokens = max(num_tokens, 1.0)  # every trajectory may be void and out of the loss
         self.optimiser.zero_grad(set_to_none=True)
-        draws = 1 if self.handle is None else self.config.draws
         parts = []
-        for part, draw in itertools.product(minibatch.split(self.config.micro_batch), range(draws)):
-            with self.perturbed(step, part, draw):
-                out = self.loss(part, num_tokens * draws, num_sequences * draws, draw)
+        for part in minibatch.split(self.config.micro_batch):
+            with self.perturbed(step, part):
+                out = self.loss(part, num_tokens, num_sequences)
                 torch.autograd.backward(out.loss)
             parts.append(out)
         self.world.sum_gradients(self.parameters)
@@ -138,7 +133,7 @@ class Updater:
         stats = Stats.cat([out.stats for out in parts])
         return StepResult(stats, torch.stack([out.loss.detach() for out in parts]).sum(), grad_norm)
 
-    def loss(self, part: Experience, num_tokens: float, num_sequences: float, draw: int = 0) -> LossOutput:
+    def loss(self, part: Experience, num_tokens: float, num_sequences: float) -> LossOutput:
         """The method's loss of a micro-batch, as its share of the whole batch's."""
         completions = part.completions
         keep = completions.mask.shape[1]
@@ -146,7 +141,7 @@ class Updater:
         head = output_head(self.model)  # after the forward: a sharded model's is whole now
         logit_noise = None
         if self.config.layers == "logits" and self.handle is not None:
-            ids = row_ids(part, draw)[:, -keep:].reshape(-1)
+            ids = row_ids(part)[:, -keep:].reshape(-1)
             logit_noise = self.handle.logit_noise(len(ids), ids)
         return fused_alp_loss(
             hidden,

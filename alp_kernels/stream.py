@@ -32,6 +32,17 @@ MAX_STEP = (1 << 32) - 1
 MAX_SEED = (1 << 64) - 1
 
 
+_POSITION_BITS, _PASS_BIT = 20, 44
+
+
+def row_ids(samples: Tensor, positions: Tensor, passes: int = 0) -> Tensor:
+    """Row identities below 2^48: pass << 44 | sample << 20 | position, whatever the padding, order, rank or micro-batch.
+
+    samples, positions: int64, broadcast with one another. passes: counts updates on the same samples in one step.
+    """
+    return samples << _POSITION_BITS | positions | passes % (1 << 48 - _PASS_BIT) << _PASS_BIT
+
+
 class Stream(NamedTuple):
     """Where noise is read: everything but the row's and the channel's position in the tensor.
 

@@ -151,14 +151,13 @@ def _search() -> Preset:
         "alp-token": token,
         "alp-token_sigma-3e-2": token | {"update.sigma": 3e-2},
         "alp-token_rms": token | {"update.scale": "rms"},
-        "alp-token_two-draws": token | {"update.draws": 2},
         "alp-sequence": {"update.method": "alp-sequence"},
         "alp-sequence_sigma-3e-2": {"update.method": "alp-sequence", "update.sigma": 3e-2},
     }
     arms = arms_of(("bypass-token", "bypass-sequence")) | variants
     return Preset(
         "settings and forms of the noise in which ALP might beat Bypass: higher learning rate, longer lag, coarser "
-        "quantisation; larger sigma, sigma relative to the row's RMS, two noise draws",
+        "quantisation; larger sigma, sigma relative to the row's RMS",
         _BASE,
         {f"{setting}_{arm}": changes | more for setting, more in settings.items() for arm, changes in arms.items()},
         tuple(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import Head, LossOutput, Objective, fused_alp_loss, policy_loss
 from ..objective import kl_estimate
+from ..stream import row_ids
 from ._shared import turn_ends
 from .hugging_face import backbone, output_head
 from .trl_head import add_policy_loss_head
@@ -52,9 +53,6 @@ _MULTIMODAL = (
     "image_position_ids",
 )
 """What a batch holds beside text, by the names that TRL's forward takes."""
-
-_POSITION_BITS = 20  # of a row's identity; the sample's number stands above, and above that the pass over it
-_PASS_BIT = 44  # row ids end at 48 bits
 
 
 @dataclass
@@ -324,8 +322,8 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             return None
         attending = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         position = (attending.cumsum(dim=1) - 1).clamp(min=0)
-        number = self._step // self.args.steps_per_generation % self.num_iterations % (1 << 48 - _PASS_BIT)
-        return inputs["sample_ids"][:, None] << _POSITION_BITS | position | number << _PASS_BIT
+        number = self._step // self.args.steps_per_generation % self.num_iterations
+        return row_ids(inputs["sample_ids"][:, None], position, number)
 
 
 def check_logprobs_mode(server_info: dict[str, Any]) -> None:

@@ -305,6 +305,14 @@ def test_config_survives_its_file_and_unknown_keys_are_named(tmp_path: Path) -> 
     path.write_text(config.to_json())
     assert TrainConfig.load(path) == config
     path.write_text(config.to_json().replace('"lag"', '"leg"'))
+    for draws in (1, 2):  # as older run folders have it
+        path.write_text(config.to_json().replace('"scale"', f'"draws": {draws}, "scale"'))
+        if draws == 1:
+            assert TrainConfig.load(path) == config
+            continue
+        with pytest.raises(UserError, match="draws=2 is of an older version; this one has draws=1 alone"):
+            TrainConfig.load(path)
+    path.write_text(config.to_json().replace('"lag"', '"leg"'))
     with pytest.raises(UserError, match=r"unknown key 'leg'; did you mean 'lag'"):
         TrainConfig.load(path)
 

@@ -137,18 +137,6 @@ def test_another_step_draws_other_noise(policy: Policy) -> None:
     assert torch.equal(logps[0], logps[1]) and not torch.equal(logps[0], logps[2])
 
 
-def test_two_draws_average_the_gradients_of_two_noise_samples(policy: Policy) -> None:
-    experience = make_experience(policy)
-    config = dataclasses.replace(CALM, method="alp-token")
-    both = gradients(policy, dataclasses.replace(config, draws=2), experience)
-    second = dataclasses.replace(experience, sample_ids=experience.sample_ids + (1 << 24))  # the rows of draw 1
-    singles = [gradients(policy, config, one) for one in (experience, second)]
-    for name, value in both.items():
-        mean = (singles[0][name] + singles[1][name]) / 2
-        assert (value - mean).abs().max() <= 1e-5 * mean.abs().max()
-        assert not torch.equal(singles[0][name], singles[1][name])
-
-
 def test_bypass_on_policy_is_the_policy_gradient(policy: Policy) -> None:
     experience = make_experience(policy)
     assert experience.old_logp is not None

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alp_kernels import normal, reference
-from alp_kernels.stream import FINAL_LAYER, LOGITS_LAYER, MAX_ROW, NORMAL_BOUND, ROUNDING_BIT, Stream
+from alp_kernels.stream import FINAL_LAYER, LOGITS_LAYER, MAX_ROW, NORMAL_BOUND, ROUNDING_BIT, Stream, row_ids
 from tests.conftest import DEVICE
 from tests.support.philox_vectors import ONES, PUBLISHED
 
@@ -109,3 +109,10 @@ def test_a_coordinate_that_does_not_fit_is_named(change, message):
 def test_a_step_tensor_is_refused():
     with pytest.raises(TypeError, match="step is a Tensor"):
         normal(2, 8, seed=0, step=torch.tensor(1), layer=0)
+
+
+def test_row_identities_hold_pass_sample_and_position():
+    samples, positions = torch.tensor([[5], [(1 << 24) - 1]]), torch.tensor([[0, 7], [3, (1 << 20) - 1]])
+    ids = row_ids(samples, positions, passes=17)  # of 16: passes count modulo 16
+    assert torch.equal(ids, samples * 2**20 + positions + 2**44)
+    assert ids.max() <= MAX_ROW
