@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-_NEEDED = ("transformers", "tyro", "rich", "matplotlib", "tensorboard")
+_NEEDED = ("transformers", "tyro", "rich", "tensorboard")
 
 
 def main() -> None:

@@ -10,86 +10,76 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed; before pyplot is imported
-
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from alp.runs.svg import Chart, Range, look, sheet
 
 from .table import DRAWN, RESULTS, Record, read
 
 DOCS = Path(__file__).parent.parent / "docs"
-STYLE = {
-    "svg.hashsalt": "bench",  # the same records give the same file
-    "svg.fonttype": "none",  # text stays text: small, and found by a search
-}
-GREY = "0.55"
+GRADIENTS, PROPORTION = "soft d1", "soft d2"
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def draw(records: Sequence[Record]) -> Figure:
-    """Four panels of one device, logarithmic both ways; the caller closes the figure."""
-    figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
+def draw(records: Sequence[Record]) -> str:
+    """Four panels of one device, logarithmic both ways, as a file."""
     timed = [r for r in records if "ms" in r]
-    colours = {variant: f"C{n}" for n, variant in enumerate(dict.fromkeys(r["variant"] for r in timed))}
-    lines: dict[str, Line2D] = {}
-    for (time, memory), op in zip(panels.T, DRAWN, strict=True):
+    looks = {variant: look(n) for n, variant in enumerate(dict.fromkeys(r["variant"] for r in timed))}
+    times, memories, drawn = [], [], set()
+    for op in DRAWN:
         axis, mine = op[-1], [r for r in timed if r["op"] == op]
         if not mine:
             continue
-        lines |= _panel(time, mine, axis, colours, lambda r: r["ms"]["p50"])
-        time.set_ylabel("median ms, forward + backward")
-        # the limit works in memory that is already there
-        _panel(memory, [r for r in mine if "(limit)" not in r["variant"]], axis, colours, lambda r: r["peak_mib"])
-        memory.set_ylabel("peak MiB above the inputs")
-        sizes = sorted({(r["shape"][axis], _gradient_mib(r)) for r in mine})
-        (lines["the gradients alone"],) = memory.plot(*zip(*sizes, strict=True), "-.", color=GREY)
-        lines["in proportion"] = _guide(time, mine, axis)
         shape, fixed = mine[0]["shape"], "N" if axis == "V" else "V"
-        time.set_title(f"{fixed} {shape[fixed]}, D {shape['D']}, {shape['dtype']}", fontsize=10)
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(f"Loss head: {records[0]['device']}", fontsize=11)
-    return figure
+        title = f"{fixed} {shape[fixed]}, D {shape['D']}, {shape['dtype']}"
+        guide = _guide(mine, axis)
+        time = _panel(mine, axis, looks, lambda r: r["ms"]["p50"], guide, "median ms, forward + backward", title)
+        time.line(*zip(*guide, strict=True), PROPORTION, "in proportion")
+        # the limit works in memory that is already there
+        kept = [r for r in mine if "(limit)" not in r["variant"]]
+        sizes = sorted({(r["shape"][axis], _gradient_mib(r)) for r in mine})
+        memory = _panel(kept, axis, looks, lambda r: r["peak_mib"], sizes, "peak MiB above the inputs", title)
+        memory.line(*zip(*sizes, strict=True), GRADIENTS, "the gradients alone")
+        times.append(time)
+        memories.append(memory)
+        drawn |= {r["variant"] for r in mine}
+    legend = [(variant, css) for variant, css in looks.items() if variant in drawn]
+    legend += [("the gradients alone", GRADIENTS), ("in proportion", PROPORTION), (records[0]["device"], "")]
+    return sheet([*times, *memories], legend, num_columns=len(times))
 
 
 def _panel(
-    axes: Axes,
     records: Sequence[Record],
     axis: str,
-    colours: dict[str, str],
+    looks: dict[str, str],
     value: Callable[[Record], float | None],
-) -> dict[str, Line2D]:
-    """A line for each variant, by its name."""
-    lines = {}
+    beside: Sequence[tuple[float, float]],
+    y_label: str,
+    title: str,
+) -> Chart:
+    """A line for each variant; `beside` (size, value) must fit the axes, too."""
+    sizes = sorted({r["shape"][axis] for r in records})
+    values = [v for r in records if (v := value(r))] + [v for _, v in beside]
+    around = Range.of(sizes, is_log=True)
+    marks = tuple((size, _size(size)) for size in sizes)
+    chart = Chart(Range(around.low, around.high, True, marks), Range.of(values, is_log=True), axis, y_label, title)
     for variant in dict.fromkeys(r["variant"] for r in records):
-        points = sorted((r["shape"][axis], value(r)) for r in records if r["variant"] == variant and value(r))
+        points = sorted((r["shape"][axis], v) for r in records if r["variant"] == variant and (v := value(r)))
         if points:
-            style = "o-" if "alp_kernels" in variant else "s--" if "(limit)" in variant else ".-"
-            look = {"color": colours[variant], "linewidth": 1.2, "markersize": 4}
-            (lines[variant],) = axes.plot(*zip(*points, strict=True), style, **look)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sizes := sorted({r["shape"][axis] for r in records}), [_size(s) for s in sizes])
-    axes.grid(alpha=0.3)
-    axes.set_xlabel(axis)
-    return lines
+            chart.line(*zip(*points, strict=True), looks[variant], variant)
+            for x, y in points:
+                chart.dot(x, y, looks[variant], variant, 3 if "alp_kernels" in variant else 2)
+    return chart
 
 
 def _size(number: int) -> str:
     return f"{number // 1024}k" if number >= 1024 else str(number)
 
 
-def _guide(axes: Axes, records: Sequence[Record], axis: str) -> Line2D:
+def _guide(records: Sequence[Record], axis: str) -> list[tuple[float, float]]:
     """What a time in proportion to the axis would look like, from the limit's largest size down."""
     limit = [r for r in records if "(limit)" in r["variant"]] or list(records)
     last = max(limit, key=lambda r: r["shape"][axis])
     size, ms = last["shape"][axis], last["ms"]["p50"]
-    sizes = sorted({r["shape"][axis] for r in records})
-    (line,) = axes.plot(sizes, [ms * s / size / 1.5 for s in sizes], ":", color=GREY)
-    return line
+    return [(s, ms * s / size / 1.5) for s in sorted({r["shape"][axis] for r in records})]
 
 
 def _gradient_mib(record: Record) -> float:
@@ -111,10 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     for device in dict.fromkeys(r["device_type"] for r in records):
         path = options.folder / f"head-sweep-{device}.svg"
-        figure = draw([r for r in records if r["device_type"] == device])
-        with plt.rc_context(STYLE):
-            figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
+        path.write_text(draw([r for r in records if r["device_type"] == device]))
         print(path)
 
 

@@ -1,90 +1,110 @@
-"""The pictures of one or several runs, from their metrics: as matplotlib figures."""
+"""The pictures of one or several runs, from their metrics: charts with a legend each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import io
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed; before pyplot is imported
-
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from .files import Metrics
+from .files import Metrics, write_whole
+from .svg import Chart, Range, look, sheet
 
 Series = dict[str, list[Metrics]]
 """Metrics by run name."""
 
 
-def _lines(axes: Axes, runs: Series, keys: dict[str, str]) -> None:
-    """A line for each run and key that was recorded; `keys` maps a key to its label."""
+class Plot(NamedTuple):
+    chart: Chart
+    legend: list[tuple[str, str]]  # name, CSS classes
+
+    def svg(self) -> str:
+        """A file of its own, light and dark."""
+        return sheet([self.chart], self.legend)
+
+
+class Curve(NamedTuple):
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+def _plot(title: str, curves: list[Curve], *, is_log: bool = False, x_label: str = "step", y_label: str = "") -> Plot:
+    values = [v for c in curves for part in (c.y, *(c.band or ())) for v in part]
+    chart = Chart(Range.of([v for c in curves for v in c.x]), Range.of(values, is_log), x_label, y_label, title)
+    legend = []
+    for number, curve in enumerate(curves):
+        css = look(number)
+        if curve.band is not None:
+            chart.band(curve.x, *curve.band, css)
+        chart.line(curve.x, curve.y, css, curve.name)
+        legend.append((curve.name, css))
+    return Plot(chart, legend)
+
+
+def _recorded(runs: Series, keys: dict[str, str]) -> list[Curve]:
+    """A curve for each run and key that was recorded; `keys` maps a key to its label."""
+    curves = []
     for name, metrics in runs.items():
-        for style, (key, label) in zip(("-", "--", ":", "-."), keys.items(), strict=False):
+        for key, label in keys.items():
             points = [(m["step"], m[key]) for m in metrics if key in m]
             if points:
-                text = label if len(runs) == 1 else f"{name} {label}"
-                axes.plot(*zip(*points, strict=True), style, label=text, linewidth=1.2)
-    axes.set_xlabel("step")
-    if axes.has_data():
-        axes.legend(fontsize=7)
+                curves.append(Curve(label if len(runs) == 1 else f"{name} {label}", *zip(*points, strict=True)))
+    return curves
 
 
-def _reward(axes: Axes, runs: Series) -> None:
-    axes.set_title("Reward and sampled accuracy")
-    _lines(axes, runs, {"reward": "reward", "accuracy": "accuracy"})
+def _reward(runs: Series) -> Plot:
+    return _plot("Reward and sampled accuracy", _recorded(runs, {"reward": "reward", "accuracy": "accuracy"}))
 
 
-def _ratio_tail(axes: Axes, runs: Series) -> None:
-    axes.set_title("Tail of the token ratio")
-    axes.set_yscale("log")
-    _lines(axes, runs, {"token_ratio/q99.9": "q99.9", "token_ratio/max": "max"})
+def _ratio_tail(runs: Series) -> Plot:
+    curves = _recorded(runs, {"token_ratio/q99.9": "q99.9", "token_ratio/max": "max"})
+    return _plot("Tail of the token ratio", curves, is_log=True)
 
 
-def _kl(axes: Axes, runs: Series) -> None:
-    axes.set_title("KL, rollout to current policy (per token, nats)")
-    axes.set_yscale("log")
-    _lines(axes, runs, {"k3_kl": "k3", "k1_abs_kl": "|k1|", "clean/k3_kl": "k3 without noise"})
+def _kl(runs: Series) -> Plot:
+    runs = {
+        run: [m | {"k1_abs_kl": abs(m["k1_kl"])} if "k1_kl" in m else m for m in metrics]
+        for run, metrics in runs.items()
+    }
+    curves = _recorded(runs, {"k3_kl": "k3", "k1_abs_kl": "|k1|", "clean/k3_kl": "k3 without noise"})
+    return _plot("KL, rollout to current policy", curves, is_log=True, y_label="nats a token")
 
 
-def _sources(axes: Axes, runs: Series) -> None:
-    axes.set_title("Mismatch by source: mean |log-ratio|")
-    axes.set_yscale("log")
-    _lines(axes, runs, {f"{name}/mean_abs": name for name in ("mismatch", "staleness", "perturbation")})
+def _sources(runs: Series) -> Plot:
+    curves = _recorded(runs, {f"{name}/mean_abs": name for name in ("mismatch", "staleness", "perturbation")})
+    return _plot("Mismatch by source", curves, is_log=True, y_label="mean |log-ratio|")
 
 
-def _sigma(axes: Axes, runs: Series) -> None:
-    axes.set_title("Sigma by layer")
-    axes.set_xlabel("step")
+def _sigma(runs: Series) -> Plot:
+    curves = []
     for name, metrics in runs.items():
-        steps = [m["step"] for m in metrics if "sigma" in m]
-        for layer, values in enumerate(zip(*(m["sigma"] for m in metrics if "sigma" in m), strict=True)):
-            axes.plot(steps, values, label=f"{layer}" if len(runs) == 1 else f"{name} {layer}", linewidth=1.2)
-    if axes.has_data():
-        axes.legend(fontsize=7, title="layer", title_fontsize=7)
+        recorded = [m for m in metrics if "sigma" in m]
+        for layer, values in enumerate(zip(*(m["sigma"] for m in recorded), strict=True)):
+            label = f"layer {layer}" if len(runs) == 1 else f"{name} layer {layer}"
+            curves.append(Curve(label, [m["step"] for m in recorded], values))
+    return _plot("Sigma by layer", curves)
 
 
-def _envelope(axes: Axes, runs: Series) -> None:
-    axes.set_title("Log-ratio by rollout log-probability: median, P2 to P98")
-    axes.set_xlabel("log-probability under the sampling engine")
+def _envelope(runs: Series) -> Plot:
+    curves = []
     for name, metrics in runs.items():
-        recorded = [m for m in metrics if "envelope" in m]
-        for m in recorded[-1:]:
+        for m in [m for m in metrics if "envelope" in m][-1:]:
             e = m["envelope"]
-            (line,) = axes.plot(e["rollout_logp"], e["p50"], linewidth=1.2, label=f"{name}, step {m['step']}")
-            axes.fill_between(e["rollout_logp"], e["p2"], e["p98"], alpha=0.25, color=line.get_color())
-    if axes.has_data():
-        axes.legend(fontsize=7)
+            curves.append(Curve(f"{name}, step {m['step']}", e["rollout_logp"], e["p50"], (e["p2"], e["p98"])))
+    x_label = "log-probability under the sampler"
+    return _plot("Log-ratio of a token: median, P2 to P98", curves, x_label=x_label, y_label="log-ratio")
 
 
-def _tools(axes: Axes, runs: Series) -> None:
-    axes.set_title("Tool calls: a trajectory, and the fraction that ran well")
-    _lines(axes, runs, {"tool/calls": "calls", "tool/ok": "ran well", "void": "void trajectories"})
+def _tools(runs: Series) -> Plot:
+    keys = {"tool/calls": "calls", "tool/ok": "ran well", "void": "void trajectories"}
+    return _plot("Tool calls a trajectory, and the fraction that ran well", _recorded(runs, keys))
 
 
-PLOTS: dict[str, Callable[[Axes, Series], None]] = {
+PLOTS: dict[str, Callable[[Series], Plot]] = {
     "reward": _reward,
     "ratio_tail": _ratio_tail,
     "kl": _kl,
@@ -101,22 +121,10 @@ def plots_of(runs: Series) -> list[str]:
     return [name for name in PLOTS if name != "tools" or has_tool]
 
 
-def draw(name: str, runs: Series) -> Figure:
-    """The plot called `name` (a key of PLOTS); the caller closes it."""
-    figure, axes = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
-    axes.grid(alpha=0.3)
-    runs = {
-        run: [m | {"k1_abs_kl": abs(m["k1_kl"])} if "k1_kl" in m else m for m in metrics]
-        for run, metrics in runs.items()
-    }
-    PLOTS[name](axes, runs)
-    return figure
-
-
 def save_plots(name: str, metrics: list[Metrics], folder: Path) -> None:
-    """One PNG for each plot of one run."""
+    """One SVG for each plot of one run."""
     folder.mkdir(exist_ok=True)
-    for plot in plots_of({name: metrics}):
-        figure = draw(plot, {name: metrics})
-        figure.savefig(folder / f"{plot}.png", dpi=120)
-        plt.close(figure)
+    runs = {name: metrics}
+    for plot in plots_of(runs):
+        picture = io.BytesIO(PLOTS[plot](runs).svg().encode())
+        write_whole(folder / f"{plot}.svg", functools.partial(shutil.copyfileobj, picture))

@@ -53,6 +53,7 @@ class Range:
     low: float
     high: float
     is_log: bool = False
+    marks: tuple[tuple[float, str], ...] = ()  # in place of round numbers: where, and what stands there
 
     @staticmethod
     def of(values: Sequence[float], is_log: bool = False, zero: bool = False) -> Range:
@@ -150,10 +151,10 @@ class Chart:
             y = bottom - self.y.place(tick) * (bottom - _TOP)
             out.append(f'<path class="rule" d="M{_LEFT},{y:.1f} H{right}"/>')
             out.append(f'<text x="{_LEFT - 4}" y="{y + 3.5:.1f}" text-anchor="end">{tick_text(tick)}</text>')
-        for tick in self.x.ticks():
+        for tick, text in self.x.marks or [(tick, tick_text(tick)) for tick in self.x.ticks()]:
             x = _LEFT + self.x.place(tick) * (right - _LEFT)
             out.append(f'<path class="rule" d="M{x:.1f},{_TOP} V{bottom}"/>')
-            out.append(f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{tick_text(tick)}</text>')
+            out.append(f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{text}</text>')
         middle = (_LEFT + right) / 2
         out.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{html.escape(self.x_label)}</text>')
         if self.y_label:

@@ -44,7 +44,7 @@ from ..runs.files import read_metrics, write_whole
 from ..runs.folder import commit
 from ..runs.progress import Reporter
 from ..runs.signals import Stopped
-from .presets import Changes, Contrast, change
+from .presets import Changes, Pair, change
 
 _POLL_S = 0.5
 _PLACE = ("runs", "cache", "name", "seed", "device")
@@ -53,8 +53,8 @@ _DIVERGED, _USER_ERROR = 3, 2
 
 
 def cross(
-    arms: dict[str, Changes], contrasts: tuple[Contrast, ...], vary: tuple[str, ...]
-) -> tuple[dict[str, Changes], tuple[Contrast, ...]]:
+    arms: dict[str, Changes], contrasts: tuple[Pair, ...], vary: tuple[str, ...]
+) -> tuple[dict[str, Changes], tuple[Pair, ...]]:
     """Every arm, and every contrast, at every setting of `vary`: ("update.sigma=1e-3,1e-2", ...); names gain _FIELD=VALUE."""
     axes = []
     for text in vary:
@@ -100,7 +100,7 @@ def _typed(name: str, text: str) -> Any:
     raise UserError(f"vary: {name}={text!r}; it needs {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
 
 
-class Task(NamedTuple):
+class Piece(NamedTuple):
     """What a worker process does: warm up the cell's model, or run the cell."""
 
     config: TrainConfig
@@ -126,7 +126,7 @@ class Comparison:
         base: TrainConfig,
         arms: dict[str, Changes],
         seeds: tuple[int, ...],
-        contrasts: tuple[Contrast, ...],
+        contrasts: tuple[Pair, ...],
         threads: int,
     ) -> None:
         self.folder, self.threads = folder, threads
@@ -184,31 +184,29 @@ class Comparison:
         unfinished = [cell for cell in self.cells if _state(cell) is None]
         if not unfinished:
             return []
-        warmups = {cell.seed: Task(cell, is_warmup=True) for cell in reversed(unfinished) if cell.model.path == "tiny"}
+        warmups = {cell.seed: Piece(cell, is_warmup=True) for cell in reversed(unfinished) if cell.model.path == "tiny"}
         total = sum(cell.steps for cell in self.cells)
         pool = _Pool(jobs, devices, self.threads, self.folder / "logs")
         with Reporter("compare", total, start=self._steps_done()) as report:
 
-            def on_progress(running: list[Task]) -> None:
+            def on_progress(running: list[Piece]) -> None:
                 done = sum(_state(cell) is not None for cell in self.cells)
                 names = ", ".join(f"{t.config.name}{' (warm-up)' if t.is_warmup else ''}" for t in running)
                 report(self._steps_done(), f"{done}/{len(self.cells)} cells  {names}")
 
             faults = pool.run(list(warmups.values()), on_progress)
-            cold = {seed for seed, task in warmups.items() if task.config.name in faults}
-            tasks = [Task(cell, is_warmup=False) for cell in unfinished if cell.seed not in cold]
-            faults += pool.run(tasks, on_progress)
+            cold = {seed for seed, piece in warmups.items() if piece.config.name in faults}
+            pieces = [Piece(cell, is_warmup=False) for cell in unfinished if cell.seed not in cold]
+            faults += pool.run(pieces, on_progress)
         return faults
 
     def _steps_done(self) -> int:
         return sum(
-            cell.steps if _state(cell) is not None else Task(cell, is_warmup=False).steps_done for cell in self.cells
+            cell.steps if _state(cell) is not None else Piece(cell, is_warmup=False).steps_done for cell in self.cells
         )
 
 
-def _check(
-    base: TrainConfig, arms: dict[str, Changes], seeds: tuple[int, ...], contrasts: tuple[Contrast, ...]
-) -> None:
+def _check(base: TrainConfig, arms: dict[str, Changes], seeds: tuple[int, ...], contrasts: tuple[Pair, ...]) -> None:
     if not arms:
         raise UserError("compare: no arms came; name a --preset or --methods")
     if not seeds or len(set(seeds)) < len(seeds):
@@ -226,7 +224,7 @@ def _check(
 
 def _state(cell: TrainConfig) -> str | None:
     """ "finished", "diverged", or None: still to be run."""
-    folder = Task(cell, is_warmup=False).folder
+    folder = Piece(cell, is_warmup=False).folder
     if (folder / "outcome.json").is_file():
         return "finished"
     return "diverged" if (folder / "failure.txt").is_file() else None
@@ -273,7 +271,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class _Pool:
-    """One process for each task, forked from a server that has imported everything; a task's end is its exit code."""
+    """One process for each piece, forked from a server that has imported everything; a piece's end is its exit code."""
 
     def __init__(self, jobs: int, devices: list[str], threads: int, logs: Path) -> None:
         self.jobs, self.devices, self.threads, self.logs = jobs, devices, threads, logs
@@ -281,39 +279,39 @@ class _Pool:
         self.context.set_forkserver_preload(["alp.preloaded"])
         logs.mkdir(parents=True, exist_ok=True)
 
-    def run(self, tasks: list[Task], on_progress: Any) -> list[str]:
-        """Run the tasks in their order; the names of those that ended in a fault."""
-        waiting, faults = list(reversed(tasks)), []
-        running: dict[int, tuple[Task, ForkServerProcess, Connection]] = {}
+    def run(self, pieces: list[Piece], on_progress: Any) -> list[str]:
+        """Run the pieces in their order; the names of those that ended in a fault."""
+        waiting, faults = list(reversed(pieces)), []
+        running: dict[int, tuple[Piece, ForkServerProcess, Connection]] = {}
         try:
             while waiting or running:
                 for slot in range(self.jobs):
                     if slot not in running and waiting:
-                        task = waiting.pop()
-                        running[slot] = (task, *self._start(task, self.devices[slot % len(self.devices)]))
+                        piece = waiting.pop()
+                        running[slot] = (piece, *self._start(piece, self.devices[slot % len(self.devices)]))
                 time.sleep(_POLL_S)
-                for slot, (task, process, guard) in list(running.items()):
+                for slot, (piece, process, guard) in list(running.items()):
                     if process.exitcode is not None:
                         process.join()
                         guard.close()
                         del running[slot]
                         if process.exitcode not in (0, _DIVERGED):
-                            assert task.config.name is not None
-                            faults.append(task.config.name)
-                on_progress([task for task, _, _ in running.values()])
+                            assert piece.config.name is not None
+                            faults.append(piece.config.name)
+                on_progress([piece for piece, _, _ in running.values()])
         finally:
             for _, process, guard in running.values():
                 guard.close()  # the worker sees its end and stops
                 process.join()
         return faults
 
-    def _start(self, task: Task, device: str) -> tuple[ForkServerProcess, Connection]:
+    def _start(self, piece: Piece, device: str) -> tuple[ForkServerProcess, Connection]:
         # the worker holds one end of a pipe: when this process goes, however it goes, the other end closes
         theirs, ours = self.context.Pipe(duplex=False)
-        name = f"{task.config.name}{'-warmup' if task.is_warmup else ''}.log"
-        config = dataclasses.replace(task.config, device=device)
+        name = f"{piece.config.name}{'-warmup' if piece.is_warmup else ''}.log"
+        config = dataclasses.replace(piece.config, device=device)
         process = self.context.Process(
-            target=_work, args=(config, task.is_warmup, self.logs / name, self.threads, theirs)
+            target=_work, args=(config, piece.is_warmup, self.logs / name, self.threads, theirs)
         )
         process.start()
         theirs.close()
@@ -321,7 +319,7 @@ class _Pool:
 
 
 def _work(config: TrainConfig, is_warmup: bool, log: Path, threads: int, parent: Connection) -> None:
-    """In the worker: one task, its output in a log file, its end as an exit code."""
+    """In the worker: one piece, its output in a log file, its end as an exit code."""
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     with log.open("a", buffering=1) as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
@@ -362,7 +360,7 @@ def _warm_up(config: TrainConfig) -> None:
 def _run_cell(config: TrainConfig) -> None:
     from ..train import train
 
-    folder = Task(config, is_warmup=False).folder
+    folder = Piece(config, is_warmup=False).folder
     if not (folder / "config.json").is_file():  # a kill between the folder and its first file
         shutil.rmtree(folder, ignore_errors=True)
     try:

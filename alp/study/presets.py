@@ -15,7 +15,7 @@ from ..config import ModelConfig, RolloutConfig, TrainConfig, UpdateConfig
 
 Changes = dict[str, Any]
 """Fields by dotted name, as on the command line: {"update.clip_low": 0.99}."""
-Contrast = tuple[str, str]
+Pair = tuple[str, str]
 """An arm and its baseline."""
 
 
@@ -26,7 +26,7 @@ class Preset:
     about: str
     base: TrainConfig
     arms: dict[str, Changes]
-    contrasts: tuple[Contrast, ...]
+    contrasts: tuple[Pair, ...]
 
 
 def change(config: Any, changes: Changes) -> Any:
@@ -56,7 +56,7 @@ def arms_of(methods: tuple[str, ...]) -> dict[str, Changes]:
     return {method: {"update.method": method} for method in methods}
 
 
-def contrasts_of(arms: tuple[str, ...]) -> tuple[Contrast, ...]:
+def contrasts_of(arms: tuple[str, ...]) -> tuple[Pair, ...]:
     """ALP against Bypass at the same level, and both against GRPO: what the paper's claim rests on."""
     pairs = [(f"alp-{level}", f"bypass-{level}") for level in ("token", "sequence")]
     pairs += [(method, "grpo") for method in arms if method != "grpo"]

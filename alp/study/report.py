@@ -1,22 +1,19 @@
 """One self-contained HTML page about one or several runs: a table of first and last values, and the plots embedded.
 
-A grid of runs has a page of its own, alp/grid_report.py.
+A grid of runs has a page of its own, grid_report.py.
 """
 
 from __future__ import annotations
 
 import html
-import io
 import json
 from collections import Counter
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from ..config import TrainConfig
 from ..errors import UserError
 from ..runs.files import Metrics, read_metrics
-from ..runs.plots import Series, draw, plots_of
+from ..runs.plots import PLOTS, Series, plots_of
 from .grid import load_grid
 from .grid_report import HEAD, write_grid_report, write_page
 from .summary import status
@@ -46,8 +43,9 @@ _WINDOW = 5  # steps averaged for a first or last value
 _STYLE = (
     "body{font:15px system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .7rem;text-align:right}"
-    "td,th{border-bottom:1px solid #ddd}"
-    "td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:.4rem}figure svg{max-width:100%}"
+    "td,th{border-bottom:1px solid #8884}:root{color-scheme:light dark}"
+    "td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:.4rem}"
+    "figure svg{max-width:100%;height:auto}"
 )
 
 
@@ -85,7 +83,7 @@ def _page(folders: list[Path]) -> str:
     parts = [f"<h1>alp: {html.escape(', '.join(runs))}</h1>"]
     for folder, name in zip(folders, runs, strict=True):
         parts += [f"<h2>{html.escape(name)}</h2>", _summary(configs[name], folder), _table(runs[name])]
-    parts += ["<h2>Plots</h2>", *(f"<figure>{_svg(plot, runs)}</figure>" for plot in plots_of(runs))]
+    parts += ["<h2>Plots</h2>", *(f"<figure>{PLOTS[plot](runs).svg()}</figure>" for plot in plots_of(runs))]
     for name, config in configs.items():
         parts.append(f"<details><summary>configuration of {html.escape(name)}</summary>")
         parts.append(f"<pre>{html.escape(config.to_json())}</pre></details>")
@@ -119,12 +117,3 @@ def _table(metrics: list[Metrics]) -> str:
         for layer, (first, last) in enumerate(zip(sigma[0], sigma[-1], strict=True)):
             rows.append(f"<tr><td>sigma {layer}</td><td>{first:.4g}</td><td>{last:.4g}</td></tr>")
     return f"<table>{''.join(rows)}</table>"
-
-
-def _svg(plot: str, runs: Series) -> str:
-    figure = draw(plot, runs)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

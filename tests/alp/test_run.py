@@ -88,12 +88,12 @@ def test_a_run_folder_holds_what_a_reader_needs(reference: Path) -> None:
     assert (reference / "commit.txt").read_text().strip()
     assert [path.name for path in Run(reference).checkpoints()] == ["00000004.pt", "00000006.pt"]
     assert {path.name for path in (reference / "plots").iterdir()} >= {
-        "reward.png",
-        "kl.png",
-        "sigma.png",
-        "envelope.png",
+        "reward.svg",
+        "kl.svg",
+        "sigma.svg",
+        "envelope.svg",
     }
-    assert not (reference / "plots" / "tools.png").exists()  # it has none
+    assert not (reference / "plots" / "tools.svg").exists()  # it has none
     assert list((reference / "tensorboard").iterdir()) and (reference / "model" / "config.json").is_file()
     metrics = read_metrics(reference / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]

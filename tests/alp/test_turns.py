@@ -510,7 +510,7 @@ def test_a_run_with_a_tool_records_it_and_resumes_bit_for_bit(tmp_path: Path) ->
         assert 1 <= m["turns"] <= 3 and 0 <= m["void"] <= 1 and m["tool/calls"] <= m["turns"]
         assert sum(m[f"tool/{s}"] for s in STATUSES) == pytest.approx(1) and m["tool_s"] > 0
     assert metrics[0]["accuracy"] > 0 and metrics[0]["turns"] > 1.2
-    assert (folder / "plots" / "tools.png").is_file()
+    assert (folder / "plots" / "tools.svg").is_file()
     copy = tmp_path / "stopped"
     shutil.copytree(folder, copy)
     Run(copy).checkpoints()[-1].unlink()
