@@ -179,6 +179,11 @@ def surrogate(ell: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
     return loss
 
 
+def k3(log_ratio: Tensor) -> Tensor:
+    """(e^r - 1) - r of r = ln(p / q): on samples of q an unbiased estimate of KL(q || p), never negative (Schulman 2020)."""
+    return torch.expm1(log_ratio) - log_ratio
+
+
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: KL) -> Tensor:
     """Estimate of KL(current || reference) from each row's sampled token; "k3+" is straight-through."""
     log_ratio = logp - ref_logp
@@ -187,11 +192,11 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: KL) -> Tensor:
     if kl == "k2":
         return log_ratio.square() / 2
     away = _clamp(-log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    k3 = torch.expm1(away) - away
+    value = k3(away)
     if kl == "k3":
-        return k3
+        return value
     k2 = log_ratio.square() / 2
-    return k3.detach() + (k2 - k2.detach())
+    return value.detach() + (k2 - k2.detach())
 
 
 def row_loss(ell: Tensor, logp: Tensor, entropy: Tensor | None, rows: LossRows, objective: Objective) -> Tensor:

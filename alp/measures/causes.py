@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alp_kernels.objective import k3
+
 from ..policy.adapters import Weights, snapshot
 from ..ranks.shard import reshard
 from ..ranks.world import World
@@ -54,11 +56,11 @@ def diagnose(
     report: dict[str, float] = {}
     for name, difference in differences.items():
         r = difference[mask].double()
-        count, k1, k3, absolute = world.sum(
-            [float(len(r)), float(-r.sum()), float((torch.expm1(r) - r).sum()), float(r.abs().sum())]
+        count, k1, of_k3, absolute = world.sum(
+            [float(len(r)), float(-r.sum()), float(k3(r).sum()), float(r.abs().sum())]
         )
         count = max(count, 1.0)  # every trajectory may be void and out of the loss
-        report |= {f"{name}/k1_kl": k1 / count, f"{name}/k3_kl": k3 / count, f"{name}/mean_abs": absolute / count}
+        report |= {f"{name}/k1_kl": k1 / count, f"{name}/k3_kl": of_k3 / count, f"{name}/mean_abs": absolute / count}
     return report
 
 

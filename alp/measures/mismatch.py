@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from alp_kernels.objective import k3
+
 from ..config import RolloutConfig
 from ..policy.models import Policy
 from ..rollout import Request, Sampler, uniforms
@@ -46,7 +48,7 @@ def measure_mismatch(
         "tokens": float(len(r)),
         "mean_abs": float(r.abs().mean()),
         "k1_kl": float(-r.mean()),
-        "k3_kl": float((torch.expm1(r) - r).mean()),
+        "k3_kl": float(k3(r).mean()),
         "max_ratio": float(r.max().exp()),
     }
 

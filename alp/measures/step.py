@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from alp_kernels.objective import k3
 
 from ..ranks.world import World
 from ..rollout import Completions
@@ -55,5 +56,5 @@ def step_kl(before: Tensor, after: Tensor, mask: Tensor, world: World) -> float:
     The tokens come from the sampler, so this is the change where the data lie, not an unbiased KL.
     """
     r = (after - before)[mask].double()
-    count, total = world.sum([float(len(r)), float((torch.expm1(r) - r).sum())])
+    count, total = world.sum([float(len(r)), float(k3(r).sum())])
     return total / max(count, 1.0)  # every trajectory may be void and out of the loss

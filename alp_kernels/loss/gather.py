@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..dtypes import real
+
 
 class _Gather(torch.autograd.Function):
     """Slices of `local` along `dim`, in the order of the group's ranks; they may differ in size."""
@@ -34,8 +36,7 @@ class _Gather(torch.autograd.Function):
         mine = parts[rank]
         if ctx.sums:
             # 16-bit gradients are summed in float32 and rounded once
-            real = torch.float64 if dwhole.dtype == torch.float64 else torch.float32
-            padded = torch.cat([_padded(part.to(real), max(ctx.sizes)) for part in parts])
+            padded = torch.cat([_padded(part.to(real(dwhole)), max(ctx.sizes)) for part in parts])
             total = padded.new_empty(max(ctx.sizes), *padded.shape[1:])
             dist.reduce_scatter_tensor(total, padded, group=ctx.group)
             mine = total[: ctx.sizes[rank]].to(dwhole.dtype)

@@ -19,7 +19,7 @@ from bench import test_threads as threads
 from bench import test_tuning as tuning
 from bench.cases import HeadCase, PerturbCase, head_cases, perturb_cases
 from bench.contest import Contest, Group, Turn, Variant, turns
-from tests.loss.test_head_cost import Multiplications
+from tests.support.multiplications import Multiplications
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

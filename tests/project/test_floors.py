@@ -175,3 +175,20 @@ def _code(path: Path) -> str:
         if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def test_no_test_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) tests\.(\w+\.)*test_", path.read_text(), re.MULTILINE), path
+
+
+def test_the_table_of_where_things_are_names_files():
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where things are")[2].partition("\n## ")[0]
+    for row in re.findall(r"^\| [^|]+ \| (`[^|]+) \|$", table, re.MULTILINE):
+        package, folder = "", ""
+        for name in re.findall(r"`([^`]+)`", row):
+            if name.startswith(("alp/", "alp_kernels/", "docs/")):
+                package, folder = name.split("/")[0], name.rpartition("/")[0]
+                assert (ROOT / name).exists(), name
+            else:
+                assert any((ROOT / where / name).exists() for where in (package, folder)), name
