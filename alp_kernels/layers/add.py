@@ -27,7 +27,7 @@ class Noisy(Protocol):
 
     @property
     def was_opened(self) -> bool:
-        """Whether its scope was ever open."""
+        """Whether its scope was ever open, here or in the run whose state was loaded."""
 
 
 def add(handle: Noisy, position: int, layer: int, hidden: Tensor, forward: Forward) -> Tensor:

@@ -19,6 +19,7 @@ from ..noise.perturb import ROUNDINGS, SCALES
 from ..stream import FINAL_LAYER, LOGITS_LAYER, MAX_LAYER, MAX_SEED
 from .find import find_layers
 from .perturbation import Perturbation, attached
+from .rows import MAX_RANK
 
 
 def attach(
@@ -89,8 +90,8 @@ def attach(
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"attach: sigma is {sigma!r}; it needs a number or one a layer") from None
     values = flat * len(chosen) if len(flat) == 1 else flat
-    if data_rank is not None and (not isinstance(data_rank, int) or not 0 <= data_rank < 1 << 16):
-        raise ValueError(f"attach: data_rank={data_rank!r}; it needs an int in [0, 65536)")
+    if data_rank is not None and (not isinstance(data_rank, int) or not 0 <= data_rank <= MAX_RANK):
+        raise ValueError(f"attach: data_rank={data_rank!r}; it needs an int in [0, {MAX_RANK}]")
     if len(values) != len(chosen):
         raise ValueError(f"attach: sigma has {len(values)} values; {len(chosen)} layers are perturbed")
     if not all(s > 0 and math.isfinite(s) for s in values):

@@ -26,10 +26,11 @@ from .operators import begin, finish, register
 from .realised import Realised
 from .rows import Rows
 
+_OUTSIDE = "ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
 _NOT_COMPILED = "perturbed: compiled layers take their coordinates from the host; attach with capturable=False"
 
 
-class Handle(Protocol):
+class Source(Protocol):
     """What noise is made of."""
 
     log_sigma: Tensor
@@ -72,7 +73,9 @@ class Switch:
     """Whether noise is on in compiled code: as in the scope, but in a backward pass as in the forward that it runs again."""
 
     is_on = False
-    at: Tensor | None = None  # None outside of a forward whose rows are numbered
+    at: Tensor | None = (
+        None  # None outside of a forward whose rows are numbered; traced code sets it by the operator `begin`
+    )
     row_ids: Tensor | None = None
 
     def set(self, is_on: bool, forward: Forward | None) -> None:
@@ -83,9 +86,9 @@ class Switch:
 class Forwards:
     """The forwards of one perturbed decoder."""
 
-    def __init__(self, handle: Handle, rows: Rows, realised: Realised, *, capturable: bool) -> None:
+    def __init__(self, handle: Source, rows: Rows, realised: Realised, *, capturable: bool) -> None:
         self._handle = weakref.ref(handle)  # hooks hold it; without them it goes when its owner lets it go
-        self._rows, self._realised, self._capturable = rows, realised, capturable
+        self._rows, self._realised, self.capturable = rows, realised, capturable
         self.scope, self.switch = Scope(), Switch()
         self.current: Forward | None = None  # the one the decoder is in
         self._backward: tuple[int, Forward | None] = (-1, None)  # a backward call, and whose layers it is at
@@ -105,7 +108,7 @@ class Forwards:
         handle, rows, row_ids = self._handle(), self._rows, self.scope.row_ids
         assert handle is not None
         log_sigma = handle.log_sigma
-        if not self._capturable and is_captured(log_sigma):
+        if not self.capturable and is_captured(log_sigma):
             raise RuntimeError("perturbed: a CUDA graph would repeat this forward's noise; attach with capturable=True")
         start, number, step = rows.first() if row_ids is None else 0, rows.num_forwards, rows.step
         at = integers(self._number, handle.seed, step, start, number)
@@ -150,9 +153,7 @@ class Forwards:
         forward = self.current
         if forward is None:
             if self.scope.row_ids is None:
-                raise RuntimeError(
-                    f"perturbed: layer {layer} ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
-                )
+                raise RuntimeError(f"perturbed: layer {layer} {_OUTSIDE}")
             forward = self.next()
         if layer in forward.ran:
             raise RuntimeError(
@@ -193,17 +194,15 @@ class Forwards:
         self.switch.at = None
 
     def coordinates_in_graph(self) -> Tensor:
-        if self._capturable:
+        if self.capturable:
             raise RuntimeError(_NOT_COMPILED)
         if self.switch.at is None:
-            raise RuntimeError(
-                "perturbed: a layer ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
-            )
+            raise RuntimeError(f"perturbed: a layer {_OUTSIDE}")
         return self.switch.at
 
     def begin_compiled(self) -> Tensor:
         """What the operator `begin` runs: `enter` of a decoder that is compiled whole."""
-        if self._capturable:
+        if self.capturable:
             raise RuntimeError(_NOT_COMPILED)
         if in_backward():
             raise RuntimeError(

@@ -16,7 +16,7 @@ from ..noise.operators import NUM_FIELDS, Listener, listeners
 from ..operators import UNSAFE_IN_CUDA_GRAPHS, integers, library
 
 
-class Handle(Listener, Protocol):
+class Decoder(Listener, Protocol):
     """Of a perturbed decoder."""
 
     def begin_compiled(self) -> Tensor:
@@ -25,14 +25,14 @@ class Handle(Listener, Protocol):
     def finish_compiled(self) -> None: ...
 
 
-handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
+decoders: weakref.WeakValueDictionary[int, Decoder] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
 
 
-def register(handle: Handle) -> tuple[int, Tensor]:
+def register(decoder: Decoder) -> tuple[int, Tensor]:
     """Its number, by which operators find it, and `order`."""
     number = next(_numbers)
-    handles[number], listeners[number] = handle, handle
+    decoders[number], listeners[number] = decoder, decoder
     return number, integers(number, 0)
 
 
@@ -42,10 +42,10 @@ library.define("finish(Tensor(a!) order, Tensor output) -> ()", tags=UNSAFE_IN_C
 
 def _begin(order: Tensor) -> Tensor:
     order[1] += 1
-    handle = handles.get(int(order[0]))
-    if handle is None:
+    decoder = decoders.get(int(order[0]))
+    if decoder is None:
         raise RuntimeError("perturbed: the handle of this compiled model is gone; keep it while its scope is open")
-    return handle.begin_compiled()
+    return decoder.begin_compiled()
 
 
 def _begin_fake(order: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def _begin_fake(order: Tensor) -> Tensor:
 
 def _finish(order: Tensor, output: Tensor) -> None:
     order[1] += 1
-    if (handle := handles.get(int(order[0]))) is not None:
-        handle.finish_compiled()
+    if (decoder := decoders.get(int(order[0]))) is not None:
+        decoder.finish_compiled()
 
 
 def _finish_fake(order: Tensor, output: Tensor) -> None:

@@ -61,7 +61,7 @@ class Perturbation(nn.Module):
             self.register_buffer("log_sigma", log_sigma)
         self.layers = tuple(layers)
         self.seed, self.scale, self.rounding = seed, scale, rounding
-        self.sigma_bounds, self.engine, self.capturable = sigma_bounds, engine, capturable
+        self.sigma_bounds, self.engine = sigma_bounds, engine
         self._parent = weakref.ref(parent)
         self._rows, self._realised = Rows(data_rank), Realised()
         self.forwards = Forwards(self, self._rows, self._realised, capturable=capturable)
@@ -86,8 +86,20 @@ class Perturbation(nn.Module):
         return bool(self._removables)
 
     @property
+    def capturable(self) -> bool:
+        return self.forwards.capturable
+
+    @property
+    def data_rank(self) -> int | None:
+        return self._rows.data_rank
+
+    @data_rank.setter
+    def data_rank(self, rank: int | None) -> None:
+        self._rows.data_rank = rank
+
+    @property
     def was_opened(self) -> bool:
-        """Whether its scope was ever open."""
+        """Whether its scope was ever open, here or in the run whose state was loaded."""
         return self._rows.step >= 0
 
     # -------------------------------------------------------------- the scope

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 _RANK_SHIFT = 32
-"""A numbered row is rank << 32 | running number."""
+"""A numbered row is rank << 32 | running number, 48 bits."""
+MAX_RANK = (1 << 48 - _RANK_SHIFT) - 1
 
 
 class Rows:

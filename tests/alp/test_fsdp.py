@@ -105,7 +105,7 @@ def test_accumulating_without_communication_changes_no_gradient(ranks: list[dict
 
 def test_the_documented_ddp_example_makes_the_gradient_of_one_process(ranks: list[dict[str, Any]]) -> None:
     case = sharded.Case()
-    model, experience = sharded.make_model(case), sharded.make_experience(case)
+    model, experience = sharded.sharded_model(case), sharded.make_experience(case)
     from alp_kernels import Objective, attach, fused_alp_loss
 
     c = experience.completions

@@ -18,7 +18,7 @@ from alp.rollout import Completions
 from alp.update import Experience, Updater, last_token
 from alp_kernels import Stats, policy_loss
 from tests.support.compare import likely_order_bound
-from tests.support.sharded import NUM_ROWS, ROUNDINGS, Case, make_experience, make_model
+from tests.support.sharded import NUM_ROWS, ROUNDINGS, Case, make_experience, sharded_model
 
 BOUND = likely_order_bound(ROUNDINGS, torch.float32)  # of each tensor's largest element
 
@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
 
 def step(method: str, experience: Experience, micro_batch: int | None) -> Step:
-    model = make_model(Case())
+    model = sharded_model(Case())
     config = UpdateConfig(method=method, micro_batch=micro_batch, grad_clip=1e9, sigma=0.05)
     updater = Updater(model, config, temperature=1.0, seed=11, world=World("cpu"))
     result = updater.step(3, experience)

@@ -31,6 +31,7 @@ from alp.tasks.math import verify
 from alp.update import Experience, Updater, score_clean
 from tests.support.compare import likely_order_bound
 from tests.support.tiny_models import CHAT, DROPS_SYSTEM, NO_SYSTEM, write_lines, write_llama, write_sums
+from tests.support.updates import step_gradients
 
 CPU = torch.device("cpu")
 train = functools.partial(loop.train, with_plots=False)  # they take most of a small run's time
@@ -186,19 +187,8 @@ def stir(policy: Policy) -> None:
 
 def gradients(policy: Policy, **changes: Any) -> dict[str, Tensor]:
     config = dataclasses.replace(UpdateConfig(grad_clip=1e9, sigma=0.05), **changes)
-    before = snapshot(policy.model)
     updater = Updater(policy.model, config, temperature=1.0, seed=11, world=World("cpu"))
-    updater.step(3, experience(policy))
-    assert updater.handle is not None and updater.handle.log_sigma.grad is not None
-    found = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
-    found["log_sigma"] = updater.handle.log_sigma.grad.clone()
-    updater.handle.detach()
-    with torch.no_grad():
-        for name, p in policy.model.named_parameters():
-            if name in before:
-                p.copy_(before[name])
-    policy.model.zero_grad()
-    return found
+    return step_gradients(updater, experience(policy))
 
 
 def test_adapters_and_sigma_are_trained_and_the_base_is_not(folder: Path) -> None:

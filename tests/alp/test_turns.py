@@ -32,6 +32,7 @@ from alp.tools.tool_task import INSTRUCTION, ToolTask
 from alp.tools.turns import LABEL, FenceStop, encode_observation, find_code, observe, sample_turns
 from alp.train import train
 from alp.update import Experience, Updater, last_token, row_ids, score_clean
+from tests.support.updates import step_gradients
 
 PIECES = (OPEN, PRINT, CLOSE, BOXED, LABEL)
 SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
@@ -350,16 +351,7 @@ def test_cum_turn_takes_the_ratio_at_each_turns_last_token() -> None:
 
 
 def gradients(policy: Policy, experience: Experience, method: str) -> list[torch.Tensor]:
-    updater = updater_of(policy, method)
-    before = [p.detach().clone() for p in policy.model.parameters()]
-    updater.step(3, experience)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.model.parameters()]
-    with torch.no_grad():
-        for p, value in zip(policy.model.parameters(), before, strict=True):
-            p.copy_(value)
-    if updater.handle is not None:
-        updater.handle.detach()
-    return grads
+    return list(step_gradients(updater_of(policy, method), experience).values())
 
 
 @pytest.mark.parametrize("method", ["bypass-token", "alp-sequence"])

@@ -19,6 +19,7 @@ from alp.rollout import Request, sample, uniforms
 from alp.update import Experience, Updater, last_token, score_clean
 from alp_kernels.integrations.hugging_face import output_head
 from tests.support.compare import likely_order_bound
+from tests.support.updates import step_gradients
 
 SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
 # of each tensor's largest element: two layers' products and the head's, forward and backward, and a weight's tokens
@@ -49,22 +50,10 @@ def make_updater(policy: Policy, config: UpdateConfig) -> Updater:
 
 
 def gradients(policy: Policy, config: UpdateConfig, experience: Experience) -> dict[str, Tensor]:
-    """Of one step from the policy's weights, which are put back; log_sigma's is called "log_sigma"."""
-    before = snapshot(policy.model)
-    updater = make_updater(policy, config)
-    updater.step(3, experience)
-    grads = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
-    if updater.handle is not None:
-        assert updater.handle.log_sigma.grad is not None
-        grads["log_sigma"] = updater.handle.log_sigma.grad.clone()
-        updater.handle.detach()
-    with torch.no_grad():
-        for name, p in policy.model.named_parameters():
-            p.copy_(before[name])
-    return grads
+    return step_gradients(make_updater(policy, config), experience)
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name in one:
         scale = one[name].abs().max()
@@ -106,8 +95,8 @@ def test_splitting_a_minibatch_changes_no_gradient(policy: Policy, layers: str) 
     config = dataclasses.replace(CALM, layers=layers)
     experience = make_experience(policy)
     whole = gradients(policy, config, experience)
-    assert_same(whole, gradients(policy, dataclasses.replace(config, micro_batch=1), experience))
-    assert_same(whole, gradients(policy, dataclasses.replace(config, micro_batch=4), experience))
+    assert_same_gradients(whole, gradients(policy, dataclasses.replace(config, micro_batch=1), experience))
+    assert_same_gradients(whole, gradients(policy, dataclasses.replace(config, micro_batch=4), experience))
     order = torch.tensor([4, 1, 5, 0, 3, 2])
     c = experience.completions
     assert experience.old_logp is not None
@@ -124,7 +113,7 @@ def test_splitting_a_minibatch_changes_no_gradient(policy: Policy, layers: str) 
         experience.sample_ids[order],
         experience.old_logp[order],
     )
-    assert_same(whole, gradients(policy, config, shuffled))
+    assert_same_gradients(whole, gradients(policy, config, shuffled))
 
 
 def test_another_step_draws_other_noise(policy: Policy) -> None:
@@ -150,7 +139,7 @@ def test_bypass_on_policy_is_the_policy_gradient(policy: Policy) -> None:
     hidden = hidden_states(policy.model, c.tokens, c.attention_mask, keep)
     logp = (hidden @ output_head(policy.model).weight.T).log_softmax(-1).gather(-1, c.targets[..., None]).squeeze(-1)
     (-(experience.advantages[:, None] * logp * c.mask).sum() / c.mask.sum()).backward()
-    assert_same(grads, {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None})
+    assert_same_gradients(grads, {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None})
 
 
 def test_sigma_has_its_own_learning_rate_and_no_decay(policy: Policy) -> None:

@@ -35,7 +35,7 @@ def module(monkeypatch):
     return put
 
 
-def make_model() -> Qwen2ForCausalLM:
+def tiny_qwen() -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1)
     config.num_key_value_heads = 1
@@ -44,7 +44,7 @@ def make_model() -> Qwen2ForCausalLM:
 
 @pytest.fixture
 def noise():
-    model = make_model()
+    model = tiny_qwen()
     with attach(model) as handle, handle.perturbed(step=0):
         model(torch.zeros(1, 2, dtype=torch.int64))
         yield handle
@@ -80,7 +80,7 @@ def expected(batch, preset, num_tokens=None, num_sequences=None, **changes):
     ).loss
 
 
-def assert_same(loss, other, batch):
+def assert_same_loss(loss, other, batch):
     torch.testing.assert_close(loss, other, rtol=2e-6, atol=1e-6)
     leaves = [sample[0] for sample in batch]
     for one, two in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(other, leaves), strict=True):
@@ -116,7 +116,7 @@ def test_prime_rl_sums_samples_and_divides(module, noise, preset):
     batch = samples()
     scale = sum(int(s[3].sum()) for s in batch)  # prime-rl: the batch's tokens
     outputs = [single_ratio_loss(LossInputs(p, q, None, a, m), preset=preset) for p, q, a, m in batch]
-    assert_same(sum(o.loss for o in outputs) / scale, expected(batch, preset), batch)
+    assert_same_loss(sum(o.loss for o in outputs) / scale, expected(batch, preset), batch)
     assert len(torch.cat([o.metrics["alp_token_ratio"] for o in outputs])) == scale
     assert all(o.metrics["alp_clip_frac"].dim() == 0 for o in outputs)
 
@@ -181,7 +181,7 @@ def test_nemo_rl_micro_batches_sum_to_the_batch(nemo, noise, preset, token_level
         logp, data = nemo_batch([batch[i] for i in rows])
         parts.append(loss_fn(next_token_logprobs=logp, data=data, global_valid_seqs=seqs, global_valid_toks=toks))
     aggregation = "token-mean" if token_level else "seq-mean-token-mean"
-    assert_same(sum(loss for loss, _ in parts), expected(batch, preset, aggregation=aggregation), batch)
+    assert_same_loss(sum(loss for loss, _ in parts), expected(batch, preset, aggregation=aggregation), batch)
     assert sum(metrics["num_valid_samples"] for _, metrics in parts) == 3
     kl = sum(metrics["alp_k1_kl"] for _, metrics in parts)
     p, q, _, m = (torch.cat(column) for column in zip(*batch, strict=True))
@@ -248,7 +248,7 @@ def test_slime_sums_sample_means(module, noise, trainer, preset):
     loss_fn = getattr(slime, preset.replace("-", "_"))
     reduce = reducer(data["response_lengths"], data["loss_masks"])
     loss, metrics = loss_fn(slime_args(), data, torch.zeros(1, 1, 1), reduce)
-    assert_same(loss, expected(batch, preset, aggregation="seq-mean-token-mean", num_sequences=1), batch)
+    assert_same_loss(loss, expected(batch, preset, aggregation="seq-mean-token-mean", num_sequences=1), batch)
     assert set(metrics) == {"loss", "pg_clipfrac", "ppo_kl"} and not any(v.requires_grad for v in metrics.values())
 
 
@@ -278,7 +278,7 @@ def test_slimes_hooks_perturb_training_alone_and_step_sigma(module):
         get_data_parallel_rank=lambda with_context_parallel: 0,
         get_pipeline_model_parallel_rank=lambda: 0,
     )
-    model, ids = make_model(), torch.arange(6).view(2, 3)
+    model, ids = tiny_qwen(), torch.arange(6).view(2, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     clean = model(ids).logits
     seen = []
@@ -296,7 +296,7 @@ def test_slimes_hooks_perturb_training_alone_and_step_sigma(module):
     assert "log_sigma" not in "".join(name for name, _ in model.named_parameters())
     handle.detach()
     with pytest.raises(ValueError, match="calculate-per-token-loss"):
-        slime.before_train_step(slime_args(calculate_per_token_loss=True), 0, 0, [make_model()], optimizer, None)
+        slime.before_train_step(slime_args(calculate_per_token_loss=True), 0, 0, [tiny_qwen()], optimizer, None)
 
 
 def test_an_unknown_preset_is_named():

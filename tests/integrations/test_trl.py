@@ -56,7 +56,7 @@ def _quick_collection() -> Iterator[None]:
     gc.unfreeze()
 
 
-def assert_same(actual: GRPOTrainer, expected: GRPOTrainer) -> None:
+def assert_same_training(actual: GRPOTrainer, expected: GRPOTrainer) -> None:
     """Of trainers with SGD."""
     a, b = weights(actual), weights(expected)
     assert a.keys() - {"log_sigma"} == b.keys() - {"log_sigma"}
@@ -89,7 +89,7 @@ def test_without_noise_ten_steps_are_those_of_a_plain_trainer(loss_type: str, fu
         **SGD,
     }
     ours = rolled(tmp_path, alp_objective="bypass-token", alp_fused_head=fused, **shared)
-    assert_same(ours, rolled(tmp_path, RolloutRatio, **CLIPS, **shared))
+    assert_same_training(ours, rolled(tmp_path, RolloutRatio, **CLIPS, **shared))
     moved = [(p - start).abs().max() for p, start in zip(weights(ours).values(), qwen2().parameters(), strict=True)]
     assert max(moved) > 0.005
     clipped = [sum(logged(ours, f"alp/{name}_frac")) for name in ("clip_low", "clip_high")]
@@ -109,7 +109,7 @@ def test_kl_to_the_reference_and_entropy_are_those_of_a_plain_trainer(tmp_path: 
     }
     ours = rolled(tmp_path, alp_objective="bypass-token", **shared)
     plain = rolled(tmp_path, RolloutRatio, use_bias_correction_kl=False, **CLIPS, **shared)
-    assert_same(ours, plain)
+    assert_same_training(ours, plain)
     assert logged(ours, "kl") == pytest.approx(logged(plain, "kl"), rel=1e-3, abs=1e-6) and logged(ours, "kl")[-1] > 0
     assert logged(ours, "entropy") == pytest.approx(logged(plain, "entropy"), rel=1e-4)
     for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
@@ -124,7 +124,7 @@ def test_presets_over_the_old_policy_are_those_of_a_plain_trainer(objective: str
     shared: dict[str, Any] = {"steps_per_generation": 2, "max_steps": 6, "loss_type": "grpo", **SGD}
     ours = rolled(tmp_path, alp_objective=objective, **shared)
     clips = {"epsilon": preset.clip_low, "epsilon_high": preset.clip_high}
-    assert_same(ours, rolled(tmp_path, **clips, **level, **shared, kind=GRPOTrainer))
+    assert_same_training(ours, rolled(tmp_path, **clips, **level, **shared, kind=GRPOTrainer))
 
 
 def test_tis_and_mis_weigh_by_the_rollout_engine(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_gradient_accumulation_changes_nothing(loss_type: str, size: int, tmp_pa
     shared: dict[str, Any] = {"alp_sigma_learning_rate": 0.1, "loss_type": loss_type, **SGD}
     whole = rolled(tmp_path, **shared)
     parts = rolled(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **shared)
-    assert_same(parts, whole)
+    assert_same_training(parts, whole)
 
 
 def test_several_generations_in_one_step_never_share_noise(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_fused_head_and_log_probabilities_give_one_loss(objective: str, tmp_path
     shared: dict[str, Any] = {"alp_objective": objective, "temperature": 0.8, "entropy_coef": 0.01, **SGD}
     fused = rolled(tmp_path, alp_fused_head=True, **shared)
     assert fused.fuses_head
-    assert_same(rolled(tmp_path, alp_fused_head=False, **shared), fused)
+    assert_same_training(rolled(tmp_path, alp_fused_head=False, **shared), fused)
 
 
 def other_model(name: str) -> PreTrainedModel:
@@ -407,7 +407,7 @@ def test_the_fused_head_knows_the_models_own_logits(name: str, tmp_path: Path) -
 
     fused, plain = trainer(True), trainer(False)
     assert fused.fuses_head and not plain.fuses_head
-    assert_same(fused, plain)
+    assert_same_training(fused, plain)
     assert logged(fused, "entropy") == pytest.approx(logged(plain, "entropy"), rel=1e-4)
 
 
@@ -433,7 +433,7 @@ def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path: Path) -> None:
 
     ours = rolled(tmp_path, model=model(), alp_objective="bypass-token", **shared)
     assert not ours.fuses_head
-    assert_same(ours, rolled(tmp_path, RolloutRatio, model=model(), **CLIPS, **shared))
+    assert_same_training(ours, rolled(tmp_path, RolloutRatio, model=model(), **CLIPS, **shared))
     with pytest.raises(ValueError, match="alp_fused_head=True cannot be had: the router's auxiliary loss"):
         make(tmp_path, model=model(), alp_fused_head=True)
 
@@ -443,7 +443,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool, tmp_path: Path)
     kept = rolled(tmp_path, **SGD)
     options = {"use_reentrant": reentrant}
     again = rolled(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=options, **SGD)
-    assert_same(again, kept)
+    assert_same_training(again, kept)
 
 
 def test_turns_end_where_a_tools_output_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

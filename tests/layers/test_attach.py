@@ -439,6 +439,8 @@ def test_ranks_are_asked_for_when_noise_is_drawn(tmp_path):
         with unittest.mock.patch("torch.distributed.get_rank", return_value=5), handle.perturbed(step=0):
             toy(ids()).sum().backward()
             assert handle._rows.take(1) >> 32 == 5
+            handle.data_rank = 2
+            assert handle.data_rank == handle._rows.take(1) >> 32 == 2
         before = handle.log_sigma.grad.clone()
         handle.sum_gradient()
         assert torch.equal(handle.log_sigma.grad, before)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from alp_kernels import attach, gather_sequence, gather_weight
 from tests.support import processes, resumed, split, wrapped
-from tests.support.bounds import BOUND, assert_same
+from tests.support.bounds import BOUND, assert_same_update
 from tests.support.compare import assert_within_budget
 from tests.support.wrapped import Case
 
@@ -82,7 +82,7 @@ def work(folder: str) -> dict[str, Any]:
         wrapped.one_update(REFUSED)
     except ValueError as error:
         out["refused"] = str(error)
-    handle = attach(wrapped.make_model(Case()))
+    handle = attach(wrapped.wrapped_model(Case()))
     fully_shard(handle, mesh=DeviceMesh.from_group(dist.group.WORLD, "cpu"))
     try:
         handle.sum_gradient()
@@ -122,7 +122,7 @@ def test_wrapped_ranks_make_the_gradients_of_one_process(size: int, case: Case, 
     one = one_process(case)
     assert all(float(g.abs().max()) > 1e-5 for n, g in one["gradient"].items() if not n.endswith("k_proj.bias"))
     for rank in ranks[size]:
-        assert_same(rank["case"][case], one)
+        assert_same_update(rank["case"][case], one)
     assert sum(rank["case"][case]["loss"] for rank in ranks[size]) == pytest.approx(float(one["loss"]), rel=1e-12)
 
 
@@ -183,7 +183,7 @@ def test_a_gathered_weight_gets_the_sum_or_mean_of_the_ranks_gradients(
 def test_slices_of_sequences_sum_to_the_gradients_of_whole_ones(size: int, preset: str, ranks: dict[int, Any]) -> None:
     one = split.context_parallel_update(False, preset)
     for rank in ranks[size]:
-        assert_same(rank["sequence"][preset], one)
+        assert_same_update(rank["sequence"][preset], one)
         assert float(rank["sequence"][preset]["loss"]) == pytest.approx(float(one["loss"]), rel=1e-12)
 
 

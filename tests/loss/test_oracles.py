@@ -46,7 +46,7 @@ def ours(hidden, weight, targets, rest, objective):
     return loss, *torch.autograd.grad(loss, (h, w))
 
 
-def assert_same(actual, expected):
+def assert_within_rounding(actual, expected):
     for what, a, e in zip(("loss", "dhidden", "dweight"), actual, expected, strict=True):
         scale = e.abs().max().item()
         torch.testing.assert_close(a, e, rtol=2e-5, atol=2e-6 * scale, msg=lambda m, what=what: f"{what}: {m}")
@@ -72,7 +72,7 @@ def test_equals_liger(level, loss_type, aggregation, seed):
     )
     loss, *_ = peer(h, w, targets, rest["mask"], rest["advantages"], old_per_token_logps=rest["rollout_logp"])
     expected = (loss, *torch.autograd.grad(loss, (h, w)))
-    assert_same(ours(hidden, weight, targets, rest, objective_of(level, aggregation)), expected)
+    assert_within_rounding(ours(hidden, weight, targets, rest, objective_of(level, aggregation)), expected)
 
 
 @pytest.mark.parametrize(("level", "loss_type", "aggregation"), list(cases()))
@@ -120,4 +120,4 @@ def test_equals_trl(level, loss_type, aggregation, tmp_path):
     }
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
     expected = (loss, *torch.autograd.grad(loss, (h, w)))
-    assert_same(ours(hidden, weight, targets, rest, objective_of(level, aggregation)), expected)
+    assert_within_rounding(ours(hidden, weight, targets, rest, objective_of(level, aggregation)), expected)

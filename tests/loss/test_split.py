@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support import processes, split
-from tests.support.bounds import BOUND, assert_same
+from tests.support.bounds import BOUND, assert_same_update
 from tests.support.compare import assert_within_budget
 from tests.support.split import HeadCase
 
@@ -111,7 +111,7 @@ def test_a_tensor_parallel_decoder_makes_the_gradients_of_a_whole_one(
 ) -> None:
     one = split.tensor_parallel_update(False, **UPDATES[name])
     for rank in ranks[size]:
-        assert_same(rank[name], one)
+        assert_same_update(rank[name], one)
         assert float(rank[name]["loss"]) == pytest.approx(float(one["loss"]), rel=1e-12)
 
 

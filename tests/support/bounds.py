@@ -13,7 +13,7 @@ BOUND = order_bound(2 * (2 * (6 * 32 + 48) + 32 + 61) + 8 * 7, torch.float64)
 SIGMA_BOUND = 8 * 2.0**-24
 
 
-def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_same_update(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     assert actual["gradient"].keys() == expected["gradient"].keys()
     for name, value in expected["gradient"].items():
         bound = SIGMA_BOUND if name == "log_sigma" else BOUND

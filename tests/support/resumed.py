@@ -21,7 +21,7 @@ class Run:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        model = wrapped.make_model(case)
+        model = wrapped.wrapped_model(case)
         self.policy = wrapped.Policy(model)
         self.handle: Perturbation = attach(model, sigma=0.05)
         self.module = wrapped.wrapped(self.policy, case, None)

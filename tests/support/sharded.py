@@ -59,7 +59,7 @@ CASES = {
 }
 
 
-def make_model(case: Case) -> Qwen2ForCausalLM:
+def sharded_model(case: Case) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
@@ -100,7 +100,7 @@ def make_experience(case: Case) -> Experience:
 
 def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
     """Gradients, norm, weights and the noisy input of layer 0 after one step on this rank's rows."""
-    model = make_model(case)
+    model = sharded_model(case)
     plain = copy.deepcopy(model)
     per_rank = NUM_ROWS // world.size
     experience = make_experience(case).rows(slice(world.rank * per_rank, (world.rank + 1) * per_rank))
@@ -170,7 +170,7 @@ def restores(model: torch.nn.Module, updater: Updater) -> bool:
 def accumulate(world: World) -> dict[str, Any]:
     """Two micro-batches by hand, the first without communication (set_requires_gradient_sync)."""
     case = Case(tied=True)
-    model = make_model(case)
+    model = sharded_model(case)
     experience = make_experience(case)
     if world.size > 1:
         shard(model, None, world)
@@ -193,7 +193,7 @@ def accumulate(world: World) -> dict[str, Any]:
 def documented_ddp(world: World) -> dict[str, Any]:
     """The DDP example of docs/scale.md, as printed."""
     block = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), flags=re.MULTILINE | re.DOTALL)[0]
-    model = make_model(Case())
+    model = sharded_model(Case())
     experience = make_experience(Case())
     per_rank = NUM_ROWS // world.size
     mine = experience.rows(slice(world.rank * per_rank, (world.rank + 1) * per_rank))

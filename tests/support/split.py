@@ -185,7 +185,7 @@ def tensor_parallel_update(
     is_split: bool, fused: bool, numbered: bool = False, data_rank: int | None = 0
 ) -> dict[str, Any]:
     """One update of a decoder whose every projection is split, or of the whole one. numbered: rows without row_ids."""
-    model = wrapped.make_model(wrapped.Case())
+    model = wrapped.wrapped_model(wrapped.Case())
     if is_split:
         tensor_parallel(model)
     handle = attach(model, sigma=0.05, data_rank=data_rank)
@@ -235,7 +235,7 @@ def context_parallel(model: Qwen2ForCausalLM) -> Iterator[None]:
 
 def context_parallel_update(is_split: bool, preset: str) -> dict[str, Any]:
     """One update of a decoder that reads a slice of every sequence on each rank, or of one that reads them whole."""
-    model = wrapped.make_model(wrapped.Case())
+    model = wrapped.wrapped_model(wrapped.Case())
     handle = attach(model, sigma=0.05)
     batch, objective = wrapped.make_batch(), Objective.preset(preset)
     positions = torch.arange(wrapped.LENGTH)

@@ -66,7 +66,7 @@ def fused(hidden: Tensor, weight: Tensor, batch: dict[str, Any]) -> LossOutput:
     return fused_alp_loss(hidden, weight, *rest, objective=OBJECTIVE, **batch["counts"])
 
 
-def make_model(case: Case) -> Qwen2ForCausalLM:
+def wrapped_model(case: Case) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
@@ -201,7 +201,7 @@ def precision(case: Case) -> Iterator[None]:
 
 def one_update(case: Case, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Gradients and noisy first input after one batch; `group` of one rank: the whole batch on it."""
-    model = make_model(case)
+    model = wrapped_model(case)
     checkpointed(model, case.checkpoint)
     policy = Policy(model)
     handle: Perturbation | None = attach(model, sigma=0.05) if case.attach == "before" else None
