@@ -34,7 +34,10 @@ class Curve(NamedTuple):
 
 def _plot(title: str, curves: list[Curve], *, is_log: bool = False, x_label: str = "step", y_label: str = "") -> Plot:
     values = [v for c in curves for part in (c.y, *(c.band or ())) for v in part]
-    chart = Chart(Range.of([v for c in curves for v in c.x]), Range.of(values, is_log), x_label, y_label, title)
+    x = Range.of([v for c in curves for v in c.x])
+    if x_label == "step" and x.high - x.low < 6:  # no halves of a step
+        x = Range(x.low, x.high, marks=tuple((s, str(s)) for s in sorted({v for c in curves for v in c.x})))
+    chart = Chart(x, Range.of(values, is_log), x_label, y_label, title)
     legend = []
     for number, curve in enumerate(curves):
         css = look(number)

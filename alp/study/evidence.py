@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..runs.svg import sheet
 from .grid import Grid, export_grid, load_grid
 from .grid_report import write_text
-from .plots import Picture, pictures
+from .pictures import Picture, pictures
 from .summary import (
     MAIN,
     QUANTITIES,

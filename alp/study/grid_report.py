@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..runs.files import write_whole
 from ..runs.svg import CHARTS, THEME
 from .grid import Grid
-from .plots import Picture, forest, pictures
+from .pictures import Picture, forest, pictures
 from .statistics import RESAMPLES
 from .summary import (
     GROUPS,

@@ -6,8 +6,10 @@ Everything is checked before any kernel runs; values are looked at in one transf
 from __future__ import annotations
 
 import math
+from types import NoneType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +17,10 @@ from ..dtypes import DTYPES, real
 from ..engine import pick
 from ..noise.perturb import check_tensor
 from ..reference import LogitTransform
+from ..stream import LogitNoise
 from .gather import local_rows
-from .head import Head
+from .head import Head, VocabSplit
+from .inputs import NUMBERS
 from .plan import Needs, Operands, make_plan
 from .split import agree, sum_gradient
 from .transfer import Transfer
@@ -44,19 +48,48 @@ class HeadInputs(NamedTuple):
         engine: str | None,
     ) -> HeadInputs:
         """With the adapters' outputs, this rank's rows of a DTensor, and all in one dtype as autocast would have them."""
-        check_tensor(where, "hidden", hidden)
-        check_tensor(where, "weight", head.weight)
+        for name, value in (("hidden", hidden), ("weight", head.weight), ("targets", targets)):
+            check_tensor(where, name, value)
+        if head.bias is not None:
+            check_tensor(where, "bias", head.bias)
+        _check_fields(where, head)
         if head.split is not None:
             head = _local(where, head)
-        hidden, weight, bias = head.inputs(hidden), head.weight, head.bias
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        hidden, weight, bias = _in_one_dtype(head.inputs(hidden), head.weight, head.bias)
         log_sigma = None if head.logit_noise is None else head.logit_noise.log_sigma
         graded = (hidden, weight, bias, log_sigma)
         needs = Needs(*(torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in graded))
         head = head._replace(weight=weight, bias=bias)
         return HeadInputs(hidden, head, targets, mask, chunk_bytes, engine, needs)
+
+
+def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As autocast would have them: it leaves integers and float64 alone."""
+    kind = hidden.device.type
+    if hidden.is_meta or hidden.dtype not in DTYPES[:3] or not torch.is_autocast_enabled(kind):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.dtype in DTYPES[:3] else x
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
+
+
+def _check_fields(where: str, head: Head) -> None:
+    """The types of what is no tensor."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "temperature": (*NUMBERS, Tensor),
+        "logit_scale": NUMBERS,
+        "softcap": (*NUMBERS, NoneType),
+        "logit_noise": (LogitNoise, NoneType),
+        "split": (VocabSplit, NoneType),
+    }
+    for name, fits in kinds.items():
+        value = getattr(head, name)
+        if not isinstance(value, fits) or isinstance(value, bool):
+            names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in fits)
+            raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs {names}")
 
 
 def check_head(where: str, inputs: HeadInputs, transfer: Transfer) -> Operands:
@@ -83,7 +116,7 @@ def check_head(where: str, inputs: HeadInputs, transfer: Transfer) -> Operands:
         inputs.needs,
     )
     if head.split is not None:
-        shard, chunk_rows = agree(where, flat, head.weight, targets, mask, head.split, plan.chunk_rows)
+        shard, chunk_rows = agree(where, flat, head.weight, targets, mask, head.split, plan.chunk_rows, transform)
         plan = plan.for_shard(shard, targets.reshape(-1).long().clamp(0, shard.vocab - 1), chunk_rows)
         flat = sum_gradient(flat, shard.group)
     return Operands(flat, head.weight, head.bias, plan)
@@ -200,6 +233,8 @@ def _check_options(where: str, inputs: HeadInputs) -> None:
         raise ValueError(f"{where}: logit_scale={scale}; it needs a finite number other than 0")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{where}: softcap={softcap}; it needs a number > 0, or None")
+    if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int | np.integer)):
+        raise TypeError(f"{where}: chunk_bytes is a {type(chunk_bytes).__name__}; it needs an int, or None")
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"{where}: chunk_bytes={chunk_bytes}; it needs a number of bytes > 0, or None")
 

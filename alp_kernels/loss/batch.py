@@ -84,10 +84,7 @@ def _count(where: str, name: str, value: Count, default: float | Tensor) -> Tens
     """
     if value is None:
         value = default if isinstance(default, Tensor) else max(default, 1)
-    elif isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}; it needs one number")
-    else:
+    elif not isinstance(value, Tensor):
         check_count(where, name, value)
     if isinstance(value, Tensor):
         return value.detach().reshape(()).double().clamp(min=1)
@@ -249,6 +246,8 @@ def flatten(
             _raise_fault(where, shape, dict(zip(checked, numbers, strict=False)), wrong_mask)
 
     transfer.check(check)
+    for name in ("num_tokens", "num_sequences"):
+        _check_count_later(where, name, getattr(inputs, name), transfer)
     turn = _turns(form, inputs, sequences) if objective.level == "cum-turn" else None
     return Unread(
         where=where,
@@ -263,6 +262,23 @@ def flatten(
         turn=turn,
         num_nonfinite=num_nonfinite,
     )
+
+
+def _check_count_later(where: str, name: str, value: Count, transfer: Transfer) -> None:
+    """Of a tensor: 0 counts as 1, for a batch may be empty; less is a mistake."""
+    if not isinstance(value, Tensor):
+        return
+    if value.numel() != 1 or value.dtype == torch.bool:
+        raise ValueError(f"{where}: {name} is {value.dtype} {tuple(value.shape)}; it needs one number")
+    asked = transfer.ask(value)
+
+    def check() -> None:
+        if not 0 <= asked.numbers[0] < math.inf:
+            raise ValueError(
+                f"{where}: {name}={asked.numbers[0]}; it needs a count >= 0, that of the whole optimiser batch"
+            )
+
+    transfer.check(check)
 
 
 def _check_kinds(form: _Form, inputs: LossInputs) -> None:

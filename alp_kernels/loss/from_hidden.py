@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..objective import Objective
@@ -14,6 +15,8 @@ from .inputs import Count, LossInputs
 from .operators import Wire, fused_alp_loss_operator, linear_logprob_operator
 from .stats import LossOutput
 from .transfer import Transfer
+
+_SPLIT = "a head with a split vocabulary calls its ranks, which is no part of a graph: leave fullgraph=True out"
 
 
 def fused_alp_loss(
@@ -49,7 +52,8 @@ def fused_alp_loss(
     Args:
         hidden: (B, T, D) padded or (N, D) packed; float32, bfloat16, float16 (float64 for tests); differentiable.
         weight: a Head, such as `output_head(model)` makes; or (V, D) of the output embedding, hidden's dtype (autocast casts
-            both), differentiable unless frozen. A Head takes the keywords from bias to logit_noise where it leaves them out.
+            both), differentiable unless frozen. A Head takes the keywords from bias to logit_noise where it leaves
+            them out; one at its default says nothing.
         targets: (B, T) or (N,) int64 in [0, V); free off the mask.
         rollout_logp, advantages, mask and the keywords from old_logp to nonfinite: as in `policy_loss`, (B, T) or (N,).
         bias, logit_scale, softcap, logit_noise, temperature: as in Head.
@@ -93,7 +97,7 @@ def fused_alp_loss(
 
 def _fused_in_graph(head: HeadInputs, loss: LossInputs) -> LossOutput:
     if head.head.split is not None:
-        return _fused_eager(head, loss)  # its collective calls are no part of an operator: Dynamo breaks the graph here
+        return _fused_outside(head, loss)
     out = fused_alp_loss_operator(Wire.of(head), loss.for_graph("fused_alp_loss", head.hidden.device))
     knows_sequences = loss.knows_sequences(head.targets.shape)
     stats = out.stats_rows.stats(loss.objective, knows_sequences=knows_sequences, has_entropy=True)
@@ -110,6 +114,7 @@ def _fused_eager(head: HeadInputs, loss: LossInputs) -> LossOutput:
     return LossOutput(value, fused.logp.view(shape), fused.entropy.view(shape), fused.stats)
 
 
+_fused_outside = torch.compiler.disable(_fused_eager, reason=_SPLIT)
 _fused_alp_loss = gate(graph=_fused_in_graph)(_fused_eager)
 
 
@@ -147,7 +152,7 @@ def linear_logprob(
 
 def _logprob_in_graph(head: HeadInputs) -> tuple[Tensor, Tensor]:
     if head.head.split is not None:
-        return _logprob_eager(head)
+        return _logprob_outside(head)
     out = linear_logprob_operator(Wire.of(head))
     return out.logp, out.entropy
 
@@ -160,4 +165,5 @@ def _logprob_eager(head: HeadInputs) -> tuple[Tensor, Tensor]:
     return logp.view(head.targets.shape), entropy.view(head.targets.shape)
 
 
+_logprob_outside = torch.compiler.disable(_logprob_eager, reason=_SPLIT)
 _linear_logprob = gate(graph=_logprob_in_graph)(_logprob_eager)

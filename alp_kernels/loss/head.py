@@ -43,7 +43,7 @@ class Head(NamedTuple):
 
     def inputs(self, hidden: Tensor) -> Tensor:
         """(..., D) -> what `weight` is multiplied with: hidden itself but for adapters, which have not run on it yet."""
-        if not self.adapters or hidden.shape[-1] == self.weight.shape[-1]:
+        if not self.adapters or hidden.shape[-1] != next(self.adapters[0].parameters()).shape[-1]:
             return hidden
         dtypes = [next(adapter.parameters()).dtype for adapter in self.adapters]
         parts = [adapter(hidden.to(dtype)) for adapter, dtype in zip(self.adapters, dtypes, strict=True)]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..objective import Objective
+
+NUMBERS = (int, float, np.integer, np.floating)
 
 Count: TypeAlias = int | float | Tensor | None
 """Of a whole optimiser batch, > 0; a tensor of one element counts as at least 1, None as this call's own count."""
@@ -59,7 +62,6 @@ def check_objective(where: str, objective: Objective) -> None:
 
 def check_count(where: str, name: str, value: float) -> None:
     """Of a number, which may be symbolic in a graph."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat) or not value > 0:
-        raise ValueError(f"{where}: {name}={value!r}; it needs a count > 0, that of the whole optimiser batch")
-    if isinstance(value, float) and not math.isfinite(value):
+    is_number = isinstance(value, (*NUMBERS, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
         raise ValueError(f"{where}: {name}={value!r}; it needs a count > 0, that of the whole optimiser batch")

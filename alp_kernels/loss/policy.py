@@ -212,12 +212,29 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:  # what torch.func asks for
-        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_backward(inputs[0], *inputs[3:])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if g is None else dloss * g for g in ctx.saved_tensors), None, None, None
+        logp, *formed = ctx.saved_tensors
+        grads = (None if g is None else _Once.apply(dloss * g, logp) for g in formed)
+        return *grads, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on logp, whose derivative nobody has formed."""
+
+    @staticmethod
+    def forward(gradient: Tensor, logp: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("policy_loss: its gradient is formed with the loss and has no derivative of its own")
 
 
 @gate(graph=_in_graph)

@@ -118,6 +118,7 @@ def agree(
     mask: Tensor | None,
     split: VocabSplit,
     chunk_rows: int,
+    transform: LogitTransform,
 ) -> tuple[Shard, int]:
     """One exchange before any kernel: the shards make up a vocabulary, and the rows (N, D) are the same on every rank.
 
@@ -128,7 +129,9 @@ def agree(
     place = torch.arange(1, len(flat) + 1, device=flat.device)
     low, high = (flat * kept).min(), (flat * kept).max()
     named = [len(flat), (flat * kept * (place % 1009)).sum(), (kept * place).sum(), low, high]
-    known = [len(weight), -1 if split.start is None else split.start, chunk_rows, *named]
+    tau = 1.0 if transform.temperature is None else transform.temperature.double().mean()
+    options = [transform.logit_scale, transform.softcap or 0.0, tau]
+    known = [len(weight), -1 if split.start is None else split.start, chunk_rows, *named, *options]
     sample = hidden.detach().reshape(-1)[:: max(1, hidden.numel() // _NUM_SAMPLES)][:_NUM_SAMPLES].double()
     numbers = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=hidden.device) for v in known])
     weights = weight.detach().reshape(-1)[:: max(1, weight.numel() // _NUM_WEIGHTS)][:_NUM_WEIGHTS].double()
@@ -151,6 +154,8 @@ def agree(
             f"{where}: targets or mask are not the same on the ranks of the group (rows: {table[:, 3].long().tolist()}); "
             "the group must be the tensor-parallel one, whose ranks hold the same batch"
         )
+    if not (table[:, 8:11] == table[0, 8:11]).all():
+        raise ValueError(f"{where}: logit_scale, softcap or temperature are not the same on the ranks of the group")
     smallest, largest = int(table[0, 6]), int(table[0, 7])
     if smallest < 0 or largest >= vocab:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -89,3 +90,68 @@ def test_a_weight_that_is_no_tensor_is_named(batch, wrong, message):
 def test_the_public_functions_have_no_more_parameters_than_they_had():
     assert len(inspect.signature(fused_alp_loss).parameters) == 23
     assert len(inspect.signature(linear_logprob).parameters) == 11
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("temperature", "x", "temperature is a str; it needs int or float"),
+        ("temperature", True, "temperature is a bool"),
+        ("logit_scale", None, "logit_scale is a NoneType"),
+        ("softcap", "x", "softcap is a str"),
+        ("logit_noise", 1.0, "logit_noise is a float; it needs LogitNoise or None"),
+        ("split", True, "split is a bool; it needs VocabSplit or None"),
+        ("split", VocabSplit, "split is a type; it needs VocabSplit or None"),
+    ],
+)
+def test_a_field_of_another_type_is_named(batch, field, value, message):
+    hidden, weight, targets, _ = batch
+    with pytest.raises(TypeError, match=message):
+        linear_logprob(hidden, Head(weight, **{field: value}), targets)
+
+
+def test_a_weight_without_the_adapters_columns_is_refused(batch):
+    hidden, weight, targets, _ = batch
+    head = Head(weight, adapters=(nn.Linear(16, 2, bias=False, dtype=torch.float64),))
+    with pytest.raises(ValueError, match=r"weight has shape \(37, 16\); hidden \(3, 5, 18\) needs \(V, 18\)"):
+        linear_logprob(hidden, head, targets)
+
+
+@pytest.mark.parametrize("wrong", [None, [1], 2.0])
+def test_targets_and_a_bias_that_are_no_tensors_are_named(batch, wrong):
+    hidden, weight, targets, rest = batch
+    with pytest.raises(TypeError, match="fused_alp_loss: targets is a"):
+        fused_alp_loss(hidden, weight, wrong, **rest, objective=OBJECTIVE)
+    with torch.autocast(hidden.device.type, torch.bfloat16), pytest.raises(TypeError, match="bias is a list"):
+        linear_logprob(hidden, weight, targets, bias=[0.0] * 37)
+
+
+def test_autocast_leaves_float64_alone_and_hides_no_wrong_dtype(batch):
+    hidden, weight, targets, _ = batch
+    expected = linear_logprob(hidden, weight, targets)
+    with torch.autocast(hidden.device.type, torch.bfloat16):
+        assert all(torch.equal(a, e) for a, e in zip(linear_logprob(hidden, weight, targets), expected, strict=True))
+        assert linear_logprob(hidden.float(), weight.float(), targets)[0].dtype == torch.float32
+        with pytest.raises(TypeError, match=r"hidden is torch.int64"):
+            linear_logprob(hidden.long(), weight, targets)
+
+
+@pytest.mark.parametrize(
+    "count", [torch.tensor(-5), torch.tensor(float("nan")), torch.tensor(True), torch.ones(2), "x"]
+)
+def test_a_count_that_is_none_is_refused(batch, count):
+    hidden, weight, targets, rest = batch
+    with pytest.raises((TypeError, ValueError), match="num_tokens"):
+        fused_alp_loss(hidden, weight, targets, **rest, objective=OBJECTIVE, num_tokens=count)
+
+
+def test_counts_come_as_numbers_of_any_kind_in_compiled_code_too(batch):
+    hidden, weight, targets, rest = batch
+
+    def loss(count):
+        return fused_alp_loss(hidden, weight, targets, **rest, objective=OBJECTIVE, num_tokens=count).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for count in (32, 32.0, 31.5, 30, torch.tensor(7)):
+        assert torch.equal(compiled(count), loss(count))
+    assert torch.equal(loss(np.int64(15)), loss(15)) and torch.equal(loss(np.float32(1.5)), loss(1.5))

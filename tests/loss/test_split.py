@@ -40,6 +40,7 @@ UPDATES = {
 
 def work() -> dict[str, Any]:
     out: dict[str, Any] = {"heads": split.head_cases([*EXACT, *BUDGETED, CERTAIN]), "refusals": split.refusals()}
+    out["compiled"] = split.compiled_differences()
     for name, how in UPDATES.items():
         try:
             out[name] = split.tensor_parallel_update(True, **how)
@@ -129,4 +130,12 @@ def test_mistakes_are_said_on_every_rank(size: int, ranks: dict[int, Any]) -> No
         assert "it needs (Shard(0),) on a mesh of one dimension" in said["split columns"]
         assert "VocabSplit's group and start must be None" in said["placed twice"]
         assert "logit_noise came with a split vocabulary" in said["noise"]
+        assert "temperature are not the same on the ranks" in said["temperature"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_split_head_in_compiled_code_is_the_eager_one(size: int, ranks: dict[int, Any]) -> None:
+    """It breaks the graph: Dynamo traces none of its collective calls."""
+    for rank in ranks[size]:
+        assert rank["compiled"] == {"fused": 0.0, "logprob": 0.0}
         assert "give perturbed(row_ids=...), or attach their data_rank" in rank["noise that differs"]

@@ -8,7 +8,7 @@ import pytest
 from alp.runs.svg import sheet
 from alp.study import evidence
 from alp.study.grid import load_grid
-from alp.study.plots import pictures
+from alp.study.pictures import pictures
 from tests.support.synthetic_grid import make_grid, write_folder
 
 ROOT = Path(__file__).parents[2]

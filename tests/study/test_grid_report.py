@@ -18,7 +18,7 @@ from alp.errors import UserError
 from alp.runs.svg import Range
 from alp.study.grid import Cell, Grid, export_grid, load_grid
 from alp.study.grid_report import TABLES, write_grid_report
-from alp.study.plots import pictures
+from alp.study.pictures import pictures
 from alp.study.report import write_report
 from alp.study.summary import (
     QUANTITIES,

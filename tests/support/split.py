@@ -132,6 +132,30 @@ def head_cases(cases: list[tuple[HeadCase, str | None]]) -> list[dict[str, Any]]
     return [head_case(head, preset, is_split=True) for head, preset in cases]
 
 
+def compiled_differences() -> dict[str, float]:
+    """How far gradients of a compiled function with a split head lie from the eager ones'."""
+    whole = HeadCase().inputs()
+    rows = whole["weight"].split(SPLITS[dist.get_world_size()])[dist.get_rank()]
+    batch = (torch.full((B, T), -4.0).double(), torch.tensor([1.0, -1.0, 2.0]).double(), whole["keywords"]["mask"])
+
+    def fused(hidden: Tensor, weight: Tensor) -> Tensor:
+        head = Head(weight * 1, split=VocabSplit())
+        return fused_alp_loss(hidden * 1, head, whole["targets"], *batch, objective=wrapped.OBJECTIVE).loss
+
+    def logprob(hidden: Tensor, weight: Tensor) -> Tensor:
+        logp, entropy = linear_logprob(hidden * 1, Head(weight * 1, split=VocabSplit()), whole["targets"])
+        return (logp + entropy).sum()
+
+    found = {}
+    for function in (fused, logprob):
+        grads = []
+        for run in (function, torch.compile(function, backend="aot_eager")):
+            leaves = [x.clone().requires_grad_() for x in (whole["hidden"], rows)]
+            grads.append(torch.autograd.grad(run(*leaves), leaves))
+        found[function.__name__] = max(float((a - b).abs().max()) for a, b in zip(*grads, strict=True))
+    return found
+
+
 def refusals() -> dict[str, str]:
     """What each mistake is answered with on this rank."""
     whole, rank, sizes = HeadCase().inputs(), dist.get_rank(), SPLITS[dist.get_world_size()]
@@ -153,6 +177,7 @@ def refusals() -> dict[str, str]:
         "split columns": lambda: logprob(hidden, columns, targets),
         "columns": lambda: logprob(hidden[..., 1:], rows, targets),
         "placed twice": lambda: logprob(hidden, shard, targets, start=0),
+        "temperature": lambda: linear_logprob(hidden, Head(rows, temperature=1.0 + rank, split=VocabSplit()), targets),
         "noise": lambda: linear_logprob(hidden, Head(rows, split=VocabSplit(), logit_noise=noise), targets),
     }
     said = {}
