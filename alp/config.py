@@ -317,8 +317,11 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
 
     @staticmethod
-    def load(path: Path) -> TrainConfig:
-        """Read what `to_json` wrote; unknown keys and unreadable files are UserErrors."""
+    def load(path: Path, *, to_resume: bool = False) -> TrainConfig:
+        """Read what `to_json` wrote; unknown keys and unreadable files are UserErrors.
+
+        `to_resume`: so is an option of an older version that this one cannot go on with.
+        """
         try:
             data = json.loads(path.read_text())
         except (FileNotFoundError, NotADirectoryError):
@@ -326,6 +329,7 @@ class TrainConfig:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
         try:
+            data = without_gone(data, str(path), to_resume=to_resume)
             config = _from_dict(TrainConfig, data, where=str(path))
         except (TypeError, AttributeError) as error:  # a value of another type than its field
             raise UserError(f"{path} is not the config.json of a run: {error}") from None
@@ -360,8 +364,24 @@ class EvalConfig:
                 raise UserError(f"{name}={getattr(self, name)!r}; it needs {fits}")
 
 
-_GONE = {"draws": 1}
-"""Options that older run folders hold, and what they mean here."""
+_GONE = {"update": {"draws": 1}}
+"""Options that older configurations hold, by group, and the value that this version computes with."""
+
+
+def without_gone(data: dict[str, Any], where: str, *, to_resume: bool) -> dict[str, Any]:
+    """A recorded configuration without options that are gone; `to_resume`: another value than _GONE's is a UserError."""
+    for group, gone in _GONE.items():
+        options = data.get(group)
+        if not isinstance(options, dict):
+            continue
+        for name, value in gone.items():
+            if to_resume and options.get(name, value) != value:
+                raise UserError(
+                    f"{where}: {group}.{name}={options[name]!r} is of an older version; this one goes on with "
+                    f"{group}.{name}={value!r} alone"
+                )
+        data = data | {group: {name: value for name, value in options.items() if name not in gone}}
+    return data
 
 
 def _from_dict(kind: type, data: dict[str, Any], where: str) -> Any:
@@ -370,12 +390,6 @@ def _from_dict(kind: type, data: dict[str, Any], where: str) -> Any:
     names = [f.name for f in dataclasses.fields(kind)]
     values = {}
     for key, value in data.items():
-        if key in _GONE and key not in names:
-            if value != _GONE[key]:
-                raise UserError(
-                    f"{where}: {key}={value!r} is of an older version; this one has {key}={_GONE[key]!r} alone"
-                )
-            continue
         if key not in names:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, names)}")
         values[key] = _convert(types_of[key], value, f"{where}: {key}")

@@ -274,7 +274,7 @@ def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool =
     """Run, or continue, a training run; returns its folder."""
     start = time.monotonic()
     if resume is not None:
-        config = TrainConfig.load(resume / "config.json")
+        config = TrainConfig.load(resume / "config.json", to_resume=True)
     world = World(config.device)
     if config.compute_dtype and world.size == 1:
         raise UserError(f"compute_dtype={config.compute_dtype!r}: one process shards nothing; it needs torchrun")

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import TrainConfig
+from ..config import TrainConfig, without_gone
 from ..errors import Diverged, UserError
 from ..methods import METHODS
 from ..plugins import load_plugins
@@ -164,6 +164,9 @@ class Comparison:
             ]
             if changed and any(_state(cell) is None for cell in self.cells):
                 print(f"going on with other code than this comparison began with: {', '.join(changed)}", flush=True)
+            found["arms"] = {
+                arm: without_gone(config, f"{path}: {arm}", to_resume=True) for arm, config in found["arms"].items()
+            }
             differing = [key for key, value in self.description.items() if found.get(key) != value]
             if differing == ["seeds"] and set(found["seeds"]) < set(self.description["seeds"]):
                 provenance = found["provenance"]

@@ -139,7 +139,10 @@ def _settle() -> Preset:
 
 
 def _search() -> Preset:
-    """Settings in which the noise could matter more than in `lag`, each with its own Bypass beside it."""
+    """Settings in which the noise could matter more than in `lag`, each with its own Bypass beside it.
+
+    The recorded grid has one more arm a setting, `alp-token_two-draws`. Its option, `update.draws`, is gone.
+    """
     settings: dict[str, Changes] = {
         "sharp": {"update.lr": 4e-4},
         "stale": {"rollout.lag": 16, "update.lr": 2e-4},

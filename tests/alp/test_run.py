@@ -305,15 +305,22 @@ def test_config_survives_its_file_and_unknown_keys_are_named(tmp_path: Path) -> 
     path.write_text(config.to_json())
     assert TrainConfig.load(path) == config
     path.write_text(config.to_json().replace('"lag"', '"leg"'))
-    for draws in (1, 2):  # as older run folders have it
-        path.write_text(config.to_json().replace('"scale"', f'"draws": {draws}, "scale"'))
-        if draws == 1:
-            assert TrainConfig.load(path) == config
-            continue
-        with pytest.raises(UserError, match="draws=2 is of an older version; this one has draws=1 alone"):
-            TrainConfig.load(path)
-    path.write_text(config.to_json().replace('"lag"', '"leg"'))
     with pytest.raises(UserError, match=r"unknown key 'leg'; did you mean 'lag'"):
+        TrainConfig.load(path)
+
+
+def test_draws_of_an_older_run_are_read_and_more_than_one_is_not_resumed(tmp_path: Path) -> None:
+    config = small(tmp_path, name="n")
+    path = tmp_path / "config.json"
+    for draws in (1, 2):
+        path.write_text(config.to_json().replace('"scale"', f'"draws": {draws}, "scale"'))
+        assert TrainConfig.load(path) == config
+        if draws == 1:
+            assert TrainConfig.load(path, to_resume=True) == config
+    with pytest.raises(UserError, match=r"update\.draws=2 is of an older version; .* update\.draws=1 alone"):
+        train(config, tmp_path)
+    path.write_text(config.to_json().replace('"prompts"', '"draws": 1, "prompts"', 1))  # no group but `update` had it
+    with pytest.raises(UserError, match="unknown key 'draws'"):
         TrainConfig.load(path)
 
 

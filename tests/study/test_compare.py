@@ -144,6 +144,21 @@ def test_divergence_is_an_outcome_and_a_fault_is_not(cache: Path, tmp_path: Path
     assert (runs / "bypass-sequence-s0" / "outcome.json").is_file()
 
 
+def test_an_older_comparison_goes_on_unless_it_has_more_draws(cache: Path, tmp_path: Path) -> None:
+    comparison = grid(tmp_path / "grid", base(cache))
+    comparison.open()
+    path = tmp_path / "grid" / "grid.json"
+    for draws in (1, 2):
+        found = json.loads(path.read_text())
+        found["arms"]["alp-sequence"]["update"]["draws"] = draws
+        path.write_text(json.dumps(found))
+        if draws == 1:
+            comparison.open()
+            continue
+        with pytest.raises(UserError, match=r"grid\.json: alp-sequence: update\.draws=2 is of an older version"):
+            comparison.open()
+
+
 def test_a_folder_keeps_its_comparison(whole: Path, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another comparison: its seeds differ"):
         compare(grid(whole, base(cache), seeds=(0, 2)), jobs=1)
