@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from alp_kernels.integrations.trl import ALPGRPOTrainer
+from tests.support.processes import leave
 
 OPTIONS: dict[str, Any] = {
     "optim": "sgd",
@@ -66,7 +67,8 @@ def work(rank: int, folder: str, port: int, options: dict[str, Any], resume: boo
         again.train(resume_from_checkpoint=str(out / "ranks" / "checkpoint-1"))
         state["resumed"] = _whole(weights(again))
     torch.save(state, out / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    leave()
 
 
 def _whole(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
