@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import shutil
@@ -25,38 +26,38 @@ class Plot(NamedTuple):
         return sheet([self.chart], self.legend)
 
 
-class Curve(NamedTuple):
+class Trace(NamedTuple):
     name: str
     x: Sequence[float]
     y: Sequence[float]
     band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
-def _plot(title: str, curves: list[Curve], *, is_log: bool = False, x_label: str = "step", y_label: str = "") -> Plot:
-    values = [v for c in curves for part in (c.y, *(c.band or ())) for v in part]
-    x = Range.of([v for c in curves for v in c.x])
-    if x_label == "step" and x.high - x.low < 6:  # no halves of a step
-        x = Range(x.low, x.high, marks=tuple((s, str(s)) for s in sorted({v for c in curves for v in c.x})))
+def _plot(title: str, traces: list[Trace], *, is_log: bool = False, x_label: str = "step", y_label: str = "") -> Plot:
+    values = [v for c in traces for part in (c.y, *(c.band or ())) for v in part]
+    x = Range.of([v for c in traces for v in c.x])
+    if x_label == "step":  # no halves of a step
+        x = dataclasses.replace(x, marks=tuple((tick, f"{tick:.0f}") for tick in x.ticks() if tick == int(tick)))
     chart = Chart(x, Range.of(values, is_log), x_label, y_label, title)
     legend = []
-    for number, curve in enumerate(curves):
+    for number, trace in enumerate(traces):
         css = look(number)
-        if curve.band is not None:
-            chart.band(curve.x, *curve.band, css)
-        chart.line(curve.x, curve.y, css, curve.name)
-        legend.append((curve.name, css))
+        if trace.band is not None:
+            chart.band(trace.x, *trace.band, css)
+        chart.line(trace.x, trace.y, css, trace.name)
+        legend.append((trace.name, css))
     return Plot(chart, legend)
 
 
-def _recorded(runs: Series, keys: dict[str, str]) -> list[Curve]:
-    """A curve for each run and key that was recorded; `keys` maps a key to its label."""
-    curves = []
+def _recorded(runs: Series, keys: dict[str, str]) -> list[Trace]:
+    """A trace for each run and key that was recorded; `keys` maps a key to its label."""
+    traces = []
     for name, metrics in runs.items():
         for key, label in keys.items():
             points = [(m["step"], m[key]) for m in metrics if key in m]
             if points:
-                curves.append(Curve(label if len(runs) == 1 else f"{name} {label}", *zip(*points, strict=True)))
-    return curves
+                traces.append(Trace(label if len(runs) == 1 else f"{name} {label}", *zip(*points, strict=True)))
+    return traces
 
 
 def _reward(runs: Series) -> Plot:
@@ -64,8 +65,8 @@ def _reward(runs: Series) -> Plot:
 
 
 def _ratio_tail(runs: Series) -> Plot:
-    curves = _recorded(runs, {"token_ratio/q99.9": "q99.9", "token_ratio/max": "max"})
-    return _plot("Tail of the token ratio", curves, is_log=True)
+    traces = _recorded(runs, {"token_ratio/q99.9": "q99.9", "token_ratio/max": "max"})
+    return _plot("Tail of the token ratio", traces, is_log=True)
 
 
 def _kl(runs: Series) -> Plot:
@@ -73,33 +74,33 @@ def _kl(runs: Series) -> Plot:
         run: [m | {"k1_abs_kl": abs(m["k1_kl"])} if "k1_kl" in m else m for m in metrics]
         for run, metrics in runs.items()
     }
-    curves = _recorded(runs, {"k3_kl": "k3", "k1_abs_kl": "|k1|", "clean/k3_kl": "k3 without noise"})
-    return _plot("KL, rollout to current policy", curves, is_log=True, y_label="nats a token")
+    traces = _recorded(runs, {"k3_kl": "k3", "k1_abs_kl": "|k1|", "clean/k3_kl": "k3 without noise"})
+    return _plot("KL, rollout to current policy", traces, is_log=True, y_label="nats a token")
 
 
 def _sources(runs: Series) -> Plot:
-    curves = _recorded(runs, {f"{name}/mean_abs": name for name in ("mismatch", "staleness", "perturbation")})
-    return _plot("Mismatch by source", curves, is_log=True, y_label="mean |log-ratio|")
+    traces = _recorded(runs, {f"{name}/mean_abs": name for name in ("mismatch", "staleness", "perturbation")})
+    return _plot("Mismatch by source", traces, is_log=True, y_label="mean |log-ratio|")
 
 
 def _sigma(runs: Series) -> Plot:
-    curves = []
+    traces = []
     for name, metrics in runs.items():
         recorded = [m for m in metrics if "sigma" in m]
         for layer, values in enumerate(zip(*(m["sigma"] for m in recorded), strict=True)):
             label = f"layer {layer}" if len(runs) == 1 else f"{name} layer {layer}"
-            curves.append(Curve(label, [m["step"] for m in recorded], values))
-    return _plot("Sigma by layer", curves)
+            traces.append(Trace(label, [m["step"] for m in recorded], values))
+    return _plot("Sigma by layer", traces)
 
 
 def _envelope(runs: Series) -> Plot:
-    curves = []
+    traces = []
     for name, metrics in runs.items():
         for m in [m for m in metrics if "envelope" in m][-1:]:
             e = m["envelope"]
-            curves.append(Curve(f"{name}, step {m['step']}", e["rollout_logp"], e["p50"], (e["p2"], e["p98"])))
+            traces.append(Trace(f"{name}, step {m['step']}", e["rollout_logp"], e["p50"], (e["p2"], e["p98"])))
     x_label = "log-probability under the sampler"
-    return _plot("Log-ratio of a token: median, P2 to P98", curves, x_label=x_label, y_label="log-ratio")
+    return _plot("Log-ratio of a token: median, P2 to P98", traces, x_label=x_label, y_label="log-ratio")
 
 
 def _tools(runs: Series) -> Plot:
@@ -119,9 +120,8 @@ PLOTS: dict[str, Callable[[Series], Plot]] = {
 
 
 def plots_of(runs: Series) -> list[str]:
-    """Those of PLOTS that the runs have something for: without a tool there is none of its calls."""
-    has_tool = any("tool/calls" in m for metrics in runs.values() for m in metrics)
-    return [name for name in PLOTS if name != "tools" or has_tool]
+    """Those of PLOTS that the runs have something for: without noise there is no sigma, without a tool none of its calls."""
+    return [name for name, plot in PLOTS.items() if plot(runs).legend]
 
 
 def save_plots(name: str, metrics: list[Metrics], folder: Path) -> None:

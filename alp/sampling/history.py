@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from ..policy.adapters import Weights, snapshot
 
 
-class History:
+class History(ABC):
     """The weights of the last batches, of which the oldest sample; the first batches have no such past."""
 
     def __init__(self, lag: int) -> None:
@@ -32,5 +33,6 @@ class History:
         self.history.extend({name: value.to(device) for name, value in weights.items()} for weights in history)
         self._load(self.weights)
 
+    @abstractmethod
     def _load(self, weights: Weights) -> None:
-        raise NotImplementedError
+        """Sample from these from now on."""

@@ -109,7 +109,7 @@ def _exported(path: Path) -> list[Cell]:
 
 
 def _rounded(value: Any) -> Any:
-    """Fewer digits everywhere; numbers that are none become null, as JSON has no word for them."""
+    """Fewer digits everywhere; NaN and infinity become null, as JSON has no word for them."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

@@ -23,9 +23,6 @@ class _Hook:
     def __init__(self, handle: Noisy) -> None:
         self.handle = handle
 
-    def __call__(self, *args: Any) -> Any:
-        raise NotImplementedError
-
     def __deepcopy__(self, memo: dict[int, Any]) -> _Clean:
         return _Clean()
 
