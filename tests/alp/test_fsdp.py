@@ -103,25 +103,6 @@ def test_accumulating_without_communication_changes_no_gradient(ranks: list[dict
         assert_close(rank["accumulated"]["gradient"], one["gradient"])
 
 
-def test_the_documented_ddp_example_makes_the_gradient_of_one_process(ranks: list[dict[str, Any]]) -> None:
-    case = sharded.Case()
-    model, experience = sharded.sharded_model(case), sharded.make_experience(case)
-    from alp_kernels import Objective, attach, fused_alp_loss
-
-    c = experience.completions
-    handle = attach(model, sigma=1e-2)
-    positions = torch.arange(c.tokens.shape[1] - 1)
-    with handle.perturbed(step=0, row_ids=experience.sample_ids[:, None] << 20 | positions):
-        hidden = model.model(c.tokens[:, :-1]).last_hidden_state[:, -c.mask.shape[1] :]
-        objective = Objective.preset("alp-sequence")
-        args = (hidden, model.lm_head.weight, c.targets, c.logp, experience.advantages, c.mask)
-        fused_alp_loss(*args, objective=objective).loss.backward()
-    assert handle.log_sigma.grad is not None
-    one = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for rank in ranks:
-        assert_close(rank["ddp"]["gradient"], one | {"log_sigma": handle.log_sigma.grad})
-
-
 def test_what_one_process_cannot_shard_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="compute_dtype='bfloat16': one process shards nothing"):
         train(TrainConfig(runs=tmp_path, parallel="fsdp", compute_dtype="bfloat16"))

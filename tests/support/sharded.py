@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ NUM_ROWS, WIDTH, LENGTH, VOCAB = 8, 5, 6, 61  # 61: rows of the embedding do not
 ROUNDINGS = 2 * (3 * (4 * 32 + 3 * 48) + 61) + NUM_ROWS * (WIDTH + LENGTH)
 """One after another in a gradient: each layer's products and the head's, forward and backward, and a weight's tokens."""
 STEP = 3
-DOCUMENT = Path(__file__).parents[2] / "docs" / "scale.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,31 +188,6 @@ def accumulate(world: World) -> dict[str, Any]:
     return {"gradient": gradient | {"log_sigma": updater.handle.log_sigma.grad}}
 
 
-def documented_ddp(world: World) -> dict[str, Any]:
-    """The DDP example of docs/scale.md, as printed."""
-    block = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), flags=re.MULTILINE | re.DOTALL)[0]
-    model = sharded_model(Case())
-    experience = make_experience(Case())
-    per_rank = NUM_ROWS // world.size
-    mine = experience.rows(slice(world.rank * per_rank, (world.rank + 1) * per_rank))
-    positions = torch.arange(WIDTH + LENGTH - 1)
-    parts = [
-        {
-            "tokens": part.completions.tokens,
-            "rollout_logp": part.completions.logp,
-            "advantages": part.advantages,
-            "mask": part.completions.mask,
-            "row_ids": part.sample_ids[:, None] << 20 | positions,
-        }
-        for part in mine.split(per_rank // 2)
-    ]
-    mask = experience.completions.mask
-    names: dict[str, Any] = {"model": model, "parts": parts, "num_tokens": int(mask.sum()), "num_sequences": NUM_ROWS}
-    exec(compile(block, str(DOCUMENT), "exec"), names)
-    gradient = {name: p.grad for name, p in model.named_parameters()}
-    return {"gradient": gradient | {"log_sigma": names["handle"].log_sigma.grad}}
-
-
 def work(rank: int, folder: str, port: int) -> None:
     """One of the ranks: every case, written to a file."""
     torch.set_num_threads(1)
@@ -222,6 +195,5 @@ def work(rank: int, folder: str, port: int) -> None:
     world = World("cpu")
     out = {name: one_step(case, world, sharded=True) for name, case in CASES.items()}
     out["accumulated"] = accumulate(world)
-    out["ddp"] = documented_ddp(world)
     torch.save(out, Path(folder) / f"rank{rank}.pt")
     world.close()

@@ -41,6 +41,14 @@ def write_llama(folder: Path, *, seed: int = 0, template: str | None = CHAT, **c
     return folder
 
 
+def write_hub_copy(cache: Path, name: str) -> Path:
+    """A tiny model where a hub cache keeps the model called `name`."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0")
+    return write_llama(folder / "snapshots" / "0")
+
+
 def write_lines(path: Path, *records: object) -> Path:
     path.write_text("\n".join(map(json.dumps, records)) + "\n")
     return path
