@@ -1,7 +1,7 @@
-"""Adaptive Layerwise Perturbation (arXiv 2603.19470) as kernels: noise, perturbed layers, fused policy loss.
+"""Kernels for Adaptive Layerwise Perturbation (arXiv 2603.19470): noise, perturbed layers, fused policy loss.
 
-attach           noise on the inputs of a model's decoder layers, on inside an explicit scope
-fused_alp_loss   hidden states -> policy loss, the logits never all in memory
+attach           adds noise to the inputs of a model's decoder layers, inside an explicit scope
+fused_alp_loss   computes the policy loss from hidden states without holding all logits in memory
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from .stream import LogitNoise
 
 try:
     __version__ = version("alp-kernels")
-except PackageNotFoundError:  # used from a source tree that was never installed
+except PackageNotFoundError:  # runs from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""Chooses the engine that serves a device, and says why the others do not.
+"""Chooses the engine for a device and reports why the others cannot serve it.
 
-An engine is a module that keeps the protocol `Engine`: "triton" (CUDA, ROCm, XPU; Triton's interpreter on CPU), "native"
-(C++ on CPU), "reference" (plain PyTorch, anywhere). One asked for by name works or raises; the automatic choice is logged
-once per device type. ALP_KERNELS_ENGINE=name stands in for engine=None.
+An engine is a module that implements the protocol `Engine`: "triton" (CUDA, ROCm, XPU; Triton's interpreter on CPU), "native"
+(C++ on CPU), "reference" (plain PyTorch, anywhere). An engine requested by name works or raises; the automatic choice is
+logged once per device type. ALP_KERNELS_ENGINE=name applies where a call passes engine=None.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from .native import engine as native
     from .triton import engine as triton
 
-    _reference: Engine = reference  # mypy compares each with the protocol
+    _reference: Engine = reference  # mypy checks each engine against the protocol
     _native: Engine = native
     _triton: Engine = triton
 
 
 class EngineUnavailable(RuntimeError):
-    """An engine asked for by name that cannot serve; the message says why and what would be chosen."""
+    """The engine requested by name cannot serve the device; the message gives the reason and the automatic choice."""
 
 
 @functools.cache
 def _load(name: str) -> Engine | str:
-    """The engine, or why it cannot be imported."""
+    """Returns the engine, or the reason it cannot be imported."""
     if name == "reference":
         return reference
     try:
@@ -49,7 +49,7 @@ def _load(name: str) -> Engine | str:
 
 
 def why_not(name: str, device: torch.device | str) -> str | None:
-    """Why engine `name` cannot serve tensors on `device`, or None where it can."""
+    """Why engine `name` cannot serve tensors on `device`, or None if it can."""
     if name not in ENGINES:
         raise ValueError(f"engine={name!r}; the engines are {', '.join(map(repr, ENGINES))}, or None to choose")
     engine = _load(name)
@@ -65,7 +65,7 @@ def _loaded(name: str) -> Engine:
 @functools.cache
 def _choose(device_type: str) -> Engine:
     device = torch.device(device_type)
-    # Triton on CPU means its interpreter, a debugging tool: it serves there only when asked for by name
+    # on CPU Triton runs in its interpreter, a debugging tool, so it is used there only when requested by name
     names = ENGINES if device_type != "cpu" else ENGINES[1:]
     reasons = {name: why_not(name, device) for name in names}
     chosen = next(name for name in names if reasons[name] is None)
@@ -76,10 +76,10 @@ def _choose(device_type: str) -> Engine:
 
 
 def pick(name: str | None, device: torch.device) -> Engine:
-    """The engine called `name`, or the best one for `device` where name is None.
+    """Returns the engine called `name`, or the best one for `device` if name is None.
 
     Raises:
-        ValueError: no engine has that name.  EngineUnavailable: it cannot serve this device.
+        ValueError: no engine has that name.  EngineUnavailable: the engine cannot serve this device.
     """
     asked_by = "engine" if name else ENVIRONMENT_VARIABLE
     name = name or os.environ.get(ENVIRONMENT_VARIABLE) or None

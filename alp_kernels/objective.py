@@ -1,6 +1,6 @@
-"""One frozen description of a policy objective, and its value for single rows.
+"""The policy objective as one frozen description, and its loss and gradient for each row.
 
-    ell       level's log-ratio (loss/levels.py)                    rho = exp(clamp(ell, -20, 20)), no gradient outside the clamp
+    ell       log-ratio at the level (loss/levels.py)               rho = exp(clamp(ell, -20, 20)), no gradient outside the clamp
     surrogate max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)); if A < 0: min(that, -A dual_clip)
     row loss  is_weight * surrogate + kl_coef * kl - entropy_coef * H
 
@@ -30,20 +30,22 @@ KL = Literal["k1", "k2", "k3", "k3+"]
 
 @dataclass(frozen=True)
 class Objective:
-    """A method as data. `Objective.preset("alp-sequence")` gives a published row; `Objective.preset(name, clip_low=0.99)` changes
-    some of its fields.
+    """A policy objective as data.
+
+    `Objective.preset("alp-sequence")` returns a published objective; `Objective.preset(name, clip_low=0.99)` changes some
+    of its fields.
 
     Attributes:
-        level: what one ratio covers: a token, its sequence, the prefix up to it, the prefix up to its turn's end.
+        level: the tokens one ratio covers: the token, its sequence, the prefix up to it, or the prefix up to its turn's end.
         geometric: divide the summed log-ratio by the number of tokens summed (GSPO); not for level "token".
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         dual_clip: cap c > 1 on the ratio where the advantage is negative; None: no cap.
-        denominator: "rollout": the log-probabilities of the engine that sampled; "old": recomputed by the trainer.
-        weight: importance weight w = exp(old - rollout), "truncate": min(w, cap); "mask": w where 1/cap <= w <= cap,
-            else 0; None: no weight. weight_level: one w for each token or (product) each sequence. weight_cap: cap > 1.
-        aggregation: how token losses become one number; counts are the whole optimiser batch's.
-        norm_length: the fixed length of "seq-mean-token-sum-norm" (tokens).
-        kl, kl_coef: estimator and coefficient of the KL to a reference policy; "k3+" has k3's value, k2's gradient.
+        denominator: "rollout": the sampler's log-probabilities; "old": log-probabilities recomputed by the trainer.
+        weight: importance weight w = exp(old - rollout). "truncate": min(w, cap); "mask": w if 1/cap <= w <= cap,
+            else 0; None: no weight. weight_level: one w per token, or per sequence (the product). weight_cap: cap > 1.
+        aggregation: how token losses become one number; it divides by counts over the whole optimiser batch.
+        norm_length: the fixed length (tokens) that "seq-mean-token-sum-norm" divides by.
+        kl, kl_coef: estimator and coefficient of the KL to a reference policy; "k3+" has k3's value and k2's gradient.
         entropy_coef: coefficient of the entropy bonus (nats).
     """
 
@@ -63,7 +65,7 @@ class Objective:
     entropy_coef: float = 0.0
 
     spec: ClassVar[str]
-    """The fields as text, for an operator's schema; `objective_of` reads it."""
+    """The fields as text, which fits an operator's schema; `objective_of` parses it."""
 
     def __post_init__(self) -> None:
         choices = {
@@ -89,19 +91,19 @@ class Objective:
             ("weight_cap", self.weight_cap > 1, "a number > 1"),
             ("kl_coef", self.kl_coef >= 0, "a number >= 0"),
             ("kl", self.kl is not None or self.kl_coef == 0, f"an estimator, since kl_coef={self.kl_coef}"),
-            ("geometric", not (self.geometric and self.level == "token"), "False where level is 'token'"),
-            ("weight", self.weight is None or self.denominator == "old", "denominator='old' beside it"),
+            ("geometric", not (self.geometric and self.level == "token"), "False if level is 'token'"),
+            ("weight", self.weight is None or self.denominator == "old", "denominator='old'"),
             (
                 "norm_length",
                 (self.aggregation == "seq-mean-token-sum-norm") == (self.norm_length is not None)
                 and (self.norm_length is None or self.norm_length > 0),
-                "a length > 0 exactly where aggregation is 'seq-mean-token-sum-norm'",
+                "a length > 0 if aggregation is 'seq-mean-token-sum-norm', else None",
             ),
         ]
         for field, holds, fits in claims:
             if not holds:
                 raise ValueError(f"Objective: {field}={getattr(self, field)!r}; it needs {fits}")
-        # one string for compiled code to look at: it would take numbers that differ between objectives as variables
+        # torch.compile sees one string: it would turn numbers that differ between objectives into symbolic variables
         object.__setattr__(self, "spec", repr(tuple([getattr(self, field.name) for field in dataclasses.fields(self)])))
 
     @staticmethod
@@ -113,12 +115,14 @@ class Objective:
             raise ValueError(f"Objective.preset: {name!r} is not one of {', '.join(PRESETS)}{hint}")
         fields = [field.name for field in dataclasses.fields(Objective)]
         if unknown := sorted(changes.keys() - set(fields)):
-            raise ValueError(f"Objective.preset: {', '.join(unknown)} is no field; it needs one of {', '.join(fields)}")
+            raise ValueError(
+                f"Objective.preset: {', '.join(unknown)} is not a field; it needs one of {', '.join(fields)}"
+            )
         return dataclasses.replace(PRESETS[name], **changes)  # type: ignore[arg-type]
 
     @property
     def needs_sequences(self) -> bool:
-        """Whether the loss depends on which tokens are of one sequence."""
+        """Whether the loss depends on which tokens belong to the same sequence."""
         of_weight = self.weight is not None and self.weight_level == "sequence"
         return self.level != "token" or self.aggregation != "token-mean" or of_weight
 
@@ -152,17 +156,17 @@ PRESETS: dict[str, Objective] = {
 
 
 class LossRows(NamedTuple):
-    """What a row's loss needs beside its own log-probability; every tensor (n,) float32 (float64 for float64)."""
+    """The inputs of each row's loss besides its log-probability; every tensor is (n,) float32 (float64 for float64)."""
 
     denominator: Tensor  # log-probability under the denominator policy
     advantages: Tensor
     weight: Tensor  # aggregation weight: the loss is sum_n weight_n * row_loss_n
-    is_weight: Tensor | None = None  # importance weight on the surrogate alone
-    ref_logp: Tensor | None = None  # where kl_coef > 0
+    is_weight: Tensor | None = None  # importance weight, multiplies only the surrogate
+    ref_logp: Tensor | None = None  # needed if kl_coef > 0
 
 
 def _clamp(x: Tensor, low: float, high: float) -> Tensor:
-    """clamp with the gradient 1 on its bounds, as within them: PyTorch's own gives another one there from 2.14 on."""
+    """clamp with gradient 1 at its bounds, as between them; PyTorch's own differs there from 2.14 on."""
     if not x.requires_grad:
         return x.clamp(low, high)
     return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
@@ -180,7 +184,7 @@ def surrogate(ell: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """(e^r - 1) - r of r = ln(p / q): on samples of q an unbiased estimate of KL(q || p), never negative (Schulman 2020)."""
+    """(e^r - 1) - r for r = ln(p / q): an unbiased, nonnegative estimate of KL(q || p) on samples of q (Schulman 2020)."""
     return torch.expm1(log_ratio) - log_ratio
 
 
@@ -214,10 +218,10 @@ def row_loss(ell: Tensor, logp: Tensor, entropy: Tensor | None, rows: LossRows, 
 
 
 def row_gradient(ell: Tensor, logp: Tensor, rows: LossRows, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """Derivative of weight * row_loss in logp and, where entropy_coef != 0, in the entropy, each (n,).
+    """Derivatives of weight * row_loss with respect to logp and, if entropy_coef != 0, the entropy, each (n,).
 
-    d ell / d logp = 1 at every level (docs/math.md, section 2). In closed form, since autograd does not run inside an
-    operator. A NaN loss has a NaN gradient.
+    d ell / d logp = 1 at every level (docs/math.md, section 2). Computed in closed form, because autograd does
+    not run inside an operator. A NaN loss has a NaN gradient.
     """
     rho = ell.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
     slope = -rows.advantages * rho

@@ -1,9 +1,9 @@
-"""Operators: what a graph of torch.compile calls in place of our Python. Here is the one gate between the two.
+"""Custom operators for torch.compile, and the gate that chooses between them and eager code.
 
-torch.compile knows of an operator its schema, its fake version and its derivative; what runs inside stays Python, so engines
-are called as in eager code. Eager code goes past the dispatcher, which costs more than an autograd function (docs/compile.md).
+torch.compile sees an operator's schema, fake implementation and derivative. The operator's body stays Python, so it calls
+engines as eager code does. Eager code bypasses the dispatcher, which costs more than an autograd function (docs/compile.md).
 
-Inputs and outputs of an operator are NamedTuples. Its schema comes from their fields, so nothing is found by position.
+An operator's inputs and outputs are NamedTuples. Its schema is built from their fields, so values are found by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Out = TypeVar("Out", bound=tuple[Any, ...])
 
-# cudagraph_unsafe: a recorded graph would repeat the coordinates of noise that it was recorded with
+# cudagraph_unsafe: a recorded CUDA graph would repeat the noise coordinates of its recording
 UNSAFE_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 library = torch.library.Library("alp_kernels", "FRAGMENT")
@@ -37,18 +37,18 @@ _SCHEMA = {
     bool: "bool",
     str: "str",
     list[bool]: "bool[]",
-    Objective: "str",  # as its spec
-    int | float | Tensor | None: "Tensor?",  # a count, made a tensor before
+    Objective: "str",  # Objective.spec
+    int | float | Tensor | None: "Tensor?",  # a count, converted to a tensor before the call
 }
 
 
 def in_graph(tensor: Tensor) -> bool:
-    """Whether `tensor` belongs to a graph that is being made: torch.compile, torch.export, fake and meta tensors."""
+    """Whether a graph is being traced: torch.compile or torch.export runs, or `tensor` is a fake or meta tensor."""
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def gate(graph: Callable[P, T]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorator of what eager code runs: where the first argument's first tensor is in a graph, `graph` stands in for it.
+    """Decorator for an eager function: calls `graph` instead if the first argument's first tensor is in a graph.
 
     The first argument is a tensor, or a tuple that begins with one.
     """
@@ -72,7 +72,7 @@ def _type_in_schema(hint: Any) -> str:
         inner, none = typing.get_args(hint)
         assert none is type(None), hint
         return "int?" if inner is int else _SCHEMA[inner] + "?"
-    raise TypeError(f"no schema has {hint}")
+    raise TypeError(f"an operator's schema has no type for {hint}")
 
 
 def _fields(kind: type[tuple[Any, ...]]) -> dict[str, Any]:
@@ -82,12 +82,12 @@ def _fields(kind: type[tuple[Any, ...]]) -> dict[str, Any]:
 
 
 class Operator(Generic[Out]):
-    """torch.ops.alp_kernels.NAME, whose schema is that of `inputs`, one tuple after the other, and of `outputs`.
+    """The operator torch.ops.alp_kernels.NAME; its schema lists the fields of all `inputs`, in order, and of `outputs`.
 
-    run:       inputs -> outputs, all of whose fields are tensors; (0,) stands for one that is not there.
-    fake:      the same, of empty tensors.
-    setup:     (ctx, inputs, outputs): what the derivative needs.
-    gradient:  (ctx, gradients as outputs) -> gradients of some inputs, by their fields' names.
+    run:       inputs -> outputs, whose fields are all tensors; a (0,) tensor stands for an absent output.
+    fake:      like run, but returns uninitialised tensors.
+    setup:     (ctx, inputs, outputs): saves what the derivative needs.
+    gradient:  (ctx, gradients of outputs) -> gradients of some inputs, by field name.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Operator(Generic[Out]):
         self._hints = [(kind, list(_fields(kind).values())) for kind in inputs]
         fields = {name: hint for kind in inputs for name, hint in _fields(kind).items()}
         self.names = list(fields)
-        assert len(self.names) == sum(len(hints) for _, hints in self._hints), f"{name}: two fields of one name"
+        assert len(self.names) == sum(len(hints) for _, hints in self._hints), f"{name}: two fields share a name"
         types_in = [f"{_type_in_schema(hint)} {field}" for field, hint in fields.items()]
         types_out = ", ".join(_type_in_schema(hint) for hint in _fields(outputs).values())
         library.define(f"{name}({', '.join(types_in)}) -> ({types_out})", tags=tags)
@@ -146,5 +146,5 @@ class Operator(Generic[Out]):
 
 
 def integers(*values: int) -> Tensor:
-    """An int64 tensor on the CPU; values of 64 bits wrap, as seeds need. From a buffer: torch.tensor() is five times slower."""
+    """An int64 CPU tensor; unsigned 64-bit values wrap, as seeds need. From a buffer: torch.tensor() is five times slower."""
     return torch.frombuffer(array("Q", [value % (1 << 64) for value in values]), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What an engine offers: the functions of reference.py, which says what each of them computes."""
+"""The interface of an engine: the functions of reference.py, which documents what each computes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .stream import Stream
 
 
 class HeadTiles(Protocol):
-    """head_fwd of rows whose logits come a tile of the vocabulary after the other; `out` is whole after the last."""
+    """head_fwd for logits that arrive one vocabulary tile at a time; `out` is complete after the last tile."""
 
     out: HeadRows
 
     def add(
         self, x: Tensor, start: int, vocabulary: int, targets: Tensor, transform: LogitTransform, base: Tensor | None
     ) -> None:
-        """Take up x (n, width), the logits of tokens start, start + 1, ...; noise on them needs whole rows.
+        """Add the tile x (n, width), the logits of tokens start, start + 1, ...; noise on the logits needs whole rows.
 
-        base: None, or (n,) float32 to be written; x is then replaced by e^(z - base), and by 0 at the target.
+        base: None, or an (n,) float32 output; x is then overwritten with e^(z - base), and with 0 at the target.
         """
 
 
 class Tiles(Protocol):
-    """What an engine offers that takes logits by tiles of the vocabulary."""
+    """The interface of an engine that processes logits in tiles of the vocabulary."""
 
     @property
     def WIDTH(self) -> int:  # noqa: N802
-        """Tokens of a tile."""
+        """Tokens per tile."""
 
     def head_tiles(self, num_rows: int) -> HeadTiles: ...
 
@@ -48,23 +48,23 @@ class Tiles(Protocol):
         wanted: Tensor,
         dx: Tensor,
     ) -> None:
-        """dx (m, width): the gradient of rows `wanted` (m,) int64 of the tile x (n, width) of logits from token `start` on."""
+        """Write to dx (m, width) the gradient of rows `wanted` (m,) int64 of the logit tile x (n, width) from `start` on."""
 
 
 class Engine(Protocol):
-    """Who computes: noise, perturbation, RMSNorm and loss head. mypy holds every engine to it."""
+    """The functions of an engine: noise, perturbation, RMSNorm and loss head. mypy checks every engine against it."""
 
     @property
     def tiles(self) -> Tiles | None:
-        """None: logits come whole."""
+        """The tiled loss head, or None if the engine takes whole rows of logits."""
 
     @property
     def KEEPS_EXPONENTIALS(self) -> bool:  # noqa: N802
-        """Whether head_exp, where it serves, is faster than head_fwd and head_bwd."""
+        """Whether head_exp, where `reference.is_plain`, is faster than head_fwd and head_bwd."""
 
     @property
     def FUSES_TOKEN_LOSS(self) -> bool:  # noqa: N802
-        """Whether head_token_loss is faster for token-level chunks than one of those and the coefficients."""
+        """Whether head_token_loss is faster for token-level chunks than separate head functions and coefficients."""
 
     def head_fwd(self, x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows: ...
 
@@ -90,7 +90,7 @@ class Engine(Protocol):
     def name(self) -> str: ...
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why it cannot serve tensors on `device`, or None."""
+        """Why the engine cannot serve tensors on `device`, or None if it can."""
 
     def philox(self, counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]: ...
 

@@ -1,7 +1,7 @@
 """The specification: every kernel's function in plain PyTorch, on any device, in any float dtype (float64 for gradcheck).
 
-Every engine offers these functions with these arguments (engine.py). Tests and benchmarks import this file; there is no
-second copy. All matrices are contiguous (rows, columns); the autograd functions in noise/ and loss/ see to it.
+Every engine implements these functions with these arguments (protocol.py). Tests and benchmarks import this file; there is
+no second copy. All matrices are contiguous (rows, columns); the autograd functions in noise/ and loss/ ensure this.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def normal(num_rows: int, num_channels: int, stream: Stream, device: torch.devic
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, stream: Stream) -> Tensor:
-    """Unbiased rounding of finite float32 (N, D) `x` to bfloat16 or float16, its bits from the rounding stream."""
+    """Round float32 `x` (N, D) to bfloat16 or float16 without bias, using random bits of the rounding stream."""
     num_rows, num_channels = x.shape
     words = torch.cat(random_words(num_rows, num_channels, stream.for_rounding(), x.device), dim=1)[:, :num_channels]
     drop = 16 if dtype == torch.bfloat16 else 13
@@ -74,7 +74,7 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, stream: Stream) -> Tensor:
     mask = (1 << drop) - 1
     rounded = (bits + (words & mask)) & ~mask & _MASK
     rounded = torch.where(rounded >= 1 << 31, rounded - (1 << 32), rounded).int().view(torch.float32)
-    if dtype == torch.float16:  # below 2^-14 its grid is even: steps of 2^-24
+    if dtype == torch.float16:  # below 2^-14 its values are evenly spaced, 2^-24 apart
         steps = (x.abs() * 2.0**24 + (words >> 8).float() * 2.0**-24).floor()
         rounded = torch.where(x.abs() < 2.0**-14, torch.copysign(steps * 2.0**-24, x), rounded)
     return torch.where(x.isfinite(), rounded, x).to(dtype)
@@ -86,8 +86,8 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, stream: Stream) -> Tensor:
 def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str) -> tuple[Tensor, Tensor | None]:
     """u = h + sigma * rms * eps, added in float32 (float64 for float64) and rounded once.
 
-    h (..., D), contiguous, of N rows; sigma () float32; rms is 1, or each row's root mean square where scale == "rms".
-    Returns u like h and rms (N,) float32, None where scale == "absolute".
+    h (..., D), contiguous, with N rows; sigma () float32; rms is each row's root mean square if scale == "rms", else 1.
+    Returns u like h, and rms (N,) float32, or None if scale == "absolute".
     """
     work = h.to(real_of(h)).view(-1, h.shape[-1])
     rms = work.square().mean(dim=1).sqrt() if scale == "rms" else None
@@ -99,16 +99,16 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
 
 
 def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
-    """dsigma = sum(du * rms * eps), () float32 (float64 for float64), of du like h; the noise is made again. dh is du itself."""
+    """dsigma = sum(du * rms * eps), () float32 (float64 for float64), for du like h; regenerates the noise. dh is du."""
     work = du.to(real_of(du)).view(-1, du.shape[-1])
     per_row = (work * normal(work.shape[0], work.shape[1], stream, du.device)).sum(dim=1)
     return (per_row if rms is None else per_row * rms).sum()
 
 
 def measure(h: Tensor, u: Tensor, num_rows: int) -> Tensor:
-    """What the noise did to the first rows: (num_rows, 3) float32 (float64 for float64), sums over a row's channels.
+    """How the noise changed the first rows: (num_rows, 3) float32 (float64 for float64), sums over each row's channels.
 
-    (u - h)^2, the number of elements that differ, h^2.   h, u (..., D), contiguous
+    Columns: (u - h)^2, the number of elements that differ, h^2.   h, u (..., D), contiguous
     """
     real = real_of(h)
     work, noisy = (x.detach().view(-1, x.shape[-1])[:num_rows].to(real) for x in (h, u))
@@ -131,9 +131,9 @@ class Norm(NamedTuple):
 def perturb_rms_norm_fwd(
     h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """u (N, D) as perturb_fwd stores it, y (N, D) its norm, rstd (N,) float32, and rms (N,) float32 or None.
+    """u (N, D) as perturb_fwd stores it, y (N, D) = RMSNorm(u), rstd (N,) float32, and rms (N,) float32 or None.
 
-    The norm is that of the stored u; its arithmetic is float32 (float64 for float64) and y is rounded once.
+    The norm reads the stored u. Its arithmetic is float32 (float64 for float64), and y is rounded once.
     """
     u, rms = perturb_fwd(h, sigma, stream, scale, rounding)
     work = u.to(real_of(h))
@@ -153,10 +153,10 @@ def perturb_rms_norm_bwd(
     needs_dsigma: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dh (N, D) like du, dsigma () float32, dweight (D,) like weight; the last two None where not needed.
+    """dh (N, D) like du, dsigma () float32, dweight (D,) like weight; the last two are None if not needed.
 
-    g = dy (offset + weight),  x = u rstd,  dh = du + rstd (g - x mean_d(g x)),  dweight = sum_n dy x.  dsigma is the
-    perturbation's gradient for dh before it is rounded; the noise is made again.
+    g = dy (offset + weight),  x = u rstd,  dh = du + rstd (g - x mean_d(g x)),  dweight = sum_n dy x.  dsigma is
+    perturb_bwd of dh before dh is rounded, with regenerated noise.
     """
     real = real_of(u)
     g = dy.to(real) * (norm.weight.to(real) + norm.offset)
@@ -170,19 +170,19 @@ def perturb_rms_norm_bwd(
 
 
 class LogitTransform(NamedTuple):
-    """How logits x (n, V) become the z whose log-softmax is taken: z = (cap(scale x) + sigma eps) / temperature.
+    """How logits x (n, V) become z, the input of log-softmax: z = (cap(scale x) + sigma eps) / temperature.
 
-    cap(x) = softcap * tanh(x / softcap), or x itself. The model's bias is already in x.
+    cap(x) = softcap * tanh(x / softcap), or x without a softcap. x already includes the model's bias.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: Tensor | None = None  # (n,) float32, None: 1
     sigma: Tensor | None = None  # () float32, None: no noise on the logits
-    stream: Stream | None = None  # of that noise; row_ids given for each row of x
+    stream: Stream | None = None  # of the logit noise; row_ids has one id per row of x
 
     def rows(self, index: Tensor | slice) -> LogitTransform:
-        """The same for a selection of rows."""
+        """The transform for a selection of rows."""
         chosen = self
         if self.temperature is not None:
             chosen = chosen._replace(temperature=self.temperature[index])
@@ -195,7 +195,7 @@ class LogitTransform(NamedTuple):
 class HeadRows(NamedTuple):
     logp: Tensor  # (n,) log-probability of the target
     entropy: Tensor  # (n,) of the whole distribution, in nats
-    lse: Tensor  # (n,) log-sum-exp of z; an engine whose backward would lose too much to its rounding gives it in float64
+    lse: Tensor  # (n,) log-sum-exp of z; float64 from engines whose backward needs more than float32 precision
 
 
 def _z_of(x: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -215,9 +215,9 @@ def _z_of(x: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | None, 
 
 
 def head_fwd(x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
-    """Log-probability of the target, entropy and log-sum-exp of each row of logits x (n, V), x left as it is.
+    """Log-probability of the target, entropy and log-sum-exp of each row of logits x (n, V); x is unchanged.
 
-    logp of a near-certain target keeps relative precision: the sum runs over the *other* tokens and enters by log1p.
+    logp of a near-certain target keeps its relative precision: it is log1p of a sum over the *other* tokens.
     """
     z, _, _ = _z_of(x, transform)
     top = z.amax(dim=1)
@@ -225,10 +225,10 @@ def head_fwd(x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
     exp = shifted.exp()
     target = shifted.gather(1, targets[:, None]).squeeze(1)
     others = exp.scatter(1, targets[:, None], 0.0).sum(dim=1)
-    # the largest term is 1 and stays out of `rest`, so the logarithm of a near-certain row keeps its digits
+    # the largest term is 1 and is left out of `rest`, so log1p(rest) of a near-certain row keeps its precision
     rest = torch.where(target == 0, others, (others - 1) + target.exp())
     log_total = torch.log1p(rest)
-    # e^-inf * -inf would be NaN; such a token has no share in the entropy
+    # e^-inf * -inf would be NaN; such a token adds nothing to the entropy
     weighted = torch.where(exp > 0, exp * shifted, 0.0).sum(dim=1)
     return HeadRows(target - log_total, log_total - weighted / (1 + rest), top + log_total)
 
@@ -236,7 +236,7 @@ def head_fwd(x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
 def head_bwd(
     x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
 ) -> Tensor | None:
-    """Replace logits x (n, V) by their gradient, in place; returns dsigma () where there is noise on them.
+    """Overwrite logits x (n, V) with their gradient; returns dsigma () if the logits have noise, else None.
 
     dlogp, dentropy (n,): gradients of the loss with respect to logp and entropy.
     dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H)
@@ -244,7 +244,7 @@ def head_bwd(
     z, tanh, eps = _z_of(x, transform)
     log_p = (z - rows.lse.to(z.dtype)[:, None]).scatter(
         1, targets[:, None], rows.logp[:, None]
-    )  # with the digits lse lost
+    )  # logp is more precise than z - lse
     dz = -dlogp[:, None] * log_p.exp()
     certain = dlogp * -torch.expm1(rows.logp)  # dlogp (1 - p), without cancellation
     dz.scatter_(1, targets[:, None], certain[:, None])
@@ -261,15 +261,15 @@ def head_bwd(
 
 
 def is_plain(transform: LogitTransform, dtype: torch.dtype, has_dentropy: bool) -> bool:
-    """Whether `head_exp` serves: a row's gradient is a multiple of its exponentials, in numbers of logits' `dtype`."""
+    """Whether `head_exp` applies: each row's gradient is a multiple of its exponentials, which fit the logits' `dtype`."""
     return transform.softcap is None and transform.sigma is None and not has_dentropy and dtype != torch.float16
 
 
 def head_exp(x: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[HeadRows, Tensor]:
-    """What head_fwd returns; logits x (n, V) are replaced by e_v = exp(z_v - base), at the target minus the others' sum.
+    """Like head_fwd, but overwrites x (n, V) with e_v = exp(z_v - base), and with minus the others' sum at the target.
 
-    The gradient of a row is then c e with c = exp_coefficient(dlogp, transform, whole). Returns whole (n,), the sum of all
-    exponentials. A row's base is its engine's choice: no e is infinite, no c too small.
+    The gradient of a row is then c e with c = exp_coefficient(dlogp, transform, whole). Also returns whole (n,), the sum of
+    all exponentials. The engine chooses each row's base so that no e is infinite and no c is too small.
     """
     z, _, _ = _z_of(x, transform)
     exp = (z - z.amax(dim=1, keepdim=True)).exp()
@@ -280,7 +280,7 @@ def head_exp(x: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[Hea
 
 
 def exp_coefficient(dlogp: Tensor, transform: LogitTransform, whole: Tensor) -> Tensor:
-    """c (n,) with dx = c e for what head_exp left: dx_v = -dlogp p_v scale / temperature with p_v = e_v / whole."""
+    """c (n,) such that dx = c e, for the e that head_exp wrote: dx_v = -dlogp p_v scale / temperature with p_v = e_v / whole."""
     c = dlogp * -transform.logit_scale / whole
     return c if transform.temperature is None else c / transform.temperature
 
@@ -300,10 +300,10 @@ FUSES_TOKEN_LOSS = False
 def head_token_loss(
     x: Tensor, targets: Tensor, transform: LogitTransform, rows: LossRows, objective: Objective
 ) -> tuple[HeadRows, Tensor | None, Tensor | None]:
-    """The whole token-level loss of a chunk: logits x (n, V) become the gradient of sum(weight * row_loss), or multiples.
+    """Token-level loss of a chunk: overwrites x (n, V) with the gradient of sum(weight * row_loss), up to a row's factor c.
 
-    Returns what head_fwd returns, dsigma () where there is noise on the logits, and, where head_exp serves, c (n,): the
-    gradient is c x. Elsewhere c is None, and x the gradient.
+    Returns head_fwd's result, dsigma () if the logits have noise, and c (n,) if `is_plain`: the gradient is then c x.
+    Otherwise c is None and x is the gradient.
     """
     whole = None
     if is_plain(transform, x.dtype, objective.entropy_coef != 0):

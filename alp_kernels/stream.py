@@ -6,7 +6,7 @@
     u(w)    = float32(w) * 2^-32 + 2^-33                               in (0, 1], every operation rounded to float32
 
 Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
-Every engine makes the same words bit for bit; their normals agree within `NORMAL_BOUND` (docs/numerics.md).
+Every engine generates the same words bit for bit; the normals agree within `NORMAL_BOUND` (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 NORMAL_BOUND = 2e-6
-"""Largest |eps(engine) - eps(float64)| any engine may show, over the whole range |eps| <= 6.77."""
+"""Largest |eps(engine) - eps(float64)| allowed for any engine, over the whole range |eps| <= 6.77."""
 
 FINAL_LAYER = 0x7FFE
 """Layer coordinate of noise on the final hidden state."""
 LOGITS_LAYER = 0x7FFF
 """Layer coordinate of noise on the logits (D is then the vocabulary size)."""
 ROUNDING_BIT = 0x8000
-"""Set in the layer coordinate for the random bits of stochastic rounding: no noise stream has it."""
+"""Set in the layer coordinate for the random bits of stochastic rounding; no noise stream sets it."""
 
 MAX_LAYER = FINAL_LAYER - 1
 MAX_ROW = (1 << 48) - 1
@@ -36,18 +36,18 @@ _POSITION_BITS, _PASS_BIT = 20, 44
 
 
 def row_ids(samples: Tensor, positions: Tensor, passes: int = 0) -> Tensor:
-    """Row identities below 2^48: pass << 44 | sample << 20 | position, whatever the padding, order, rank or micro-batch.
+    """Row ids below 2^48: pass << 44 | sample << 20 | position, independent of padding, order, rank and micro-batch.
 
-    samples, positions: int64, broadcast with one another. passes: counts updates on the same samples in one step.
+    samples, positions: int64, broadcast together. passes: index of an update on the same samples in one step, modulo 16.
     """
     return samples << _POSITION_BITS | positions | passes % (1 << 48 - _PASS_BIT) << _PASS_BIT
 
 
 class Stream(NamedTuple):
-    """Where noise is read: everything but the row's and the channel's position in the tensor.
+    """The noise coordinates of a tensor, except each element's row and channel within it.
 
-    Row n of the tensor has the global identity `row_ids[n]`, or `row_start + n` where `row_ids` is None. `at` stands in
-    for step and row_start: a kernel reads it when it runs, so a CUDA graph that is replayed draws the noise of that time.
+    Row n of the tensor has the global id `row_ids[n]`, or `row_start + n` if `row_ids` is None. `at` replaces step and
+    row_start: a kernel reads it when it runs, so a replayed CUDA graph draws the noise of the current step.
     """
 
     seed: int
@@ -62,13 +62,13 @@ class Stream(NamedTuple):
         return self.seed & 0xFFFFFFFF, self.seed >> 32
 
     def rows(self, num_rows: int, device: torch.device) -> Tensor:
-        """The rows' global identities, (num_rows,) int64."""
+        """The rows' global ids, (num_rows,) int64."""
         if self.row_ids is not None:
             return self.row_ids
         return torch.arange(self.row_start, self.row_start + num_rows, device=device, dtype=torch.int64)
 
     def read(self) -> Stream:
-        """The same with the numbers that `at` holds now; waits for its device."""
+        """The stream with the current values of `at` as step and row_start; waits for the device of `at`."""
         if self.at is None:
             return self
         step, row_start = self.at.tolist()
@@ -79,7 +79,7 @@ class Stream(NamedTuple):
 
 
 def check_stream(where: str, stream: Stream, num_rows: int, device: torch.device) -> None:
-    """Raise a ValueError or TypeError that names the coordinate which does not fit its bits."""
+    """Raise a ValueError or TypeError that names a coordinate if it does not fit its bits."""
     limits = {"seed": MAX_SEED, "step": MAX_STEP, "layer": LOGITS_LAYER}
     for name, top in limits.items():
         value = getattr(stream, name)
@@ -91,7 +91,7 @@ def check_stream(where: str, stream: Stream, num_rows: int, device: torch.device
         if not 0 <= stream.row_start <= MAX_ROW + 1 - num_rows:
             raise ValueError(
                 f"{where}: rows {stream.row_start}..{stream.row_start + num_rows - 1} leave [0, {MAX_ROW}], "
-                "the 48 bits that name a row"
+                "the 48 bits of a row id"
             )
         return
     ids = stream.row_ids
@@ -105,7 +105,7 @@ def check_stream(where: str, stream: Stream, num_rows: int, device: torch.device
 
 
 class Coordinates(NamedTuple):
-    """Where noise is read, as a caller says it: not looked at yet."""
+    """The noise coordinates as the caller passes them, not yet checked."""
 
     seed: int
     step: int | Tensor
@@ -114,7 +114,7 @@ class Coordinates(NamedTuple):
     row_start: int | Tensor = 0
 
     def stream(self, where: str, num_rows: int, device: torch.device) -> Stream:
-        """The same, checked and in numbers. Raises as `check_stream`."""
+        """The checked stream, with step and row_start as ints. Raises like `check_stream`."""
         step, row_start = (int(x) if isinstance(x, Tensor) else x for x in (self.step, self.row_start))
         row_ids = None if self.row_ids is None else self.row_ids.reshape(-1)
         stream = Stream(self.seed, step, self.layer, row_start, row_ids)
@@ -123,12 +123,12 @@ class Coordinates(NamedTuple):
 
 
 class LogitNoise(NamedTuple):
-    """Gaussian noise on the logits in place of the layers (an ablation of the paper). step, row_start: as in `perturb`."""
+    """Gaussian noise on the logits instead of the layers (an ablation in the paper). step, row_start: as in `perturb`."""
 
     log_sigma: Tensor  # () or (1,) float32, differentiable
     seed: int
     step: int | Tensor
-    row_ids: Tensor | None = None  # like targets, int64; without them row_start, row_start + 1, ...
+    row_ids: Tensor | None = None  # shaped like targets, int64; None: row_start, row_start + 1, ...
     row_start: int | Tensor = 0
 
     @property

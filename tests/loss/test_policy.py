@@ -325,7 +325,7 @@ def test_an_empty_batch_is_refused():
         ({"clip_low": 1.5}, "clip_low=1.5"),
         ({"geometric": True}, "geometric=True"),
         ({"kl_coef": 0.1}, "kl=None"),
-        ({"weight": "mask"}, "denominator='old' beside it"),
+        ({"weight": "mask"}, "weight='mask'; it needs denominator='old'"),
         ({"aggregation": "seq-mean-token-sum-norm"}, "norm_length=None"),
         ({"norm_length": 5}, "norm_length=5"),
         ({"weight_cap": 1.0}, "weight_cap=1.0"),
@@ -341,7 +341,7 @@ def test_a_bad_objective_is_named(fields, message):
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'alp-sequence'"):
         Objective.preset("alp-sequnce")
-    with pytest.raises(ValueError, match="clip is no field; it needs one of level, geometric, clip_low"):
+    with pytest.raises(ValueError, match="clip is not a field; it needs one of level, geometric, clip_low"):
         Objective.preset("grpo", clip=0.3)
 
 
