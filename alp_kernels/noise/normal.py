@@ -25,7 +25,7 @@ def normal(
 
     Args:
         seed: 64-bit unsigned seed.  step: optimiser step, 32 bits.  layer: stream of one layer, 15 bits.
-        row_ids: (num_rows,) int64 global row identities, 48 bits; without them rows are row_start, row_start + 1, ...
+        row_ids: (num_rows,) int64 global row ids, 48 bits; without them rows are row_start, row_start + 1, ...
         engine: "triton", "native", "reference" or None for the automatic choice.
     """
     stream = Stream(seed, step, layer, row_start, row_ids)

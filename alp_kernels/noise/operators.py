@@ -1,10 +1,10 @@
-"""The perturbation as operators of a compiled graph.
+"""Custom operators for the perturbation in compiled graphs.
 
-Numbers that change from step to step come in small int64 tensors on the CPU, not as Python integers, which a graph would
-be specialised on:
+Values that change from step to step come in small int64 CPU tensors, because torch.compile specialises a graph on Python
+integers:
 
-    at     (5,) of one forward: its listener's number, seed, step, row_start, its own number
-    place  (2,) of one layer: its position in log_sigma, its layer coordinate
+    at     (5,) per forward: listener's number, seed, step, row_start, the forward's number
+    place  (2,) per layer: position in log_sigma, layer coordinate
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NO_LISTENER = 0
 
 
 class Listener(Protocol):
-    """Counts the layers that were perturbed inside a compiled graph."""
+    """Counts the layers that a compiled graph perturbs."""
 
     def note(
         self, number: int, row_start: int, position: int, hidden: Tensor, u: Tensor, sigma: Tensor, engine: Engine
@@ -34,7 +34,7 @@ class Listener(Protocol):
 
 
 listeners: weakref.WeakValueDictionary[int, Listener] = weakref.WeakValueDictionary()
-"""By the number that `at` carries."""
+"""Listeners by their number, the first entry of `at`."""
 
 
 def stream_of(at: Tensor, layer: int, row_ids: Tensor | None) -> Stream:
@@ -72,7 +72,7 @@ _coordinates_operator = Operator(
 
 
 def in_tensors(coordinates: Coordinates) -> AtPlace:
-    """`at` and `place`; of step and row_start as tensors too, whose values a graph knows only when it runs."""
+    """Returns `at` and `place`; step and row_start may be tensors, which are read only when the graph runs."""
     step, row_start = (
         x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.int64, device="cpu")
         for x in (coordinates.step, coordinates.row_start)
@@ -113,7 +113,7 @@ class _PerturbBackward(NamedTuple):
 
 
 class _LogSigmaGradient(NamedTuple):
-    dlog_sigma: Tensor  # (num_sigmas,), zero but for the layer's own: sigma * sum(du * rms * eps)
+    dlog_sigma: Tensor  # (num_sigmas,), zero except at the layer's position: sigma * sum(du * rms * eps)
 
 
 def _num_rows(hidden: Tensor) -> int:
@@ -192,8 +192,8 @@ class NormInputs(NamedTuple):
 
 
 class Normed(NamedTuple):
-    u: Tensor  # like hidden, as y
-    y: Tensor
+    u: Tensor  # like hidden
+    y: Tensor  # like hidden
     sigma: Tensor  # ()
     rstd: Tensor  # (N,)
     rms: Tensor  # (N,) where scale="rms", else (0,)
@@ -219,8 +219,8 @@ class _NormBackward(NamedTuple):
 
 class _NormGradients(NamedTuple):
     dh: Tensor  # like u
-    dweight: Tensor  # (D,), (0,) where it is not needed
-    dlog_sigma: Tensor  # (), (0,) where it is not needed
+    dweight: Tensor  # (D,), or (0,) if not needed
+    dlog_sigma: Tensor  # (), or (0,) if not needed
 
 
 def _norm(x: NormInputs) -> Normed:

@@ -1,6 +1,6 @@
 """u = h + sigma * eps(seed, step, layer, row, channel): the input of one decoder layer, perturbed.
 
-du arrives; dh = du; dlog_sigma = sigma * sum(du * eps).   Derivation: docs/math.md, section 1
+Backward: dh = du; dlog_sigma = sigma * sum(du * eps).   Derivation: docs/math.md, section 1
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Draw(NamedTuple):
     engine: Engine
     stream: Stream
     sigma: Tensor  # ()
-    position: int  # of sigma's logarithm in log_sigma
+    position: int  # index of sigma's logarithm in log_sigma
     scale: str
     rounding: str
 
 
 class Perturb(torch.autograd.Function):
-    """Keeps sigma, the row identities and (scale="rms") one number a row: nothing of the size of `h`."""
+    """Saves sigma, the row ids and, for scale="rms", one number per row, but no tensor of the size of `h`."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, log_sigma: Tensor, draw: Draw) -> Tensor:
@@ -71,21 +71,22 @@ def perturb(
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64; any strides. Its leading axes flatten to N rows.
-        log_sigma: () or (1,) float32 (float64 beside float64), the natural logarithm of sigma; differentiable.
+        log_sigma: () or (1,) float32 (or float64 if hidden is float64), the natural logarithm of sigma; differentiable.
         seed, step, layer: coordinates of the noise (64, 32 and 15 bits). Use one step value per optimiser step. In compiled
-            code give step and row_start as int64 tensors of one element on the CPU, or new numbers compile again.
-        row_ids: (N,) or hidden's leading shape, int64 below 2^48: each row's global identity. With them, packing,
-            padding, batch order and micro-batch split change no bit. Without, rows are row_start, row_start + 1, ...: a second
-            call in the same step (another micro-batch) then needs a row_start past the first's rows, or repeats its noise.
-        scale: "absolute", or "rms": sigma counts in units of each row's root mean square (a constant for the gradient).
-        rounding: "nearest" or "stochastic" (unbiased) for the store to a 16-bit dtype; the sum itself is float32.
+            code pass step and row_start as one-element int64 CPU tensors; new Python ints cause a recompile.
+        row_ids: (N,) or hidden's leading shape, int64 below 2^48: each row's global id. With them, packing, padding,
+            batch order and micro-batch split change no bit. Without them, rows are row_start, row_start + 1, ...; a second
+            call in the same step (another micro-batch) then needs a row_start past the first call's rows, or it repeats
+            their noise.
+        scale: "absolute", or "rms": sigma is in units of each row's root mean square (a constant for the gradient).
+        rounding: "nearest" or "stochastic" (unbiased), applied when the float32 sum is stored in a 16-bit dtype.
         engine: "triton", "native", "reference" or None for the automatic choice.
 
     Returns:
-        u, like `hidden`. Backward makes the noise again: nothing of hidden's size is saved.
+        u, like `hidden`. Backward regenerates the noise, so nothing of hidden's size is saved.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, before any kernel runs. EngineUnavailable: see engine.pick.
+        TypeError, ValueError: an argument does not fit; raised before any kernel runs. EngineUnavailable: see engine.pick.
     """
     check_perturb("perturb", hidden, log_sigma, scale, rounding)
     return _perturb(hidden, log_sigma, Coordinates(seed, step, layer, row_ids, row_start), scale, rounding, engine)
@@ -115,7 +116,7 @@ def check_tensor(where: str, name: str, value: object) -> None:
 
 
 def check_perturb(where: str, hidden: Tensor, log_sigma: Tensor, scale: str, rounding: str) -> None:
-    """Refuse, naming `where`, what `perturb` cannot take."""
+    """Raise if an argument does not fit `perturb`; messages begin with `where`."""
     for name, value in (("hidden", hidden), ("log_sigma", log_sigma)):
         check_tensor(where, name, value)
     if hidden.dtype not in DTYPES:
@@ -130,7 +131,7 @@ def check_perturb(where: str, hidden: Tensor, log_sigma: Tensor, scale: str, rou
     if log_sigma.numel() != 1:
         raise ValueError(f"{where}: log_sigma has shape {tuple(log_sigma.shape)}; it needs () or (1,)")
     if log_sigma.device != hidden.device:
-        raise ValueError(f"{where}: log_sigma is on {log_sigma.device}, hidden on {hidden.device}; they must share one")
+        raise ValueError(f"{where}: log_sigma is on {log_sigma.device}; it needs hidden's device, {hidden.device}")
     if scale not in SCALES:
         raise ValueError(f"{where}: scale={scale!r}; it needs one of {SCALES}")
     if rounding not in ROUNDINGS:

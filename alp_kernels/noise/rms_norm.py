@@ -1,6 +1,6 @@
-"""u = h + sigma * eps and y = RMSNorm(u) in one pass: a decoder layer's perturbed input, and what its attention reads.
+"""u = h + sigma * eps and y = RMSNorm(u) in one pass: a decoder layer's perturbed input and its attention's input.
 
-du, dy arrive; g = dy (offset + weight); x = u rstd;  dh = du + rstd (g - x mean(g x));  dlog_sigma = sigma * sum(dh * eps);
+Backward: g = dy (offset + weight); x = u rstd;  dh = du + rstd (g - x mean(g x));  dlog_sigma = sigma * sum(dh * eps);
 dweight = sum_n dy x.   Derivation: docs/math.md, section 1
 """
 
@@ -21,7 +21,7 @@ from .perturb import Draw, check_perturb, check_tensor
 
 
 class PerturbRMSNorm(torch.autograd.Function):
-    """Saves u, which the residual stream keeps alive anyway, weight, sigma, the row identities and one or two numbers a row."""
+    """Saves u (which the residual stream keeps alive anyway), weight, sigma, the row ids and one or two numbers per row."""
 
     @staticmethod
     def forward(
@@ -68,33 +68,33 @@ def perturb_rms_norm(
     rounding: str = "nearest",
     engine: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`perturb` and the RMSNorm that follows it, in one pass over `hidden`: for decoder layers of your own.
+    """`perturb` and the RMSNorm that follows it, in one pass over `hidden`, for custom decoder layers.
 
     Args:
         hidden, log_sigma, seed, step, layer, row_ids, row_start, scale, rounding, engine: as in `perturb`.
-        weight: (D,) of the norm, float32 or 16 bits (float64 only beside float64); differentiable.
+        weight: (D,) weight of the norm, float32 or a 16-bit dtype (float64 only if hidden is float64); differentiable.
         eps: added to the mean square. offset: added to the weight; 1 for Gemma's (1 + weight).
 
     Returns:
-        (u, y), both like `hidden`: u with `perturb`'s bits, and y = u / sqrt(mean(u^2) + eps) * (offset + weight), computed in
-        float32 from the stored u and rounded once.
+        (u, y), both like `hidden`: u is bitwise equal to `perturb`'s; y = u / sqrt(mean(u^2) + eps) * (offset + weight) is
+        computed in float32 from the stored u and rounded once.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, before any kernel runs. EngineUnavailable: see engine.pick.
+        TypeError, ValueError: an argument does not fit; raised before any kernel runs. EngineUnavailable: see engine.pick.
     """
     where = "perturb_rms_norm"
     check_tensor(where, "weight", weight)
     check_perturb(where, hidden, log_sigma, scale, rounding)
     if weight.dtype not in DTYPES or (weight.dtype == torch.float64) > (hidden.dtype == torch.float64):
         raise TypeError(
-            f"{where}: weight is {weight.dtype}, hidden {hidden.dtype}; it needs float32 or 16 bits, float64 only beside float64"
+            f"{where}: weight is {weight.dtype}; it needs float32, 16 bits, or float64 if hidden ({hidden.dtype}) is float64"
         )
     if weight.shape != hidden.shape[-1:]:
         raise ValueError(
             f"{where}: weight has shape {tuple(weight.shape)}; hidden {tuple(hidden.shape)} needs ({hidden.shape[-1]},)"
         )
     if weight.device != hidden.device:
-        raise ValueError(f"{where}: weight is on {weight.device}, hidden on {hidden.device}; they must share one")
+        raise ValueError(f"{where}: weight is on {weight.device}; it needs hidden's device, {hidden.device}")
     if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
         raise ValueError(f"{where}: eps={eps}; it needs a number >= 0")
     if not abs(offset) < float("inf"):
