@@ -1,4 +1,4 @@
-"""Tensors as the C side reads them: addresses of contiguous memory, in its dtypes."""
+"""Converts tensors to what the C++ code reads: addresses of contiguous memory in its dtypes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def floats(*shape: int) -> Tensor:
-    """Room for results; said in full, since torch's default dtype and device are the caller's to change."""
+    """An uninitialised result; dtype and device are explicit because the caller may have changed torch's defaults."""
     return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 def at(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's data; the C side walks it without strides."""
+    """The address of a tensor's data, which must be contiguous: the C++ code reads no strides."""
     if tensor is None:
         return None
     assert tensor.is_cpu and tensor.is_contiguous(), f"{tensor.device} {tensor.shape} {tensor.stride()}"
@@ -25,7 +25,7 @@ def at(tensor: Tensor | None) -> int | None:
 
 
 def vector(tensor: Tensor | None, dtype: torch.dtype, num_rows: int) -> Tensor | None:
-    """A (num_rows,) argument as the C side reads it."""
+    """A (num_rows,) argument as contiguous `dtype`, for the C++ code."""
     if tensor is None:
         return None
     assert tensor.shape == (num_rows,), f"{tuple(tensor.shape)} for {num_rows} rows"

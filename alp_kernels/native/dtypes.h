@@ -1,5 +1,5 @@
-// float32, bfloat16 and float16 as they lie in memory, one by one and in tiles. By integer arithmetic, or by the
-// CPU's own conversion of float16, which has the same bits: flush-to-zero modes cannot reach float16's subnormals.
+// Loads and stores float32, bfloat16 and float16, one by one and in tiles. Conversions use integer arithmetic, or the
+// CPU's float16 instructions, which give the same bits, so flush-to-zero modes do not affect float16's subnormals.
 #pragma once
 
 #include "functions.h"
@@ -41,7 +41,7 @@ struct BFloat16 {
         return is_finite ? static_cast<uint16_t>((bits + (word & 0xFFFFu)) >> 16) : nearest(x);
     }
 
-    // Neighbours share a 32-bit word, so a tile's even elements and its odd ones need no shuffle to part or meet.
+    // Neighbours share a 32-bit word, so splitting a tile into even and odd elements and joining them needs no shuffle.
     static constexpr Order ORDER = IN_PAIRS;
     static void load_tile(const uint16_t* from, F32 x[V]) {
         for (int v = 0; v < V; v += 2) {
@@ -98,11 +98,11 @@ struct Float16 {
     static uint16_t nearest(float x) {
         const uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu, sign = (bits >> 16) & 0x8000u;
         const uint32_t normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-        // below 2^-14 the grid is even: adding 1/2 leaves the multiple of 2^-24 in the low mantissa bits
+        // below 2^-14 float16 is evenly spaced: adding 1/2 leaves the multiple of 2^-24 in the low mantissa bits
         const uint32_t even = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
         uint32_t half = magnitude < 0x38800000u ? even : normal;
         half = magnitude >= 0x477FF000u ? 0x7C00u : half;
-        half = magnitude > 0x7F800000u ? 0x7E00u | ((magnitude >> 13) & 0x3FFu) : half;  // as CPUs do
+        half = magnitude > 0x7F800000u ? 0x7E00u | ((magnitude >> 13) & 0x3FFu) : half;  // NaN's payload stays, as on CPUs
         return static_cast<uint16_t>(half | sign);
     }
     static uint16_t stochastic(float x, uint32_t word) {

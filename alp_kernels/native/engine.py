@@ -1,8 +1,8 @@
 """The functions of reference.py in C++ for CPU tensors, on as many threads as PyTorch uses.
 
-float32, bfloat16 and float16 run here. float64 exists for gradient checks: such tensors go to reference.py.
-One row is one thread's work and every sum has a fixed order, so no bit depends on threads, rows or instruction set
-(but the sign of a NaN).
+float32, bfloat16 and float16 run in C++. float64, which serves gradient checks, runs in reference.py.
+One thread computes a row and every sum has a fixed order, so no bit depends on threads, rows or instruction set
+(except the sign of a NaN).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def random_words(num_rows: int, num_channels: int, stream: Stream, device: torch
 
 
 def normals_of(radius_words: Tensor, angle_words: Tensor) -> tuple[Tensor, Tensor]:
-    """The two normals of each pair of words, (n,) int64 holding uint32: for tests of the extremes."""
+    """The two normals of each pair of words, (n,) int64 holding uint32; for tests of extreme words."""
     radius, angle = radius_words.to(torch.uint32), angle_words.to(torch.uint32)
     cosine, sine = floats(len(radius)), floats(len(radius))
     c.library.alp_normals(at(radius), at(angle), at(cosine), at(sine), len(radius))
@@ -118,7 +118,7 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
 
 
 def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
-    """dsigma = sum(du * rms * eps), () float32: float64 sums, rows in order."""
+    """dsigma = sum(du * rms * eps), () float32, summed over rows in order, in float64."""
     if du.dtype == torch.float64:
         return reference.perturb_bwd(du, stream, rms)
     num_rows, num_channels = _sizes(du)
@@ -131,7 +131,7 @@ def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
 
 
 def measure(h: Tensor, u: Tensor, num_rows: int) -> Tensor:
-    """(num_rows, 3) float32, sums over each row: (u - h)^2, the elements that differ, h^2."""
+    """(num_rows, 3) float32, sums over each row: (u - h)^2, the number of elements that differ, h^2."""
     if h.dtype == torch.float64:
         return reference.measure(h, u, num_rows)
     sums = floats(num_rows, 3)
@@ -150,7 +150,7 @@ def _norm_scale(norm: Norm, num_channels: int) -> Tensor:
 def perturb_rms_norm_fwd(
     h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """u as perturb_fwd stores it, y its norm (N, D), rstd (N,) and rms (N,) or None: see the reference."""
+    """u as perturb_fwd stores it, y = RMSNorm(u) (N, D), rstd (N,) and rms (N,) or None: see the reference."""
     if h.dtype == torch.float64:
         return reference.perturb_rms_norm_fwd(h, sigma, stream, scale, rounding, norm)
     num_rows, num_channels = h.shape
@@ -176,7 +176,7 @@ def perturb_rms_norm_bwd(
     needs_dsigma: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dh (N, D), dsigma () float32, dweight (D,) like the weight: float32 sums over fixed blocks of rows, then float64."""
+    """dh (N, D), dsigma () float32, dweight (D,) like the weight: float32 sums within fixed blocks of rows, then float64."""
     if du.dtype == torch.float64:
         return reference.perturb_rms_norm_bwd(du, dy, u, rstd, rms, stream, norm, needs_dsigma, needs_dweight)
     num_rows, num_channels = du.shape

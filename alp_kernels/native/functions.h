@@ -1,5 +1,5 @@
-// Elementary functions in float32 from additions, multiplications and bit operations alone: every operation is rounded
-// as IEEE says and none is fused (-ffp-contract=off), so any vector width, and any CPU, gives the same bits.
+// Elementary functions in float32, built only from IEEE arithmetic and bit operations: every operation follows IEEE
+// rounding and none is fused (-ffp-contract=off), so every vector width and every CPU gives the same bits.
 // Polynomials: Remez fits in 40 digits, rounded to float32; "fit" is the largest error of the rounded polynomial.
 #pragma once
 
@@ -10,9 +10,9 @@ namespace {
 inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
-constexpr float EXP_FLOOR = -88.0f;  // exp_of is 0 here: callers clamp to it, in the form that lets NaN pass
+constexpr float EXP_FLOOR = -88.0f;  // exp_of is 0 here; callers clamp to it with a comparison that lets NaN pass
 
-// exp(x) for x in [-88, 88] or NaN; below -87.33, where float32 has only subnormals left, 0.
+// exp(x) for x in [-88, 88] or NaN; 0 below -87.33, where the result is subnormal.
 inline float exp_of(float x) {
     const float shifted = x * 0x1.715476p+0f + 0x1.8p+23f;  // the integer nearest x / ln 2, in the low mantissa bits
     const float n = shifted - 0x1.8p+23f;

@@ -1,4 +1,4 @@
-"""The loss head's rows in C++: whole ones, and tiles of the vocabulary, which the cache holds between product and use."""
+"""The loss head in C++: for whole rows, and for vocabulary tiles, which stay in cache after their matrix product."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from . import library as c
 from .arguments import DTYPES, at, floats, row_ids_of, scalar, stream_argument, vector
 
 WIDTH = 4096
-"""Tokens of a tile."""
+"""Tokens per tile."""
 
 
 class _HeadArguments:
-    """Logits x (n, width), a tile from token `start` on, as the C side reads them; holds what the addresses point to."""
+    """The C++ arguments for logits x (n, width) from token `start` on; keeps the tensors behind the addresses alive."""
 
     def __init__(
         self, x: Tensor, targets: Tensor, transform: LogitTransform, start: int = 0, vocabulary: int | None = None
@@ -42,7 +42,7 @@ class _HeadArguments:
 
 
 def head_fwd(x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
-    """Log-probability, entropy and log-sum-exp of each row of logits x (n, V), all (n,) float32; x is left as it is."""
+    """Log-probability, entropy and log-sum-exp of each row of logits x (n, V), all (n,) float32; x is unchanged."""
     if x.dtype == torch.float64:
         return reference.head_fwd(x, targets, transform)
     rows = HeadTiles(len(x))
@@ -53,7 +53,7 @@ def head_fwd(x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
 def head_bwd(
     x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
 ) -> Tensor | None:
-    """Replace logits x (n, V) by their gradient, in place; returns dsigma () float32 where there is noise on them."""
+    """Overwrite logits x (n, V) with their gradient; returns dsigma () float32 if the logits have noise, else None."""
     if x.dtype == torch.float64:
         return reference.head_bwd(x, targets, transform, rows, dlogp, dentropy)
     dsigma = _head_bwd(_HeadArguments(x, targets, transform), x, rows, dlogp, dentropy, None, x)
@@ -78,7 +78,7 @@ def _head_bwd(
 
 
 class HeadTiles:
-    """head_fwd of n rows whose logits come a tile of the vocabulary after the other; `out` is whole after the last."""
+    """head_fwd of n rows for logits that arrive one vocabulary tile at a time; `out` is complete after the last tile."""
 
     def __init__(self, num_rows: int) -> None:
         self.out = HeadRows(floats(num_rows), floats(num_rows), floats(num_rows))
@@ -87,9 +87,9 @@ class HeadTiles:
     def add(
         self, x: Tensor, start: int, vocabulary: int, targets: Tensor, transform: LogitTransform, base: Tensor | None
     ) -> None:
-        """Take up x (n, width), the logits of tokens start, start + 1, ...; noise on them needs whole rows.
+        """Add the tile x (n, width), the logits of tokens start, start + 1, ...; noise on the logits needs whole rows.
 
-        base: None, or (n,) float32 to be written; x is then replaced by e^(z - base), and by 0 at the target.
+        base: None, or an (n,) float32 output; x is then overwritten with e^(z - base), and with 0 at the target.
         """
         assert transform.sigma is None or (x.shape[1] == vocabulary and base is None)
         args = _HeadArguments(x, targets, transform, start, vocabulary)
@@ -115,6 +115,6 @@ def head_bwd_tile(
     wanted: Tensor,
     dx: Tensor,
 ) -> None:
-    """dx (m, width): the gradient of rows `wanted` (m,) int64 of the tile x (n, width) of logits from token `start` on."""
+    """Write to dx (m, width) the gradient of rows `wanted` (m,) int64 of the logit tile x (n, width) from `start` on."""
     assert transform.sigma is None
     _head_bwd(_HeadArguments(x, targets, transform, start, vocabulary), x, rows, dlogp, dentropy, wanted, dx)

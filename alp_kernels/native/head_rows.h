@@ -1,4 +1,4 @@
-// Log-probability, entropy and log-sum-exp of rows of logits, and their gradient: a row at once, or tile after tile.
+// Log-probability, entropy and log-sum-exp of rows of logits, and their gradient, for whole rows or tile by tile.
 #pragma once
 
 #include <math.h>
@@ -7,8 +7,8 @@
 
 namespace {
 
-// How a row's tile is cut into blocks of four pieces. Noise fixes the pieces: a quarter of the vocabulary apart, which
-// share a Philox call. Without noise the four lie one after the other.
+// How a row's tile is split into blocks of four pieces. With noise the pieces are a quarter of the vocabulary apart,
+// because those logits share a Philox call. Without noise the four pieces are adjacent.
 struct Walk {
     int64_t width, quarter;
     bool noisy;
@@ -16,19 +16,19 @@ struct Walk {
     explicit Walk(const Head& a) : width(a.width), quarter(quarter_of(a.width)), noisy(a.sigma != nullptr) {}
 
     int64_t at(int j, int64_t q0) const { return noisy ? j * quarter + q0 : 4 * q0 + j * BLOCK; }
-    int count(int64_t q0) const {  // of each piece, with padding
+    int count(int64_t q0) const {  // elements per piece, with padding
         if (noisy) return block_size(q0, quarter);
         const int64_t left = width - 4 * q0;
         return left >= BLOCK ? BLOCK : static_cast<int>((left + LANES - 1) / LANES) * LANES;
     }
-    int size(int j, int64_t q0, int count) const {  // of piece j, without padding
+    int size(int j, int64_t q0, int count) const {  // elements of piece j, without padding
         if (noisy) return stream_size(j, q0, count, quarter, width);
         const int64_t left = width - at(j, q0);
         return static_cast<int>(left < 0 ? 0 : left < BLOCK ? left : BLOCK);
     }
 };
 
-// Where a tile holds the row's target: in piece j of the block at q0, element i; q0 is -1 where it does not.
+// Where a tile holds the row's target: element i of piece j of the block at q0. q0 is -1 if it does not hold it.
 struct Target {
     int64_t q0 = -1;
     int j = 0, i = 0;
@@ -43,7 +43,7 @@ struct Target {
     }
 };
 
-// z of a block of logits, and what its gradient needs; elements past the row's end are -inf.
+// z of a block of logits, and the values its gradient needs; elements past the row's end are -inf.
 struct HeadBlock {
     alignas(64) float z[4][BLOCK];
     alignas(64) float tanh[4][BLOCK];
@@ -80,14 +80,14 @@ inline void load_head(
 #pragma omp simd
             for (int i = 0; i < count; ++i) z[i] /= temperature;
         }
-        for (int i = size; i < count; ++i) z[i] = -INFINITY;  // again: a cap makes it finite
+        for (int i = size; i < count; ++i) z[i] = -INFINITY;  // again, because a softcap makes it finite
     }
 }
 
 inline float larger(float a, float b) { return a > b ? a : b; }
 
-// Largest z of a block; NaN may be passed over here and comes back through the sums. Elementwise first: compilers
-// vectorise no reduction by maximum unless they may ignore NaN.
+// Largest z of a block. It may skip NaN, which still reaches the sums. The maximum is elementwise first, because
+// compilers vectorise a max reduction only if they may ignore NaN.
 inline float block_max(const HeadBlock& block, int count) {
     alignas(64) float top[BLOCK];
 #pragma omp simd
@@ -103,7 +103,7 @@ inline float block_max(const HeadBlock& block, int count) {
     return max;
 }
 
-// Finds the block's element z and takes it out of the sums to come; only called when a row's maximum rises, a few times a row.
+// Finds the block's element z and excludes it from later sums. Called only when a row's maximum rises, a few times a row.
 inline void take_out(HeadBlock& block, int count, float z, int* at_j, int* at_i) {
     for (int j = 0; j < 4; ++j) {
         for (int i = 0; i < count; ++i) {
@@ -117,15 +117,15 @@ inline void take_out(HeadBlock& block, int count, float z, int* at_j, int* at_i)
     }
 }
 
-// Brings exponentials relative to one largest z to another.
+// Rescales stored exponentials after the largest z has changed.
 template <class T>
 inline void rescale(typename T::Storage* x, int64_t size, float factor) {
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) x[i] = T::nearest(T::load(x[i]) * factor);
 }
 
-// One pass: sums are kept relative to the largest z so far, and rescaled when a larger one comes. The largest term is 1
-// and stays out of them, so the logarithm of a near-certain row keeps its digits; the target's is added at the end.
+// One pass: sums are relative to the largest z so far, and rescaled when a larger one appears. They exclude the largest
+// term, which is 1, so log1p of a near-certain row keeps its precision. The target's term is added at the end.
 template <class T>
 void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64_t n) {
     const Walk walk(a);
@@ -151,7 +151,7 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
         const bool has_target = q0 == target.q0;
         if (has_target) target_z = block.z[target.j][target.i];
         const float max = block_max(block, count);
-        int top_j = -1, top_i = 0;  // of a new largest element
+        int top_j = -1, top_i = 0;  // position of a new largest element
         if (max > top) {
             if (top > -INFINITY) {
                 const double shift = static_cast<double>(top) - static_cast<double>(max), factor = ::exp(shift);
@@ -160,7 +160,7 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
                     weighted.lane[l] = (weighted.lane[l] + others.lane[l] * shift) * factor;
                     others.lane[l] *= factor;
                 }
-                if (!target_is_top) {  // the term that stayed out until now
+                if (!target_is_top) {  // adds the previous largest term, which the sums excluded
                     others.lane[0] += factor;
                     weighted.lane[0] += factor * shift;
                 }
@@ -202,7 +202,7 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
     }
     const double t = static_cast<double>(target_z) - static_cast<double>(top), target_exp = ::exp(t);
     double rest = others.total() + (target_is_top ? 0.0 : target_exp);
-    if (__builtin_isinf(top)) rest = NAN;  // infinite logits have no distribution
+    if (__builtin_isinf(top)) rest = NAN;  // infinite logits define no distribution
     const double log_total = ::log1p(rest);
     const double mean = (weighted.total() + (target_exp > 0 ? target_exp * t : 0.0)) / (1 + rest);
     out.logp[n] = static_cast<float>(t - log_total);
@@ -210,7 +210,7 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
     out.lse[n] = static_cast<float>(static_cast<double>(top) + log_total);
 }
 
-// dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H); the target's 1 - p comes from expm1, uncancelled.
+// dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H); the target's 1 - p comes from expm1, without cancellation.
 template <class T>
 double head_bwd_row(const Stream& stream, const Head& a, const HeadBwd& rows, int64_t m) {
     const int64_t n = rows.rows ? rows.rows[m] : m;
@@ -247,7 +247,7 @@ double head_bwd_row(const Stream& stream, const Head& a, const HeadBwd& rows, in
                 }
             }
             if (q0 == target.q0 && j == target.j) {
-                const float log_p = rows.logp[n];  // with the digits that z - lse has lost
+                const float log_p = rows.logp[n];  // more precise than z - lse
                 const float clamped = log_p < EXP_FLOOR ? EXP_FLOOR : log_p;
                 dz[target.i] = certain - (rows.dentropy ? dentropy * (exp_of(clamped) * (clamped + entropy)) : 0.0f);
             }

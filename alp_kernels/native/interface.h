@@ -1,18 +1,18 @@
-// What the three builds of rows.cpp offer to native.cpp, and the structures that engine.py fills through ctypes.
-// Plain C types only: rows.cpp is compiled for machines that may not be this one, so no inline library code may leak
-// from it into the others (the linker would keep one copy, perhaps the AVX-512 one).
+// The functions that each of the three builds of rows.cpp gives native.cpp, and the structures that Python fills.
+// Plain C types only: builds of rows.cpp use instructions that this CPU may lack, and the linker keeps one copy of each
+// inline library function, perhaps the AVX-512 one.
 #pragma once
 
 #include <stdint.h>
 
 namespace alp {
 
-// Raised with every change to a structure or a signature below; engine.py refuses a library with another number.
+// Increase it with every change to a structure or signature below; library.py refuses a library with another number.
 constexpr int32_t INTERFACE = 6;
 
 constexpr uint32_t ROUNDING_BIT = 0x8000;  // set in the layer for the bits of stochastic rounding
 
-// Coordinates of noise; stream.py explains them. Row n is row_ids[n], or row_start + n without row_ids.
+// Noise coordinates, explained in stream.py. Row n is row_ids[n], or row_start + n without row_ids.
 struct Stream {
     uint64_t seed;
     int64_t row_start;
@@ -27,7 +27,7 @@ struct PerturbFwd {  // u = h + sigma * rms * eps
     const float* sigma;
     float* rms;  // (N,) or null: 1
     int64_t D;
-    int32_t stochastic;  // store with random bits of the stream whose layer has ROUNDING_BIT set
+    int32_t stochastic;  // round with random bits of the same stream with ROUNDING_BIT set in layer
 };
 
 struct PerturbBwd {  // dsigma = sum(du * rms * eps)
@@ -36,7 +36,7 @@ struct PerturbBwd {  // dsigma = sum(du * rms * eps)
     int64_t D;
 };
 
-struct Measure {  // what became of the noise
+struct Measure {  // how the noise changed h
     const void* h;  // (N, D)
     const void* u;  // (N, D)
     float* sums;    // (N, 3): (u - h)^2, elements that differ, h^2
@@ -76,28 +76,28 @@ struct Head {  // z = (cap(scale x) + sigma eps) / temperature
     float softcap;  // 0: none
 };
 
-constexpr int CARRY = 5;  // numbers that a row hands on from one tile of its logits to the next
+constexpr int CARRY = 5;  // numbers that a row passes from one tile of logits to the next
 
 struct HeadFwd {  // (n,), written with the row's last tile
     float* logp;
     float* entropy;
     float* lse;
-    double* carry;  // (n, CARRY), null where rows are whole
-    float* base;    // (n,) or null; where given, x becomes e^(z - base), and 0 at the target. Not with noise
+    double* carry;  // (n, CARRY), null if rows are whole
+    float* base;    // (n,) or null; if given, x becomes e^(z - base), and 0 at the target. Not with noise
 };
 
 struct HeadBwd {
-    const float* logp;  // this and the next four (n,)
+    const float* logp;  // (n,), like the next four
     const float* entropy;
     const float* lse;
     const float* dlogp;
     const float* dentropy;  // or null
-    const int64_t* rows;    // (m,) the rows wanted, null: all n
-    void* dx;               // (m, width), may be Head::x where rows is null
+    const int64_t* rows;    // (m,) rows to compute; null: all n
+    void* dx;               // (m, width), may be Head::x if rows is null
 };
 
-// One build, its arrays indexed by dtype: 0 float32, 1 bfloat16, 2 float16. A function does one row, or rows begin to end
-// (philox and normals: a list), so threads and dispatch live in native.cpp alone.
+// One build; its arrays are indexed by dtype: 0 float32, 1 bfloat16, 2 float16. A function computes one row, or rows begin
+// to end (philox and normals: a list). Only native.cpp deals with threads and dispatch.
 struct Rows {
     void (*philox)(const int64_t* counter, int64_t* out, int64_t count, uint64_t key);  // both (4, count)
     void (*normals)(const uint32_t* radius, const uint32_t* angle, float* cosine, float* sine, int64_t count);

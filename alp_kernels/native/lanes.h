@@ -1,5 +1,5 @@
-// The widest vectors of one build, and the few operations on them that GCC's vector extensions do not spell. Each
-// operation here and in the files above rounds as IEEE says, whatever the width: all builds give the same bits.
+// The widest vectors of one build, and the few operations on them that GCC's vector extensions lack. Every operation here
+// and in the files that include this one follows IEEE rounding at every width, so all builds give the same bits.
 #pragma once
 
 #include <stdint.h>
@@ -21,7 +21,7 @@ constexpr int W = 4;
 using F32 = float __attribute__((vector_size(4 * W)));
 using U32 = uint32_t __attribute__((vector_size(4 * W)));
 using I32 = int32_t __attribute__((vector_size(4 * W)));
-// A 32-bit word in the low half of each 64-bit lane, the high half garbage: products need no shuffles.
+// Each 64-bit lane holds a 32-bit word in its low half and garbage in its high half, so products need no shuffles.
 using Wide = uint64_t __attribute__((vector_size(4 * W)));
 
 template <class Vector>
@@ -36,15 +36,15 @@ inline void put(Vector x, void* to) {
     __builtin_memcpy(to, &x, sizeof x);
 }
 
-// a b + c, rounded once, for results that are normal numbers. Contraction is off: compilers fuse nothing but this.
+// a b + c, rounded once, for results that are normal numbers. Contraction is off, so compilers fuse nothing else.
 inline F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
     return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
     return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__SSE2__)
-    // No such instruction. The product is exact in float64, so only the sum's rounding comes before that to float32,
-    // and matters only where it may have made a tie: such lanes, one in 2^29, go to the library.
+    // No fma instruction. The product is exact in float64; the sum rounds to float64, then to float32. The first rounding
+    // matters only if it may have made a tie: such lanes, one in 2^29, call the library.
     const auto sum = [](__m128 x, __m128 y, __m128 z) {
         return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x), _mm_cvtps_pd(y)), _mm_cvtps_pd(z));
     };
@@ -118,7 +118,7 @@ inline Vector exclusive_or(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// Words 2 i from a's low halves, 2 i + 1 from b's (in memory order: little-endian).
+// Word 2 i comes from a's low halves, word 2 i + 1 from b's (in memory order: little-endian).
 inline U32 interleave_low(Wide a, Wide b) {
 #if defined(__AVX512F__)
     return (U32)_mm512_mask_moveldup_ps((__m512)a, 0xAAAA, (__m512)b);
@@ -129,7 +129,7 @@ inline U32 interleave_low(Wide a, Wide b) {
 #endif
 }
 
-// The same of their high halves.
+// Like interleave_low, for the high halves.
 inline U32 interleave_high(Wide a, Wide b) {
 #if defined(__AVX512F__)
     return (U32)_mm512_mask_movehdup_ps((__m512)b, 0x5555, (__m512)a);
@@ -142,7 +142,7 @@ inline U32 interleave_high(Wide a, Wide b) {
 
 // ------------------------------------------------------------------ pairs
 
-// Of 2 W floats in memory order, the even ones and the odd ones.
+// Splits 2 W floats in memory order into even and odd ones.
 inline void part_pairs(F32 first, F32 last, F32* even, F32* odd) {
 #if defined(__AVX512F__)
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

@@ -1,6 +1,6 @@
-"""The shared library `_native.so` through ctypes: its structures (interface.h), its functions' types, and its loading.
+"""Loads the shared library `_native.so` through ctypes and declares its structures (interface.h) and function types.
 
-Importing this module raises ImportError or OSError, with the reason in words, where the library cannot serve.
+Importing this module raises ImportError or OSError with the reason if the library cannot be used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_ui
 from pathlib import Path
 
 INTERFACE = 6
-"""Must equal INTERFACE in interface.h: a library built from other sources would read other structures."""
+"""Must equal INTERFACE in interface.h: a library built from other sources may have other structures."""
 
 CARRY = 5  # as in interface.h
 
@@ -128,7 +128,7 @@ def _load() -> ctypes.CDLL:
         )
     library = ctypes.CDLL(str(path))
     if library.alp_interface() != INTERFACE:
-        raise ImportError("the native library was built from other sources than these; build or install it again")
+        raise ImportError("the native library was built from other sources; build or install it again")
     for function, (result, arguments) in _FUNCTIONS.items():
         getattr(library, function).restype = result
         getattr(library, function).argtypes = arguments
@@ -139,7 +139,7 @@ def choose_isa(library: ctypes.CDLL) -> str:
     """Use the instruction set that ALP_KERNELS_ISA names, or this CPU's best; returns its name."""
     asked = os.environ.get(ISA_VARIABLE, "")
     if asked and asked not in ISAS:
-        raise ImportError(f"{ISA_VARIABLE}={asked!r}; it needs one of {', '.join(ISAS)}, or none to choose")
+        raise ImportError(f"{ISA_VARIABLE}={asked!r}; it needs one of {', '.join(ISAS)}, or none for this CPU's best")
     chosen = library.alp_choose_isa(asked.encode())
     if chosen is None:
         best = library.alp_choose_isa(b"").decode()

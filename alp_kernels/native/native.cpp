@@ -1,4 +1,4 @@
-// The C interface that engine.py calls: which build of the rows serves this CPU, and threads over rows.
+// The C interface that Python calls: it chooses the build of rows.cpp for this CPU and runs threads over rows.
 #include <string.h>
 
 #include <vector>
@@ -22,7 +22,7 @@ struct Isa {
 constexpr int NUM_ISAS = 3;
 
 #ifdef ALP_X86
-bool has_f16c() {  // which older compilers' __builtin_cpu_supports does not know
+bool has_f16c() {  // older compilers' __builtin_cpu_supports does not know it
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
@@ -46,10 +46,10 @@ const Isa* isas() {
 
 const Isa* chosen = nullptr;  // set once by alp_choose_isa, while Python imports the engine
 
-// Below about 20 us of work, waking threads costs more.
+// Below about 20 us of work, waking threads costs more than it saves.
 bool is_short(int64_t num_rows, int64_t columns) { return num_rows * columns < 1 << 14; }
 
-// f(n) for every row; which thread does a row never matters to its bits.
+// Calls f(n) for every row. A row's bits do not depend on the thread that computes it.
 template <class F>
 void each_row(int64_t num_rows, int64_t columns, int32_t threads, F f) {
     if (threads == 1 || is_short(num_rows, columns)) {
@@ -60,8 +60,8 @@ void each_row(int64_t num_rows, int64_t columns, int32_t threads, F f) {
     for (int64_t n = 0; n < num_rows; ++n) f(n);
 }
 
-// f(begin, end) for rows that make up 0 to num_rows: a few times as many parts as threads, so that a thread which the
-// machine holds up leaves work to the others.
+// Calls f(begin, end) on parts of rows 0 to num_rows. There are up to 8 parts per thread, so that the other threads take
+// over the work of a slow one.
 template <class F>
 void each_part(int64_t num_rows, int64_t columns, int32_t threads, F f) {
     if (threads == 1 || is_short(num_rows, columns)) return f(0, num_rows);
@@ -92,7 +92,7 @@ extern "C" {
 
 int32_t alp_interface() { return INTERFACE; }
 
-// Chooses the build called `name`, or this CPU's best where name is empty. Returns its name, null where it cannot run.
+// Chooses the build called `name`, or this CPU's best if name is empty. Returns its name, or null if it cannot run.
 const char* alp_choose_isa(const char* name) {
     for (int i = 0; i < NUM_ISAS; ++i) {
         const Isa& isa = isas()[i];
@@ -148,7 +148,7 @@ void alp_perturb_rms_norm_bwd(
     const Stream* stream, const PerturbRmsNormBwd* args, int64_t N, int32_t dtype, int32_t threads) {
     const auto rows = chosen->rows->perturb_rms_norm_bwd[dtype];
     const int64_t D = args->D;
-    // dweight's order of summation: blocks of rows, whose size knows nothing of threads
+    // dweight is summed over blocks of rows, whose size does not depend on threads
     const int64_t block = N <= 16 * 256 ? 16 : (N + 255) / 256, blocks = (N + block - 1) / block;
     std::vector<double> shares(static_cast<size_t>(args->dsigma ? N : 0));
     std::vector<float> sums(static_cast<size_t>(args->dweight ? blocks * D : 0));
@@ -171,7 +171,7 @@ void alp_head_fwd(const Stream* stream, const Head* head, const HeadFwd* out, in
     each_row(N, head->width, threads, [&](int64_t n) { row(*stream, *head, *out, n); });
 }
 
-// N: the rows wanted.
+// N: number of rows to compute.
 float alp_head_bwd(
     const Stream* stream, const Head* head, const HeadBwd* rows, int64_t N, int32_t dtype, int32_t threads) {
     const auto row = chosen->rows->head_bwd[dtype];

@@ -1,5 +1,5 @@
-// Philox words and normals of a tile of channel groups, and arrays of them. Word j of group q serves channel j * Q + q
-// (see stream.py).
+// Philox words and normals for a tile of channel groups, in registers and in arrays. Word j of group q serves channel
+// j * Q + q (see stream.py).
 #pragma once
 
 #include "interface.h"
@@ -9,20 +9,20 @@ namespace {
 
 using namespace alp;
 
-constexpr int TILE = 32;      // groups, on every CPU
-constexpr int V = TILE / W;   // vectors of a tile
-constexpr int BLOCK = 128;    // groups at a time where their words or normals go through memory: they stay in L1
+constexpr int TILE = 32;      // groups per tile, on every CPU
+constexpr int V = TILE / W;   // vectors per tile
+constexpr int BLOCK = 128;    // groups per block where words or normals go through memory: a block stays in L1
 constexpr int LANES = 16;     // blocks are padded to this many groups, on every CPU
 
 inline int64_t quarter_of(int64_t channels) { return (channels + 3) / 4; }
 
-// Groups of the block at q0, rounded up to LANES; those past Q are computed and dropped.
+// Groups in the block at q0, rounded up to LANES; groups past Q are computed and dropped.
 inline int block_size(int64_t q0, int64_t quarter) {
     const int64_t left = quarter - q0;
     return left >= BLOCK ? BLOCK : static_cast<int>((left + LANES - 1) / LANES) * LANES;
 }
 
-// How many of stream j's groups among the `count` at q0 are channels of the row.
+// How many of the `count` groups at q0 have a channel of the row in stream j.
 inline int stream_size(int j, int64_t q0, int count, int64_t quarter, int64_t channels) {
     const int64_t groups = quarter - q0 < count ? quarter - q0 : count;
     const int64_t left = channels - (j * quarter + q0);
@@ -33,10 +33,10 @@ inline int stream_size(int j, int64_t q0, int count, int64_t quarter, int64_t ch
 
 constexpr uint32_t M0 = 0xD2511F53u, M1 = 0xCD9E8D57u;
 
-// Philox's ten round keys, spread over the lanes once a row rather than once a round.
+// Philox's ten round keys, broadcast to all lanes once instead of in every round.
 struct Keys {
     Wide k0[10], k1[10];
-    U32 last_k0, last_k1;  // the last round's in both halves, for words that are put together already
+    U32 last_k0, last_k1;  // the last round's keys in both halves, for words that are interleaved already
 
     explicit Keys(uint64_t key) {
         for (uint32_t round = 0; round < 10; ++round) {
@@ -56,8 +56,8 @@ inline void philox_round(Wide c[4], const Keys& keys, int round) {
     c[3] = p0;
 }
 
-// A stream's keys, and a row's share of the counter as far as it runs through the rounds ahead of a group's: of the
-// counter's four words only the first differs within a row, so half of the first two rounds is the row's.
+// A stream's keys, and the part of Philox's first rounds that depends only on the row. Only the first of the counter's
+// four words differs within a row, so half of the first two rounds is computed once per row.
 struct RowStream {
     Keys keys;
     Wide round1, round2_0, round2_2, round3;
@@ -78,15 +78,15 @@ struct RowStream {
     }
 };
 
-// Which element of a tile is lane `lane` of its vector v.
+// The order of a tile's elements in its vectors; element_of returns the element in lane `lane` of vector v.
 enum Order { IN_ORDER, IN_PAIRS };
 
 constexpr int element_of(Order order, int v, int lane) {
-    return order == IN_ORDER ? v * W + lane : v / 2 * 2 * W + 2 * lane + v % 2;  // pairs: even ones, then odd ones
+    return order == IN_ORDER ? v * W + lane : v / 2 * 2 * W + 2 * lane + v % 2;  // pairs: even elements, then odd ones
 }
 
-// The groups of a tile. Lane i of counter[v][p] is lane 2 i + p of vector v, and holds its group times M0: the first
-// product of the first round, which additions keep.
+// The groups of a tile. Lane i of counter[v][p] belongs to lane 2 i + p of vector v. It holds its group times M0, the
+// first product of the first round; the next tile's products follow by addition.
 struct Counters {
     Wide counter[V][2];
 
@@ -106,7 +106,7 @@ struct Counters {
     }
 };
 
-// Vectors whose chains of operations run side by side: as many as registers hold.
+// Vectors computed side by side to hide latency: as many as registers hold.
 constexpr int ABREAST = W == 16 ? 2 : 1;
 
 // The four words of ABREAST vectors of groups.

@@ -1,7 +1,7 @@
-// Two normals from two random words (Box and Muller 1958); stream.py has the definition. N vectors go abreast, since each
-// waits several cycles for every step.
+// Two normals from two random words (Box and Muller 1958); stream.py has the definition. N vectors are computed side by
+// side, because every step has a latency of several cycles.
 // Polynomials: minimax fits in 25 digits, rounded to float32 from the lowest order up; "fit" is the largest error of the
-// rounded polynomial. Every step is rounded as IEEE says, a fused one once.
+// rounded polynomial. Every step follows IEEE rounding; a fused one rounds once.
 #pragma once
 
 #include "lanes.h"
@@ -35,12 +35,12 @@ ALP_INLINE inline void radius_of(const U32 word[N], F32 radius[N]) {
     step<N>(q, g, 0x1.5528fap-4f);
     step<N>(q, g, 0x1.0002e2p-2f);
     for (int n = 0; n < N; ++n) {
-        const F32 rest = fma(float_of_int(exponent[n]), F32{} - 0x1.62e430p-23f, g[n]);  // float32's 2 ln 2 is 3e-9 off
+        const F32 rest = fma(float_of_int(exponent[n]), F32{} - 0x1.62e430p-23f, g[n]);  // 2 ln 2 in float32 is 4e-9 off
         radius[n] = square_root(fma(g[n] * g[n], q[n], rest));
     }
 }
 
-// Cosine and sine of 2 pi word / 2^32, but for the sign they share.
+// Cosine and sine of 2 pi word / 2^32, without the sign they share.
 template <int N>
 ALP_INLINE inline void cos_sin_of(const U32 word[N], F32 cosine[N], F32 sine[N]) {
     F32 t[N], s[N];

@@ -43,7 +43,7 @@ ALP_INLINE inline void perturb_tile(
     }
 }
 
-// What a thread needs to perturb rows, made once for all of them.
+// A thread's state for perturbing rows, set up once for all of them.
 template <class T, bool stochastic>
 struct Perturber {
     using Storage = typename T::Storage;
@@ -74,7 +74,7 @@ struct Perturber {
     }
 };
 
-// f(n, u's row n) after each row of u is stored.
+// Calls f(n, row n of u) after each row of u is stored.
 template <class T, bool stochastic, class F>
 ALP_INLINE inline void perturb_rows(const Stream& stream, const PerturbFwd& a, int64_t begin, int64_t end, F f) {
     Perturber<T, stochastic> perturber(stream, a.D);
@@ -112,7 +112,7 @@ ALP_INLINE inline void dsigma_tile(
     }
 }
 
-// sum_d x_d eps_d of row n, for x in T.
+// sum_d x_d eps_d of row n, for x of dtype T.
 template <class T>
 struct NoiseProduct {
     using Storage = typename T::Storage;
@@ -143,7 +143,7 @@ struct NoiseProduct {
     }
 };
 
-// Each row's share of dsigma.
+// Writes each row's share of dsigma.
 template <class T>
 void perturb_bwd_rows(const Stream& stream, const PerturbBwd& a, double* shares, int64_t begin, int64_t end) {
     NoiseProduct<T> product(stream, a.D);

@@ -1,5 +1,5 @@
-// perturb with the RMSNorm that follows: u as perturb stores it, y = u * rstd * scale, rstd = 1 / sqrt(mean_d u^2 + eps).
-// A row's u stays in cache between its passes.
+// perturb and the RMSNorm after it: u as perturb stores it, y = u * rstd * scale, rstd = 1 / sqrt(mean_d u^2 + eps).
+// A row's u stays in cache between the passes over it.
 #pragma once
 
 #include "perturb_rows.h"
@@ -70,7 +70,7 @@ double scaled_product(const typename T::Storage* dy, const float* scale, const t
     return sum.total();
 }
 
-// The four streams of one tile: total = du + rstd (g - x mean), g = dy scale, x = u rstd.
+// The gradient of one tile's four streams: total = du + rstd (g - x mean), g = dy scale, x = u rstd.
 template <class T>
 struct NormGradient {
     using Storage = typename T::Storage;
@@ -110,8 +110,8 @@ ALP_INLINE inline void norm_gradient_tile(
     }
 }
 
-// dh of rows begin to end, each row's share of dsigma (unless shares is null), and the rows' sum of dy x, (D,) float32
-// (unless dweight is null), which starts at zero.
+// Writes dh of rows begin to end and each row's share of dsigma (unless shares is null), and adds the rows' sum of dy x
+// to dweight (D,) (unless null), which the caller sets to zero.
 template <class T>
 void perturb_rms_norm_bwd_rows(
     const Stream& stream, const PerturbRmsNormBwd& a, double* shares, float* dweight, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// One build of the row functions: CMake compiles this file for each ALP_ISA with that instruction set's flags.
+// One build of the row functions: CMake compiles this file once per instruction set, with its flags and ALP_ROWS.
 #include "head_rows.h"
 #include "rms_norm_rows.h"
 

@@ -1,4 +1,4 @@
-// Pieces of a row in and out of float32, the walk over a row's tiles, and sums whose order is fixed.
+// Converts pieces of a row to and from float32, splits a row into tiles, and sums in a fixed order.
 #pragma once
 
 #include "dtypes.h"
@@ -21,7 +21,7 @@ inline void store(const float* from, int size, typename T::Storage* to) {
 
 // ------------------------------------------------------------------ tiles
 
-// What is left of a row behind its last whole tile, followed by zeros that are read and dropped.
+// The rest of a row after its last whole tile, padded with zeros that are read and dropped.
 template <class Storage>
 struct Edge {
     alignas(64) Storage x[TILE] = {};
@@ -39,7 +39,7 @@ struct Streams {
     Storage* operator[](int j) const { return at + j * stride; }
 };
 
-// The last tile of each stream, likewise.
+// The last tile of each stream, padded like Edge.
 template <class Storage>
 struct EdgeTile {
     alignas(64) Storage x[4][TILE] = {};
@@ -56,15 +56,15 @@ struct EdgeTile {
     }
 };
 
-// Asks for four tiles of the next row, behind the `done` groups that were asked for. Four streams at a time are no
-// pattern that a CPU foresees, and noise takes longer than memory: a row can come in while the one before is perturbed.
+// Prefetches four tiles of the next row, after the `done` groups already prefetched. CPUs do not predict four streams at
+// a time, and noise takes longer than memory, so the next row loads while this one is perturbed.
 template <class Storage>
 ALP_INLINE inline void prefetch_next(const Storage* row, int64_t D, int64_t done) {
     const Storage* next = row + D + 4 * done;
     for (int i = 0; i < 4 * TILE; i += 64 / static_cast<int>(sizeof(Storage))) __builtin_prefetch(next + i);
 }
 
-// Groups that all four streams of a row have, down to whole tiles.
+// Groups that all four streams of a row have, rounded down to whole tiles.
 inline int64_t whole_tiles(int64_t Q, int64_t D) { return D > 3 * Q ? (D - 3 * Q) / TILE * TILE : 0; }
 
 // ------------------------------------------------------------------ sums
@@ -73,7 +73,7 @@ using Lanes = float __attribute__((vector_size(4 * LANES)));
 
 inline Lanes lanes_at(const float* x) { return vector_at<Lanes>(x); }
 
-// Sixteen sums: float32 within a block (at most 4 BLOCK / LANES terms a lane), float64 across blocks.
+// Sixteen sums: float32 within a block (at most 4 BLOCK / LANES terms per lane), float64 across blocks.
 struct Sum {
     alignas(64) double lane[LANES] = {};
 
@@ -88,8 +88,8 @@ struct Sum {
     }
 };
 
-// Sums of products over tiles in an order that the width of vectors does not change: each of a tile's 32 places has a
-// float32 sum of its own, which `flush` passes on before it holds more than MOST terms.
+// Sums products over tiles in an order that does not depend on the vector width. Each of a tile's 32 places has its own
+// float32 sum; callers `flush` it into the float64 sums before it holds more than MOST terms.
 template <Order order>
 struct TileSum {
     static constexpr int MOST = 4 * BLOCK / TILE;
