@@ -1,1 +1,1 @@
-"""Kernels for CUDA, ROCm and XPU, each beside its launcher: noise.py, perturb.py, head.py; engine.py gathers them."""
+"""Triton kernels for CUDA, ROCm and XPU, each in one module with its launcher; engine.py collects the launchers."""

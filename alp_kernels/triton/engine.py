@@ -1,6 +1,6 @@
 """The Triton engine: the functions of reference.py on CUDA, ROCm and XPU devices, and on CPU in Triton's interpreter.
 
-float32, bfloat16 and float16 tensors run in kernels; float64, which no kernel speaks, in the reference.
+float32, bfloat16 and float16 tensors run in kernels; float64 tensors, which no kernel supports, run in the reference.
 """
 
 import torch
@@ -36,7 +36,7 @@ name = "triton"
 
 tiles = None
 KEEPS_EXPONENTIALS = True  # one pass over the logits instead of two
-FUSES_TOKEN_LOSS = True  # and one launch, coefficients included
+FUSES_TOKEN_LOSS = True  # and one launch, which includes the coefficients
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -4,9 +4,9 @@
     logp = z_t - lse(z)        H = -sum_v p_v ln p_v
     dz_v = dlogp (is_target_v - p_v) - dH p_v (ln p_v + H)        dsigma = sum_v dz_v eps_v / temperature
 
-The row is walked in channel groups q, as noise is made: logits q, Q + q, 2Q + q, 3Q + q share one Philox call. Exponentials
-are powers of two, 2^(z log2 e - base), of a base that is known before the first and rises where one would be too large. Sums run
-over the tokens other than the target, so that 1 - p of a near-certain one keeps its digits. Derivation: docs/math.md
+A program reads its row in channel groups q, as noise is drawn: logits q, Q + q, 2Q + q, 3Q + q share one Philox call.
+Exponentials are powers of two, 2^(z log2 e - base). The base is set before the first exponential and rises if one would be
+too large. Sums exclude the target, so that 1 - p of a near-certain target keeps its precision. Derivation: docs/math.md
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -37,12 +37,12 @@ from .rounding import round_nearest, widen
 LOG_RATIO_MAX = tl.constexpr(LOG_RATIO_CLAMP)
 LOG2E = tl.constexpr(1.4426950408889634)
 ABSENT = tl.constexpr(-1e30)
-"""Stands for -inf, for the target and for lanes outside the row: 2^ABSENT = 0, and finite, so that 0 * ABSENT is 0."""
+"""Replaces -inf, the target and lanes outside the row. 2^ABSENT = 0, and ABSENT is finite, so 0 * ABSENT is 0."""
 LIMIT = tl.constexpr(2.3538526683702e17)
-"""e^40: a larger exponential raises the base. Up to it a row's coefficient times a hidden state is no subnormal number."""
+"""e^40: a larger exponential raises the base. Up to it a row's coefficient times a hidden state is not subnormal."""
 
 ROWS_A_MULTIPROCESSOR = 4
-"""Programs of four warps that a multiprocessor holds, by registers: 528 rows on 132 multiprocessors."""
+"""Programs of four warps whose registers fit a multiprocessor: 528 rows on 132 multiprocessors."""
 
 
 # ------------------------------------------------------------------ functions of one number
@@ -50,9 +50,9 @@ ROWS_A_MULTIPROCESSOR = 4
 
 @triton.jit
 def _exp2(t):
-    """2^t with a relative error below 2^-22; 0 below the normal numbers.
+    """2^t with a relative error below 2^-22; 0 if the result is subnormal.
 
-    NVIDIA's CUDA programming guide gives its unit 2 ulp (the constant part of the bound of __expf).
+    NVIDIA's CUDA programming guide bounds the hardware unit's error by 2 ulp (the constant part of __expf's bound).
     """
     if is_nvidia():
         power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [t], tl.float32, is_pure=True, pack=1)
@@ -90,18 +90,18 @@ def _tanh(x):
 
 
 # ------------------------------------------------------------------ one row
-# Two tuples go from kernel to helper:
+# Kernels pass two tuples to helpers:
 #   head  = (gain, inner, softcap or None, sigma): z log2 e = gain y + sigma eps with y = x, or tanh(inner x)
-#   noise = (sigma_ptr or None, row, seed_lo, seed_hi, step, layer); row: the row's global identity
+#   noise = (sigma_ptr or None, row, seed_lo, seed_hi, step, layer); row: the row's global id
 
 
 @triton.jit
 def _row_settings(n, logit_scale, softcap, temperature_ptr, sigma_ptr, row_ids_ptr, row_start):
-    """Of head: gain, inner and sigma; the row's identity, scale and 1 / temperature."""
+    """Returns gain, inner and sigma of `head`, and the row's global id, logit scale and 1 / temperature."""
     over_temperature = 1.0
     if temperature_ptr is not None:
         over_temperature = tl.div_rn(1.0, tl.load(temperature_ptr + n))
-    # float32 now: a compiler may pass scalars as float64 and widen the whole row
+    # cast to float32 first: a compiler may pass scalars as float64 and widen the whole row
     scale = tl.cast(logit_scale, tl.float32)
     outer, inner = scale, scale
     if softcap is not None:
@@ -126,7 +126,7 @@ def _eps(q, noise):
 
 @triton.jit
 def _capped(x, head):
-    """y of logits in float32."""
+    """y of float32 logits x."""
     y = x
     if head[2] is not None:
         y = _tanh(x * head[1])
@@ -135,7 +135,7 @@ def _capped(x, head):
 
 @triton.jit
 def _power(y, eps, head, noise, base):
-    """z log2 e - base: one rounding from the exact product, so that what a base lost in rounding is in no difference."""
+    """z log2 e - base, rounded once (fma), so the rounding error of base cancels in differences between logits."""
     t = tl.fma(y, head[0], -base)
     if noise[0] is not None:
         t = tl.fma(tl.broadcast_to(head[3], t.shape), eps, t)
@@ -144,9 +144,9 @@ def _power(y, eps, head, noise, base):
 
 @triton.jit
 def _tile(x_ptr, start, target, head, noise, base, V, Q, BLOCK_Q: tl.constexpr, IS_LAST: tl.constexpr):
-    """Of logits q, Q + q, 2Q + q, 3Q + q from q = start on, four tiles each: powers z log2 e - base, y and eps.
+    """Four tiles each of powers z log2 e - base, y and eps, for logits q, Q + q, 2Q + q, 3Q + q from q = start on.
 
-    A power is ABSENT at -inf, at the target and, in the last tile of a row, outside it. NaN stays NaN.
+    A power is ABSENT at -inf, at the target and, in a row's last tile, outside the row. NaN stays NaN.
     """
     q = start + tl.arange(0, BLOCK_Q)
     if IS_LAST:
@@ -174,7 +174,7 @@ def _tile(x_ptr, start, target, head, noise, base, V, Q, BLOCK_Q: tl.constexpr, 
         t1 = tl.where(in_row & (Q + q < V), t1, ABSENT)
         t2 = tl.where(in_row & (2 * Q + q < V), t2, ABSENT)
         t3 = tl.where(in_row & (3 * Q + q < V), t3, ABSENT)
-    # one tile of the row takes this branch; a comparison in all of them would cost two instructions a logit
+    # only one tile per row takes this branch; a comparison in every tile would cost two instructions per logit
     if (target % Q >= start) & (target % Q < start + BLOCK_Q):
         t0 = tl.where(q == target, ABSENT, t0)
         t1 = tl.where(Q + q == target, ABSENT, t1)
@@ -190,7 +190,7 @@ def _at_least_absent(t):
 
 @triton.jit
 def _store(x_ptr, value, j: tl.constexpr, start, V, Q, BLOCK_Q: tl.constexpr, IS_LAST: tl.constexpr):
-    """One of the four in place of its logits."""
+    """Overwrite the j-th of a tile's four groups of logits."""
     q = start + tl.arange(0, BLOCK_Q)
     if IS_LAST:
         tl.store(x_ptr + j * Q + q, value, mask=(q < Q) & (j * Q + q < V))
@@ -200,7 +200,7 @@ def _store(x_ptr, value, j: tl.constexpr, start, V, Q, BLOCK_Q: tl.constexpr, IS
 
 @triton.jit
 def _last_start(V, Q, BLOCK_Q: tl.constexpr):
-    """Where the first tile starts that does not lie in the row as a whole: the last one, or the row's end."""
+    """The start of the first tile that is not entirely inside the row: the last tile, or the row's end."""
     return tl.maximum(V - 3 * Q, 0) // BLOCK_Q * BLOCK_Q
 
 
@@ -221,7 +221,7 @@ def _largest(t):
 
 @triton.jit
 def _exponentials(t, dtype: tl.constexpr):
-    """e = 2^t of four tiles, rounded, and the sums of the four e and e t, not yet rounded."""
+    """e = 2^t of four tiles, rounded to dtype, and the sums over the four tiles of e and e t before rounding."""
     e0, e1, e2, e3 = _exp2(t[0]), _exp2(t[1]), _exp2(t[2]), _exp2(t[3])
     weighted = tl.fma(e0, t[0], tl.fma(e1, t[1], tl.fma(e2, t[2], e3 * t[3])))
     rounded = (round_nearest(e0, dtype), round_nearest(e1, dtype), round_nearest(e2, dtype), round_nearest(e3, dtype))
@@ -230,7 +230,7 @@ def _exponentials(t, dtype: tl.constexpr):
 
 @triton.jit
 def _rescale(x_ptr, stop, by, V, Q, BLOCK_Q: tl.constexpr):
-    """Multiplies the tiles before `stop`."""
+    """Multiply the tiles before `stop` by `by`."""
     tl.debug_barrier()
     for start in range(0, stop, BLOCK_Q):
         for j in tl.static_range(4):
@@ -243,11 +243,11 @@ def _sums(
     x_ptr, start, stop, target, head, noise, base, total, weighted, V, Q,
     BLOCK_Q: tl.constexpr, IS_LAST: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """base and the sums of e = 2^t and e t, with the tiles from `start` to `stop`; IN_PLACE: e replaces its logits."""
+    """base and the sums of e = 2^t and e t, with tiles `start` to `stop` added; IN_PLACE: e overwrites the logits."""
     while start < stop:
         t, _, _ = _tile(x_ptr, start, target, head, noise, base, V, Q, BLOCK_Q, IS_LAST)
         e, tile, weighted_tile = _exponentials(t, x_ptr.dtype.element_ty)
-        if tl.max(tile, axis=0) > LIMIT:  # infinity too; NaN not. The tile's turn comes again, with a base that it has
+        if tl.max(tile, axis=0) > LIMIT:  # also if infinite, not if NaN: repeat the tile, its largest power as base
             z, _, _ = _tile(x_ptr, start, target, head, noise, 0.0, V, Q, BLOCK_Q, IS_LAST)
             new_base = _largest(z)
             shrink = _exp2(base - new_base)
@@ -270,7 +270,7 @@ def _sums(
 def _row_fwd(x_ptr, target, head, noise, V, Q, BLOCK_Q: tl.constexpr, IN_PLACE: tl.constexpr):
     """logp, entropy and lse of the row at x_ptr, and the sum of its exponentials e = exp(z - base).
 
-    IN_PLACE: they replace the row, but for the target's, which becomes minus the sum of the others.
+    IN_PLACE: the exponentials overwrite the row; the target's entry becomes minus the sum of the others.
     """
     target_y, target_eps = _at_target(x_ptr, target, head, noise, Q)
     z, _, _ = _tile(x_ptr, 0, target, head, noise, 0.0, V, Q, BLOCK_Q, True)
@@ -287,22 +287,22 @@ def _row_fwd(x_ptr, target, head, noise, V, Q, BLOCK_Q: tl.constexpr, IN_PLACE: 
     )
     others = tl.sum(total, axis=0)
     others_weighted = tl.sum(weighted, axis=0)
-    # from here on relative to the target where it is among the largest: its 1 stays out of log1p, and the logarithm of a
-    # near-certain row keeps its digits
+    # if the target is among the largest, values are relative to it from here on: its term 1 is the 1 of log1p, so the
+    # logarithm of a near-certain row keeps its precision
     t = _power(target_y, target_eps, head, noise, base)
     e = _exp2(t)
     whole = others + e
     is_near = t > -1.0
     shift = tl.where(is_near, t, 0.0)
     log_whole = tl.where(is_near, _log1p(others * _exp2(-shift)), log_accurate(whole))
-    log_whole = tl.where(whole > 0.0, log_whole, float("nan"))  # NaN, or nothing but -inf
+    log_whole = tl.where(whole > 0.0, log_whole, float("nan"))  # NaN in the row, or only -inf
     logp = tl.fma(t - shift, LN2, -log_whole)
     spread = tl.fma(shift, others, -others_weighted) + tl.where(e > 0.0, e * (shift - t), 0.0)
     entropy = tl.fma(spread / whole, LN2, log_whole)
     if IN_PLACE:
         tl.debug_barrier()
         tl.store(x_ptr + target, round_nearest(-others, x_ptr.dtype.element_ty))
-    # wide: rounded to float32 it would be wrong by |lse| 2^-24, and with it every probability that backward makes of it
+    # float64: in float32 it would be off by |lse| 2^-24, and so would every probability that backward computes from it
     lse = (tl.cast(base, tl.float64) + tl.cast(shift, tl.float64)) / LOG2E + tl.cast(log_whole, tl.float64)
     return logp, entropy, lse, whole
 
@@ -312,7 +312,7 @@ def _bwd_tile(
     x_ptr, start, target, head, noise, lse, factor, by_entropy, dsigma, V, Q,
     BLOCK_Q: tl.constexpr, IS_LAST: tl.constexpr, HAS_DENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """Replace a tile by p (factor + by_entropy t) dz/dx, and add its part to dsigma."""
+    """Overwrite a tile with p (factor + by_entropy t) dz/dx, and add its part to dsigma."""
     t, y, eps = _tile(x_ptr, start, target, head, noise, lse, V, Q, BLOCK_Q, IS_LAST)
     for j in tl.static_range(4):
         slope = factor
@@ -332,13 +332,13 @@ def _row_bwd(
     x_ptr, target, head, noise, scale, over_temperature, logp, entropy, lse, dlogp, dentropy,
     HAS_DENTROPY: tl.constexpr, V, Q, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Replace the row at x_ptr by its gradient; returns the row's part of dsigma (0 without noise)."""
+    """Overwrite the row at x_ptr with its gradient; returns the row's part of dsigma (0 without noise)."""
     target_y, target_eps = _at_target(x_ptr, target, head, noise, Q)
-    tl.debug_barrier()  # before another thread replaces it
+    tl.debug_barrier()  # all threads have read the target before one overwrites it
     to_x = scale * over_temperature
     exact = lse * LOG2E  # float64
     base = tl.cast(exact, tl.float32)
-    apart = tl.cast(tl.cast(base, tl.float64) - exact, tl.float32)  # what base lost in rounding
+    apart = tl.cast(tl.cast(base, tl.float64) - exact, tl.float32)  # the rounding error of base
     lost = _exp2(apart)
     factor = -to_x * lost * dlogp
     by_entropy = -to_x * lost * LN2 * dentropy
@@ -354,7 +354,7 @@ def _row_bwd(
         dsigma = _bwd_tile(
             x_ptr, last, target, head, noise, base, factor, by_entropy, dsigma, V, Q, BLOCK_Q, True, HAS_DENTROPY
         )
-    # the target apart: logp has the digits that z - lse lost, and 1 - p does not cancel
+    # the target separately: logp is more precise than z - lse, and 1 - p does not cancel
     d = dlogp * -_expm1(logp)
     if HAS_DENTROPY:
         p = tl.exp(logp)
@@ -374,7 +374,7 @@ def _row_bwd(
 @triton.jit(do_not_specialize=STREAM_ARGS)
 def _head_fwd_kernel(
     x_ptr, targets_ptr, temperature_ptr,  # (n, V), (n,) int64, (n,) float32 or None
-    logp_ptr, entropy_ptr, lse_ptr, whole_ptr,  # (n,) float32, lse float64, the last None: x stays as it is
+    logp_ptr, entropy_ptr, lse_ptr, whole_ptr,  # (n,) float32, lse float64; whole_ptr None: x is unchanged
     sigma_ptr, row_ids_ptr,  # () float32 or None: no noise, (n,) int64 or None
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
     logit_scale, softcap,  # softcap: None, or a float
@@ -396,7 +396,7 @@ def _head_fwd_kernel(
 
 
 def head_fwd(x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
-    """Log-probability, entropy and log-sum-exp of each row of x (n, V), x left as it is. float64: the reference's."""
+    """Log-probability, entropy and log-sum-exp of each row of x (n, V); x is unchanged. float64 uses the reference."""
     if x.dtype == torch.float64:
         return reference.head_fwd(x, targets, transform)
     out = _empty_rows(x)
@@ -408,7 +408,7 @@ def head_fwd(x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
 
 
 def head_exp(x: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[HeadRows, Tensor]:
-    """The same, and the sum (n,) of the exponentials that replace the row (reference.head_exp). float64: the reference's."""
+    """head_fwd; exponentials overwrite x, and their sum (n,) is returned (reference.head_exp). float64 uses the reference."""
     if x.dtype == torch.float64:
         return reference.head_exp(x, targets, transform)
     assert is_plain(transform, x.dtype, False)
@@ -454,10 +454,10 @@ def _head_bwd_kernel(
 def head_bwd(
     x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows, dlogp: Tensor, dentropy: Tensor | None
 ) -> Tensor | None:
-    """Replace logits x (n, V) by their gradient, in place; returns dsigma () or None. float64: the reference's."""
+    """Replace logits x (n, V) by their gradient, in place; returns dsigma () or None. float64 uses the reference."""
     if x.dtype == torch.float64:
         return reference.head_bwd(x, targets, transform, rows, dlogp, dentropy)
-    dsigma = None if transform.sigma is None else _empty(x)  # a part a row, added up in a fixed order afterwards
+    dsigma = None if transform.sigma is None else _empty(x)  # one part per row, summed in a fixed order afterwards
     if len(x):
         args, options = _head_args(x, transform)
         given = rows._replace(lse=rows.lse.double())
@@ -477,13 +477,13 @@ def _clamp(x, low, high):
 
 @triton.jit
 def _larger(a, b):
-    """The part of the gradient of max(a, b) that goes to a: 1, 1/2 where they tie, 0; as torch.maximum has it."""
+    """The derivative of max(a, b) with respect to a: 1, 1/2 at a tie, or 0, as in torch.maximum."""
     return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
 
 
 @triton.jit
 def _dsurrogate(ell, advantage, clip_min, clip_max, dual_clip):
-    """The derivative of objective.surrogate by the log-ratio `ell`."""
+    """The derivative of objective.surrogate with respect to the log-ratio `ell`."""
     rho = tl.exp(_clamp(ell, -LOG_RATIO_MAX, LOG_RATIO_MAX))
     free = -advantage * rho
     clipped = -advantage * _clamp(rho, clip_min, clip_max)
@@ -493,14 +493,14 @@ def _dsurrogate(ell, advantage, clip_min, clip_max, dual_clip):
         cap = -advantage * tl.cast(dual_clip, tl.float32)
         loss = tl.where(free < clipped, clipped, free)
         slope = tl.where(advantage < 0, slope * _larger(cap, loss), slope)
-    # NaN fails every comparison and comes through `free`
+    # NaN fails every comparison and propagates through `free`
     return tl.where((ell < -LOG_RATIO_MAX) | (ell > LOG_RATIO_MAX), 0.0, slope * free)
 
 
 @triton.jit
 def _dkl(log_ratio, KL: tl.constexpr):
-    """The derivative of objective.kl_estimate by logp."""
-    slope = log_ratio  # k2, and k3+ which borrows its gradient
+    """The derivative of objective.kl_estimate with respect to logp."""
+    slope = log_ratio  # k2, and k3+, which has k2's gradient
     if KL == "k1":
         slope = log_ratio * 0.0 + 1.0
     elif KL == "k3":
@@ -561,7 +561,7 @@ def _head_token_loss_kernel(
 def head_token_loss(
     x: Tensor, targets: Tensor, transform: LogitTransform, rows: LossRows, objective: Objective
 ) -> tuple[HeadRows, Tensor | None, Tensor | None]:
-    """The token-level loss of a chunk and its gradient, in one launch (reference.head_token_loss). float64: the reference's."""
+    """Token-level loss of a chunk and its gradient, in one launch (reference.head_token_loss). float64 uses the reference."""
     if x.dtype == torch.float64:
         return reference.head_token_loss(x, targets, transform, rows, objective)
     out = _empty_rows(x)
@@ -588,16 +588,16 @@ def head_token_loss(
 
 
 def _head_args(x: Tensor, transform: LogitTransform) -> tuple[tuple[Tensor | float | int | None, ...], dict[str, int]]:
-    """sigma_ptr, the stream, logit_scale, softcap, V, Q, BLOCK_Q; and the launch's options."""
+    """Kernel arguments sigma_ptr, the stream, logit_scale, softcap, V, Q, BLOCK_Q, and the launch options."""
     num_rows, vocabulary = x.shape
     quarter = triton.cdiv(vocabulary, 4)
     stream = (
         (None, 0, 0, 0, 0, 0) if transform.sigma is None or transform.stream is None else stream_args(transform.stream)
     )
     softcap = None if transform.softcap is None else float(transform.softcap)
-    # loads of 128 bits, and registers enough for Philox and both pairs of normals
+    # 128-bit loads, and enough registers for Philox and both pairs of normals
     largest = MAX_TILE if transform.sigma is None else MAX_TILE // 2
-    # rows that fill the device take four warps each; fewer take twice as many, and as much more on its way
+    # rows that fill the device take four warps each; fewer rows take eight warps and tiles of twice the size
     more = 1 if num_rows >= ROWS_A_MULTIPROCESSOR * multiprocessors(x.device) else 2
     block_q = min(more * largest, triton.next_power_of_2(quarter))
     return (transform.sigma, *stream, float(transform.logit_scale), softcap, vocabulary, quarter, block_q), {
@@ -606,7 +606,7 @@ def _head_args(x: Tensor, transform: LogitTransform) -> tuple[tuple[Tensor | flo
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The rows' numbers as the kernels read them, one after another: an expanded scalar is not."""
+    """The tensors made contiguous, as the kernels need them; an expanded scalar is not contiguous."""
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 

@@ -3,9 +3,9 @@
     w0..w3 = Philox4x32-10((q, row low, layer | row high << 16, step), seed)
     eps    = sqrt(-2 ln u(w0)) (cos, sin)(2 pi w1 / 2^32),  sqrt(-2 ln u(w2)) (cos, sin)(2 pi w3 / 2^32)
 
-NVIDIA's special function units take part where there are any; all else is portable Triton. Every multiply-add is written
-as tl.fma or is exact without it, so that no compiler has a choice of rounding left: the bits of eps do not depend on the
-kernel or the tile that makes it.
+NVIDIA GPUs use their special function units; everything else is portable Triton. Every multiply-add is written as tl.fma
+or is exact without it, so a compiler cannot change the rounding: the bits of eps do not depend on the kernel or tile that
+computes it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -21,10 +21,10 @@ from torch import Tensor
 from ..stream import Stream
 
 STREAM_ARGS = ("row_start", "seed_lo", "seed_hi", "step", "layer")
-"""Kernel arguments that change from step to step: never specialised, so that no step compiles again."""
+"""Kernel arguments that change from step to step: never specialised, so that no step recompiles."""
 
 MAX_TILE = 1024
-"""Channel groups in one tile: eight for each of 128 threads, one 128-bit load of a 16-bit dtype."""
+"""Channel groups in one tile: eight per thread for 128 threads, one 128-bit load of a 16-bit dtype."""
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -47,7 +47,7 @@ def philox_words(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def log_accurate(x):
-    """ln x of normal positive float32: relative error below 2e-7, near x = 1 too (there tl.log keeps none)."""
+    """ln x of normal positive float32: relative error below 2e-7, also near x = 1, where tl.log loses all precision."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # x = m * 2^exponent with m in [sqrt(1/2), sqrt(2))
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -64,15 +64,15 @@ def log_accurate(x):
 
 @triton.constexpr_function
 def is_nvidia():
-    """Whether the kernel being compiled is for an NVIDIA GPU, so that inline PTX may stand in it."""
+    """Whether the kernel being compiled is for an NVIDIA GPU and may contain inline PTX."""
     return not triton.knobs.runtime.interpret and tl.target_info.is_cuda()
 
 
 @triton.jit
 def squared_radius(u, log2_u):
-    """0.34780172 (-2 ln u) from log2 u with an error below 2^-22 near u = 1, where it would be fatal.
+    """0.34780172 (-2 ln u) from log2_u, whose absolute error of up to 2^-22 is too large near u = 1.
 
-    The larger of two lower bounds: log2_u less its worst error, and a polynomial that is close only near u = 1.
+    Takes the larger of two lower bounds: log2_u less its worst error, and a polynomial that is close only near u = 1.
     """
     v = 1.0 - u
     return tl.maximum(tl.fma(log2_u, -0.48215556, -1.1529e-07), v * tl.fma(v, 0.35145363, 0.6956034))
@@ -80,7 +80,7 @@ def squared_radius(u, log2_u):
 
 @triton.jit
 def scaled_radius(word):
-    """0.58974717 sqrt(-2 ln u(word)): below 4, where the last bit of the square root counts least.
+    """0.58974717 sqrt(-2 ln u(word)); scaled to below 4, where the last bit of the square root matters least.
 
     docs/kernels.md shows why the approximate units stay within NORMAL_BOUND.
     """
@@ -98,16 +98,16 @@ def scaled_radius(word):
 
 @triton.jit
 def on_circle(radius, angle_word):
-    """(cos, sin)(2 pi angle_word / 2^32) times the radius, which comes scaled by 0.58974717."""
+    """(cos, sin)(2 pi angle_word / 2^32) times the radius; the argument is the radius scaled by 0.58974717."""
     # angle = pi k + y with y in [-pi/2, pi/2); |y| = pi/4 + (pi/2) a with a in [-1/2, 1/2]
-    # the top bit of the angle is the sign of the sine; the next one, the sign of y, tells the cosine's from it
+    # the top bit of the angle is the sign of the sine; xor with the next bit, the sign of y, gives the cosine's sign
     doubled = angle_word << 1
     y = doubled.to(tl.int32, bitcast=True).to(tl.float32)
     sin_radius = radius.to(tl.uint32, bitcast=True) ^ (angle_word & 0x80000000)
     cos_radius = sin_radius ^ (doubled & 0x80000000)
     a = tl.fma(tl.abs(y), 4.656612873077393e-10, -0.5)
     a2 = a * a
-    # (cos, sin)(pi a / 2) * 1.1990: with the radius' scale, and sqrt(1/2) of the eighth turn, minimax, error 2e-9
+    # (cos, sin)(pi a / 2) * 1.1990: undoes the radius's scale, includes the eighth turn's sqrt(1/2); minimax, error 2e-9
     c = tl.fma(a2, 0.0010811893, -0.025010282)
     c = tl.fma(a2, c, 0.30414924)
     c = tl.fma(a2, c, -1.4792068)
@@ -115,21 +115,21 @@ def on_circle(radius, angle_word):
     s = tl.fma(a2, -0.005505402, 0.095531225)
     s = tl.fma(a2, s, -0.7745095)
     s = tl.fma(a2, s, 1.8833846)
-    cos = cos_radius.to(tl.float32, bitcast=True) * tl.fma(a * -1.0, s, c)  # Triton 3.6 subtracts -a from zero
+    cos = cos_radius.to(tl.float32, bitcast=True) * tl.fma(a * -1.0, s, c)  # Triton 3.6 compiles -a as zero minus a
     return cos, sin_radius.to(tl.float32, bitcast=True) * tl.fma(a, s, c)
 
 
 @triton.jit
 def normal_pair(radius_word, angle_word):
-    """Box-Muller: two normals from two uint32 tiles, within noise.NORMAL_BOUND of the float64 value."""
+    """Box-Muller: two normals from two uint32 tiles, within stream.NORMAL_BOUND of the float64 value."""
     return on_circle(scaled_radius(radius_word), angle_word)
 
 
 @triton.jit
 def laid_out_like(q, x):
-    """q, in the registers of the float32 tile x: noise made of it needs no trip through shared memory to meet x.
+    """q in the register layout of the float32 tile x, so noise computed from q combines with x without shared memory.
 
-    The assembler sees a plain copy of q. Elsewhere than on NVIDIA the compiler chooses.
+    The assembler sees a plain copy of q. On GPUs other than NVIDIA's the compiler chooses the layout.
     """
     if is_nvidia():
         q = tl.inline_asm_elementwise("mov.b32 $0, $1; // $2", "=r,r,f", [q, x], tl.int32, is_pure=True, pack=1)
@@ -138,7 +138,7 @@ def laid_out_like(q, x):
 
 @triton.jit
 def row_identity(n, row_ids_ptr, row_start, in_rows):
-    """The global identity of rows n, int64: row_ids[n], or row_start + n where row_ids_ptr is None."""
+    """The global ids of rows n, int64: row_ids[n], or row_start + n if row_ids_ptr is None."""
     row = n + row_start.to(tl.int64)
     if row_ids_ptr is not None:
         row = tl.load(row_ids_ptr + n, mask=in_rows, other=0)
@@ -147,7 +147,7 @@ def row_identity(n, row_ids_ptr, row_start, in_rows):
 
 @triton.jit
 def coordinates(at_ptr, step, row_start):
-    """step and row_start: those at at_ptr, (2,) int64, or where it is None the arguments."""
+    """step and row_start: loaded from at_ptr, (2,) int64, or the arguments if at_ptr is None."""
     if at_ptr is not None:
         step = tl.load(at_ptr).to(tl.uint32)
         row_start = tl.load(at_ptr + 1)
@@ -217,7 +217,7 @@ def _philox_kernel(counter_ptr, words_ptr, k0: tl.uint32, k1: tl.uint32, M, BLOC
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of int64 tensors that hold uint32 words; returns four like them. For the published vectors."""
+    """Philox4x32-10 of int64 tensors that hold uint32 words; returns four like them. For tests against published vectors."""
     counters = torch.stack(torch.broadcast_tensors(*counter))
     words = torch.empty_like(counters)
     size = counters[0].numel()
@@ -228,13 +228,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def stream_args(stream: Stream) -> tuple[Tensor | int | None, ...]:
-    """A stream as kernel arguments: row_ids_ptr, then STREAM_ARGS. `at` is an argument of its own, of kernels that read it."""
+    """A stream as kernel arguments: row_ids_ptr, then STREAM_ARGS. `at` is a separate kernel argument."""
     row_ids = None if stream.row_ids is None else stream.row_ids.contiguous()
     return row_ids, stream.row_start, *stream.key, stream.step, stream.layer
 
 
 def tile(num_channels: int) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_Q): MAX_TILE groups of rows this wide with the fewest idle lanes, the longest rows first."""
+    """(BLOCK_N, BLOCK_Q) of MAX_TILE groups: the BLOCK_Q with the fewest idle lanes, the largest at a tie."""
     quarter = triton.cdiv(num_channels, 4)
     sizes = (1024, 512, 256, 128) if quarter > 128 else (triton.next_power_of_2(quarter),)
     block_q = min(sizes, key=lambda size: triton.cdiv(quarter, size) * size)
@@ -242,7 +242,7 @@ def tile(num_channels: int) -> tuple[int, int]:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Kernels start on the current device, which on a machine with several need not be the tensor's."""
+    """Makes the tensor's device current: kernels launch on the current device, which may be another one."""
     if tensor.device.type == "cpu":
         return nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
@@ -250,7 +250,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many the device has; Triton's interpreter is one."""
+    """The device's number of multiprocessors; 1 for Triton's interpreter."""
     if device.type == "cpu":
         return 1
     properties = torch.get_device_module(device).get_device_properties(device)

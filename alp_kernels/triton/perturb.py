@@ -1,10 +1,10 @@
 """u = h + sigma * rms * eps(seed, step, layer, row, channel).   h, u (N, D); sigma () float32; rms (N,) float32 or 1.
 
-du arrives; dh = du; dsigma = sum(du * rms * eps).   Derivation: docs/math.md, section 1
+Backward: dh = du; dsigma = sum(du * rms * eps).   Derivation: docs/math.md, section 1
 
-A tile is BLOCK_N rows by BLOCK_Q channel groups q, whose four channels q, Q + q, 2Q + q, 3Q + q share one Philox call and
-lie in four contiguous streams; a program walks down `blocks` tiles. Neither size changes a bit of u. D is a constant of
-the compilation: the four streams are then one address and three offsets, and whole tiles need no masks.
+A tile is BLOCK_N rows by BLOCK_Q channel groups q. A group's channels q, Q + q, 2Q + q, 3Q + q share one Philox call and
+belong to four contiguous streams. A program processes `blocks` tiles, one below the other. Neither size changes a bit of
+u. D is a compile-time constant, so the four streams are one address and three offsets, and whole tiles need no masks.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -32,11 +32,11 @@ from .rounding import round_nearest, round_stochastic, widen
 
 ROUNDING_LAYER = tl.constexpr(ROUNDING_BIT)
 RMS_BLOCK = 1024
-"""Tile of the row's mean square. Fixed: another size would sum in another order."""
+"""Tile size of a row's mean square. Fixed, because another size would sum in another order."""
 WAVE = 32
-"""Programs a multiprocessor should get: several rounds of them, so that the last one leaves little of it idle."""
+"""Target number of programs per multiprocessor: several rounds, so that the last one leaves little of it idle."""
 MAX_BLOCKS = 8
-"""Tiles one program walks down at most; from here on its prologue is less than one instruction an element."""
+"""Most tiles per program; from this number on the prologue costs less than one instruction per element."""
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def load_channels(
 
 @triton.jit
 def store_channels(row_ptr, x, n, q, N, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """The reverse of load_channels, of tiles in the tensor's dtype."""
+    """The reverse of load_channels, for tiles in the tensor's dtype."""
     Q: tl.constexpr = (D + 3) // 4
     for j in tl.static_range(4):
         if BLOCK_N == 1 and D % (4 * BLOCK_Q) == 0:
@@ -78,7 +78,7 @@ def store_channels(row_ptr, x, n, q, N, D: tl.constexpr, BLOCK_N: tl.constexpr, 
 def perturbed(
     h, q, size, row, seed_lo, seed_hi, step, layer, dtype: tl.constexpr, IS_STOCHASTIC: tl.constexpr
 ):  # fmt: skip
-    """h + size * eps of four float32 tiles, rounded to dtype."""
+    """h + size * eps for four float32 tiles, rounded to dtype."""
     groups = laid_out_like(q, h[0])
     e0, e1, e2, e3 = four_normals(groups, row, seed_lo, seed_hi, step, layer)
     size = tl.broadcast_to(size, e0.shape)
@@ -103,7 +103,7 @@ def perturbed(
 def launch_tiles(
     num_rows: int, num_channels: int, device: torch.device
 ) -> tuple[tuple[int, int], int, tuple[int, int]]:
-    """The grid, the tiles a program walks down, and (BLOCK_N, BLOCK_Q)."""
+    """The grid, the number of tiles per program, and (BLOCK_N, BLOCK_Q)."""
     block_n, block_q = tile(num_channels)
     down, across = triton.cdiv(num_rows, block_n), triton.cdiv(triton.cdiv(num_channels, 4), block_q)
     blocks = max(1, min(MAX_BLOCKS, down * across // (WAVE * multiprocessors(device))))
@@ -134,7 +134,7 @@ def _perturb_fwd_kernel(
 
 
 def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str) -> tuple[Tensor, Tensor | None]:
-    """u like h (..., D), and rms (N,) float32 or None. float64: the reference's."""
+    """u like h (..., D), and rms (N,) float32 or None. float64 uses the reference."""
     if h.dtype == torch.float64:
         return reference.perturb_fwd(h, sigma, stream, scale, rounding)
     num_rows, num_channels = h.numel() // h.shape[-1], h.shape[-1]
@@ -154,7 +154,7 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
 
 @triton.jit
 def row_rms_kernel(h_ptr, rms_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """rms_n = sqrt(mean_d h^2); its own kernel, so that no tile of the noise decides the order of the sum."""
+    """rms_n = sqrt(mean_d h^2); a separate kernel, so that the order of the sum does not depend on the noise tiles."""
     n = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -191,7 +191,7 @@ def _perturb_bwd_kernel(
 
 
 def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
-    """dsigma () float32: one partial sum a program, then their sum, both in a fixed order. float64: the reference's."""
+    """dsigma () float32: one partial sum per program, then their sum, both in a fixed order. float64 uses the reference."""
     if du.dtype == torch.float64:
         return reference.perturb_bwd(du, stream, rms)
     num_rows, num_channels = du.numel() // du.shape[-1], du.shape[-1]
@@ -227,7 +227,7 @@ def _measure_kernel(
 
 
 def measure(h: Tensor, u: Tensor, num_rows: int) -> Tensor:
-    """(num_rows, 3) float32, sums over each row: (u - h)^2, the elements that differ, h^2. float64: the reference's."""
+    """(num_rows, 3) float32, sums over each row: (u - h)^2, number of differing elements, h^2. float64 uses the reference."""
     if h.dtype == torch.float64:
         return reference.measure(h, u, num_rows)
     sums = torch.empty(num_rows, 3, dtype=torch.float32, device=h.device)

@@ -2,8 +2,8 @@
 
 g = dy (offset + weight);  x = u rstd;  dh = du + rstd (g - x mean(g x));  dsigma = sum(dh * rms * eps);  dweight = sum_n dy x
 
-A row of up to 4 * BLOCK_Q channels stays in registers; a longer one is read twice, the second time from cache. u has the
-bits of perturb_fwd. Backward's programs each own consecutive rows and leave one partial sum of dsigma and of dweight.
+In the forward kernel a row of up to 4 * BLOCK_Q channels stays in registers; u of a longer row is read back twice. u is
+bitwise equal to perturb_fwd's. Each backward program owns consecutive rows and writes one partial sum of dsigma and dweight.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -21,9 +21,9 @@ from .perturb import RMS_BLOCK, load_channels, perturbed, row_rms_kernel, store_
 from .rounding import round_nearest
 
 MAX_GROUPS = 2048
-"""Channel groups of a row that stay in registers: eight for each of 256 threads."""
+"""Most channel groups of a row that stay in registers: eight per thread for 256 threads."""
 PROGRAMS = 4
-"""Programs of the backward on each multiprocessor."""
+"""Backward programs per multiprocessor."""
 
 
 # ------------------------------------------------------------------ forward
@@ -75,7 +75,7 @@ def _perturb_rms_norm_fwd_kernel(
         store_channels(u_ptr + n * D, u, n, lanes, N, D, 1, BLOCK_Q)
         if D % (4 * BLOCK_Q) != 0:
             Q: tl.constexpr = (D + 3) // 4
-            zero = tl.zeros([BLOCK_Q], dtype=dtype)  # noise outside the row
+            zero = tl.zeros([BLOCK_Q], dtype=dtype)  # clears the noise outside the row
             u = (
                 tl.where(lanes < Q, u[0], zero),
                 tl.where(Q + lanes < tl.minimum(2 * Q, D), u[1], zero),
@@ -106,7 +106,7 @@ def _perturb_rms_norm_fwd_kernel(
 def perturb_rms_norm_fwd(
     h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: str, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """u, y (N, D) like h, rstd (N,) float32, and rms (N,) float32 or None. float64: the reference's."""
+    """u, y (N, D) like h, rstd (N,) float32, and rms (N,) float32 or None. float64 uses the reference."""
     if h.dtype == torch.float64:
         return reference.perturb_rms_norm_fwd(h, sigma, stream, scale, rounding, norm)
     num_rows, num_channels = h.shape
@@ -218,7 +218,7 @@ def perturb_rms_norm_bwd(
     needs_dsigma: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dh (N, D) like du, dsigma () float32 or None, dweight (D,) like weight or None. float64: the reference's."""
+    """dh (N, D) like du, dsigma () float32 or None, dweight (D,) like weight or None. float64 uses the reference."""
     if u.dtype == torch.float64:
         return reference.perturb_rms_norm_bwd(du, dy, u, rstd, rms, stream, norm, needs_dsigma, needs_dweight)
     num_rows, num_channels = u.shape
@@ -227,7 +227,7 @@ def perturb_rms_norm_bwd(
     dh = torch.empty_like(du)
     dsigma = torch.empty(programs, dtype=torch.float32, device=u.device) if needs_dsigma else None
     dweight = torch.empty(programs, num_channels, dtype=torch.float32, device=u.device) if needs_dweight else None
-    # what a thread holds of du, dy and u; eight groups of 16-bit tensors would not meet their noise without shared memory
+    # groups per thread; with eight groups of 16-bit tensors, combining them with their noise would need shared memory
     block_q, num_warps = _row_tile(num_channels, 8 if u.dtype == torch.float32 else 4)
     if num_rows:
         with on_device(u):
@@ -243,7 +243,7 @@ def perturb_rms_norm_bwd(
 
 
 def _row_tile(num_channels: int, groups_a_thread: int) -> tuple[int, int]:
-    """BLOCK_Q and the warps that share it; a row too long for registers goes in smaller pieces, which spill nowhere."""
+    """BLOCK_Q and its number of warps; a row too long for registers is split into smaller pieces, which do not spill."""
     quarter = triton.cdiv(num_channels, 4)
     block_q = triton.next_power_of_2(quarter) if quarter <= MAX_GROUPS else MAX_GROUPS // 2
     return block_q, max(1, min(8, block_q // (32 * groups_a_thread)))

@@ -1,4 +1,4 @@
-"""tensor *= by, in place. A factor of 1, which only the device knows, costs a launch and no memory traffic."""
+"""tensor *= by, in place. The device reads the factor; a factor of 1 costs a launch but no memory traffic."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -26,7 +26,7 @@ def _scale_kernel(x_ptr, by_ptr, size, BLOCK: tl.constexpr, BLOCKS_PER_PROGRAM: 
 
 
 def scale_(tensor: Tensor, by: Tensor) -> Tensor:
-    """tensor (contiguous), by () float32. float64: PyTorch's own."""
+    """tensor *= by for contiguous tensor and by () float32, in place. float64 uses PyTorch's mul_."""
     if tensor.dtype == torch.float64 or tensor.numel() == 0:
         return tensor.mul_(by)
     with on_device(tensor):
