@@ -60,7 +60,7 @@ class Engine(Protocol):
 
     @property
     def KEEPS_EXPONENTIALS(self) -> bool:  # noqa: N802
-        """Whether head_exp, where `reference.is_plain`, is faster than head_fwd and head_bwd."""
+        """Whether head_exp, where it applies (`is_plain`), is faster than head_fwd and head_bwd."""
 
     @property
     def FUSES_TOKEN_LOSS(self) -> bool:  # noqa: N802

@@ -47,7 +47,7 @@ def philox_words(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def log_accurate(x):
-    """ln x of normal positive float32: relative error below 2e-7, also near x = 1, where tl.log loses all precision."""
+    """ln x of normal positive float32: relative error below 2e-7, also near x = 1, where tl.log has no relative precision."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # x = m * 2^exponent with m in [sqrt(1/2), sqrt(2))
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
