@@ -1,4 +1,4 @@
-"""How noise is added to a layer's hidden states: in eager code, as an operator of a graph, or for shapes alone."""
+"""Adds noise to a layer's hidden states: in eager code, as an operator of a compiled graph, or on fake tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .forwards import Forward, Forwards
 
 
 class Noisy(Protocol):
-    """What a hook needs of the handle."""
+    """What the hooks use of the handle."""
 
     layers: tuple[int, ...]
     log_sigma: Tensor
@@ -27,11 +27,11 @@ class Noisy(Protocol):
 
     @property
     def was_opened(self) -> bool:
-        """Whether its scope was ever open, here or in the run whose state was loaded."""
+        """Whether the scope was ever open, in this process or in the run that saved the loaded state."""
 
 
 def add(handle: Noisy, position: int, layer: int, hidden: Tensor, forward: Forward) -> Tensor:
-    """u = hidden + noise, for the layer at `position` of log_sigma, in `forward`."""
+    """Return u = hidden + noise, for the layer at `position` of log_sigma, in `forward`."""
     if in_graph(hidden):
         return _add_to_fake(handle, position, layer, hidden, forward)
     device, log_sigma = hidden.device, forward.log_sigma
@@ -47,9 +47,9 @@ def add(handle: Noisy, position: int, layer: int, hidden: Tensor, forward: Forwa
 
 
 def _draws(handle: Noisy, forward: Forward, hidden: Tensor) -> list[Draw]:
-    """How each layer of `forward` with hidden states like these draws its noise; checked as `perturb` does."""
+    """Return a `Draw` for each layer, for hidden states of this shape, dtype and device; checks them as `perturb` does."""
     device, num_rows = hidden.device, hidden.numel() // max(hidden.shape[-1], 1)
-    log_sigma, row_ids = forward.log_sigma.detach().to(device), forward.row_ids  # layers on several devices
+    log_sigma, row_ids = forward.log_sigma.detach().to(device), forward.row_ids  # layers may be on several devices
     check_perturb("perturb", hidden, log_sigma[0], handle.scale, handle.rounding)
     if row_ids is not None:
         if row_ids.numel() != num_rows:
@@ -67,7 +67,7 @@ def _draws(handle: Noisy, forward: Forward, hidden: Tensor) -> list[Draw]:
 
 
 def _add_to_fake(handle: Noisy, position: int, layer: int, hidden: Tensor, forward: Forward) -> Tensor:
-    """The shapes alone: fake and meta tensors."""
+    """Return u for fake and meta tensors, which have a shape but no values."""
     scope = handle.forwards.scope
     scope.num_perturbed += 1
     scope.ran.add(position)
@@ -85,7 +85,7 @@ def _add_to_fake(handle: Noisy, position: int, layer: int, hidden: Tensor, forwa
 
 
 def add_in_graph(handle: Noisy, place: Tensor, hidden: Tensor) -> Tensor:
-    """The same as an operator; place (2,): the layer's position and coordinate."""
+    """Return u through an operator of a compiled graph. place (2,): the layer's position and coordinate."""
     at, row_ids = handle.forwards.coordinates_in_graph(), handle.forwards.switch.row_ids
     ids = None if row_ids is None else row_ids.reshape(-1).to(hidden.device)
     log_sigma = handle.log_sigma.to(hidden.device)

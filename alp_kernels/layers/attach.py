@@ -1,4 +1,4 @@
-"""attach: noise on the inputs of any model's decoder layers.
+"""attach: adds noise to the inputs of any model's decoder layers.
 
 handle = attach(model, sigma=1e-2)
 with handle.perturbed(step=step):
@@ -41,26 +41,26 @@ def attach(
 
     Args:
         model: any decoder with its layers in a ModuleList: Hugging Face models, PEFT- and FSDP2-wrapped ones, your own.
-        sigma: initial standard deviation of the noise, one for all layers or one a layer; > 0.
+        sigma: initial standard deviation of the noise, one value for all layers or one for each; > 0.
         layers: "all", indices of decoder layers (negative ones count from the end), "final" (the decoder's output) or
             "logits" (the model's output; with a fused head see `Perturbation.logit_noise`).
         learnable: whether log_sigma is a parameter. It belongs in its own group: `param_group(lr)`.
         seed: 64-bit seed of the noise. Use the same one on all ranks.
-        scale: "absolute", or "rms": sigma counts in units of each row's root mean square.
-        rounding: "nearest" or "stochastic" for the store to a 16-bit dtype.
-        sigma_bounds: (low, high) that sigma is held in, at each opening of the scope.
-        data_rank: data-parallel rank, so that numbered rows never repeat; by default torch.distributed's rank when the
-            noise is drawn. Ranks that hold the same rows (tensor parallel) must give the same one.
-        path: of the ModuleList ("model.layers") where it cannot be told from the model's structure.
+        scale: "absolute", or "rms": sigma is in units of each row's root mean square.
+        rounding: "nearest" or "stochastic": how perturbed hidden states are rounded to a 16-bit dtype.
+        sigma_bounds: (low, high); sigma is clamped to this range each time the scope opens.
+        data_rank: data-parallel rank, which keeps row numbers distinct between ranks; by default torch.distributed's rank
+            when the noise is drawn. Ranks that hold the same rows (tensor parallel) must give the same value.
+        path: path of the ModuleList, e.g. "model.layers", for models whose structure does not determine it.
         engine: "triton", "native", "reference" or None for the automatic choice.
-        capturable: whether kernels read step and row number from the device, so that CUDA graphs may hold perturbed forwards:
-            see `Perturbation.perturbed`. Not with torch.compile, `logit_noise` or hidden states in float64.
+        capturable: whether kernels read step and row number from the device, so that CUDA graphs can capture perturbed
+            forwards: see `Perturbation.perturbed`. Not with torch.compile, `logit_noise` or hidden states in float64.
 
     Returns:
-        Its handle: open the scope with `perturbed(step=...)`; `detach()`, or leaving a `with attach(...)`, restores.
+        The handle: `perturbed(step=...)` opens the scope; `detach()`, or leaving `with attach(...)`, restores the model.
 
     Raises:
-        ValueError: sigma <= 0, a layer that is not there, several lists of layers, a model that is attached already.
+        ValueError: sigma <= 0, a layer index out of range, several lists of layers, a model that is perturbed already.
     """
     if scale not in SCALES:
         raise ValueError(f"attach: scale={scale!r}; it needs one of {SCALES}")
@@ -88,12 +88,14 @@ def attach(
     try:
         flat = torch.as_tensor(sigma, dtype=torch.float64).flatten().tolist()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"attach: sigma is {sigma!r}; it needs a number or one a layer") from None
+        raise TypeError(f"attach: sigma is {sigma!r}; it needs a number, or one for each layer") from None
     values = flat * len(chosen) if len(flat) == 1 else flat
     if data_rank is not None and (not isinstance(data_rank, int) or not 0 <= data_rank <= MAX_RANK):
         raise ValueError(f"attach: data_rank={data_rank!r}; it needs an int in [0, {MAX_RANK}]")
     if len(values) != len(chosen):
-        raise ValueError(f"attach: sigma has {len(values)} values; {len(chosen)} layers are perturbed")
+        raise ValueError(
+            f"attach: sigma has {len(values)} values; it needs 1 or {len(chosen)}, one for each perturbed layer"
+        )
     if not all(s > 0 and math.isfinite(s) for s in values):
         raise ValueError(f"attach: sigma={sigma}; it needs numbers > 0 (for no noise, do not open the scope)")
     device = next(found.layers[0].parameters()).device
@@ -115,7 +117,7 @@ def attach(
 
 
 def detach(model: nn.Module, path: str | None = None) -> None:
-    """Restore `model` where its handle is lost; does nothing where it is not perturbed. `path` as in `attach`."""
+    """Restore `model` without its handle; does nothing if the model is not perturbed. `path` is as in `attach`."""
     parent = find_layers(model, path).parent
     if parent in attached and (handle := attached[parent]()) is not None:
         handle.detach()
@@ -124,7 +126,7 @@ def detach(model: nn.Module, path: str | None = None) -> None:
 def _choose(
     model: nn.Module, found: list[nn.Module], parent: nn.Module, layers: str | Iterable[int]
 ) -> dict[int, nn.Module]:
-    """Layer coordinate -> the module whose hook adds the noise."""
+    """Map each layer coordinate to the module whose hook adds the noise."""
     if layers == "all":
         return dict(enumerate(found))
     if layers == "final":

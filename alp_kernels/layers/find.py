@@ -1,4 +1,4 @@
-"""Finds a model's decoder layers by structure, so that no model class has to be named."""
+"""Finds a model's decoder layers by structure, without a list of model classes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 from torch import nn
 
 _TEXT = frozenset(["language_model", "text_model", "text_decoder", "decoder"])
-"""What models with several towers call the one that writes."""
+"""Names that models with several towers give their text decoder."""
 
 
 class DecoderLayers(NamedTuple):
-    path: str  # of the list inside the model, "model.layers"
-    parent: nn.Module  # runs the layers in its forward
+    path: str  # of the list inside the model, e.g. "model.layers"
+    parent: nn.Module  # its forward runs the layers
     layers: list[nn.Module]
 
 
 def _outermost_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
-    """ModuleLists of modules with parameters, not nested in one another (a layer's experts are no decoder layers)."""
+    """Return the ModuleLists with parameters that are in no other one (a layer's experts are not decoder layers)."""
     found: dict[str, nn.ModuleList] = {}
     for path, module in root.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
@@ -27,10 +27,10 @@ def _outermost_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
-    """The decoder layers of `model`: at `path` where given, else the largest list of layers of its text decoder.
+    """Return the decoder layers of `model`: at `path` if given, else the largest list of layers in its text decoder.
 
     Raises:
-        ValueError: `path` names no list of layers, or none or several lists could be meant; the message lists them.
+        ValueError: `path` is not a list of layers; or, without `path`, no list or several qualify (the message names them).
     """
     if path is not None:
         try:
@@ -48,7 +48,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
     decoder = getattr(model, "get_decoder", lambda: model)()
     if id(decoder) not in names:
         decoder = model
-    if not _outermost_lists(decoder):  # its output head, where a model calls that its decoder
+    if not _outermost_lists(decoder):  # some models call their output head the decoder
         decoder = model
     prefix = names[id(decoder)]
     sizes = {

@@ -1,13 +1,13 @@
-"""Which forward of its decoder a layer is in: now, and in a backward pass that runs some layers again.
+"""Tracks which forward of its decoder a layer is in, also when backward recomputes the layer.
 
-Activation checkpointing runs a layer twice. Where the checkpoint is inside the hooks the noise runs once. Where it is
-outside, the second run happens in backward and must meet the noise of *its* forward, with others in between. A hook on the
-gradient of the decoder's output records which forward backward is in: autograd comes through it before it comes to the
-layers, and it works off one forward's part of a graph before that of an earlier one.
+Gradient checkpointing runs a layer twice. If the checkpoint is inside the hooks, the noise is added once. If it is outside,
+the second run happens in backward, perhaps after other forwards, and needs the noise of its own forward. A hook on the
+decoder's output gradient records which forward backward is in. Autograd runs this hook before it reaches the layers, and it
+finishes one forward's part of the graph before it starts an earlier forward's part.
 
-torch.compile traces the hooks once and runs what it traced: no Python of theirs runs afterwards. So coordinates are tensors,
-and what has to be counted is counted inside the operator (`note`). Compiled code checks one Python value at each call,
-`Switch.is_on`: the clean and the perturbed graph are two.
+torch.compile traces the hooks once; their Python does not run afterwards. So coordinates are tensors, and the operator does
+the counting (`note`). Compiled code checks one Python value at each call, `Switch.is_on`, so the clean and the perturbed
+forward have separate graphs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NOT_COMPILED = "perturbed: compiled layers take their coordinates from the host
 
 
 class Source(Protocol):
-    """What noise is made of."""
+    """What a forward reads of the handle."""
 
     log_sigma: Tensor
     seed: int
@@ -44,22 +44,22 @@ class Forward(NamedTuple):
     step: int
     row_start: int
     row_ids: Tensor | None
-    pointer: Tensor | None  # (2,) step and row_start on the device, where the handle is capturable
-    at: Tensor  # the same for compiled layers: noise/operators.py
+    pointer: Tensor | None  # (2,) step and row_start on the device, if the handle is capturable
+    at: Tensor  # coordinates for compiled layers: noise/operators.py
     log_sigma: Tensor  # the handle's own
-    ran: set[int]  # layers
-    draws: dict[tuple[torch.Size, torch.dtype, torch.device], list[Draw]]  # by what the hidden states are like, a layer
+    ran: set[int]  # layers that have run
+    draws: dict[tuple[torch.Size, torch.dtype, torch.device], list[Draw]]  # for such hidden states, by layer
 
 
 class Scope:
-    """The scope that is open, or was the last. No module, on which each assignment takes as long as an addition of PyTorch."""
+    """The open scope, or the last one. Not an nn.Module: there an assignment takes as long as a PyTorch addition."""
 
     is_open = False
     row_ids: Tensor | None = None
     num_perturbed = 0
 
     def __init__(self) -> None:
-        self.ran: set[int] = set()  # positions of the layers perturbed in it
+        self.ran: set[int] = set()  # positions of the layers perturbed in the scope
 
     def open(self, row_ids: Tensor | None) -> None:
         self.is_open, self.row_ids, self.num_perturbed = True, row_ids, 0
@@ -70,12 +70,11 @@ class Scope:
 
 
 class Switch:
-    """Whether noise is on in compiled code: as in the scope, but in a backward pass as in the forward that it runs again."""
+    """Whether noise is on in compiled code: as in the scope; in backward, as in the forward that is recomputed."""
 
     is_on = False
-    at: Tensor | None = (
-        None  # None outside of a forward whose rows are numbered; traced code sets it by the operator `begin`
-    )
+    # Rows without row_ids: None outside a decoder's forward; traced code sets it through the operator `begin`.
+    at: Tensor | None = None
     row_ids: Tensor | None = None
 
     def set(self, is_on: bool, forward: Forward | None) -> None:
@@ -87,11 +86,11 @@ class Forwards:
     """The forwards of one perturbed decoder."""
 
     def __init__(self, handle: Source, rows: Rows, realised: Realised, *, capturable: bool) -> None:
-        self._handle = weakref.ref(handle)  # hooks hold it; without them it goes when its owner lets it go
+        self._handle = weakref.ref(handle)  # the hooks keep the handle alive; after detach only its owner does
         self._rows, self._realised, self.capturable = rows, realised, capturable
         self.scope, self.switch = Scope(), Switch()
-        self.current: Forward | None = None  # the one the decoder is in
-        self._backward: tuple[int, Forward | None] = (-1, None)  # a backward call, and whose layers it is at
+        self.current: Forward | None = None  # the forward the decoder is in
+        self._backward: tuple[int, Forward | None] = (-1, None)  # a backward call, and the forward it is in
         self._number, self._order = register(self)
 
     def open(self, row_ids: Tensor | None) -> None:
@@ -104,7 +103,7 @@ class Forwards:
         self._stop()
 
     def next(self) -> Forward:
-        """The forward that comes next. It counts as one with its first perturbed layer."""
+        """Return the next forward. It is counted when its first layer is perturbed."""
         handle, rows, row_ids = self._handle(), self._rows, self.scope.row_ids
         assert handle is not None
         log_sigma = handle.log_sigma
@@ -128,7 +127,7 @@ class Forwards:
             if self.switch.is_on:
                 self.finish_in_graph(_a_tensor(output))
         elif not in_backward():
-            forward = self.current  # None: a clean one, which a recompute must also know
+            forward = self.current  # None for a clean forward: a recompute must be clean, too
             for tensor in _tensors(output):
                 tensor.register_hook(lambda grad: self._arrive(forward))
             self._stop()
@@ -142,14 +141,14 @@ class Forwards:
         self._set_switch()
 
     def _set_switch(self) -> None:
-        """As the scope and the current forward want it."""
+        """Set the switch from the scope and the current forward."""
         forward = self.current
         if forward is None and self.scope.is_open and self.scope.row_ids is not None:
-            forward = self.next()  # rows with names need no decoder around them
+            forward = self.next()  # with row_ids, a layer can run outside its decoder's forward
         self.switch.set(self.scope.is_open, forward)
 
     def entered(self, layer: int) -> Forward:
-        """The forward that `layer` is in, which has not run in it before."""
+        """Return the forward that `layer` is in; raises if the layer has run in it already."""
         forward = self.current
         if forward is None:
             if self.scope.row_ids is None:
@@ -157,7 +156,7 @@ class Forwards:
             forward = self.next()
         if layer in forward.ran:
             raise RuntimeError(
-                f"perturbed: layer {layer} ran twice in one forward of its decoder, and both runs would meet the same "
+                f"perturbed: layer {layer} ran twice in one forward of its decoder, and both runs would get the same "
                 "noise; attach with path=... to a module that runs each of its layers once"
             )
         forward.ran.add(layer)
@@ -166,7 +165,7 @@ class Forwards:
     # -------------------------------------------------------------- backward
 
     def _arrive(self, forward: Forward | None) -> None:
-        """Backward has come to the output of `forward`; its layers are next."""
+        """Record that backward has reached the output of `forward`, so its layers come next."""
         task = _backward_id()
         if self._backward[0] != task:
             torch.autograd.Variable._execution_engine.queue_callback(self._set_switch)
@@ -174,13 +173,13 @@ class Forwards:
         self.switch.set(forward is not None, forward)
 
     def recomputed(self, layer: int) -> Forward | None:
-        """The forward whose `layer` backward runs again; None where it was clean."""
+        """Return the forward whose `layer` backward recomputes; None if that forward was clean."""
         task, forward = self._backward
         if task != _backward_id() and self._rows.step >= 0:
             raise RuntimeError(
-                f"perturbed: layer {layer} is recomputed in backward, and the gradient did not come through its "
-                "decoder's output, so whose noise it needs cannot be told; checkpoint inside the decoder and take "
-                "the loss from its output"
+                f"perturbed: layer {layer} is recomputed in backward, but the gradient did not come through its "
+                "decoder's output, so it is unknown which forward's noise the layer needs; checkpoint inside the decoder and "
+                "compute the loss from its output"
             )
         return forward
 
@@ -201,32 +200,34 @@ class Forwards:
         return self.switch.at
 
     def begin_compiled(self) -> Tensor:
-        """What the operator `begin` runs: `enter` of a decoder that is compiled whole."""
+        """Do what `enter` does, for a decoder that is compiled as a whole; the operator `begin` runs it."""
         if self.capturable:
             raise RuntimeError(_NOT_COMPILED)
         if in_backward():
             raise RuntimeError(
-                "perturbed: a compiled decoder is recomputed in backward as a whole, and whose noise it needs cannot be told; "
-                "checkpoint inside it"
+                "perturbed: a compiled decoder is recomputed in backward as a whole, and it is unknown which forward's noise it "
+                "needs; checkpoint inside the decoder"
             )
-        if not self.scope.is_open:  # a backward pass failed on its way, and left its switch on
+        if not self.scope.is_open:  # a failed backward left the switch on
             self._set_switch()
-            raise RuntimeError("perturbed: compiled for noise, but no scope is open; call the model again")
+            raise RuntimeError(
+                "perturbed: this graph was compiled for noise, but no scope is open; call the model again"
+            )
         self._start()
         assert self.current is not None
         return self.current.at.clone()
 
     def finish_compiled(self) -> None:
-        """What the operator `finish` runs: `leave` of such a decoder."""
+        """Do what `leave` does, for a decoder that is compiled as a whole; the operator `finish` runs it."""
         if not in_backward():
             self._stop()
 
     def note(
         self, number: int, row_start: int, position: int, hidden: Tensor, u: Tensor, sigma: Tensor, engine: Engine
     ) -> None:
-        """Count a layer of forward `number` as perturbed; what the operator `perturb` runs beside its arithmetic.
+        """Count a layer of forward `number` as perturbed. Eager code and the operator `perturb` call it after adding noise.
 
-        Doing it twice is harmless, as when a compiler has a layer computed again.
+        A second call for the same layer is harmless; it happens when a compiler recomputes the layer.
         """
         if in_backward():
             return
@@ -240,7 +241,7 @@ class Forwards:
 
 
 def _backward_id() -> int:
-    """The number of the backward call that is running, -1 outside of one."""
+    """Return the number of the running backward call, -1 outside backward."""
     return torch._C._current_graph_task_id()
 
 
@@ -249,12 +250,12 @@ def in_backward() -> bool:
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Whether what is done to `tensor` now goes into a CUDA graph."""
+    """Whether operations on `tensor` are being captured into a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _a_tensor(output: Any) -> Tensor:
-    """One that the decoder's layers made."""
+    """Return a tensor of the output that the decoder's layers computed."""
     if isinstance(output, Tensor):
         return output.detach()
     found = getattr(output, "last_hidden_state", None)
@@ -264,7 +265,7 @@ def _a_tensor(output: Any) -> Tensor:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors of a model's output that carry a gradient: itself, or those in its fields and their tuples."""
+    """Yield the tensors with a gradient in a model's output, including those in nested mappings, lists and tuples."""
     if isinstance(output, Tensor):
         if output.grad_fn is not None:
             yield output

@@ -1,4 +1,4 @@
-"""The hooks that `attach` puts on a model. A copy of the model leaves them behind."""
+"""The hooks that `attach` puts on a model. Copies of the model do not have them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .forwards import in_backward
 class _Hook:
     """A hook on a module. A deep copy of the model does not inherit it: copies are clean.
 
-    Each kind has a __call__ of its own, since compiled versions are counted, and limited, for each function.
+    Each class has its own __call__, because torch.compile limits the number of compiled versions of a function.
     """
 
     def __init__(self, handle: Noisy) -> None:
@@ -36,23 +36,23 @@ class _Clean:
 
 
 class Enter(_Hook):
-    """Before the decoder's forward."""
+    """Runs before the decoder's forward."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         self.handle.forwards.enter()
 
 
 class Leave(_Hook):
-    """After it."""
+    """Runs after the decoder's forward."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.handle.forwards.leave(output)
 
 
 class LayerInput(_Hook):
-    """Before a layer's forward: adds noise to its hidden states.
+    """Adds noise to a layer's hidden states, before its forward.
 
-    Knows which layer it sits on; `place` says it to compiled code, which is then the same for all layers.
+    `place` passes the layer's position and coordinate to compiled code as a tensor, so all layers share one graph.
     """
 
     def __init__(self, handle: Noisy, position: int, layer: int) -> None:
@@ -84,7 +84,7 @@ class LayerInput(_Hook):
 
 
 class Output(_Hook):
-    """After the decoder or the model, whose output carries the tensor `field`: adds noise to it."""
+    """Adds noise to the tensor `field` of the output of the decoder or the model."""
 
     def __init__(self, handle: Noisy, layer: int, field: str) -> None:
         super().__init__(handle)
@@ -123,17 +123,17 @@ class Output(_Hook):
 
 
 class OwnForward:
-    """Sets a module's own `forward` on the instance: that invalidates graphs compiled before the hooks existed.
+    """Sets a module's own `forward` on the instance, which invalidates graphs compiled before the hooks existed.
 
-    Dynamo does not look for hooks on a module that had none: such a graph, or one of another model of the class (a
-    reference model), would run in place of one with noise. It does look for such a `forward`.
+    Dynamo does not check for hooks on a module that had none when it was traced. So such a graph, or that of another model
+    of the same class (a reference model), would run without noise. Dynamo does check for a `forward` on the instance.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.is_set = weakref.ref(module), False
 
     def set(self) -> None:
-        """Does nothing as long as nothing was compiled."""
+        """Does nothing before the first torch.compile."""
         module = self.module()
         if not self.is_set and module is not None and "forward" not in module.__dict__ and _has_compiled():
             module.forward = module.forward
@@ -143,12 +143,12 @@ class OwnForward:
         module = self.module()
         if module is None or not self.is_set:
             return
-        if module.__dict__.get("forward") == type(module).forward.__get__(module):  # not one put in its place since
+        if module.__dict__.get("forward") == type(module).forward.__get__(module):  # not replaced since
             del module.forward
         self.is_set = False
 
 
 def _has_compiled() -> bool:
-    """Whether torch.compile has made a graph in this process."""
+    """Whether torch.compile has compiled a graph in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo is not None and dynamo.counters["stats"]["unique_graphs"] > 0

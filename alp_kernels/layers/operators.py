@@ -1,6 +1,6 @@
-"""A decoder's forward as operators of a compiled graph: where it starts, and where it ends.
+"""Operators of a compiled graph that mark where a decoder's forward starts and ends.
 
-order  (2,) int64 of one handle: its number, and how often it was written; its mutation keeps the operators in order
+order  (2,) int64, one for each handle: the handle's number, and a count of writes; mutating it keeps the operators in order
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ..operators import UNSAFE_IN_CUDA_GRAPHS, integers, library
 
 
 class Decoder(Listener, Protocol):
-    """Of a perturbed decoder."""
+    """What the operators call on a perturbed decoder."""
 
     def begin_compiled(self) -> Tensor:
-        """The coordinates of the forward that starts, `at` of noise/operators.py."""
+        """Start a forward; return its coordinates, `at` of noise/operators.py."""
 
     def finish_compiled(self) -> None: ...
 
@@ -30,7 +30,7 @@ _numbers = itertools.count(1)
 
 
 def register(decoder: Decoder) -> tuple[int, Tensor]:
-    """Its number, by which operators find it, and `order`."""
+    """Return the decoder's number, by which the operators find it, and its `order`."""
     number = next(_numbers)
     decoders[number], listeners[number] = decoder, decoder
     return number, integers(number, 0)
@@ -44,7 +44,7 @@ def _begin(order: Tensor) -> Tensor:
     order[1] += 1
     decoder = decoders.get(int(order[0]))
     if decoder is None:
-        raise RuntimeError("perturbed: the handle of this compiled model is gone; keep it while its scope is open")
+        raise RuntimeError("perturbed: the handle of this compiled model was deleted; keep it while its scope is open")
     return decoder.begin_compiled()
 
 
@@ -68,11 +68,11 @@ for name, run, fake in (("begin", _begin, _begin_fake), ("finish", _finish, _fin
 
 
 def begin(order: Tensor) -> Tensor:
-    """The coordinates of the forward that starts, (5,)."""
+    """Start a forward; return its coordinates, (5,)."""
     at: Tensor = torch.ops.alp_kernels.begin(order)
     return at
 
 
 def finish(order: Tensor, output: Tensor) -> None:
-    """The forward ends. `output` is only there so that this comes after the layers that made it."""
+    """End the forward. `output` makes the operator run after the layers that computed it."""
     torch.ops.alp_kernels.finish(order, output)

@@ -1,6 +1,7 @@
-"""The handle on a perturbed model: sigma, the scope that switches the noise on, and the way back.
+"""The handle of a perturbed model: sigma, the scope that switches the noise on, and `detach`.
 
-hooks.py adds the noise; forwards.py knows which forward a layer is in; rows.py numbers the rows; realised.py measures.
+hooks.py adds the noise; forwards.py tracks which forward a layer is in; rows.py numbers the rows; realised.py measures
+the noise that survives rounding.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from .rows import Rows
 logger = logging.getLogger("alp_kernels")
 
 attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Perturbation]] = weakref.WeakKeyDictionary()
-"""The handle on each perturbed decoder, so that none is perturbed twice, by whatever module it is reached."""
+"""Each perturbed decoder's handle. With it `attach` refuses a perturbed decoder, whichever module wraps it."""
 
 
 class Perturbation(nn.Module):
-    """The handle `attach` returns: sigma, the scope that switches the noise on, and the way back.
+    """The handle `attach` returns: sigma, the scope that switches the noise on, and `detach`.
 
-    Its only parameter is `log_sigma` (L,) float32, one value for each perturbed layer; the model's own
-    `named_parameters()` do not hold it, so trainers that push weights to an inference engine never push it.
-    `state_dict()` holds log_sigma, the seed and the noise's position; loading it continues the stream.
+    Its only parameter is `log_sigma` (L,) float32, one value for each perturbed layer. The model's
+    `named_parameters()` does not include it, so trainers that push weights to an inference engine never push it.
+    `state_dict()` holds log_sigma, the seed and the position in the noise stream; loading it continues the stream.
     """
 
     log_sigma: Tensor
@@ -99,26 +100,26 @@ class Perturbation(nn.Module):
 
     @property
     def was_opened(self) -> bool:
-        """Whether its scope was ever open, here or in the run whose state was loaded."""
+        """Whether the scope was ever open, in this process or in the run that saved the loaded state."""
         return self._rows.step >= 0
 
     # -------------------------------------------------------------- the scope
 
     @contextmanager
     def perturbed(self, step: int, row_ids: Tensor | None = None) -> Iterator[Perturbation]:
-        """Switch the noise on for the forwards inside (and for their backward, inside or later).
+        """Switch the noise on for the forwards inside the scope, and for their backward, inside or later.
 
         Args:
-            step: optimiser step; its noise differs from every other step's. Scopes of one step number their rows on.
+            step: optimiser step; its noise differs from every other step's. Scopes of one step continue its row numbers.
             row_ids: int64, one for each row of the hidden states, (B, T) or (B*T,): global row identities below 2^48,
-                e.g. sample * max_length + position. Then packing, padding, order, micro-batches and ranks do not
-                change a row's noise. Without them rows are numbered, after those of the data-parallel rank before.
+                e.g. sample * max_length + position. With them, packing, padding, order, micro-batches and ranks do not
+                change a row's noise. Without them, rows are numbered over the step, starting at data_rank << 32.
 
-        With `attach(capturable=True)` a CUDA graph that was captured in a scope draws the noise of the scope it is replayed in.
-        Rows are numbered on over replays and eager forwards alike; row_ids are read from the tensor given at capture:
+        With `attach(capturable=True)`, a CUDA graph captured in a scope draws the noise of the scope it is replayed in.
+        Replays and eager forwards share one row numbering. Replays read row_ids from the tensor given at capture:
 
             with handle.perturbed(step=0):
-                warm_up(tokens)  # as each capture needs it
+                warm_up(tokens)  # required before every capture
                 with torch.cuda.graph(graph):
                     loss = update(tokens)  # forward and backward
             for step in range(1, num_steps):
@@ -126,11 +127,11 @@ class Perturbation(nn.Module):
                 with handle.perturbed(step=step):
                     graph.replay()
 
-        A scope in which Python perturbed no layer then waits for the device at its end, and asks whether a replay did. A graph
-        replayed outside of a scope draws noise too, as if the last one were open still.
+        If Python perturbed no layer in such a scope, its end waits for the device and checks whether a replay did. A graph
+        replayed outside any scope still draws noise, as if the last scope were open.
 
         Raises:
-            RuntimeError: at the end, if no layer was perturbed: a run that would silently be without noise.
+            RuntimeError: at the end, if no layer was perturbed, as the run would otherwise silently go without noise.
         """
         if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= step <= MAX_STEP:
             raise ValueError(f"perturbed: step={step!r}; it needs an int in [0, {MAX_STEP}]")
@@ -144,7 +145,7 @@ class Perturbation(nn.Module):
             raise RuntimeError("perturbed: this perturbation was detached from its model")
         if is_captured(self.log_sigma):
             raise RuntimeError(
-                "perturbed: a CUDA graph would hold this step's number; open the scope around the capture"
+                "perturbed: a CUDA graph being captured would freeze this step's number; open the scope around the capture"
             )
         is_new = rows.begin(step)
         if self.sigma_bounds is not None:
@@ -173,18 +174,18 @@ class Perturbation(nn.Module):
             self._said_partial = True
             left = [layer for position, layer in enumerate(self.layers) if position not in forwards.scope.ran]
             logger.warning(
-                "layers %s did not run in a perturbed forward while others did: their sigma gets no noise and no gradient. "
-                "The model drops layers (layerdrop), or these were replaced after attach: then attach anew.",
+                "layers %s did not run in a perturbed forward while others did: they get no noise, their sigma no gradient. "
+                "The model drops layers (layerdrop), or they were replaced after attach; if replaced, call attach again.",
                 left,
             )
 
     def logit_noise(self, num_rows: int, row_ids: Tensor | None = None) -> LogitNoise:
-        """For layers="logits" with a fused head: the noise that `fused_alp_loss(logit_noise=...)` adds. Inside the scope."""
+        """Return `fused_alp_loss`'s logit_noise, for layers="logits" with a fused head. Call it inside the scope."""
         if self.layers != (LOGITS_LAYER,):
-            raise RuntimeError('logit_noise: it belongs to attach(layers="logits")')
+            raise RuntimeError('logit_noise: it needs a handle from attach(layers="logits")')
         if self.capturable:
             raise RuntimeError(
-                "logit_noise: the loss reads no coordinates from the device; attach with capturable=False"
+                "logit_noise: the loss cannot read step and row number from the device; attach with capturable=False"
             )
         scope = self.forwards.scope
         if not scope.is_open:
@@ -193,14 +194,14 @@ class Perturbation(nn.Module):
             row_ids = scope.row_ids
         if row_ids is not None and row_ids.numel() != num_rows:
             raise ValueError(
-                f"logit_noise: row_ids has shape {tuple(row_ids.shape)}; {num_rows} rows need as many (give those of the rows "
-                "that go into the loss)"
+                f"logit_noise: row_ids has shape {tuple(row_ids.shape)}; it needs {num_rows} values, one for each row that goes "
+                "into the loss"
             )
         start = self._rows.take(num_rows) if row_ids is None else 0
         scope.num_perturbed += 1
         return LogitNoise(self.log_sigma, self.seed, self._rows.step, row_ids, start)
 
-    # -------------------------------------------------------------- what users read and keep
+    # -------------------------------------------------------------- sigma, its gradient, its state
 
     @property
     def sigma(self) -> Tensor:
@@ -208,29 +209,29 @@ class Perturbation(nn.Module):
         return self.log_sigma.detach().exp()
 
     def param_group(self, lr: float) -> dict[str, Any]:
-        """A parameter group for any torch optimiser: its own learning rate, and no weight decay (decay pulls sigma to 1)."""
+        """Return a parameter group for any torch optimiser, with its own lr and no weight decay (decay pulls sigma to 1)."""
         if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor) or not lr >= 0:
             raise ValueError(f"param_group: lr={lr!r}; it needs a number >= 0")
         return {"params": list(self.parameters()), "lr": lr, "weight_decay": 0.0}
 
     def realised(self) -> dict[str, list[float]]:
-        """How much of the noise survived the dtype, by layer, in the last step's first forward (first 64 rows).
+        """Report how much noise survived rounding to the dtype, by layer, in the last step's first forward (first 64 rows).
 
-        "rms_over_nominal": rms of u - h over sigma (times the row's rms where scale="rms"); "changed_frac": fraction of
-        elements that changed. Syncs with the device. Warns once where a layer's ratio leaves [0.7, 1.4].
+        "rms_over_nominal": rms of u - h, divided by sigma (by sigma * rms of h where scale="rms"). "changed_frac": fraction
+        of elements that changed. Synchronises with the device. Warns once if a layer's ratio is outside [0.7, 1.4].
         """
         return self._realised.report(self.layers, self.scale)
 
     def sum_gradient(self, group: dist.ProcessGroup | None = None, *, average: bool = False) -> None:
-        """Sum log_sigma's gradient over data-parallel ranks, once a step, after its last backward; a collective call.
+        """All-reduce log_sigma's gradient over data-parallel ranks; every rank calls it once a step, after the last backward.
 
-        DDP and FSDP do not know log_sigma: without this its values drift apart. Treat it as they treat the weights: DDP and
-        FSDP divide the sum by the number of ranks unless told otherwise, and so does average=True.
+        DDP and FSDP do not see log_sigma; without this call its values drift apart between ranks. Reduce it as the weights:
+        by default DDP and FSDP divide the sum by the number of ranks, and average=True does the same.
         """
         if hasattr(self.log_sigma, "full_tensor"):
             raise RuntimeError(
-                "sum_gradient: log_sigma is a DTensor: fully_shard took it for a weight and reduces it; keep the handle out of "
-                "the module that is wrapped"
+                "sum_gradient: log_sigma is a DTensor: fully_shard took it for a weight and reduces its gradient; keep the "
+                "handle out of the wrapped module"
             )
         if self.log_sigma.requires_grad and dist.is_initialized():
             if self.log_sigma.grad is None:
@@ -254,7 +255,7 @@ class Perturbation(nn.Module):
         self._rows.load(state)
 
     def detach(self) -> None:
-        """Take every hook off the model, which is then exactly as before. Doing it twice does nothing."""
+        """Remove every hook, which restores the model exactly. A second call does nothing."""
         for removable in self._removables:
             removable.remove()
         self._removables.clear()
@@ -264,8 +265,8 @@ class Perturbation(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            "a Perturbation sits on one model and is neither copied nor pickled: save its state_dict(), attach to the other "
-            "model, and load_state_dict() there"
+            "a Perturbation belongs to one model and can be neither copied nor pickled: save its state_dict(), attach to the "
+            "other model, and call load_state_dict() on the new handle"
         )
 
     def __enter__(self) -> Perturbation:

@@ -1,4 +1,4 @@
-"""How much of the noise survived the dtype of the hidden states."""
+"""Measures how much of the noise survives rounding to the dtype of the hidden states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MEASURED_ROWS = 64
 
 
 class _Measured(NamedTuple):
-    """The noise in a layer's first rows."""
+    """Statistics of the noise in a layer's first rows."""
 
     sums: Tensor  # (n, 3): what engine.measure returns
     num_channels: int
@@ -24,20 +24,20 @@ class _Measured(NamedTuple):
 
 
 class Realised:
-    """By a layer's position: what the last step's first forward measured."""
+    """Noise statistics of the last step's first forward, by layer position."""
 
     def __init__(self) -> None:
         self._measured: dict[int, _Measured] = {}
         self._warned = False
 
     def measure(self, position: int, hidden: Tensor, u: Tensor, sigma: Tensor, engine: Engine) -> None:
-        """One launch."""
+        """Measure the noise of the layer at `position`, in one kernel launch."""
         num_channels = hidden.shape[-1]
         sums = engine.measure(hidden.contiguous(), u, min(hidden.numel() // num_channels, _MEASURED_ROWS))
         self._measured[position] = _Measured(sums, num_channels, sigma)
 
     def report(self, layers: tuple[int, ...], scale: str) -> dict[str, list[float]]:
-        """As `Perturbation.realised` explains."""
+        """Return what `Perturbation.realised` returns, and warn as it documents."""
         if not self._measured:
             return {"rms_over_nominal": [], "changed_frac": []}
         measured = [self._measured[p] for p in sorted(self._measured)]
@@ -52,8 +52,8 @@ class Realised:
         if off and not self._warned:
             self._warned = True
             logger.warning(
-                "the noise that reached layers %s is %.2g to %.2g times the size asked for: sigma is too small for the "
-                'dtype of the hidden states and is rounded away or up. Use a larger sigma, scale="rms", '
+                "the noise in layers %s is %.2g to %.2g times the requested size: sigma is too small for the dtype of the "
+                'hidden states, so the noise is rounded away or up. Use a larger sigma, scale="rms", '
                 'rounding="stochastic", or float32.',
                 off,
                 min(ratio),

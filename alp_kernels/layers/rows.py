@@ -1,4 +1,4 @@
-"""Which number a row has: rows are numbered over the forwards of a step, after those of the data-parallel rank before."""
+"""Row numbers: consecutive over the forwards of a step, with a separate range for each data-parallel rank."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MAX_RANK = (1 << 48 - _RANK_SHIFT) - 1
 
 
 class Rows:
-    """Where the numbering stands.
+    """The state of the row numbering.
 
-    Of a capturable handle `position` counts, not the host, which knows of no replay: (3,) int64 on the device: step, next row,
-    forwards of the scope.
+    The host does not see graph replays, so a capturable handle counts in `position` on the device, (3,) int64: step, next
+    row, number of forwards in the scope.
     """
 
     def __init__(self, data_rank: int | None) -> None:
@@ -24,7 +24,7 @@ class Rows:
         self.position: Tensor | None = None
 
     def begin(self, step: int) -> bool:
-        """A scope opens. Returns whether its step is a new one; scopes of one step number their rows on."""
+        """Begin a scope; return whether its step is new. A second scope of the same step continues the numbering."""
         is_new = step != self.step
         if is_new:
             self.step, self.next, self.num_forwards = step, 0, 0
@@ -33,7 +33,7 @@ class Rows:
     def first(self) -> int:
         """The number of the next row."""
         rank = self.data_rank
-        if rank is None:  # asked for now: attach may come before torch.distributed starts
+        if rank is None:  # read here: attach may run before torch.distributed starts
             rank = dist.get_rank() if dist.is_initialized() else 0
         return (rank << _RANK_SHIFT) + self.next
 
@@ -48,7 +48,7 @@ class Rows:
             raise RuntimeError(f"perturbed: step {self.step} has over 2^{_RANK_SHIFT} rows on one rank; give row_ids")
 
     def count(self, start: int, num_rows: int, has_ids: bool) -> None:
-        """A forward has perturbed its first layer."""
+        """Count a forward, when it perturbs its first layer."""
         self.num_forwards += 1
         if self.position is not None:
             self.position[2] += 1
@@ -60,8 +60,8 @@ class Rows:
     # -------------------------------------------------------------- on the device
 
     def write(self, device: torch.device, is_new: bool) -> None:
-        """Write where the numbering stands to the device, without waiting for it."""
-        with torch.inference_mode(False):  # a tensor of an inference scope could not be written outside of one
+        """Write the numbering to the device, without synchronising."""
+        with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
             if self.position is None or self.position.device != device:
                 if not is_new:
                     self.next = self.so_far()
@@ -76,13 +76,13 @@ class Rows:
         return None if self.position is None else self.position[:2].clone()
 
     def was_replayed(self) -> bool:
-        """Whether the device counted a forward in this scope; waits for it."""
+        """Whether the device counted a forward in this scope; synchronises with the device."""
         return self.position is not None and int(self.position[2]) != 0
 
     def so_far(self) -> int:
         return self.next if self.position is None else int(self.position[1]) % (1 << _RANK_SHIFT)
 
-    # -------------------------------------------------------------- what a checkpoint keeps
+    # -------------------------------------------------------------- checkpoints
 
     def state(self) -> dict[str, int]:
         return {"step": self.step, "next_row": self.so_far(), "forwards": self.num_forwards}

@@ -371,7 +371,7 @@ def test_a_dropped_handle_and_model_are_freed():
     ("change", "message"),
     [
         ({"sigma": 0.0}, "sigma=0.0; it needs numbers > 0"),
-        ({"sigma": [0.1, 0.2]}, "sigma has 2 values; 3 layers"),
+        ({"sigma": [0.1, 0.2]}, "sigma has 2 values; it needs 1 or 3"),
         ({"layers": [3]}, r"layers=\[3\]; it needs indices in \[-3, 3\)"),
         ({"layers": [0, -3]}, "names a layer twice"),
         ({"layers": "some"}, "layers='some'"),
@@ -424,7 +424,7 @@ def test_logit_noise_takes_the_scopes_row_ids():
     with attach(make_model(), layers="logits") as handle:
         with handle.perturbed(step=0, row_ids=rows):
             assert handle.logit_noise(10).row_ids is rows
-            with pytest.raises(ValueError, match=r"row_ids has shape \(10,\); 4 rows need as many"):
+            with pytest.raises(ValueError, match=r"row_ids has shape \(10,\); it needs 4 values"):
                 handle.logit_noise(4)
         with pytest.raises(RuntimeError, match="pass logit_noise="), handle.perturbed(step=1):
             pass
