@@ -1,1 +1,1 @@
-"""alp_kernels inside other people's trainers: one module a trainer, each imported by the user who has that trainer."""
+"""ALP in other trainers: one module for each trainer. Users import the module of the trainer they have installed."""

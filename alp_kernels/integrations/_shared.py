@@ -1,5 +1,7 @@
-"""What the trainers' modules share. Every trainer aggregates token losses in its own way and with its own counts; all of
-them are linear, so an aggregation is a weight for each token, and `policy_loss` takes those weights.
+"""Code that the trainers' modules share.
+
+Each trainer aggregates token losses in its own way and with its own counts. Every such aggregation is linear, so it gives
+each token a weight, and `policy_loss` takes these weights.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from ..loss.stats import LossOutput, Stats
 from ..objective import PRESETS, Objective
 
 SINGLE_RATIO = tuple(name for name in PRESETS if name.startswith(("alp-", "bypass-")))
-"""Presets whose ratio is the updated policy over the one that sampled: what the trainers' modules offer."""
+"""Presets whose ratio is the updated policy over the policy that sampled. The trainers' modules offer these."""
 
 REPORTED = (
     *(
@@ -31,14 +33,14 @@ REPORTED = (
 
 
 def choose(where: str, preset: str, **changes: Any) -> Objective:
-    """The objective `preset`, one of SINGLE_RATIO, with a trainer's clips."""
+    """Return the objective `preset`, one of SINGLE_RATIO, with the trainer's clips."""
     if preset not in SINGLE_RATIO:
         raise ValueError(f"{where}: preset={preset!r}; it needs one of {', '.join(SINGLE_RATIO)}")
     return Objective.preset(preset, **changes)
 
 
 def aggregation_weights(aggregate: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The weight `aggregate` gives each token's loss: its derivative. `aggregate` is linear, token losses shaped like `like`."""
+    """Return the gradient of the linear `aggregate`: the weight of each token's loss, with the shape of `like`."""
     with torch.enable_grad():
         losses = torch.zeros_like(like, requires_grad=True)
         (weights,) = torch.autograd.grad(aggregate(losses), losses)
@@ -55,9 +57,9 @@ def aggregated_loss(
     cu_seqlens: Tensor | None = None,
     extra_weight: Tensor | None = None,
 ) -> LossOutput:
-    """`policy_loss` under the trainer's own aggregation, which maps token losses, shaped like logp, to a scalar.
+    """Compute `policy_loss` with the trainer's aggregation: `aggregate` maps token losses, shaped like logp, to a scalar.
 
-    Turns, for level "cum-turn", are the runs of the mask: what the model writes between two tool results is one turn.
+    For level "cum-turn", a turn is a run of ones in the mask: the tokens the model writes between two tool results.
     extra_weight: like logp; multiplies each token's loss.
     """
     weights = aggregation_weights(aggregate, logp)
@@ -83,7 +85,7 @@ def turn_ends(mask: Tensor) -> Tensor:
 
 
 def require_noise(where: str, preset: str) -> None:
-    """An "alp-*" loss on log-probabilities of a clean forward would be its "bypass-*" without a word."""
+    """Raise if an "alp-*" loss has no open scope: on a clean forward it would silently equal its "bypass-*" loss."""
     if not preset.startswith("alp-"):
         return
     if not any(
@@ -103,11 +105,11 @@ def average_gradient(handle: Perturbation, group: dist.ProcessGroup | None = Non
 
 
 def clipped_fractions(stats: Stats) -> tuple[Tensor, Tensor]:
-    """Fractions of tokens that the clip, and the dual clip, took the gradient from; () each, 0 without tokens."""
+    """Fractions of tokens that lose their gradient to the clip, and to the dual clip; () each, 0 without tokens."""
     count = max(len(stats.log_ratio), 1)
     return (stats.clipped_low | stats.clipped_high).sum() / count, stats.clipped_dual.sum() / count
 
 
 def k1_kl(stats: Stats) -> Tensor:
-    """mean(q - p), (); 0 without tokens."""
+    """k1 estimate of the KL: mean of rollout minus current log-probability, (); 0 without tokens."""
     return -stats.rollout_log_ratio.sum() / max(len(stats.rollout_log_ratio), 1)

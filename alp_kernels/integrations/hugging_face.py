@@ -1,11 +1,11 @@
-"""What output head a Hugging Face model has, PEFT adapters included, as a Head that `fused_alp_loss` takes.
+"""The output head of a Hugging Face model, PEFT adapters included, as a `Head` for `fused_alp_loss`.
 
     hidden = backbone(model)(input_ids).last_hidden_state
     head = output_head(model)
     out = fused_alp_loss(hidden, head, targets, ...)
 
 A LoRA adapter on the head, logits = W h + s B A h, becomes a head of D + r channels: weight [W, s B], inputs [h, A h].
-Adding s B A to W instead would round small adapters away where W has 16 bits.
+Adding s B A to W instead would round small adapters away if W has 16 bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _APPLIED_BESIDE_VISION = (
     *("gemma3n", "gemma4", "gemma4_unified", "granite4_vision", "granite_docling", "hyperclovax_vision_v2"),
     *("mistral_large4", "muse_glimmer", "muse_spark", "paligemma"),
 )
-"""Models with a vision tower that do to their logits what their text decoder's configuration says; the others do not."""
+"""Models with a vision tower that apply the logit scale and softcap of their text configuration; others do not."""
 
 
 OutputHead = Head
@@ -38,14 +38,14 @@ def unwrapped(model: Any) -> Any:
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The part of the model, adapters in place, whose `last_hidden_state` the output head reads.
+    """Return the part of the model, adapters included, whose `last_hidden_state` the output head reads.
 
     Raises:
-        ValueError: the model has no such part.
+        ValueError: the model has no part apart from its output head.
     """
     inner = unwrapped(model)
     found: nn.Module = inner.base_model
-    if found is inner:  # Llama 4, and models with a vision tower in older versions: no name for it
+    if found is inner:  # Llama 4, and in older versions models with a vision tower: base_model is the model itself
         found = getattr(inner, "model", None) or find_layers(inner).parent
     if found is inner:
         raise ValueError(f"backbone: {type(inner).__name__} has no part apart from its output head")
@@ -53,14 +53,14 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def output_head(model: nn.Module) -> Head:
-    """The output head of a Hugging Face causal language model, PeftModel or not, with the adapters that are active now.
+    """Return the output head of a Hugging Face causal language model, PeftModel or not, with its active adapters.
 
-    Call it anew each step, after the forward: it reads the weights as they are. A frozen head comes as it is, so that the
-    fused loss forms no gradient for it; one with adapters is a copy of V x (D + r), and so is its gradient. A quantised
-    weight (torchao) comes dequantised, a copy of V x D.
+    Call it each step, after the forward: it reads the current weights. A frozen head is returned as it is, so the fused
+    loss computes no gradient for it. A head with adapters is a copy of V x (D + r), and so is its gradient. A quantised
+    weight (torchao) is dequantised into a copy of V x D.
 
     Raises:
-        ValueError, TypeError: a head that is no linear layer, or adapters that are not LoRA or DoRA, by name.
+        ValueError, TypeError: the head is not a linear layer, or has adapters other than LoRA or DoRA; the message names it.
     """
     inner = unwrapped(model)
     head = inner.get_output_embeddings()
@@ -74,10 +74,10 @@ def output_head(model: nn.Module) -> Head:
 
 
 def check_head(model: nn.Module, **inputs: Any) -> None:
-    """Compare the head's logits with those of the model's own forward on `inputs`; worth a line before the first step.
+    """Check the head's logits against the model's own forward on `inputs`; call it once before the first step.
 
     Raises:
-        ValueError: they differ: the model does something to its logits that `output_head` does not know.
+        ValueError: they differ, so the model changes its logits in a way that `output_head` does not reproduce.
     """
     was_training = model.training
     model.eval()  # no dropout
@@ -91,8 +91,8 @@ def check_head(model: nn.Module, **inputs: Any) -> None:
     half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     if not worst <= (0.05 if half else 1e-3) * max(size, 1e-6):
         raise ValueError(
-            f"check_head: {type(unwrapped(model)).__name__} has logits up to {size:.3g}; weight, bias, scale and softcap give "
-            f"others, by up to {worst:.3g}"
+            f"check_head: {type(unwrapped(model)).__name__} has logits up to {size:.3g}; logits from weight, bias, scale and "
+            f"softcap differ from them by up to {worst:.3g}"
         )
 
 
@@ -109,7 +109,7 @@ def _scale_and_cap(config: Any) -> tuple[float, float | None]:
 
 
 def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None, tuple[nn.Module, ...]]:
-    """Weight, bias and adapters of a linear layer, a copy of one that PEFT trains, or one with LoRA."""
+    """Return weight, bias and adapters of a linear layer: plain, in PEFT's modules_to_save, or with LoRA."""
     if hasattr(module, "modules_to_save"):
         wrapper: Any = module
         is_on = wrapper.active_adapters and not wrapper.disable_adapters
@@ -118,8 +118,8 @@ def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None, tuple[nn.Module, 
         return _lora(module)
     if hasattr(module, "base_layer") or hasattr(module, "original_module"):
         raise TypeError(
-            f"output_head: the head is a {type(module).__module__}.{type(module).__name__}; of PEFT's adapters LoRA, DoRA and "
-            "modules_to_save can be on it"
+            f"output_head: the head is a {type(module).__module__}.{type(module).__name__}; of PEFT's adapters, only LoRA, DoRA "
+            "and modules_to_save are supported"
         )
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
@@ -148,11 +148,11 @@ def _lora(layer: Any) -> tuple[Tensor, Tensor | None, tuple[nn.Module, ...]]:
             bias = (0 if bias is None else bias) + (scaling * b.bias).to(weight.dtype)
         variant = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else None
         if variant not in (None, "DoraLinearVariant"):
-            raise TypeError(f"output_head: adapter {name!r} on the head is a {variant}; LoRA and DoRA can be on it")
+            raise TypeError(f"output_head: adapter {name!r} on the head is a {variant}; it needs LoRA or DoRA")
         if variant is not None:
             if len(active) > 1 or (layer.training and getattr(dropout, "p", 0.0) > 0):
                 raise ValueError(
-                    f"output_head: adapter {name!r} on the head is DoRA; that goes alone and with lora_dropout=0"
+                    f"output_head: adapter {name!r} on the head is DoRA; it needs to be the only one, with lora_dropout=0"
                 )
             # the norm is held constant (arXiv 2402.09353, section 4.3)
             with torch.no_grad():

@@ -1,9 +1,9 @@
 """NeMo-RL: a `LossFunction` whose ratio is against data["generation_logprobs"].
 
-    loss_fn = ALPLossFn("bypass-sequence")      # in place of ClippedPGLossFn, handed to grpo_train: docs/trainers.md
+    loss_fn = ALPLossFn("bypass-sequence")      # pass it to grpo_train instead of ClippedPGLossFn: docs/trainers.md
 
-The worker calls the loss with next-token log-probabilities (B, S - 1) and divides nothing itself: the loss does, by the
-global counts of valid tokens or sequences, so micro-batches sum.
+The worker calls the loss with next-token log-probabilities (B, S - 1). The loss divides by the global count of valid tokens
+or sequences, so the worker only sums over micro-batches.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ._shared import aggregated_loss, choose, clipped_fractions, require_noise
 
 
 class ALPLossFn:
-    """NeMo-RL's LossFunction protocol, input type LOGPROB.
+    """Implements NeMo-RL's LossFunction protocol, with input type LOGPROB.
 
-    token_level_loss: mean over the batch's tokens; else mean over its sequences of each one's mean, as in NeMo-RL.
+    token_level_loss: mean over the batch's tokens; if False, mean over its sequences of each sequence's mean, as in NeMo-RL.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ALPLossFn:
         mask = token_mask * data["sample_mask"].unsqueeze(-1)
         if "curr_logprobs_keep_mask" in data:
             raise ValueError(
-                "nemo_rl: top-k or top-p sampling took tokens out of the current policy's support; sample with top_p=1 and "
+                "nemo_rl: top-k or top-p sampling removed tokens from the current policy's support; sample with top_p=1 and "
                 "top_k=null, so that both sides of the ratio are distributions over the whole vocabulary"
             )
 

@@ -2,8 +2,8 @@
 
     install("alp-sequence", sigma=1e-2, sigma_lr=5e-4)      # in the process of the actor: docs/trainers.md
 
-OpenRLHF has no registry: `install` replaces the names its actor module uses. DeepSpeed's optimizer is built before
-there is a sigma, so sigma has an AdamW of its own, which steps when DeepSpeed's does.
+OpenRLHF has no registry, so `install` replaces the names its actor module uses. DeepSpeed's optimizer is built before
+sigma exists, so sigma has its own AdamW, which steps when DeepSpeed's optimizer does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._shared import aggregated_loss, average_gradient, choose, clipped_fraction
 
 
 class ALPPolicyLoss(nn.Module):
-    """OpenRLHF's `PolicyLoss`: its arguments, its call, its aggregation (`aggregate_loss`) and its five results."""
+    """Replaces OpenRLHF's `PolicyLoss`, with its arguments, call, aggregation (`aggregate_loss`) and five results."""
 
     def __init__(
         self,
@@ -37,8 +37,8 @@ class ALPPolicyLoss(nn.Module):
         self.objective = choose("openrlhf", preset, clip_low=clip_eps_low, clip_high=clip_eps_high, dual_clip=dual_clip)
         if policy_loss_type != "ppo" or is_correction_level != "off":
             raise ValueError(
-                f"openrlhf: policy_loss_type={policy_loss_type!r}, is_correction_level={is_correction_level!r}; ALP's one ratio "
-                "replaces both: it needs 'ppo' and 'off'"
+                f"openrlhf: policy_loss_type={policy_loss_type!r}, is_correction_level={is_correction_level!r}; ALP's ratio "
+                "replaces both; it needs 'ppo' and 'off'"
             )
         self.token_level_loss = token_level_loss
 
@@ -53,14 +53,14 @@ class ALPPolicyLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Tensors (B, T) -> loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio; old_log_probs has no part in it."""
+        """Return loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio; tensors are (B, T), old_log_probs is ignored."""
         from openrlhf.models import aggregate_loss
 
         require_noise("openrlhf", self.preset)
         if rollout_log_probs is None or action_mask is None:
             missing = "rollout_log_probs" if rollout_log_probs is None else "action_mask"
             raise ValueError(
-                f"openrlhf: {missing} is None; the ratio is against the rollout engine's log-probabilities"
+                f"openrlhf: {missing} is None; the loss needs the rollout engine's log-probabilities and the mask"
             )
         out = aggregated_loss(
             partial(
@@ -81,7 +81,7 @@ class ALPPolicyLoss(nn.Module):
 
 
 def install(preset: str = "alp-sequence", *, sigma: float = 1e-2, sigma_lr: float = 5e-4, seed: int = 0) -> None:
-    """Make OpenRLHF's actor in this process train with `preset`; with an "alp-*" one, on the perturbed model."""
+    """Make OpenRLHF's actor in this process train with `preset`; an "alp-*" preset also perturbs its updates."""
     from openrlhf.trainer.ray import ppo_actor
 
     ppo_actor.PolicyLoss = partial(ALPPolicyLoss, preset)
@@ -90,7 +90,7 @@ def install(preset: str = "alp-sequence", *, sigma: float = 1e-2, sigma_lr: floa
 
 
 def perturbed_trainer(base: Any, sigma: float, sigma_lr: float, seed: int) -> Any:
-    """A subclass of OpenRLHF's ActorPPOTrainer whose training_step, and nothing else, runs on the perturbed actor."""
+    """Return a subclass of OpenRLHF's ActorPPOTrainer that perturbs the actor in training_step only."""
 
     class ALPActorPPOTrainer(base):
         def __init__(self, strategy: Any, actor: Any, *args: Any, **kwargs: Any) -> None:
@@ -98,8 +98,8 @@ def perturbed_trainer(base: Any, sigma: float, sigma_lr: float, seed: int) -> An
             ds = strategy.args.ds
             if strategy.ring_attn_group is not None or ds.tensor_parallel_size > 1 or ds.param_dtype == "fp16":
                 raise ValueError(
-                    "openrlhf: sigma's gradient is not served under ring attention, tensor parallelism or fp16 loss scaling; use "
-                    "data parallelism and bf16"
+                    "openrlhf: sigma's gradient is not supported under ring attention, tensor parallelism or fp16 loss scaling; "
+                    "use data parallelism and bf16"
                 )
             self.alp = attach(actor.model, sigma, learnable=sigma_lr > 0, seed=seed)
             self.alp_optimizer = torch.optim.AdamW([self.alp.param_group(sigma_lr)]) if sigma_lr > 0 else None
@@ -109,7 +109,7 @@ def perturbed_trainer(base: Any, sigma: float, sigma_lr: float, seed: int) -> An
             before = self.actor.model.global_steps
             with self.alp.perturbed(step=self.alp_updates):
                 status = super().training_step(*args, **kwargs)
-            if self.actor.model.global_steps != before:  # DeepSpeed stepped, at the end of an accumulation
+            if self.actor.model.global_steps != before:  # DeepSpeed stepped, at the end of gradient accumulation
                 self.alp_updates += 1
                 if self.alp_optimizer is not None:
                     average_gradient(self.alp)

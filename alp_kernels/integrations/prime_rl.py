@@ -1,11 +1,11 @@
-"""prime-rl: a custom loss by import path; one sample a call, summed over its tokens (the trainer divides).
+"""prime-rl: a custom loss by import path, for one sample a call, summed over its tokens; the trainer divides.
 
     [trainer.loss]
     type = "custom"
     import_path = "alp_kernels.integrations.prime_rl.single_ratio_loss"
     kwargs = { preset = "bypass-sequence" }
 
-prime-rl has no hook on its model: for an "alp-*" preset its train loop needs the lines in docs/trainers.md.
+prime-rl has no hook on its model, so for an "alp-*" preset its train loop needs the edits in docs/trainers.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def single_ratio_loss(
     clip_high: float = 3.0,
     dual_clip: float | None = 10.0,
 ) -> Any:
-    """LossInputs of one sample, tensors (N,), -> LossOutputs. loss_weights, where given, multiply the token losses."""
+    """Return LossOutputs for LossInputs of one sample, tensors (N,). loss_weights, if given, multiply the token losses."""
     from prime_rl.trainer.rl.loss import LossOutputs
 
     require_noise("prime_rl", preset)
@@ -44,6 +44,6 @@ def single_ratio_loss(
         "alp_clip_frac": clipped,
         "alp_dual_clip_frac": dual,
         "alp_k1_kl": k1_kl(out.stats),
-        "alp_token_ratio": out.stats.log_ratio.clamp(-20, 20).exp(),  # by token: prime-rl concatenates
+        "alp_token_ratio": out.stats.log_ratio.clamp(-20, 20).exp(),  # one value a token: prime-rl concatenates them
     }
     return LossOutputs(loss=out.loss, metrics=metrics)

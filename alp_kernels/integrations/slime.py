@@ -1,11 +1,11 @@
-"""slime and miles (Megatron): custom losses, and the two hooks that switch the noise off and on.
+"""slime and miles (Megatron): custom losses, and the two hooks that switch the noise on and off.
 
     --loss-type custom_loss --custom-loss-function-path alp_kernels.integrations.slime.alp_sequence
     --custom-megatron-before-train-step-hook-path alp_kernels.integrations.slime.before_train_step
     --custom-megatron-before-log-prob-hook-path alp_kernels.integrations.slime.before_log_prob
     --custom-config-path alp.yaml           # alp_sigma: 0.01   alp_sigma_lr: 5.0e-4
 
-Read from slime and miles, and tested against their calling convention; never run inside Megatron.
+Written from the source of slime and miles and tested against their calling convention, but not run inside Megatron.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LOSS_MODULES = ("slime.backends.megatron_utils.loss", "miles.backends.training_
 
 
 def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Any) -> Any:
-    """(args, batch, logits (1, T, V), sum_of_sample_mean) -> (loss, metrics), summed over samples: the trainer divides.
+    """Return (loss, metrics), summed over samples; the trainer divides. logits: (1, T, V).
 
-    Clips: --eps-clip, --eps-clip-high, and --eps-clip-c where the trainer has it.
+    Clips: --eps-clip, --eps-clip-high, and --eps-clip-c if the trainer has it.
     """
     where = f"slime: custom loss {preset}"
     require_noise(where, preset)
@@ -41,7 +41,7 @@ def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sam
     lengths = batch["response_lengths"]
     logp = _log_probs(args, batch, logits)
     if [len(each) for each in logp] != list(lengths):
-        raise ValueError(f"{where}: this rank holds parts of responses; context parallelism is not served here")
+        raise ValueError(f"{where}: this rank holds parts of responses; context parallelism is not supported")
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
     mask = torch.cat([each.to(logits.device) for each in batch["loss_masks"]])
     out = aggregated_loss(
@@ -69,12 +69,10 @@ def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sam
 
 
 def _log_probs(args: Any, batch: Any, logits: Tensor) -> list[Tensor]:
-    """The trainer's own log-probabilities of the response tokens; it has imported the module that calls us."""
+    """Return the response tokens' log-probabilities, from the trainer's function in the module that calls this loss."""
     module = next((sys.modules[name] for name in _LOSS_MODULES if name in sys.modules), None)
     if module is None:
-        raise ImportError(
-            f"slime: none of {', '.join(_LOSS_MODULES)} is imported; this loss is called by slime or miles"
-        )
+        raise ImportError(f"slime: none of {', '.join(_LOSS_MODULES)} is imported; call this loss from slime or miles")
     found = module.get_log_probs_and_entropy(
         logits,
         args=args,
@@ -84,7 +82,7 @@ def _log_probs(args: Any, batch: Any, logits: Tensor) -> list[Tensor]:
         with_entropy=False,
         max_seq_lens=batch.get("max_seq_lens"),
     )
-    return (found[1] if isinstance(found, tuple) else found)["log_probs"]  # slime gives a pair, miles the second of it
+    return (found[1] if isinstance(found, tuple) else found)["log_probs"]  # slime returns a pair, miles the second
 
 
 alp_token, alp_sequence, alp_cum_token, alp_cum_turn, bypass_token, bypass_sequence = (
@@ -104,19 +102,19 @@ class _Noise:
             )
         if self.sigma_lr > 0 and getattr(args, "calculate_per_token_loss", False):
             raise ValueError(
-                "slime: with --calculate-per-token-loss Megatron scales gradients after the backward, where sigma's is not "
-                "seen; leave that option out, or hold sigma fixed with alp_sigma_lr: 0"
+                "slime: with --calculate-per-token-loss Megatron scales gradients after the backward, but not sigma's; "
+                "leave that option out, or hold sigma fixed with alp_sigma_lr: 0"
             )
         from megatron.core import parallel_state as mpu
 
         self.group = mpu.get_data_parallel_group(with_context_parallel=True)
         self.tensor_group = mpu.get_tensor_model_parallel_group() if getattr(args, "sequence_parallel", False) else None
         data_rank = mpu.get_data_parallel_rank(with_context_parallel=True)
-        if self.tensor_group is not None:  # then tensor-parallel ranks hold different rows
+        if self.tensor_group is not None:  # sequence parallel: tensor-parallel ranks hold different rows
             data_rank = data_rank * mpu.get_tensor_model_parallel_world_size() + mpu.get_tensor_model_parallel_rank()
         stage = mpu.get_pipeline_model_parallel_rank()
         self.handles: list[Perturbation] = [
-            attach(  # a seed for each chunk: all number their layers from 0
+            attach(  # a seed for each chunk, since every chunk numbers its layers from 0
                 chunk,
                 float(args.alp_sigma),
                 learnable=self.sigma_lr > 0,
@@ -132,7 +130,7 @@ class _Noise:
             self._follow(optimizer)
 
     def _follow(self, optimizer: Any) -> None:
-        """sigma steps when Megatron's optimizer has stepped; DDP there averages gradients over data-parallel ranks."""
+        """Step sigma after Megatron's optimizer. As in Megatron's DDP, its gradient is averaged over data-parallel ranks."""
         step = optimizer.step
 
         def step_both(*args: Any, **kwargs: Any) -> Any:
@@ -161,7 +159,7 @@ _noise: dict[int, _Noise] = {}
 
 
 def before_train_step(args: Any, rollout_id: int, step_id: int, model: Any, optimizer: Any, scheduler: Any) -> None:
-    """Noise on, for the forwards of this optimizer step."""
+    """Switch the noise on for the forwards of this optimizer step."""
     key = id(model[0])
     if key not in _noise:
         _noise[key] = _Noise(args, model, optimizer)
@@ -169,6 +167,6 @@ def before_train_step(args: Any, rollout_id: int, step_id: int, model: Any, opti
 
 
 def before_log_prob(args: Any, model: Any, store_prefix: str) -> None:
-    """Noise off: old, reference and teacher log-probabilities come from the clean model."""
+    """Switch the noise off: old, reference and teacher log-probabilities come from the clean model."""
     if id(model[0]) in _noise:
         _noise[id(model[0])].off()

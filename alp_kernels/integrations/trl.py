@@ -1,10 +1,11 @@
 """Adaptive Layerwise Perturbation in TRL: ALPGRPOConfig and ALPGRPOTrainer, used like GRPOConfig and GRPOTrainer.
 
-Of TRL's trainer three things change. The update's forward, and no other, is perturbed. The ratio's denominator is what the
-engine that sampled reported, or for transformers' own generation one clean forward of the weights that sampled. And the loss
-is one of alp_kernels' objectives, from hidden states where the output head allows. docs/trl.md has options and traps.
+ALPGRPOTrainer changes three things. Only the update's forward is perturbed. The ratio's denominator is the log-probabilities
+that the sampling engine reports; for transformers' own generation, they come from one clean forward of the weights that
+sampled. The loss is one of alp_kernels' objectives, computed from hidden states if the output head allows it. docs/trl.md
+lists options and pitfalls.
 
-B sequences of a micro-batch, T completion tokens, P + T tokens with the prompt, D channels.
+B: sequences of a micro-batch. T: completion tokens. P + T: tokens with the prompt. D: channels.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _AGGREGATION = {
     "dr_grpo": "seq-mean-token-sum-norm",
     "luspo": "seq-mean-token-sum",
 }
-"""TRL's loss_type, as far as it says how token losses become one number. The others are surrogates of their own."""
+"""The loss_types of TRL that only set how token losses are aggregated. The others are different surrogates."""
 
 _MULTIMODAL = (
     "pixel_values",
@@ -52,24 +53,24 @@ _MULTIMODAL = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-"""What a batch holds beside text, by the names that TRL's forward takes."""
+"""The fields of a batch besides text, under the names that TRL's forward takes."""
 
 
 @dataclass
 class ALPGRPOConfig(ALPOptions, GRPOConfig):
-    """GRPOConfig with the perturbation's options. Fields of TRL that an objective cannot honour are refused by name.
+    """GRPOConfig with the perturbation's options. Raises if a TRL field is set that an objective cannot honour.
 
-    `epsilon`, `epsilon_high` and `delta` replace the objective's clip_low, clip_high and dual_clip where they are given;
+    `epsilon`, `epsilon_high` and `delta`, if given, replace the objective's clip_low, clip_high and dual_clip;
     `loss_type` sets the aggregation, `beta` the k3 KL to the reference, `entropy_coef` the entropy bonus.
     """
 
-    delta: float | None = option("dual_clip; None: the objective's own (ALP 10).", None)
-    importance_sampling_level: str | None = option("Leave it unset: `alp_objective` names the level.", None)
+    delta: float | None = option("The objective's dual_clip; None: its default (ALP: 10).", None)
+    importance_sampling_level: str | None = option("Leave it unset: `alp_objective` sets the level.", None)
     vllm_importance_sampling_correction: bool = option("Leave it off: it would multiply the ratio again.", False)
     use_bias_correction_kl: bool = option("Leave it off: the KL term is the plain k3 estimate.", False)
 
     alp_fused_head: bool | None = option(
-        "The loss straight from hidden states (fused_alp_loss); None: where the model allows.", None
+        "Compute the loss directly from hidden states (fused_alp_loss); None: if the model allows it.", None
     )
 
     def __post_init__(self) -> None:
@@ -79,12 +80,12 @@ class ALPGRPOConfig(ALPOptions, GRPOConfig):
             (
                 "importance_sampling_level",
                 self.importance_sampling_level is None,
-                "None: `alp_objective` has the level",
+                "None: `alp_objective` sets the level",
             ),
             (
                 "vllm_importance_sampling_correction",
                 not self.vllm_importance_sampling_correction,
-                "False: the objective's ratio, or weight, is over the rollout engine already and would be corrected twice",
+                "False: the objective's ratio or weight already corrects the rollout engine's mismatch",
             ),
             ("use_bias_correction_kl", not self.use_bias_correction_kl, "False: the KL term is the plain k3 estimate"),
             ("off_policy_mask_threshold", self.off_policy_mask_threshold is None, "None: the clip bounds the ratio"),
@@ -92,10 +93,10 @@ class ALPGRPOConfig(ALPOptions, GRPOConfig):
             ("use_adaptive_entropy", not self.use_adaptive_entropy, "False, and a fixed entropy_coef"),
         ]
         self.check(claims)
-        self.objective()  # names and ranges: its own errors
+        self.objective()  # raises on wrong names and ranges
 
     def objective(self) -> Objective:
-        """`alp_objective` with TRL's own fields: loss_type, clips, beta, entropy_coef."""
+        """Return `alp_objective` with TRL's loss_type, clips, beta and entropy_coef."""
         return Objective.preset(
             self.alp_objective,
             aggregation=_AGGREGATION[self.loss_type],
@@ -108,9 +109,9 @@ class ALPGRPOConfig(ALPOptions, GRPOConfig):
 
 
 class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
-    """GRPOTrainer with alp_kernels' objectives and a perturbed update; the same constructor, with an ALPGRPOConfig.
+    """GRPOTrainer with alp_kernels' objectives and a perturbed update. The constructor is the same, with an ALPGRPOConfig.
 
-    `perturbation` is the handle (`alp_kernels.Perturbation`): sigma, and what `attach` can do; None where the objective is
+    `perturbation` is the handle that `attach` returns (`alp_kernels.Perturbation`), with sigma; None if the objective is
     not an alp-* one.
     """
 
@@ -136,8 +137,8 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         has_engine = self.use_vllm or self.rollout_func is not None
         if self.objective.weight is not None and not has_engine:
             raise ValueError(
-                f"ALPGRPOTrainer: alp_objective={args.alp_objective!r} weighs by the rollout engine's log-probabilities, and "
-                "transformers' own generation reports none; it needs use_vllm=True or a rollout_func"
+                f"ALPGRPOTrainer: alp_objective={args.alp_objective!r} weights the loss by the rollout engine's "
+                "log-probabilities, but transformers' own generation reports none; it needs use_vllm=True or a rollout_func"
             )
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             check_logprobs_mode(self.vllm_generation.vllm_client.get_server_info())
@@ -145,7 +146,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         reason = self._why_not_fused(base)
         if reason is not None and args.alp_fused_head:
-            raise ValueError(f"ALPGRPOTrainer: alp_fused_head=True cannot be had: {reason}")
+            raise ValueError(f"ALPGRPOTrainer: alp_fused_head=True is not possible: {reason}")
         self.fuses_head = reason is None and args.alp_fused_head is not False
         if self.fuses_head:
             add_policy_loss_head(base)
@@ -164,19 +165,17 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
     # -------------------------------------------------------------- rollout: the denominator
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        # where generation and updates are out of step TRL scores the samples again, a forward that is then repeated or unused
+        # if generation and updates are out of step, TRL scores the samples again; `_score` repeats that, or it is unused
         every = self.args.steps_per_generation * self.num_iterations
         self._skips_old_forward = self.args.gradient_accumulation_steps % every != 0
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self._skips_old_forward:
-            raise RuntimeError(
-                "ALPGRPOTrainer: this TRL scores rollouts otherwise than 1.16 does; it needs trl==1.16.*"
-            )
+            raise RuntimeError("ALPGRPOTrainer: this TRL scores rollouts differently from 1.16; it needs trl==1.16.*")
         sampled = output.get("sampling_per_token_logps")
         if sampled is None and (self.use_vllm or self.rollout_func is not None):
             raise ValueError(
                 "ALPGRPOTrainer: the rollouts came without log-probabilities, the ratio's denominator; a rollout_func must "
-                "return those of each completion's tokens as `logprobs`"
+                "return the log-probability of each completion token as `logprobs`"
             )
         needs_old = self.objective.denominator == "old"
         clean = self._score(output) if sampled is None or needs_old else None
@@ -185,7 +184,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         output["sampling_per_token_logps"] = clean if sampled is None else sampled.float()
         self._check_sampled(output)
         size = len(output["completion_ids"])
-        # several generations can feed one optimizer step: number their samples on
+        # several generations can feed one optimizer step: continue the sample numbers
         first = (self._step % self.args.gradient_accumulation_steps) * self.accelerator.num_processes
         first = (first + self.accelerator.process_index) * size
         output["sample_ids"] = torch.arange(first, first + size, device=output["completion_ids"].device)
@@ -193,7 +192,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
 
     @torch.no_grad()
     def _score(self, batch: dict[str, Any]) -> Tensor:
-        """(B, T) log-probabilities of the completions under the weights as they are now, unperturbed."""
+        """Return the (B, T) log-probabilities of the completions under the current weights, unperturbed."""
         size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logp, _, _ = self._get_per_token_logps_and_entropies(
@@ -208,7 +207,10 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         return super()._get_per_token_logps_and_entropies(*args, **named)
 
     def _check_sampled(self, batch: dict[str, Any]) -> None:
-        """Refuse rollout log-probabilities that cannot be a denominator; policy_loss masks and counts the few that cannot."""
+        """Raise if all rollout log-probabilities are NaN or inf, or if any is and alp_nonfinite is "raise".
+
+        Otherwise policy_loss masks and counts the bad ones.
+        """
         mask = _loss_mask(batch).bool()
         bad = mask & ~batch["sampling_per_token_logps"].isfinite()
         num_bad, num_tokens = torch.stack([bad.sum(), mask.sum()]).tolist()
@@ -248,14 +250,14 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         return loss
 
     def _fused_loss(self, model: Any, inputs: dict[str, Any], compute: dict[str, Any]) -> tuple[LossOutput, Tensor]:
-        """The loss inside the model's forward, where its head is whole (FSDP) and autocast as TRL sets it."""
+        """Compute the loss inside the model's forward, where FSDP has gathered the head and TRL's autocast is on."""
         targets = inputs["completion_ids"]
         outs: list[LossOutput] = []
         losses: list[Tensor] = []
 
         def policy_loss_head(hidden: Tensor, head: Head) -> LossOutput:
             keep = targets.shape[1]
-            hidden = hidden[:, -keep - 1 : -1]  # a position predicts the next one's token
+            hidden = hidden[:, -keep - 1 : -1]  # a position predicts the next position's token
             context: Any = contextlib.nullcontext()
             if self.args.cast_lm_head_to_fp32:
                 hidden, bias = head.inputs(hidden).float(), None if head.bias is None else head.bias.float()
@@ -269,14 +271,14 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         def forward(**named: Any) -> Any:
             named.pop("labels")
             output = model(**named, policy_loss_head=policy_loss_head)
-            losses.append(output.loss)  # as it left the wrappers' forward (DDP, FSDP): backward must come through them
+            losses.append(output.loss)  # the output of the wrappers (DDP, FSDP): backward must go through them
             return output
 
         self._get_per_token_logps_and_entropies(forward, *_tokens(inputs), compute_entropy=True, **_multimodal(inputs))
         return outs[0], losses[0]
 
     def _logp_loss(self, model: Any, inputs: dict[str, Any], compute: dict[str, Any]) -> tuple[LossOutput, Tensor]:
-        """The same from the log-probabilities of TRL's own head."""
+        """Compute the loss from the log-probabilities of TRL's own head."""
         logp, entropy, aux_loss = self._get_per_token_logps_and_entropies(
             model,
             *_tokens(inputs),
@@ -305,19 +307,19 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         return int(self.current_gradient_accumulation_steps) if self.in_update else 1
 
     def _counts(self, inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
-        """num_tokens, num_sequences that normalise as TRL's loss_type does; ranks' gradients are averaged after."""
+        """Return the num_tokens or num_sequences of TRL's loss_type; gradients are later averaged over ranks."""
         count = self._num_accumulated
         if self.loss_type == "bnpo":
             return {"num_tokens": mask.sum().clamp(min=1) * count}
         if self.loss_type != "dapo":
             return {"num_sequences": len(mask) * count}
         num_tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        if self.in_update:  # that counts the generation batch; of it one accumulation window is in the step
+        if self.in_update:  # it counts the generation batch; the step holds one accumulation window of it
             num_tokens = num_tokens * count / self.args.steps_per_generation
         return {"num_tokens": num_tokens}
 
     def _row_ids(self, inputs: dict[str, Any]) -> Tensor | None:
-        """(B, P + T) identities of the rows the layers read: the same however the batch is padded, split or spread."""
+        """Return (B, P + T) row identities that do not depend on padding, micro-batches or ranks; None to number the rows."""
         if self.numbers_rows:
             return None
         attending = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -327,12 +329,12 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
 
 
 def check_logprobs_mode(server_info: dict[str, Any]) -> None:
-    """Refuse a vLLM server whose log-probabilities are not those it sampled from."""
+    """Raise unless the vLLM server reports the log-probabilities it samples from."""
     mode = server_info["model_config"]["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ValueError(
-            f"ALPGRPOTrainer: the vLLM server reports {mode}, from before temperature and logit processing; as the ratio's "
-            "denominator it needs --logprobs-mode processed_logprobs"
+            f"ALPGRPOTrainer: the vLLM server reports {mode}; the ratio's denominator, log-probabilities after "
+            "temperature and logit processing, needs --logprobs-mode processed_logprobs"
         )
 
 

@@ -1,6 +1,7 @@
-"""Adaptive Layerwise Perturbation in TRL's experimental AsyncGRPOTrainer, whose ratio is over vLLM's log-probabilities already.
+"""Adaptive Layerwise Perturbation in TRL's experimental AsyncGRPOTrainer.
 
-The update's forward is perturbed and the loss is one of alp_kernels' objectives, on the log-probabilities of TRL's own head.
+TRL's ratio already has vLLM's log-probabilities as its denominator. ALPAsyncGRPOTrainer perturbs the update's forward, and
+computes one of alp_kernels' objectives from the log-probabilities of TRL's own head.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class ALPAsyncGRPOConfig(ALPOptions, AsyncGRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = "an alp-* or bypass-* preset: this trainer has the rollout's log-probabilities alone"
+        fits = "an alp-* or bypass-* preset: this trainer has only the rollout's log-probabilities"
         self.check([("alp_objective", self.objective().denominator == "rollout", fits)])
 
     def objective(self) -> Objective:
@@ -36,7 +37,7 @@ class ALPAsyncGRPOConfig(ALPOptions, AsyncGRPOConfig):
 
 
 class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
-    """AsyncGRPOTrainer with alp_kernels' objectives and a perturbed update; the same constructor."""
+    """AsyncGRPOTrainer with alp_kernels' objectives and a perturbed update. The constructor is the same."""
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
             raise TypeError(f"ALPAsyncGRPOTrainer: args is a {type(args).__name__}; it needs an ALPAsyncGRPOConfig")
         super().__init__(model, reward_funcs, args, *others, **named)
         self.objective = args.objective()
-        self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high  # of TRL's own metrics
+        self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high  # for TRL's own metrics
         self.init_sigma(args)
 
     def compute_loss(
@@ -64,7 +65,7 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
             outputs.append(model(**named))
             return outputs[0]
 
-        # a token that samples share is forwarded once, so rows are numbered as they are packed
+        # samples can share a token, which is forwarded once, so rows have no sample ids and are numbered in packed order
         with self.noise(lambda: None):
             super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)  # for its accounting and metrics
         [output] = outputs
@@ -81,7 +82,7 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
             entropy=output.entropy.flatten()[index].float(),
             sequence_ids=segment,
             turn_ends=self._turn_ends(inputs, index, segment) if self.objective.level == "cum-turn" else None,
-            # ranks' gradients are averaged, and micro-batches count alike, as in TRL's own loss
+            # ranks' gradients are averaged, and micro-batches have equal weight, as in TRL's own loss
             num_tokens=inputs["global_n_tokens"][0] / self.accelerator.num_processes * count,
             nonfinite=self.args.alp_nonfinite,
         )
@@ -92,7 +93,7 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
 
     @staticmethod
     def _turn_ends(inputs: dict[str, Tensor], index: Tensor, segment: Tensor) -> Tensor:
-        """Which trained tokens are a turn's last: the next one is not the next in its sample."""
+        """Whether each trained token ends a turn: the next trained token does not directly follow it in the same sample."""
         position = inputs["position_ids"][inputs["attention_mask"].bool()][index]
         ends = torch.ones_like(segment, dtype=torch.bool)
         ends[:-1] = (segment[1:] != segment[:-1]) | (position[1:] != position[:-1] + 1)

@@ -1,6 +1,6 @@
-"""A Hugging Face causal model whose forward returns a policy loss in place of logits.
+"""Makes a Hugging Face causal model's forward return a policy loss instead of logits.
 
-The loss is taken inside `model.forward`: there FSDP has gathered the output head, and DDP sees what backward comes from.
+The loss is computed inside `model.forward`, where FSDP has gathered the output head, and DDP sees the loss in the output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .hugging_face import backbone, output_head
 
 @dataclass
 class PolicyLossOutput(ModelOutput):
-    """What a model called with a `policy_loss_head` returns, by the names that TRL reads."""
+    """Output of a model called with a `policy_loss_head`, under the names that TRL reads."""
 
     loss: Tensor | None = None
     log_probs: Tensor | None = None
@@ -28,10 +28,10 @@ class PolicyLossOutput(ModelOutput):
 
 
 def add_policy_loss_head(model: Any) -> None:
-    """`model(..., policy_loss_head=loss)` returns loss(hidden, head), a LossOutput, and makes no logits; without it the
-    forward is as before.
+    """Make `model(..., policy_loss_head=loss)` return loss(hidden, head) as a PolicyLossOutput, without logits.
 
-    `loss` is a function and not a dict of tensors: FSDP's mixed precision would round those to bfloat16 on their way in.
+    Without `policy_loss_head` the forward is unchanged. `loss` is a function, not a dict of tensors, because FSDP's mixed
+    precision would cast tensor inputs to bfloat16.
     """
     original = model.forward
 
@@ -43,10 +43,10 @@ def add_policy_loss_head(model: Any) -> None:
             return original(*args, **named)
         named.pop("fused_lm_head", None)
         hidden = backbone(self)(*args, **named, use_cache=False).last_hidden_state
-        head = output_head(self)  # now: FSDP and PEFT replace it after this function ran
+        head = output_head(self)  # read here: FSDP and PEFT replace it after add_policy_loss_head runs
         if hasattr(head.weight, "full_tensor"):
             raise TypeError(
-                "ALPGRPOTrainer: the output head's weight is a DTensor, one rank's shard of it, inside the model's forward; "
+                "ALPGRPOTrainer: the output head's weight is still a DTensor, one rank's shard, in the model's forward; "
                 "set alp_fused_head=False"
             )
         hidden = hidden.to(head.weight.device)  # device_map may put the head elsewhere

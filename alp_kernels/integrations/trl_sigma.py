@@ -1,9 +1,9 @@
 """What ALPGRPOTrainer and ALPAsyncGRPOTrainer share: sigma and its noise in a Hugging Face Trainer, and our statistics.
 
-Sigma is no parameter of the model: what is pushed to vLLM and what `save_model` writes never holds it. It is a group of its
-own in the trainer's optimizer, without weight decay, with a learning rate that the scheduler scales. A checkpoint has it,
-with its optimizer state and the noise's position, in a file of its own: what saves FSDP's shards knows the model's parameters
-alone.
+Sigma is not a parameter of the model, so it is neither pushed to vLLM nor written by `save_model`. It has its own group in
+the trainer's optimizer, without weight decay, and the scheduler scales its learning rate. A checkpoint keeps sigma, its
+optimizer state and the position in the noise stream in a separate file, because the code that saves FSDP's shards handles
+only the model's parameters.
 """
 
 from __future__ import annotations
@@ -35,23 +35,25 @@ def option(text: str, default: Any) -> Any:
 
 @dataclass
 class ALPOptions:
-    """Options that ALPGRPOConfig and ALPAsyncGRPOConfig share, to inherit before TRL's config."""
+    """Options that ALPGRPOConfig and ALPAsyncGRPOConfig share. Inherit it before TRL's config."""
 
-    epsilon: float | None = option("clip_low of the objective; None: its own (ALP 0.5).", None)
-    epsilon_high: float | None = option("clip_high; None: `epsilon` where given, else the objective's (ALP 3.0).", None)
+    epsilon: float | None = option("clip_low; None: the objective's default (ALP: 0.5).", None)
+    epsilon_high: float | None = option("clip_high; None: `epsilon` if given, else the objective's (ALP: 3).", None)
     alp_objective: str = option(
         "A preset of alp_kernels.Objective. alp-token, alp-sequence, alp-cum-token, alp-cum-turn are perturbed; "
         "bypass-*, grpo, gspo, tis-*, mis are not.",
         "alp-sequence",
     )
-    alp_sigma: float = option("Standard deviation of the noise at first, at every perturbed layer's input.", 1e-2)
-    alp_sigma_learning_rate: float = option("Of log sigma, scaled by the scheduler; 0: sigma stays as it is.", 5e-4)
-    alp_layers: str = option('"all", "final" (the decoder\'s output) or numbers like "0,3".', "all")
-    alp_path: str | None = option("Path of the decoder's list of layers, where it cannot be told.", None)
-    alp_scale: str = option('"absolute", or "rms": sigma counts in units of each row\'s root mean square.', "absolute")
-    alp_rounding: str = option('"nearest" or "stochastic": the store of perturbed hidden states in 16 bits.', "nearest")
-    alp_seed: int | None = option("Of the noise; None: `seed`.", None)
-    alp_nonfinite: str = option('Rollout log-probabilities that are NaN or inf: "mask" and count, or "raise".', "mask")
+    alp_sigma: float = option("Initial standard deviation of the noise at every perturbed layer's input.", 1e-2)
+    alp_sigma_learning_rate: float = option("Learning rate of log sigma, scaled by the scheduler; 0: fixed.", 5e-4)
+    alp_layers: str = option('"all", "final" (the decoder\'s output) or layer numbers like "0,3".', "all")
+    alp_path: str | None = option("Path of the decoder's list of layers, if it is not found automatically.", None)
+    alp_scale: str = option('"absolute", or "rms": sigma is in units of each row\'s root mean square.', "absolute")
+    alp_rounding: str = option('"nearest" or "stochastic" rounding of perturbed hidden states to 16 bits.', "nearest")
+    alp_seed: int | None = option("Seed of the noise; None: `seed`.", None)
+    alp_nonfinite: str = option(
+        'If rollout log-probabilities are NaN or inf: "mask" and count them, or "raise".', "mask"
+    )
 
     def check(self, claims: list[tuple[str, bool, str]]) -> None:
         """Raise a ValueError that names the field, what came and what fits; claims: (field, whether it fits, what fits)."""
@@ -61,12 +63,12 @@ class ALPOptions:
                 raise TypeError(f"{type(self).__name__}: {name}={value!r}; it needs a number")
         if not self.is_perturbed and self.alp_sigma != ALPOptions.alp_sigma:
             logger.warning(
-                "alp_sigma=%s has no effect: alp_objective=%r is without noise", self.alp_sigma, self.alp_objective
+                "alp_sigma=%s has no effect: alp_objective=%r has no noise", self.alp_sigma, self.alp_objective
             )
         claims = [
             *claims,
             ("alp_sigma", self.alp_sigma > 0, "a number > 0 (for no noise: alp_objective='bypass-token', ...)"),
-            ("alp_sigma_learning_rate", self.alp_sigma_learning_rate >= 0, "0 or more (0: sigma stays as it is)"),
+            ("alp_sigma_learning_rate", self.alp_sigma_learning_rate >= 0, "0 or more (0: sigma is fixed)"),
             ("alp_layers", _layers(self.alp_layers) is not None, '"all", "final" or numbers like "0,3"'),
             ("alp_scale", self.alp_scale in SCALES, f"one of {SCALES}"),
             ("alp_rounding", self.alp_rounding in ROUNDINGS, f"one of {ROUNDINGS}"),
@@ -78,7 +80,7 @@ class ALPOptions:
                 raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r}; it needs {fits}")
 
     def clips(self, delta: float | None) -> dict[str, Any]:
-        """What replaces the objective's clips, by TRL's rule: epsilon counts for both sides where epsilon_high is not given."""
+        """Return the clips that replace the objective's. As in TRL, epsilon alone sets both sides."""
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         given = {"clip_low": self.epsilon, "clip_high": high, "dual_clip": delta}
         return {name: value for name, value in given.items() if value is not None}
@@ -100,7 +102,7 @@ def _layers(text: Any) -> str | list[int] | None:
 
 
 class SigmaMixin:
-    """Goes before a transformers.Trainer among the bases; `init_sigma` comes after the trainer's own `__init__`."""
+    """A base class to list before a transformers.Trainer. Call `init_sigma` after the trainer's own `__init__`."""
 
     args: Any
     model: Any
@@ -112,7 +114,7 @@ class SigmaMixin:
     _metrics: dict[str, dict[str, list[float]]]
 
     def init_sigma(self, config: ALPOptions) -> None:
-        """Attach the perturbation to `self.model`, or none where the objective has no noise."""
+        """Attach the perturbation to `self.model`, unless the objective has no noise."""
         self.perturbation: Perturbation | None = None
         self.in_update = False
         self._is_first_of_step = True
@@ -123,8 +125,8 @@ class SigmaMixin:
         name, is_learned = type(self).__name__, config.alp_sigma_learning_rate > 0
         if is_learned and self.is_deepspeed_enabled:
             raise ValueError(
-                f"{name}: alp_sigma_learning_rate={config.alp_sigma_learning_rate} under DeepSpeed, whose optimizer takes the "
-                "model's parameters alone; it needs 0, a fixed sigma, or FSDP or DDP"
+                f"{name}: alp_sigma_learning_rate={config.alp_sigma_learning_rate} under DeepSpeed, whose optimizer takes only "
+                "the model's parameters; it needs 0 (a fixed sigma), or FSDP or DDP"
             )
         if is_learned and self.lr_scheduler is not None:
             raise ValueError(
@@ -132,7 +134,7 @@ class SigmaMixin:
                 "or alp_sigma_learning_rate=0"
             )
         layers = _layers(config.alp_layers)
-        assert layers is not None  # the config's own check
+        assert layers is not None  # the config has checked it
         self.perturbation = attach(
             self.model,
             config.alp_sigma,
@@ -146,14 +148,14 @@ class SigmaMixin:
 
     @property
     def numbers_rows(self) -> bool:
-        """Whether rows have no identity from the batch: prompt-learning adapters put rows of their own before it."""
+        """Whether rows are numbered, not identified by sample: prompt-learning adapters put extra rows before the batch's."""
         return any(config.is_prompt_learning for config in getattr(self.model, "peft_config", {}).values())
 
     # -------------------------------------------------------------- the scope
 
     @contextlib.contextmanager
     def noise(self, row_ids: Callable[[], Tensor | None]) -> Iterator[None]:
-        """Around the loss's forward: noise in the update, of this optimizer step; none in evaluation."""
+        """Perturb the loss's forward with this optimizer step's noise in an update; do nothing in evaluation."""
         if self.perturbation is None or not self.in_update:
             yield
             return
@@ -163,9 +165,9 @@ class SigmaMixin:
     def training_step(self, *args: Any, **named: Any) -> Tensor:
         log_sigma = self._log_sigma
         if log_sigma is not None and self._is_first_of_step:
-            log_sigma.grad = None  # Trainer clears the model's gradients, which sigma's is not among
-        # Not the scope yet: the step begins with generation and the reference's forward. It opens around the loss's forward;
-        # backward, and what is recomputed in it, meets that forward's noise wherever it runs.
+            log_sigma.grad = None  # Trainer clears only the model's gradients, not sigma's
+        # The scope does not open here: the step begins with generation and the reference's forward. It opens around the
+        # loss's forward. Backward, with the layers it recomputes, uses that forward's noise even outside the scope.
         self.in_update = True
         try:
             loss: Tensor = super().training_step(*args, **named)  # type: ignore[misc]
@@ -178,14 +180,14 @@ class SigmaMixin:
                 "optimizer needs add_param_group(trainer.perturbation.param_group(lr)); alp_sigma_learning_rate=0 keeps it fixed"
             )
         if self._is_first_of_step:
-            if self.perturbation is not None:  # as DDP and FSDP average the model's; max_grad_norm leaves it alone
+            if self.perturbation is not None:  # as DDP and FSDP average the model's; max_grad_norm does not apply
                 self.perturbation.sum_gradient(average=True)
             self.flush_stats("train")
         return loss
 
     @property
     def _log_sigma(self) -> nn.Parameter | None:
-        """Where it is learned."""
+        """log_sigma if it is learned, else None."""
         if self.perturbation is None or not isinstance(self.perturbation.log_sigma, nn.Parameter):
             return None
         return self.perturbation.log_sigma
@@ -193,21 +195,21 @@ class SigmaMixin:
     # -------------------------------------------------------------- the optimizer's group, and checkpoints
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        # Here and not in create_optimizer: between the two, accelerate swaps an optimizer's parameters for FSDP2's shards and
-        # fails at one that is not the model's.
+        # Sigma's group is added here, not in create_optimizer: between the two, accelerate replaces the optimizer's
+        # parameters by FSDP2's shards, and fails on a parameter that is not the model's.
         self._is_first_of_step = True
         if self.perturbation is not None and self._log_sigma is not None and self._group() is None:
             self.optimizer.add_param_group(self.perturbation.param_group(self.args.alp_sigma_learning_rate))
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
     def _group(self) -> int | None:
-        """Which of the optimizer's groups is sigma's."""
+        """Return the index of sigma's group in the optimizer, or None."""
         groups = self.optimizer.param_groups
         return next((i for i, g in enumerate(groups) if any(p is self._log_sigma for p in g["params"])), None)
 
     @contextlib.contextmanager
     def _without_group(self) -> Iterator[dict[str, Any]]:
-        """The optimizer without sigma, while it is saved or loaded; yields sigma's group and state."""
+        """Remove sigma from the optimizer while it is saved or loaded; yields sigma's group and state."""
         index = self._group()
         if index is None:
             yield {}
@@ -247,9 +249,9 @@ class SigmaMixin:
                 }
 
     def _state_that_fits(self, checkpoint: str) -> dict[str, Any] | None:
-        """What the checkpoint holds of the perturbation; None where neither it nor this run has one."""
+        """Return the checkpoint's perturbation state, None if neither it nor this run has one; raises if they differ."""
         path, name = os.path.join(checkpoint, STATE_NAME), type(self).__name__
-        advice = "To go on from its weights, give them as the model"
+        advice = "To continue from its weights, give them as the model"
         if not os.path.isfile(path):
             if self.perturbation is not None:
                 raise FileNotFoundError(
@@ -269,12 +271,12 @@ class SigmaMixin:
         seed = state["perturbation"]["_extra_state"]["seed"]
         if self.args.alp_seed not in (None, seed):
             raise ValueError(
-                f"{name}: alp_seed={self.args.alp_seed}; {checkpoint} goes on with {seed}: give that or None"
+                f"{name}: alp_seed={self.args.alp_seed}; {checkpoint} has seed {seed}; give that seed or None"
             )
         return state
 
     def _placed(self, name: str, value: Any, group: dict[str, Any]) -> Any:
-        """A value of sigma's optimizer state where torch keeps it: `step` stays on the CPU but for fused and captured steps."""
+        """Move a value of sigma's optimizer state to sigma's device; `step` stays on the CPU unless fused or capturable."""
         stays = name == "step" and not (group.get("fused") or group.get("capturable"))
         assert self.perturbation is not None
         return value if stays or not isinstance(value, Tensor) else value.to(self.perturbation.log_sigma.device)
@@ -282,15 +284,15 @@ class SigmaMixin:
     # -------------------------------------------------------------- statistics
 
     def keep_stats(self, stats: Stats) -> None:
-        """Of one micro-batch, until `flush_stats`; on the device."""
+        """Keep one micro-batch's statistics, on the device, until `flush_stats`."""
         self._stats.append(stats)
 
     def keep_mean(self, name: str, total: Tensor, count: Tensor) -> None:
-        """One micro-batch's share of the metric `name`, a mean over the optimizer step; on the device."""
+        """Keep one micro-batch's share of the metric `name`, a mean over the optimizer step; on the device."""
         self._sums.setdefault(name, []).append(torch.stack([total.detach().float(), count.float()]))
 
     def flush_stats(self, mode: str) -> dict[str, float]:
-        """Into the trainer's metrics: exact over the micro-batches and ranks of the step; a collective call."""
+        """Write the statistics to the trainer's metrics, exact over the step's micro-batches and ranks; a collective call."""
         metrics, handle = self._metrics[mode], self.perturbation
         parts, self._stats = self._stats, []
         sums, self._sums = self._sums, {}

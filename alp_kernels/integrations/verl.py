@@ -1,9 +1,9 @@
-"""verl: ALP's losses under verl's keyword call, aggregation, clips and metrics (verl 0.9.1; docs/verl.md).
+"""verl: ALP's losses with verl's keyword call, aggregation, clips and metrics (verl 0.9.1; docs/verl.md).
 
     actor_rollout_ref.actor.policy_loss.loss_mode=alp_sequence
 
 Importing registers alp_token, alp_sequence, alp_cum_token, alp_cum_turn, and bypass_token, bypass_sequence: the same
-without noise. verl imports this module itself, by the entry point group "verl.plugins"; the noise is in
+losses without noise. verl imports this module through the entry point group "verl.plugins". The noise is in
 `alp_kernels.integrations.verl_engine`.
 """
 
@@ -26,7 +26,7 @@ LOSS_MODES = {name.replace("-", "_"): name for name in SINGLE_RATIO}
 """verl's loss_mode -> preset."""
 
 collected: ContextVar[list[Stats] | None] = ContextVar("collected", default=None)
-"""Inside the ALP engine's train_batch, which has compared the denominators: the statistics of its micro-batches."""
+"""Statistics of the micro-batches inside the ALP engine's train_batch, which checks the denominator; None elsewhere."""
 
 _said: set[str] = set()
 
@@ -50,33 +50,33 @@ def verl_policy_loss(
     rollout_log_probs: Tensor | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """A policy loss as verl calls it. Tensors (B, T), padded on the right, float32; response_mask 0 or 1.
+    """A policy loss as verl calls it. Tensors are (B, T), padded on the right, float32; response_mask is 0 or 1.
 
     Args:
         loss_mode: a key of LOSS_MODES.
-        old_log_prob: in bypass mode the rollout engine's: the ratio's denominator.
+        old_log_prob: the ratio's denominator; in bypass mode verl gives the rollout engine's log-probabilities.
         config: verl's ActorConfig: clip_ratio_low, clip_ratio_high, clip_ratio_c, and global_batch_info for `agg_loss`.
-        rollout_log_probs: the denominator, from a verl that passes it.
+        rollout_log_probs: the denominator, if verl passes it.
 
     Returns:
-        The loss, scaled as verl's own (dp_size over the whole batch's count), and metrics of this micro-batch.
+        The loss, scaled as verl scales its own (dp_size over the whole batch's count), and metrics of this micro-batch.
 
     Raises:
-        ValueError: rollout_is_weights came, so old_log_prob is a recomputed policy's. RuntimeError: an "alp_*" loss on
-            the log-probabilities of a clean forward.
+        ValueError: rollout_is_weights is given, so old_log_prob is a recomputed policy's. RuntimeError: the loss is an
+            "alp_*" one and no perturbation is switched on.
     """
     where = f"loss_mode={loss_mode}"
     if rollout_is_weights is not None:
         raise ValueError(
-            f"{where}: rollout_is_weights came, so old_log_prob is not the rollout's and the mismatch would count twice. Set "
+            f"{where}: rollout_is_weights is given, so old_log_prob is not the rollout's and the mismatch counts twice. Set "
             "algorithm.rollout_correction.bypass_mode=true and algorithm.rollout_correction.rollout_is=null"
         )
     require_noise(where, LOSS_MODES[loss_mode])
     if unknown:
-        _say_once("verl gave the ALP losses arguments they do not know, and which have no effect: %s", sorted(unknown))
+        _say_once("verl passes arguments that the ALP losses do not use; they have no effect: %s", sorted(unknown))
     if rollout_log_probs is None and collected.get() is None:
         _say_once(
-            "%s takes old_log_prob as the rollout engine's, which cannot be seen from here: it is so with "
+            "%s assumes that old_log_prob is the rollout engine's, which it cannot check; this needs "
             "algorithm.rollout_correction.bypass_mode=true and actor_rollout_ref.rollout.calculate_log_probs=true",
             where,
         )

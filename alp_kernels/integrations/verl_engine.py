@@ -1,11 +1,11 @@
-"""verl's FSDP engine with ALP's noise in it (verl 0.9.1, strategy fsdp or fsdp2; docs/verl.md).
+"""verl's FSDP engine with ALP's noise (verl 0.9.1, strategy fsdp or fsdp2; docs/verl.md).
 
     actor_rollout_ref.model.external_lib=alp_kernels.integrations.verl_engine
     +actor_rollout_ref.model.override_config.alp_sigma=0.01
     +actor_rollout_ref.model.override_config.alp_sigma_lr=5e-4
 
 verl imports external_lib in each worker before it builds an engine. Importing registers `ALPEngineWithLMHead` for this
-machine's vendor, and verl takes an engine of the vendor before one of the device. The critic's engine stays as it is.
+machine's vendor, and verl prefers a vendor's engine to a device's. The critic's engine does not change.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from ._shared import REPORTED, average_gradient
 from .verl import collected
 
 FILE = "alp_perturbation.pt"
-"""Beside verl's own files in a checkpoint: log_sigma, the noise's position, the number of updates."""
+"""A file beside verl's own in a checkpoint: log_sigma, the position in the noise stream, the number of updates."""
 
 _PREFIX = "alp_"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys alp_* of model.override_config, as `attach` takes them; sigma_lr=0 holds sigma fixed."""
+    """The keys alp_* of model.override_config, as `attach` takes them; sigma_lr=0 keeps sigma fixed."""
 
     sigma: float
     sigma_lr: float
@@ -48,7 +48,7 @@ class Settings:
 
     @staticmethod
     def take(model_config: Any) -> Settings:
-        """Reads them, and takes them out of the Hugging Face config, where verl has put them too."""
+        """Read the settings, and remove them from the Hugging Face config, where verl puts them, too."""
         override: Mapping[str, Any] = model_config.override_config
         given = {str(k).removeprefix(_PREFIX): v for k, v in override.items() if str(k).startswith(_PREFIX)}
         for key in given:
@@ -63,7 +63,7 @@ class Settings:
 
 
 def check_denominator(data: Any) -> None:
-    """Raise unless the batch's old log-probabilities are the rollout engine's: the ratio's denominator."""
+    """Raise unless the batch's old log-probabilities, the ratio's denominator, are the rollout engine's."""
     advice = (
         "; set algorithm.rollout_correction.bypass_mode=true and actor_rollout_ref.rollout.calculate_log_probs=true"
     )
@@ -74,7 +74,7 @@ def check_denominator(data: Any) -> None:
     if old.shape != rollout.shape or not torch.equal(old, rollout.to(old)):
         raise ValueError(
             "ALP engine: old_log_probs are not the rollout engine's but recomputed by the trainer, so the ratio would leave "
-            "out what ALP corrects" + advice
+            "out the mismatch that ALP corrects" + advice
         )
 
 
@@ -83,10 +83,10 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 class ALPEngineWithLMHead(FSDPEngineWithLMHead):
-    """`FSDPEngineWithLMHead` whose updates, and nothing else, run on the perturbed model.
+    """`FSDPEngineWithLMHead` that perturbs the model in updates only.
 
-    sigma is no parameter of the module, so weight sync and model files never show it. Its gradient is averaged over all
-    ranks, as FSDP averages the weights' (verl's losses carry the factor dp_size), and is not part of gradient clipping.
+    sigma is not a parameter of the module, so weight sync and model files do not contain it. Its gradient is averaged over
+    all ranks, as FSDP averages the weights' (verl's losses carry the factor dp_size), and is not clipped.
     """
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
@@ -98,7 +98,7 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         if not self.engine_config.forward_only:
             s = self.settings
-            self.alp = attach(  # on the layers that FSDP is about to wrap
+            self.alp = attach(  # before FSDP wraps the layers
                 module,
                 s.sigma,
                 layers=s.layers if isinstance(s.layers, str) else [int(layer) for layer in s.layers],
@@ -142,7 +142,7 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
         return super().optimizer_step()
 
     def _report(self, parts: list[Stats]) -> dict[str, Metric]:
-        """Exact over the micro-batches of this rank; verl takes the mean over ranks, of extremes the extreme."""
+        """Metrics, exact over this rank's micro-batches. Over ranks verl averages them, but takes min of min and max of max."""
         assert self.alp is not None
         sigma, realised = self.alp.sigma, self.alp.realised()
         values = {"sigma/mean": sigma.mean().item(), "sigma/min": sigma.min().item(), "sigma/max": sigma.max().item()}

@@ -110,7 +110,8 @@ class Perturbation(nn.Module):
         """Switch the noise on for the forwards inside the scope, and for their backward, inside or later.
 
         Args:
-            step: optimiser step; its noise differs from every other step's. Scopes of one step continue its row numbers.
+            step: optimiser step; its noise differs from every other step's. A second scope of the same step continues the
+                row numbers.
             row_ids: int64, one for each row of the hidden states, (B, T) or (B*T,): global row identities below 2^48,
                 e.g. sample * max_length + position. With them, packing, padding, order, micro-batches and ranks do not
                 change a row's noise. Without them, rows are numbered over the step, starting at data_rank << 32.
@@ -223,7 +224,7 @@ class Perturbation(nn.Module):
         return self._realised.report(self.layers, self.scale)
 
     def sum_gradient(self, group: dist.ProcessGroup | None = None, *, average: bool = False) -> None:
-        """All-reduce log_sigma's gradient over data-parallel ranks; every rank calls it once a step, after the last backward.
+        """All-reduce log_sigma's gradient over data-parallel ranks. Call it on every rank, once a step, after all backwards.
 
         DDP and FSDP do not see log_sigma; without this call its values drift apart between ranks. Reduce it as the weights:
         by default DDP and FSDP divide the sum by the number of ranks, and average=True does the same.

@@ -120,10 +120,10 @@ def test_two_active_adapters_are_both_in_the_head():
 
 def test_adapters_that_are_no_lora_are_refused_by_name():
     model = peft.get_peft_model(make_model(), peft.LoHaConfig(target_modules=["lm_head"]))
-    with pytest.raises(TypeError, match=r"the head is a peft.tuners.loha\S*; of PEFT's adapters LoRA, DoRA"):
+    with pytest.raises(TypeError, match=r"the head is a peft.tuners.loha\S*; of PEFT's adapters, only LoRA, DoRA"):
         output_head(model)
     model = adapted(target_modules=["lm_head"], use_dora=True, lora_dropout=0.1).train()
-    with pytest.raises(ValueError, match="is DoRA; that goes alone and with lora_dropout=0"):
+    with pytest.raises(ValueError, match="is DoRA; it needs to be the only one, with lora_dropout=0"):
         output_head(model)
 
 

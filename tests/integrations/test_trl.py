@@ -434,7 +434,7 @@ def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path: Path) -> None:
     ours = rolled(tmp_path, model=model(), alp_objective="bypass-token", **shared)
     assert not ours.fuses_head
     assert_same_training(ours, rolled(tmp_path, RolloutRatio, model=model(), **CLIPS, **shared))
-    with pytest.raises(ValueError, match="alp_fused_head=True cannot be had: the router's auxiliary loss"):
+    with pytest.raises(ValueError, match="alp_fused_head=True is not possible: the router's auxiliary loss"):
         make(tmp_path, model=model(), alp_fused_head=True)
 
 
@@ -550,7 +550,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(learned: bool, 
     [
         ({"alp_objective": "bypass-token"}, "has a learned sigma, this run none"),
         ({"alp_sigma_learning_rate": 0.0}, "has a learned sigma, this run a fixed one"),
-        ({"alp_seed": 77}, "alp_seed=77; .* goes on with 42: give that or None"),
+        ({"alp_seed": 77}, "alp_seed=77; .* has seed 42; give that seed or None"),
     ],
 )
 def test_a_checkpoint_of_another_perturbation_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
