@@ -1,9 +1,9 @@
-"""ALP with FSDP2: weights in shards, noise by row identities, a checkpoint that any number of ranks can load.
+"""ALP with FSDP2: sharded weights, noise drawn by row identity, a checkpoint that any number of ranks can load.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
 
 Runs on CPU in seconds: a small random decoder, made-up completions and rewards. In your trainer `tokens`, `rollout_logp`,
-`advantages` and `mask` come from the rollout; the rest stays as it is.
+`advantages` and `mask` come from the rollout; the rest stays the same.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ NUM_SEQUENCES, LENGTH, VOCAB = 8, 16, 128  # of the whole batch, on all ranks
 
 
 class Update(nn.Module):
-    """What FSDP wraps: the loss inside the forward, where the head's weight is whole."""
+    """The module FSDP wraps: it computes the loss in its forward, where the head's weight is gathered."""
 
     def __init__(self, model: Qwen2ForCausalLM) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def main() -> None:
         use_cache=False,
     )
     model = Qwen2ForCausalLM(config).to(device)
-    handle = attach(model, sigma=1e-2)  # the same seed on every rank; before or after sharding
+    handle = attach(model, sigma=1e-2)  # with the same seed on every rank; before or after sharding
 
     mesh = init_device_mesh(device.type, (num_ranks,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -81,8 +81,8 @@ def main() -> None:
         optimizer.zero_grad()
         with handle.perturbed(step=number, row_ids=row_ids[mine]):
             out = update(*batch, float(mask.sum()))
-            (num_ranks * out.loss).backward()  # FSDP averages over the ranks; the loss carries the whole batch's counts
-        handle.sum_gradient(average=True)  # as FSDP did with the weights' gradients
+            (num_ranks * out.loss).backward()  # FSDP averages over ranks; the loss divides by the whole batch's counts
+        handle.sum_gradient(average=True)  # as FSDP averages the weights' gradients
         optimizer.step()
         return out.stats.gather()
 
@@ -92,11 +92,11 @@ def main() -> None:
             ratio = summary["sequence_ratio/max"]
             print(f"step {number}: sigma {handle.sigma.tolist()}, largest sequence ratio {ratio:.3f}", flush=True)
 
-    # one tree, so that the optimiser's state of log_sigma has a name in the checkpoint
+    # one module tree, so that log_sigma's optimiser state has a name in the checkpoint
     tree = nn.ModuleDict({"model": update, "noise": handle})
     with tempfile.TemporaryDirectory() as folder:
         folders = [folder]
-        dist.broadcast_object_list(folders)  # all ranks write into rank 0's
+        dist.broadcast_object_list(folders)  # all ranks write into rank 0's folder
         model_state, optimizer_state = get_state_dict(tree, optimizer)
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folders[0])
         model_state, optimizer_state = get_state_dict(tree, optimizer)

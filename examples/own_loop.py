@@ -1,9 +1,9 @@
-"""ALP in a training loop of your own: sample, score, centre, perturb, update. Runs on a CPU in seconds, offline.
+"""ALP in your own training loop: sample, score, centre, perturb, update. Runs on a CPU in seconds, offline.
 
     python examples/own_loop.py
 
-The task is a toy (say the number 7 as often as you can), the parts are those of a real run: the sampler's own
-log-probabilities are the denominator, the noise is on in the update alone, micro-batches change nothing.
+The task is a toy (say the number 7 as often as possible), but the parts are those of a real run: the sampler's own
+log-probabilities are the denominator, the noise is on only in the update, and micro-batches change nothing.
 """
 
 import torch
@@ -54,7 +54,7 @@ def main(steps=STEPS):
                     part_advantages,
                     torch.ones_like(part_logp),
                     objective=objective,
-                    num_tokens=rollout_logp.numel(),  # of the whole batch: the split changes nothing
+                    num_tokens=rollout_logp.numel(),  # the whole batch's count, so the split changes nothing
                 )
                 out.loss.backward()
             all_stats.append(out.stats)
@@ -65,7 +65,7 @@ def main(steps=STEPS):
             f"step {step}: reward {rewards.mean():.3f}, k3 KL {stats['k3_kl']:.4f}, "
             f"sequence ratio q99 {stats['sequence_ratio/q99']:.3f}, sigma {handle.sigma.mean():.5f}"
         )
-    handle.detach()  # the model is as before, without hooks
+    handle.detach()  # removes the hooks; the model is as before
     return rewards.mean().item()
 
 

@@ -2,7 +2,7 @@
 
     python examples/peft_lora.py
 
-A tiny random model learns to say 7, offline, in seconds. With a real one, `rollout` is your inference engine.
+A tiny random model learns to say 7, offline, in seconds. With a real model, `rollout` is your inference engine.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ def rollout(model: torch.nn.Module, prompts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(folder: Path | None = None, num_steps: int = 25) -> list[float]:
-    """The mean reward of each step; the merged model is saved to `folder`."""
+    """Return the mean reward of each step; save the merged model to `folder`, if given."""
     torch.manual_seed(0)
     base = Qwen2ForCausalLM(
         Qwen2Config(
@@ -57,7 +57,7 @@ def main(folder: Path | None = None, num_steps: int = 25) -> list[float]:
         rewards.append(float(reward.mean()))
         with handle.perturbed(step=step):
             hidden = backbone(model)(tokens[:, :-1]).last_hidden_state
-            head = output_head(model)  # after the forward, anew each step
+            head = output_head(model)  # after the forward, in each step
             out = fused_alp_loss(
                 hidden,
                 head,

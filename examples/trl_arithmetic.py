@@ -1,6 +1,6 @@
-"""A small model learns arithmetic in TRL: `alp train`'s default task and warmed-up model, with ALPGRPOTrainer.
+"""A small model learns arithmetic in TRL: ALPGRPOTrainer on `alp train`'s default task and warmed-up model.
 
-python examples/trl_arithmetic.py takes some minutes on a CPU; --trainer grpo is plain GRPOTrainer, for comparison.
+python examples/trl_arithmetic.py takes some minutes on a CPU; --trainer grpo runs plain GRPOTrainer, for comparison.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Train; returns (and prints as JSON) rewards by rollout batch, accuracies before and after, seconds."""
+    """Train; return, and print as JSON, rewards by rollout batch, accuracies before and after, and seconds a step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainer", choices=("alp", "grpo"), default="alp")
     parser.add_argument("--steps", type=int, default=100, help="rollout batches, of four optimizer steps each")
-    parser.add_argument("--prompts", type=int, default=32, help="in a rollout batch")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts in a rollout batch")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="its cache/ keeps the warmed-up model")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="its cache/ folder keeps the warmed-up model")
     parser.add_argument("--eval-prompts", type=int, default=256)
-    parser.add_argument("--warmup", type=float, default=0.95, help="greedy accuracy that ends it; 0: no warm-up")
+    parser.add_argument(
+        "--warmup", type=float, default=0.95, help="greedy accuracy that ends the warm-up; 0: no warm-up"
+    )
     chosen = parser.parse_args(arguments)
 
-    # the task, the model and what they need: alp train's own, with rollouts from the trained weights themselves
+    # task, model and settings are alp train's; rollouts are sampled from the trained weights themselves
     config = TrainConfig(
         seed=chosen.seed,
         runs=chosen.runs,

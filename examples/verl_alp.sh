@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ALP in verl 0.9.1. Copy it, set the model and the data, add your own overrides at the end of the command.
-# The lines from bypass_mode on are what makes it ALP: docs/verl.md says what each does.
+# ALP in verl 0.9.1. Copy this script, set MODEL, TRAIN and VAL, and pass your own overrides as arguments.
+# The lines from bypass_mode on switch ALP on: docs/verl.md says what each does.
 set -euo pipefail
 
 python3 -m verl.trainer.main_ppo \
