@@ -1,9 +1,9 @@
 """Adaptive Layerwise Perturbation in TRL: ALPGRPOConfig and ALPGRPOTrainer, used like GRPOConfig and GRPOTrainer.
 
-ALPGRPOTrainer changes three things. Only the update's forward is perturbed. The ratio's denominator is the log-probabilities
-that the sampling engine reports; for transformers' own generation, they come from one clean forward of the weights that
-sampled. The loss is one of alp_kernels' objectives, computed from hidden states if the output head allows it. docs/trl.md
-lists options and pitfalls.
+ALPGRPOTrainer changes three things. Only the update's forward is perturbed. The ratio's denominator comes from the
+log-probabilities that the sampling engine reports or, for transformers' own generation, from one clean forward of the weights
+that sampled. The loss is one of alp_kernels' objectives, computed from hidden states if the output head allows it.
+docs/trl.md lists options and pitfalls.
 
 B: sequences of a micro-batch. T: completion tokens. P + T: tokens with the prompt. D: channels.
 """
@@ -314,7 +314,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         if self.loss_type != "dapo":
             return {"num_sequences": len(mask) * count}
         num_tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        if self.in_update:  # it counts the generation batch; the step holds one accumulation window of it
+        if self.in_update:  # num_items_in_batch counts the generation batch; a step is one accumulation window
             num_tokens = num_tokens * count / self.args.steps_per_generation
         return {"num_tokens": num_tokens}
 

@@ -35,7 +35,7 @@ def option(text: str, default: Any) -> Any:
 
 @dataclass
 class ALPOptions:
-    """Options that ALPGRPOConfig and ALPAsyncGRPOConfig share. Inherit it before TRL's config."""
+    """Options that ALPGRPOConfig and ALPAsyncGRPOConfig share. List it before TRL's config among the bases."""
 
     epsilon: float | None = option("clip_low; None: the objective's default (ALP: 0.5).", None)
     epsilon_high: float | None = option("clip_high; None: `epsilon` if given, else the objective's (ALP: 3).", None)

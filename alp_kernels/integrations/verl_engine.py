@@ -86,7 +86,7 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
     """`FSDPEngineWithLMHead` that perturbs the model in updates only.
 
     sigma is not a parameter of the module, so weight sync and model files do not contain it. Its gradient is averaged over
-    all ranks, as FSDP averages the weights' (verl's losses carry the factor dp_size), and is not clipped.
+    all ranks, as FSDP averages the weights' (verl's losses carry the factor dp_size); gradient clipping leaves it out.
     """
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:

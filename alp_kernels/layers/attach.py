@@ -82,7 +82,7 @@ def attach(
         )
     if len(set(map(id, found.layers))) < len(found.layers):
         raise ValueError(
-            f"attach: {found.path} of {type(model).__name__} holds a layer twice; its runs cannot be told apart"
+            f"attach: {found.path} of {type(model).__name__} holds a layer twice; the two runs cannot be told apart"
         )
     chosen = _choose(model, found.layers, found.parent, layers)
     try:

@@ -48,7 +48,7 @@ class Forward(NamedTuple):
     at: Tensor  # coordinates for compiled layers: noise/operators.py
     log_sigma: Tensor  # the handle's own
     ran: set[int]  # layers that have run
-    draws: dict[tuple[torch.Size, torch.dtype, torch.device], list[Draw]]  # for such hidden states, by layer
+    draws: dict[tuple[torch.Size, torch.dtype, torch.device], list[Draw]]  # one a layer, by kind of hidden states
 
 
 class Scope:

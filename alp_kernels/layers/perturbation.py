@@ -218,7 +218,7 @@ class Perturbation(nn.Module):
     def realised(self) -> dict[str, list[float]]:
         """Report how much noise survived rounding to the dtype, by layer, in the last step's first forward (first 64 rows).
 
-        "rms_over_nominal": rms of u - h, divided by sigma (by sigma * rms of h where scale="rms"). "changed_frac": fraction
+        "rms_over_nominal": rms of u - h, divided by sigma (by sigma * rms of h if scale="rms"). "changed_frac": fraction
         of elements that changed. Synchronises with the device. Warns once if a layer's ratio is outside [0.7, 1.4].
         """
         return self._realised.report(self.layers, self.scale)
