@@ -19,7 +19,7 @@ from ..noise.perturb import check_tensor
 from ..reference import LogitTransform
 from ..stream import LogitNoise
 from .gather import local_rows
-from .head import Head, VocabSplit
+from .head import Head, VocabSplit, hint_at_mask
 from .inputs import NUMBERS
 from .plan import Needs, Operands, make_plan
 from .split import agree, sum_gradient
@@ -222,6 +222,7 @@ def _check_targets(where: str, flat: Tensor, shape: torch.Size, vocab: int, tran
             at = (first,) if len(shape) == 1 else divmod(first, shape[1])
             raise ValueError(
                 f"{where}: targets has {count} values outside the vocabulary [0, {vocab}), first {int(flat[first])} at {at}"
+                + hint_at_mask(low)
             )
 
     transfer.check(check)

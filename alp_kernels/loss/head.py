@@ -74,3 +74,8 @@ def as_head(where: str, weight: Tensor | Head, **keywords: object) -> Head:
 
 def _is_default(name: str, value: object) -> bool:
     return value is None if _DEFAULTS[name] is None else not isinstance(value, Tensor) and value == _DEFAULTS[name]
+
+
+def hint_at_mask(smallest: int) -> str:
+    """What a message about targets adds if they hold the label that other losses ignore."""
+    return "; give mask=0 at ignored labels (-100): targets are free there" if smallest == -100 else ""

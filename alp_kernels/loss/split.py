@@ -22,7 +22,7 @@ from torch import Tensor
 from ..dtypes import real
 from ..protocol import Engine
 from ..reference import HeadRows, LogitTransform
-from .head import VocabSplit
+from .head import VocabSplit, hint_at_mask
 
 _NUM_SAMPLES, _NUM_WEIGHTS = 256, 16
 
@@ -160,6 +160,7 @@ def agree(
     if smallest < 0 or largest >= vocab:
         raise ValueError(
             f"{where}: targets reach from {smallest} to {largest}; the ranks' weights make a vocabulary of {vocab}"
+            + hint_at_mask(smallest)
         )
     if (
         len(table) > 1

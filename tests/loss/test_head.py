@@ -437,6 +437,11 @@ BAD = [
     ({"targets": torch.zeros(4, 8, dtype=torch.int64)}, ValueError, r"targets has shape \(4, 8\); .* needs \(4, 9\)"),
     ({"targets": torch.zeros(4, 9)}, TypeError, "targets is torch.float32"),
     ({"targets": torch.full((4, 9), 37)}, ValueError, r"outside the vocabulary \[0, 37\), first 37 at \(0, "),
+    (
+        {"targets": torch.full((4, 9), -100)},
+        ValueError,
+        r"first -100 at \(0, \d\); give mask=0 at ignored labels \(-100\)",
+    ),
     ({"temperature": 0.0}, ValueError, "temperature=0.0"),
     ({"softcap": -1.0}, ValueError, "softcap=-1.0"),
     ({"chunk_bytes": 0}, ValueError, "chunk_bytes=0"),
