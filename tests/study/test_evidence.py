@@ -1,5 +1,7 @@
 """The evidence page: what the committed exports give, and pictures that are files of their own."""
 
+import math
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -9,9 +11,12 @@ from alp.runs.svg import sheet
 from alp.study import evidence
 from alp.study.grid import load_grid
 from alp.study.pictures import pictures
+from alp.study.statistics import paired
+from alp.study.summary import QUANTITIES, measure
 from tests.support.synthetic_grid import make_grid, write_folder
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "evidence.md"
 
 
 def test_pictures_are_files_of_their_own() -> None:
@@ -44,12 +49,56 @@ def test_a_pages_parts_are_made_again_and_its_prose_stays(tmp_path: Path, capsys
 
 
 def test_the_evidence_page_says_what_the_committed_exports_give() -> None:
-    page = ROOT / "docs" / "evidence.md"
-    text = page.read_text() if page.exists() else ""
-    exports = {path.parent.relative_to(page.parent).as_posix() for path in page.parent.glob("evidence/**/grid.json")}
+    text = PAGE.read_text()
+    exports = {path.parent.relative_to(PAGE.parent).as_posix() for path in PAGE.parent.glob("evidence/**/grid.json")}
     assert set(evidence.named(text)) == exports
     for place in exports:
-        grid = load_grid(page.parent / place)
+        grid = load_grid(PAGE.parent / place)
         assert evidence.replaced(text, place, evidence.to_markdown(grid, place)) == text, place
         for name, svg in evidence.to_svg(grid).items():
-            assert (page.parent / place / name).read_text() == svg, f"{place}/{name}"
+            assert (PAGE.parent / place / name).read_text() == svg, f"{place}/{name}"
+
+
+POOLED = {
+    "final accuracy": "final_accuracy",
+    "reward area": "reward_area",
+    "mean k3 KL": "k3_mean",
+    "token ratio q99.9": "token_q99.9",
+}
+
+
+def pooled(level: str, key: str, names: tuple[str, ...]) -> str:
+    """ALP against Bypass over the seeds of several grids, as the page writes it."""
+    differences = []
+    for name in names:
+        grid = load_grid(ROOT / "docs" / "evidence" / name)
+        values = measure(grid)
+        for seed in grid.seeds:
+            alp, bypass = (values[f"{method}-{level}", seed][key] for method in ("alp", "bypass"))
+            differences.append(math.log(alp / bypass) if QUANTITIES[key].is_ratio else alp - bypass)
+    found = paired(differences)
+    sizes = [found.mean, found.low, found.high]
+    mean, low, high = map(math.exp, sizes) if QUANTITIES[key].is_ratio else sizes
+    digits = 2 if found.p_t >= 0.02 else 3
+    size = f"x {mean:.2f}" if QUANTITIES[key].is_ratio else f"{mean:+.2f}"
+    return f"{size} [{low:.2f}, {high:.2f}], p {found.p_t:.{digits}f}"
+
+
+def test_the_replication_table_is_what_its_seeds_give() -> None:
+    rows = re.findall(r"^\| (.*), (token|sequence) \| (.*) \| (.*) \| (.*) \|$", PAGE.read_text(), flags=re.MULTILINE)
+    assert [(name, level) for name, level, *_ in rows] == [(n, lvl) for n in POOLED for lvl in ("token", "sequence")]
+    for name, level, *cells in rows:
+        first = "search-fresh" if level == "token" else "search-fresh-sequence"
+        sets = ((first,), ("replication",), (first, "replication"))
+        assert cells == [pooled(level, POOLED[name], names) for names in sets], (name, level)
+
+
+def test_the_readme_claims_what_the_page_does() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for names, key in (
+        (("search-fresh", "replication"), "k3_mean"),
+        (("replication",), "k3_mean"),
+        (("replication",), "final_accuracy"),
+    ):
+        size, _, _ = pooled("token", key, names).partition(", p")
+        assert size in readme, size
