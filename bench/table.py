@@ -2,9 +2,9 @@
 
     --update README.md docs/performance.md      rewrite what stands there between the two comments that mark it
 
-The opening comment names the files, `<!-- bench.table: bench/results/FILE.jsonl -->`, or, for the loss head and the noise
-alone, `<!-- bench.table, in short: FILES -->`; a test makes the parts again and compares. Nothing is imported here that
-records do not need, so that any Python can print them.
+The opening comment names the files: `<!-- bench.table: bench/results/FILE.jsonl -->`, or `<!-- bench.table, in short: FILES -->`
+for one table of four rows. A test makes the parts again and compares. Only the standard library is imported, so any Python
+can print the tables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ ENGINES = {"cpu": "native", "cuda": "triton"}
 class Column:
     title: str
     variant: str  # "{engine}" stands for the device's own
-    kind: str = "peer"  # "ours" or "peer" race; "less" computes less; "limit" is what the records' limit comes to
+    kind: str = "peer"  # "ours" and "peer" race; "less" computes less; "limit" is what the records' limit comes to
+    short: str = ""  # its column in the short table; none where empty
 
 
 @dataclass(frozen=True)
@@ -39,30 +40,39 @@ class Layout:
     memory: bool = False  # a second row for each case
 
 
+LIMIT, OURS, EAGER, COMPILED, OTHERS = (
+    "hardware limit",
+    "alp-kernels",
+    "eager PyTorch",
+    "torch.compile",
+    "best other kernel",
+)
+"""The columns of the short table. OTHERS holds the fastest of several."""
+
 LAYOUTS = (
     Layout(
         {"loss head forward + backward": ""},
         (
-            Column("limit: three bare GEMMs", "three bare GEMMs (limit)", "limit"),
+            Column("limit: three bare GEMMs", "three bare GEMMs (limit)", "limit", LIMIT),
             Column("GEMMs that allocate", "three GEMMs that allocate their results", "less"),
-            Column("`fused_alp_loss` token", "alp_kernels {engine}, token level", "ours"),
+            Column("`fused_alp_loss` token", "alp_kernels {engine}, token level", "ours", OURS),
             Column("`fused_alp_loss` sequence", "alp_kernels {engine}, sequence level", "ours"),
-            Column("eager PyTorch", "eager PyTorch, token level"),
-            Column("torch.compile", "torch.compile of its log-probabilities"),
-            Column("cut-cross-entropy (no policy loss)", "cut-cross-entropy (cross-entropy only)", "less"),
-            Column("Liger GRPO", "liger-kernel GRPO, token level"),
-            Column("TRL chunked log-prob", "trl chunked log-prob, token level"),
+            Column("eager PyTorch", "eager PyTorch, token level", "peer", EAGER),
+            Column("torch.compile", "torch.compile of its log-probabilities", "peer", COMPILED),
+            Column("cut-cross-entropy (no policy loss)", "cut-cross-entropy (cross-entropy only)", "less", OTHERS),
+            Column("Liger GRPO", "liger-kernel GRPO, token level", "peer", OTHERS),
+            Column("TRL chunked log-prob", "trl chunked log-prob, token level", "peer", OTHERS),
         ),
         memory=True,
     ),
     Layout(
         {"perturb forward": "forward, ", "perturb forward + backward": "forward + backward, "},
         (
-            Column("limit: its bytes at copy speed", "copy of h (limit)", "limit"),
-            Column("`perturb`", "alp_kernels {engine}", "ours"),
-            Column("`h + sigma * randn_like(h)`", "eager: h + sigma * randn_like(h)"),
-            Column("the same, torch.compile", "torch.compile of that"),
-            Column("released ALP's way", "released ALP: generator, checkpoint"),
+            Column("limit: its bytes at copy speed", "copy of h (limit)", "limit", LIMIT),
+            Column("`perturb`", "alp_kernels {engine}", "ours", OURS),
+            Column("`h + sigma * randn_like(h)`", "eager: h + sigma * randn_like(h)", "peer", EAGER),
+            Column("the same, torch.compile", "torch.compile of that", "peer", COMPILED),
+            Column("released ALP's way", "released ALP: generator, checkpoint", "peer", OTHERS),
         ),
     ),
     Layout(
@@ -81,6 +91,10 @@ LAYOUTS = (
         ),
     ),
 )
+SHORT = (("loss head forward + backward", "policy loss"), ("perturb forward + backward", "noise"))
+"""Ops of the short table and the names of their rows, all with gradients."""
+TIE = 1.2
+"""Times closer than this factor are a tie: few runs on a shared machine tell no more apart."""
 DRAWN = ("loss head along V", "loss head along N")  # by bench.plots
 TUNING = "tuning: "  # how the ops of test_tuning.py begin: no page shows them
 
@@ -114,10 +128,43 @@ def read(paths: Iterable[Path]) -> list[Record]:
 
 
 def markdown(records: Sequence[Record], *, in_short: bool = False) -> str:
-    """For each device: its tables, and what the numbers need beside them. `in_short`: loss head and noise alone."""
-    main = {op for layout in LAYOUTS[:2] for op in layout.ops}
-    kept = [r for r in records if r["op"] not in DRAWN and (r["op"] in main or not in_short)]
-    return "\n".join(line for device in dict.fromkeys(r["device_type"] for r in kept) for line in _device(kept, device))
+    """For each device its tables, or with `in_short` one of four rows, and where the numbers come from."""
+    kept = [r for r in records if r["op"] not in DRAWN]
+    part = _short if in_short else _device
+    return "\n".join(line for device in dict.fromkeys(r["device_type"] for r in kept) for line in part(kept, device))
+
+
+def _short(records: Sequence[Record], device: str) -> Iterator[str]:
+    """Three cases of the loss head and the last of the noise."""
+    mine = [r for r in records if r["device_type"] == device]
+    yield _line(["ms, with gradients", LIMIT, OURS, EAGER, COMPILED, OTHERS])
+    yield _line(["---"] * 6)
+    shown = []
+    for (op, name), cases in zip(SHORT, (slice(3), slice(-1, None)), strict=True):
+        (layout,) = (layout for layout in LAYOUTS if op in layout.ops)
+        for case in list(dict.fromkeys(r["case"] for r in mine if r["op"] == op))[cases]:
+            row = {r["variant"]: r for r in mine if (r["op"], r["case"]) == (op, case)}
+            shown += row.values()
+            known = [(c, row.get(c.variant.format(engine=ENGINES[device]))) for c in layout.columns]
+            measured = [(c, r) for c, r in known if r is not None and "ms" in r]
+            cells = [_fastest([(c, r) for c, r in measured if c.short == title], measured) for title in _SINGLE]
+            others = [(c, r) for c, r in measured if c.short == OTHERS]
+            column, _ = min(others, key=lambda pair: pair[1]["ms"]["p50"], default=(None, None))
+            last = "" if column is None else f"{_fastest(others, measured)}, {column.title}"
+            yield _line([f"{name}, {_case(next(iter(row.values())))}", *cells, last])
+    yield ""
+    yield from _origin(shown)
+
+
+_SINGLE = (LIMIT, OURS, EAGER, COMPILED)
+
+
+def _fastest(chosen: list[tuple[Column, Record]], row: list[tuple[Column, Record]]) -> str:
+    """The cell of the fastest of `chosen`; empty where there is none."""
+    if not chosen:
+        return ""
+    column, record = min(chosen, key=lambda pair: pair[1]["ms"]["p50"])
+    return _time(column, record, row)
 
 
 def _device(records: Sequence[Record], device: str) -> Iterator[str]:
@@ -143,9 +190,9 @@ def _compared(records: list[Record], layout: Layout, engine: str) -> Iterator[st
     for op, case in dict.fromkeys((r["op"], r["case"]) for r in records):
         row = {r["variant"]: r for r in records if (r["op"], r["case"]) == (op, case)}
         cells = [(c, row.get(c.variant.format(engine=engine))) for c in columns]
-        racing = [r["ms"]["p50"] for c, r in cells if r and "ms" in r and c.kind in ("ours", "peer")]
+        measured = [(c, r) for c, r in cells if r is not None and "ms" in r]
         first = next(iter(row.values()))
-        yield _line([layout.ops[op] + _case(first), *(_time(c, r, min(racing, default=0.0)) for c, r in cells)])
+        yield _line([layout.ops[op] + _case(first), *(_time(c, r, measured) for c, r in cells)])
         if layout.memory:
             yield _line(["its peak MiB above the inputs", *(_memory(r) for _, r in cells)])
     yield ""
@@ -165,15 +212,23 @@ def _listed(records: list[Record]) -> Iterator[str]:
     yield ""
 
 
-def _time(column: Column, record: Record | None, fastest: float) -> str:
-    """Milliseconds, bold where nobody is faster; for ours the share of the limit behind."""
+def _time(column: Column, record: Record | None, row: list[tuple[Column, Record]]) -> str:
+    """Milliseconds, bold where it wins against the others of `row`; after ours the limit's time over it."""
     if record is None or "ms" not in record:
         return "" if record is None else "failed"
-    text = three(record["limit_ms"] if column.kind == "limit" else record["ms"]["p50"])
-    if column.kind in ("ours", "peer") and record["ms"]["p50"] == fastest:
+    ms = record["ms"]["p50"]
+    text = three(record["limit_ms"] if column.kind == "limit" else ms)
+    if column.kind in ("ours", "peer") and _wins(column, ms, row):
         text = f"**{text}**"
     share = record["limit_frac"] if column.kind == "ours" else None
     return text if share is None else f"{text} ({share:.2f})"
+
+
+def _wins(column: Column, ms: float, row: list[tuple[Column, Record]]) -> bool:
+    """Whether it is the fastest that computes the whole, and not by less than TIE against others than our own."""
+    racing = [(c.kind, r["ms"]["p50"]) for c, r in row if c.kind in ("ours", "peer")]
+    rivals = [other for kind, other in racing if kind != column.kind or (kind == "peer" and other != ms)]
+    return all(ms <= other for _, other in racing) and all(other >= TIE * ms for other in rivals)
 
 
 def _memory(record: Record | None) -> str:
@@ -206,7 +261,7 @@ def _origin(records: list[Record]) -> Iterator[str]:
     yield (
         f"{first['device']}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {commits}; {versions}. "
         f"Medians of {' to '.join(dict.fromkeys((str(runs[0]), str(runs[-1]))))} runs taken in turns. "
-        "In brackets: the limit's time over ours. Bold: the fastest that computes the whole."
+        "In brackets: the limit's time over ours. Bold: faster by a fifth than all others that compute the same."
     )
     yield ""
 

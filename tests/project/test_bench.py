@@ -285,7 +285,10 @@ def test_a_file_with_the_markers_is_rewritten_between_them_only():
     for new in (whole, short):
         assert table.named(new) == ["a.jsonl", "b.jsonl"]
         assert new.startswith("before\n") and new.endswith("<!-- end of bench.table -->\nafter\n")
-        assert "`fused_alp_loss` token" in new and "`perturb`" in new and "stale" not in new
+        assert "stale" not in new
+    assert "`fused_alp_loss` token" in whole and "`perturb`" in whole
+    rows = [line for line in short.splitlines() if line.startswith("| ")][2:]
+    assert [row.split(",")[0] for row in rows] == ["| policy loss"] * 3 + ["| noise"]
     assert "`perturb_rms_norm`" in whole and "`perturb_rms_norm`" not in short
     with pytest.raises(ValueError, match="no part to rewrite"):
         table.replaced("before", [], records)
@@ -339,3 +342,22 @@ def test_a_run_saves_records_that_become_tables_and_plots(tmp_path):
     assert drawn.returncode == 0, drawn.stderr
     first, second = (folder / f"head-sweep-{records[0]['device_type']}.svg" for folder in folders)
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_tie_is_not_bold():
+    """Bold needs a fifth less time than each rival that computes the same; our two levels are no rivals of each other."""
+    layout = table.LAYOUTS[0]
+
+    def bold(**ms):
+        row = {column: ms[column.title] for column in layout.columns if column.title in ms}
+        measured = [(column, {"ms": {"p50": time}, "limit_ms": 1, "limit_frac": 1}) for column, time in row.items()]
+        return [column.title for column, record in measured if "**" in table._time(column, record, measured)]
+
+    token, sequence, eager, less = (
+        "`fused_alp_loss` token", "`fused_alp_loss` sequence", "eager PyTorch", "cut-cross-entropy (no policy loss)"
+    )  # fmt: skip
+    assert bold(**{token: 100, sequence: 101, eager: 120}) == [token]
+    assert bold(**{token: 100, sequence: 90, eager: 107}) == []
+    assert bold(**{token: 100, sequence: 90, eager: 70}) == [eager]
+    assert bold(**{token: 100, eager: 121, less: 50}) == [token]
+    assert bold(**{token: 100, eager: 60, "torch.compile": 61}) == []
