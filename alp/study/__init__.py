@@ -1,1 +1,1 @@
-"""Runs compared: what a paper's figures are made from. A guest of the loop, which does not know it."""
+"""Comparisons of runs, with their tables and figures. The training loop does not import this package."""

@@ -1,12 +1,14 @@
-"""`alp compare`: methods x settings x seeds on equal terms, each cell a normal run folder, in parallel, resumable.
+"""`alp compare`: runs methods x settings x seeds on equal terms, in parallel. Each cell is a normal run folder.
+
+An interrupted comparison resumes when its command is repeated.
 
     GRID/grid.json        arms (resolved configurations), seeds, contrasts, provenance; written once
     GRID/runs/ARM-sSEED/  run folders; outcome.json: finished, failure.txt: diverged, otherwise unfinished
-    GRID/logs/            what each cell printed
+    GRID/logs/            the output of each cell
 
-Equal terms: the cells of a seed share the warmed-up model, the problems in their order and the random numbers of
-sampling; everything else follows from the arm's configuration. Every cell runs on the same number of threads, which
-grid.json holds, since float sums depend on it: the number of cells at a time does not change a result.
+Equal terms: the cells of a seed share the warmed-up model, the order of the problems and the random numbers for
+sampling; everything else follows from the arm's configuration. Float sums depend on the number of threads, so every cell
+uses the number recorded in grid.json. How many cells run at a time does not change a result.
 """
 
 from __future__ import annotations
@@ -48,14 +50,14 @@ from .presets import Changes, Pair, change
 
 _POLL_S = 0.5
 _PLACE = ("runs", "cache", "name", "seed", "device")
-"""Fields that say where a cell runs, or which of the arm's it is: no part of what the arm is."""
+"""Fields that say where a cell runs or which cell of the arm it is; an arm's description leaves them out."""
 _DIVERGED, _USER_ERROR = 3, 2
 
 
 def cross(
     arms: dict[str, Changes], contrasts: tuple[Pair, ...], vary: tuple[str, ...]
 ) -> tuple[dict[str, Changes], tuple[Pair, ...]]:
-    """Every arm, and every contrast, at every setting of `vary`: ("update.sigma=1e-3,1e-2", ...); names gain _FIELD=VALUE."""
+    """Cross arms and contrasts with the settings in `vary`, e.g. ("update.sigma=1e-3,1e-2",); names gain _FIELD=VALUE."""
     axes = []
     for text in vary:
         name, equals, values = text.partition("=")
@@ -75,7 +77,7 @@ def cross(
 
 
 def _typed(name: str, text: str) -> Any:
-    """A value for the field of that dotted name, of one of the types it takes."""
+    """Parse `text` as one of the types that the field with this dotted name accepts."""
     kind: Any = TrainConfig
     for part in name.split("."):
         fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
@@ -101,7 +103,7 @@ def _typed(name: str, text: str) -> Any:
 
 
 class Piece(NamedTuple):
-    """What a worker process does: warm up the cell's model, or run the cell."""
+    """The work of one process: warm up the cell's model, or run the cell."""
 
     config: TrainConfig
     is_warmup: bool
@@ -117,7 +119,7 @@ class Piece(NamedTuple):
 
 
 class Comparison:
-    """A grid on disk, and what is left of it to run."""
+    """A grid on disk and its cells; runs those that are unfinished."""
 
     def __init__(
         self,
@@ -137,10 +139,10 @@ class Comparison:
         for arm, changes in arms.items():
             config = change(base, {"runs": folder / "runs", "cache": cache} | changes)
             resolved[arm] = {k: v for k, v in json.loads(config.to_json()).items() if k not in _PLACE}
-            objectives[arm] = dataclasses.asdict(METHODS[config.update.method])  # a plugin may change what a name means
+            objectives[arm] = dataclasses.asdict(METHODS[config.update.method])  # a plugin may redefine a name
             for seed in seeds:
                 self.cells.append(dataclasses.replace(config, seed=seed, name=f"{arm}-s{seed}"))
-        self.cells.sort(key=lambda cell: cell.seed)  # the arms of a seed one after the other: whole pairs come early
+        self.cells.sort(key=lambda cell: cell.seed)  # one seed at a time, so complete pairs come early
         self.description: dict[str, Any] = {
             "name": folder.name,
             "about": about,
@@ -152,7 +154,7 @@ class Comparison:
         }
 
     def open(self) -> None:
-        """Write grid.json, or find the same grid there; more seeds extend it, another grid is a UserError."""
+        """Write grid.json, or check that it holds the same grid; raises UserError if not. New seeds extend it."""
         path = self.folder / "grid.json"
         provenance = _provenance()
         if path.is_file():
@@ -178,12 +180,12 @@ class Comparison:
             else:
                 return
         elif self.folder.exists() and any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
-            raise UserError(f"{self.folder} exists and is no comparison: it has no grid.json; give another --out")
+            raise UserError(f"{self.folder} exists and is not a comparison: it has no grid.json; give another --out")
         text = json.dumps(self.description | {"provenance": provenance}, indent=2)
         write_whole(path, lambda file: file.write(text.encode()))
 
     def run(self, jobs: int, devices: list[str]) -> list[str]:
-        """Run what is unfinished, `jobs` cells at a time; returns the names of cells that a fault stopped."""
+        """Run the unfinished cells, `jobs` at a time; returns the names of cells that stopped with an error."""
         unfinished = [cell for cell in self.cells if _state(cell) is None]
         if not unfinished:
             return []
@@ -211,11 +213,11 @@ class Comparison:
 
 def _check(base: TrainConfig, arms: dict[str, Changes], seeds: tuple[int, ...], contrasts: tuple[Pair, ...]) -> None:
     if not arms:
-        raise UserError("compare: no arms came; name a --preset or --methods")
+        raise UserError("compare: there are no arms; name a --preset or --methods")
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds={seeds}; it needs at least one, none twice")
+        raise UserError(f"seeds={seeds}; it needs at least one seed and no duplicates")
     if base.name is not None:
-        raise UserError(f"name={base.name!r} names a single run; --out says where the comparison goes")
+        raise UserError(f"name={base.name!r} names a single run; set the comparison's folder with --out")
     for arm in arms:
         if Path(arm).name != arm:
             raise UserError(f"the arm {arm!r} cannot name a folder")
@@ -233,7 +235,7 @@ def _state(cell: TrainConfig) -> str | None:
     return "diverged" if (folder / "failure.txt").is_file() else None
 
 
-_DECISIVE = ("commit", "torch", "transformers")  # of the provenance: numbers may differ with them
+_DECISIVE = ("commit", "torch", "transformers")  # keys of the provenance that can change the numbers
 
 
 def _provenance() -> dict[str, str]:
@@ -249,7 +251,10 @@ def _provenance() -> dict[str, str]:
 
 
 def compare(comparison: Comparison, jobs: int | None) -> list[str]:
-    """Begin or go on with a comparison; returns the names of the cells that a fault stopped. jobs None: what fits."""
+    """Start or resume a comparison; returns the names of cells that stopped with an error.
+
+    jobs None: one per GPU, or as many as the CPU's cores allow at the comparison's number of threads.
+    """
     device = comparison.cells[0].device or ("cuda" if torch.cuda.is_available() else "cpu")
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
     jobs = jobs or (len(devices) if device != "cpu" else max(1, (os.cpu_count() or 1) // comparison.threads))
@@ -260,13 +265,13 @@ def compare(comparison: Comparison, jobs: int | None) -> list[str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one process works on a grid; the system lets go of the lock when that one dies."""
+    """Let only one process work on a grid. The system releases the lock when the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another alp compare is at work on it") from None
+            raise UserError(f"{folder}: another alp compare is running on it") from None
         yield
 
 
@@ -274,7 +279,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class _Pool:
-    """One process for each piece, forked from a server that has imported everything; a piece's end is its exit code."""
+    """Runs each piece in its own process, forked from a server that has imported everything; reads its exit code."""
 
     def __init__(self, jobs: int, devices: list[str], threads: int, logs: Path) -> None:
         self.jobs, self.devices, self.threads, self.logs = jobs, devices, threads, logs
@@ -283,7 +288,7 @@ class _Pool:
         logs.mkdir(parents=True, exist_ok=True)
 
     def run(self, pieces: list[Piece], on_progress: Any) -> list[str]:
-        """Run the pieces in their order; the names of those that ended in a fault."""
+        """Run the pieces in order; returns the names of those that ended with an error."""
         waiting, faults = list(reversed(pieces)), []
         running: dict[int, tuple[Piece, ForkServerProcess, Connection]] = {}
         try:
@@ -304,12 +309,12 @@ class _Pool:
                 on_progress([piece for piece, _, _ in running.values()])
         finally:
             for _, process, guard in running.values():
-                guard.close()  # the worker sees its end and stops
+                guard.close()  # the worker's end of the pipe closes and it exits
                 process.join()
         return faults
 
     def _start(self, piece: Piece, device: str) -> tuple[ForkServerProcess, Connection]:
-        # the worker holds one end of a pipe: when this process goes, however it goes, the other end closes
+        # the worker holds one end of a pipe; the other end closes when this process ends, even if it is killed
         theirs, ours = self.context.Pipe(duplex=False)
         name = f"{piece.config.name}{'-warmup' if piece.is_warmup else ''}.log"
         config = dataclasses.replace(piece.config, device=device)
@@ -322,7 +327,7 @@ class _Pool:
 
 
 def _work(config: TrainConfig, is_warmup: bool, log: Path, threads: int, parent: Connection) -> None:
-    """In the worker: one piece, its output in a log file, its end as an exit code."""
+    """Run one piece in the worker: write its output to a log file and exit with a code that says how it ended."""
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     with log.open("a", buffering=1) as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
@@ -364,7 +369,7 @@ def _run_cell(config: TrainConfig) -> None:
     from ..train import train
 
     folder = Piece(config, is_warmup=False).folder
-    if not (folder / "config.json").is_file():  # a kill between the folder and its first file
+    if not (folder / "config.json").is_file():  # killed after it made the folder, before its first file
         shutil.rmtree(folder, ignore_errors=True)
     try:
         train(config, folder if folder.is_dir() else None, with_plots=False)
@@ -373,5 +378,5 @@ def _run_cell(config: TrainConfig) -> None:
         write_whole(folder / "failure.txt", lambda file: file.write(reason.encode()))
         raise
     finally:
-        if _state(config) is not None:  # the outcome is on record: what only serves to resume can go
+        if _state(config) is not None:  # the outcome is recorded, so checkpoints are not needed to resume
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)

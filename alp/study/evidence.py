@@ -1,11 +1,11 @@
-"""`python -m alp.evidence [EXPORT ...]`: the parts of docs/evidence.md that come from exported grids, made again.
+"""`python -m alp.evidence [EXPORT ...]`: rewrites the parts of docs/evidence.md that come from exported grids.
 
-    --page PAGE     another page
-    --grid FOLDER   export this grid's folder into the one EXPORT first
+    --page PAGE     rewrite this page instead
+    --grid FOLDER   first export this grid into EXPORT; needs exactly one EXPORT
 
-A part stands between `<!-- alp.evidence: EXPORT -->` (its place beside the page) and `<!-- end of alp.evidence -->`; an
-EXPORT without a part gets one at the page's end, and without any EXPORT all parts are made again. The pictures lie in
-the export. A test compares page and pictures with what the exports give.
+A part is the text between `<!-- alp.evidence: EXPORT -->` and `<!-- end of alp.evidence -->`, where EXPORT is a path
+relative to the page. An EXPORT without a part gets one at the end of the page. Without any EXPORT all parts are rewritten.
+The pictures are stored in the export. A test compares the page and the pictures with what the exports give.
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ _THRESHOLDS = (
     "step_kl_max",
     "step_kl_spikes",
 )
-"""Of grids that measure the KL between consecutive policies."""
+"""Columns of a second table, for grids that measure the KL between consecutive policies."""
 _PICTURES = ("accuracy", "k3", "step_kl", "histogram_token", "envelope", "sigma")
 
 
 def to_markdown(grid: Grid, place: str) -> str:
-    """The part of a page about one grid, whose pictures lie in `place`."""
+    """Return the part about one grid; `place` is the folder of its pictures, relative to the page."""
     values = measure(grid)
     return "\n".join([*_table(grid, summarise(grid, values)), *_contrasts(grid, values), *_images(grid, place)])
 
 
 def to_svg(grid: Grid) -> dict[str, str]:
-    """Its pictures, by file name."""
+    """Return the grid's pictures by file name."""
     return {f"{p.key}.svg": sheet(p.panels, _legend(p), num_columns=4) for p in _key_pictures(grid)}
 
 
@@ -80,7 +80,7 @@ def _key_pictures(grid: Grid) -> list[Picture]:
 
 
 def _legend(picture: Picture) -> list[tuple[str, str]]:
-    """Panels carry their arms' names: only lines inside them need one."""
+    """The legend of lines within panels; pictures with an overlay need none, since each panel names its arm."""
     return picture.legend if picture.overlay is None else []
 
 
@@ -109,7 +109,7 @@ def _columns(grid: Grid, entries: dict, keys: tuple[str, ...]) -> Iterator[str]:
 
 
 def _contrasts(grid: Grid, values: dict) -> Iterator[str]:
-    """A row for each contrast; what can be told apart is in bold, and nothing else is."""
+    """Yield a row for each contrast; only results that can be told apart are in bold."""
     found = {(c.arm, c.baseline, c.quantity.key): c for c in contrast(grid, values)}
     if not found:
         return
@@ -143,7 +143,7 @@ def _images(grid: Grid, place: str) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """On one line, without tags."""
+    """Put text on one line and escape HTML."""
     return html.escape(" ".join(text.split()), quote=False)
 
 
@@ -151,27 +151,27 @@ def _plain(text: str) -> str:
 
 
 def named(text: str) -> list[str]:
-    """The exports that a page's parts name."""
+    """Return the exports named by a page's parts."""
     return [found[2] for found in _PART.finditer(text)]
 
 
 def replaced(text: str, place: str, body: str) -> str:
-    """`text` with `body` as the part about `place`: where it was, or at the end."""
+    """Return `text` with `body` as the part about `place`; a new part goes to the end."""
     if place not in named(text):
         text += f"\n## {Path(place).name}\n\n<!-- alp.evidence: {place} -->\n<!-- end of alp.evidence -->\n"
     return _PART.sub(lambda m: f"{m[1]}{body}\n{m[4]}" if m[2] == place else m[0], text)
 
 
 def update(page: Path, exports: Sequence[Path]) -> list[Path]:
-    """Make the parts about these exports again, or all that the page names; returns what was written."""
+    """Rewrite the parts about these exports, or all parts if none is given; returns the files written."""
     text = page.read_text() if page.exists() else "# Evidence\n"
     root = page.resolve().parent
     folders = [path.resolve() for path in exports] or [root / name for name in named(text)]
     if not folders:
-        raise UserError(f"{page} has no part to make again; name the folder of an export")
+        raise UserError(f"{page} has no part to rewrite; name the folder of an export")
     outside = [folder for folder in folders if not folder.is_relative_to(root)]
     if outside:
-        raise UserError(f"{outside[0]}; it needs a folder below {root}, where the page can link to its pictures")
+        raise UserError(f"{outside[0]} is not below {root}; the page can link only to pictures below its own folder")
     files: dict[Path, str] = {}
     for folder in folders:
         grid, place = load_grid(folder), folder.relative_to(root).as_posix()
@@ -185,9 +185,9 @@ def update(page: Path, exports: Sequence[Path]) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m alp.evidence", description="Tables, sentences and pictures of a page, from exported grids."
+        prog="python -m alp.evidence", description="Write a page's tables, sentences and pictures from exported grids."
     )
-    parser.add_argument("exports", nargs="*", type=Path, metavar="EXPORT", help="by default all that the page names")
+    parser.add_argument("exports", nargs="*", type=Path, metavar="EXPORT", help="default: all that the page names")
     parser.add_argument("--page", type=Path, default=PAGE, help=f"default {PAGE}")
     parser.add_argument("--grid", type=Path, metavar="FOLDER", help="export this grid into EXPORT first")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """A grid of runs, arms by seeds: its folder (grid.json, runs/ARM-sSEED/) or an export of it (grid.json, cells.jsonl.gz).
 
-A finished cell has outcome.json in its run folder, a failed one failure.txt with the reason; any other is unfinished.
+A finished cell has outcome.json in its run folder. A failed cell has failure.txt with the reason. Others are unfinished.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import UserError
 from ..runs.files import Metrics, read_metrics, write_whole
 
-_DIGITS = 6  # significant, in an export
+_DIGITS = 6  # significant digits in an export
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Cell:
     seed: int
     metrics: list[Metrics]
     outcome: dict[str, dict[str, float]] | None
-    """evaluate() "before" and "after" the run; None: it did not end well, or not yet."""
+    """evaluate() "before" and "after" the run; None if the cell failed or is unfinished."""
     failure: str | None
-    """Why it stopped."""
+    """Why it failed; None if it did not."""
     before: dict[str, float] | None = None
-    """evaluate() before the run, where it has no outcome."""
+    """evaluate() before the run, if it is known and there is no outcome."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Grid:
 
 
 def load_grid(path: Path) -> Grid:
-    """Read a grid's folder, or an export; what is neither is a UserError."""
+    """Read a grid's folder or an export. Raises UserError for any other folder."""
     try:
         data = json.loads((path / "grid.json").read_text())
         grid = Grid(
@@ -67,7 +67,7 @@ def load_grid(path: Path) -> Grid:
         raise UserError(f"{path / 'grid.json'} is not the description of a grid: {error!r}") from None
     unknown = {name for pair in grid.contrasts for name in pair} - grid.arms.keys()
     if unknown:
-        raise UserError(f"{path / 'grid.json'}: contrasts name {', '.join(sorted(unknown))}, which is no arm")
+        raise UserError(f"{path / 'grid.json'}: contrasts name {', '.join(sorted(unknown))}, which is not an arm")
     export = path / "cells.jsonl.gz"
     if export.is_file():
         grid.cells.extend(_exported(export))
@@ -77,7 +77,7 @@ def load_grid(path: Path) -> Grid:
 
 
 def export_grid(grid: Grid, path: Path) -> None:
-    """Write grid.json and cells.jsonl.gz into `path`, numbers to 6 significant digits; the same grid, the same bytes."""
+    """Write grid.json and cells.jsonl.gz into `path`, with 6 significant digits. The same grid gives the same bytes."""
     buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, filename="") as file:
         for cell in grid.cells:
@@ -109,7 +109,7 @@ def _exported(path: Path) -> list[Cell]:
 
 
 def _rounded(value: Any) -> Any:
-    """Fewer digits everywhere; NaN and infinity become null, as JSON has no word for them."""
+    """Round all floats; NaN and infinity become null, since JSON cannot express them."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

@@ -1,4 +1,4 @@
-"""A grid's page: one self-contained HTML file, with summary.csv, contrasts.csv and report.json beside it."""
+"""A grid's page: one self-contained HTML file, with summary.csv, contrasts.csv and report.json in its folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .summary import (
 )
 
 HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>alp'
-"""Begins every page of `alp report`: only a file that begins so is written over."""
+"""The start of every page of `alp report`; only files that begin with it are overwritten."""
 TABLES = ("summary.csv", "contrasts.csv", "report.json")
 _STYLE = (
     "*{box-sizing:border-box}body{font:16px/1.5 system-ui,sans-serif;max-width:84rem;margin:0 auto;"
@@ -65,7 +65,7 @@ _STYLE = (
 
 
 def write_grid_report(grid: Grid, out: Path) -> None:
-    """The page, then its tables; what is there and is not such a page stays, with a UserError."""
+    """Write the page and its tables. Raises UserError if that would overwrite any other file."""
     values = measure(grid)
     entries, contrasts = summarise(grid, values), contrast(grid, values)
     tables = {
@@ -77,11 +77,11 @@ def write_grid_report(grid: Grid, out: Path) -> None:
 
 
 def write_page(out: Path, page: str, beside: dict[str, str] | None = None) -> None:
-    """Write a page of `alp report` and the files that go with it. It may replace another, and nothing else."""
+    """Write a page of `alp report` and the files that go with it. It replaces an earlier page, but no other file."""
     try:
         is_ours = out.is_file() and out.read_bytes()[: len(HEAD)] == HEAD.encode()
         if out.exists() and not is_ours:
-            raise UserError(f"out={out} exists and is no page of alp report; name another file with --out")
+            raise UserError(f"out={out} exists and is not a page of alp report; name another file with --out")
         taken = [name for name in beside or {} if (out.parent / name).exists() and not is_ours]
         if taken:
             raise UserError(f"{out.parent / taken[0]} exists without {out.name}; name another folder with --out")
@@ -93,7 +93,7 @@ def write_page(out: Path, page: str, beside: dict[str, str] | None = None) -> No
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the whole file or nothing."""
     write_whole(path, lambda file: file.write(text.encode()))
 
 
@@ -135,16 +135,17 @@ def _opening(grid: Grid) -> list[str]:
     if waiting:
         text = html.escape("; ".join(waiting))
         parts.append(
-            f"<details><summary>{len(waiting)} unfinished: in the tables so far</summary><p>{text}</p></details>"
+            f"<details><summary>{len(waiting)} unfinished: the tables include their steps so far</summary>"
+            f"<p>{text}</p></details>"
         )
     origin = "; ".join(f"{key} {value}" for key, value in grid.provenance.items())
     return [*parts, f'<p class="note">{html.escape(origin)}</p>']
 
 
 def _said(grid: Grid, contrasts: list[Contrast]) -> list[str]:
-    """The main quantities: intervals as a picture, and a sentence for each contrast."""
+    """Show the main quantities: a picture of the intervals, and a sentence for each contrast."""
     if not contrasts:
-        return ["<p>No contrasts are named, or no pair of runs has ended yet.</p>"]
+        return ["<p>The grid names no contrasts, or no pair of runs has ended yet.</p>"]
     parts = [f'<p class="note">{html.escape(_reading(grid))}</p>']
     for key in MAIN:
         mine = [c for c in contrasts if c.quantity.key == key]
@@ -164,19 +165,19 @@ def _reading(grid: Grid) -> str:
     text = (
         "Differences are taken seed by seed (quotients where a quantity spreads over decades), with 95 % bootstrap "
         "intervals. Higher or lower: the paired t test's p, corrected by Holm over the contrasts of that quantity, is "
-        "below 0.05, and the interval leaves no difference out. Not corrected across quantities: with many of them, some "
-        "say so by chance."
+        "below 0.05, and the interval excludes equality (0, or 1 for quotients). There is no correction across "
+        "quantities: with many quantities, some differ by chance."
     )
     if 2 <= n <= 6:
-        text += f" With {n} seeds a sign-flip test, which assumes no normal distribution, cannot go below p 1/{2 ** (n - 1)}."
+        text += f" With {n} seeds a sign-flip test, which assumes no normal distribution, cannot give p below 1/{2 ** (n - 1)}."
     return text
 
 
 def _arms(grid: Grid, entries: dict[str, dict[str, Entry]]) -> list[str]:
     num_seeds = len(grid.seeds)
     parts = [
-        f'<p class="note">Mean ± sample sd over {num_seeds} seeds; in brackets the number of seeds where not all have '
-        "it; counts are sums over runs.</p>"
+        f'<p class="note">Mean ± sample sd over {num_seeds} seeds; in brackets the number of seeds that have '
+        "a value, where not all do; counts are sums over runs.</p>"
     ]
     for title, group in GROUPS.items():
         there = [q for q in group if any(q.key in entries[arm] for arm in entries)]
@@ -235,7 +236,7 @@ def _difference(c: Contrast) -> list[str]:
 
 
 def _settings(grid: Grid) -> list[str]:
-    """What differs between arms as a table, then every configuration whole."""
+    """Show what differs between arms as a table, then every full configuration."""
     flat = {arm: dict(_flat(config)) for arm, config in grid.arms.items()}
     keys = list(dict.fromkeys(key for config in flat.values() for key in config))
     varied = [key for key in keys if len({json.dumps(config.get(key)) for config in flat.values()}) > 1]
@@ -252,7 +253,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         elif not prefix and key in ("name", "runs", "seed"):
-            continue  # where a run lies, not what it is
+            continue  # identifies the run; not a setting of the arm
         else:
             yield f"{prefix}{key}", value
 
@@ -264,22 +265,22 @@ def _setting(value: Any) -> str:
 def _how() -> list[str]:
     text = (
         f"Bootstrap: the mean of {RESAMPLES} resamples of the pairs, with a fixed seed, at percentiles expanded for few "
-        "pairs (Hesterberg, arXiv 1411.5279). It cannot reach beyond the smallest and largest difference: for normal ones "
-        "it covers the truth in 96 % of cases with ten pairs, 91 % with five, 76 % with three; Student's interval is in "
-        "contrasts.csv. No interval knows of a rare collapse that none of the seeds met. Effect: mean "
-        "over standard deviation of the differences (d_z) with Hedges' correction; of logarithms for quotients. p (t): "
-        "paired Student test. p (sign flip): permutation, exact to 14 pairs. Where all differences are equal there is no "
-        "spread to measure by, and the sign-flip p is corrected instead. A failed run enters with what it recorded: its "
-        "last measured accuracy, its last reward up to the planned end, its largest KL so far; it counts as collapsed. "
-        "Unfinished runs are in no contrast. Clean: the policy without noise, before a step's updates. End values are "
-        f"means of the last {LAST} recorded steps."
+        "pairs (Hesterberg, arXiv 1411.5279). It cannot reach beyond the smallest and largest difference: for normal "
+        "differences it covers the truth in 96 % of cases with ten pairs, 91 % with five, 76 % with three; Student's "
+        "interval is in contrasts.csv. No interval accounts for a rare collapse that happened on none of the seeds. "
+        "Effect: mean over standard deviation of the differences (d_z) with Hedges' correction; of logarithms for "
+        "quotients. p (t): paired Student test. p (sign flip): permutation test, exact up to 14 pairs. If all differences "
+        "are equal, the t test has no spread to use, and Holm's correction uses the sign-flip p instead. A failed run "
+        "counts as collapsed and enters with what it recorded: its last measured accuracy, its largest KL so far, and its "
+        "last reward, held to the planned end. Contrasts leave unfinished runs out. Clean: the policy "
+        f"without noise, before a step's updates. End values are means of the last {LAST} recorded steps."
     )
     rows = "".join(f"<dt>{html.escape(q.name)}</dt><dd>{html.escape(q.how)}</dd>" for q in QUANTITIES.values())
     return [f"<p>{html.escape(text)}</p>", f"<details><summary>every quantity</summary><dl>{rows}</dl></details>"]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the head; it scrolls sideways where it is too wide."""
+    """Make a table whose first row is the head. It scrolls sideways if it is too wide."""
     head, *body = ([html.escape(cell) for cell in row] for row in rows)
     lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
     lines += [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in body]
@@ -335,5 +336,5 @@ def _as_json(grid: Grid, values: Values, contrasts: list[Contrast]) -> dict[str,
 
 
 def _number(value: float) -> float | None:
-    """JSON and CSV have no word for what is not finite: nothing."""
+    """Return None for NaN and infinity, which JSON and CSV cannot express."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The pictures of a grid: every arm in a panel of its own, the others in grey behind it, the same axes in all panels."""
+"""The pictures of a grid: one panel for each arm, with the other arms in grey behind it and the same axes in all."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .grid import Cell, Grid
 from .summary import Contrast, accuracies, seconds_of, series
 
 OVERLAID = 8
-"""Arms that one panel can show together."""
+"""The most arms that the overlay shows together."""
 HISTOGRAM = {"token": 4.0, "sequence": 10.0}
-"""Bins are equally wide from minus to plus this log-ratio; the end bins hold what lies outside."""
+"""Bins are equally wide from minus to plus this log-ratio; the end bins hold values outside."""
 _FADED = 60  # points of a line in the background
 
 Points = tuple[list[float], list[float]]
@@ -30,7 +30,7 @@ class Picture:
     title: str
     note: str
     panels: list[Chart]
-    """One for each arm that recorded it."""
+    """One for each arm that recorded the quantity."""
     overlay: Chart | None = None
     legend: list[tuple[str, str]] = field(default_factory=list)
     """Name and classes of each line in the overlay."""
@@ -38,7 +38,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """An arm over its seeds: the places on the x axis, mean, smallest and largest."""
+    """An arm over its seeds: x values, and the mean, the smallest and the largest value at each."""
 
     x: list[float]
     mean: list[float]
@@ -47,7 +47,7 @@ class Curve:
 
 
 def pictures(grid: Grid) -> list[Picture]:
-    """Those that something was recorded for."""
+    """Return the pictures that have data."""
     band = "Line: mean over the seeds that got there; band: smallest to largest."
     log_band = "Line: geometric mean over the seeds that got there; band: smallest to largest."
     found = [
@@ -113,7 +113,7 @@ def _curves(
 
 
 def _cost(grid: Grid) -> Picture | None:
-    """Accuracy at the mean seconds that the seeds took to the step of each evaluation."""
+    """Plot the accuracy of each evaluation against the seconds to its step, mean over seeds."""
     curves = {}
     for arm in grid.arms:
         cells = [cell for cell in grid.cells if cell.arm == arm]
@@ -169,14 +169,14 @@ def _draw(chart: Chart, curve: Curve, css: str, name: str) -> None:
 
 
 def _ends(grid: Grid, arm: str, key: str) -> tuple[list[Metrics], list[Metrics]]:
-    """The first and the last step with `key`, of each seed; none where a seed has fewer than two."""
+    """Return each seed's first and last step with `key`; seeds with fewer than two such steps are left out."""
     recorded = [[m for m in cell.metrics if m.get(key)] for cell in grid.cells if cell.arm == arm]
     both = [steps for steps in recorded if len(steps) > 1]
     return [steps[0] for steps in both], [steps[-1] for steps in both]
 
 
 def _histograms(grid: Grid, level: str) -> Picture | None:
-    """Shares on a log scale: first recorded step in grey, last in colour."""
+    """Plot shares on a log scale: the first recorded step in grey, the last in colour."""
     half = HISTOGRAM[level]
     shares: dict[str, list[np.ndarray]] = {}
     for arm in grid.arms:
@@ -201,7 +201,7 @@ def _histograms(grid: Grid, level: str) -> Picture | None:
 
 
 def _envelopes(grid: Grid) -> Picture | None:
-    """P2 to P98 of the clean log-ratio: mean over seeds, on places that at least one of them reaches."""
+    """Plot P2 to P98 of the clean log-ratio, mean over seeds, where at least one seed has data."""
     found = {}
     for arm in grid.arms:
         first, last = _ends(grid, arm, "clean/envelope")
@@ -244,7 +244,7 @@ def _mean_envelope(envelopes: list[dict[str, list[float]]]) -> Curve:
 
 
 def _sigmas(grid: Grid) -> Picture | None:
-    """A line for each layer, mean over seeds."""
+    """Plot sigma over steps, one line for each layer, geometric mean over seeds."""
     lines: dict[str, list[Points]] = {}
     for arm in grid.arms:
         recorded = [m for cell in grid.cells if cell.arm == arm for m in cell.metrics if m.get("sigma")]
@@ -276,7 +276,7 @@ def _sigmas(grid: Grid) -> Picture | None:
 
 
 def forest(contrasts: Sequence[Contrast]) -> str:
-    """Differences, or quotients, of one quantity with their intervals, a row for each contrast; an svg element."""
+    """Return an svg element: one quantity's differences or quotients with intervals, a row for each contrast."""
     shown = [c for c in contrasts if c.paired.n > 0]
     sizes = [c.sizes for c in shown]
     is_ratio = any(c.is_ratio for c in shown)

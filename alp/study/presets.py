@@ -1,7 +1,8 @@
-"""The comparisons that this library runs on itself, each by one line: `alp compare --preset lag`.
+"""The comparisons behind docs/evidence.md; each runs with one command, such as `alp compare --preset lag`.
 
-A preset is a base configuration, the arms as changes to it, and the contrasts its report tests. All share a decoder of
-three layers on mod_chain that one core trains in half a minute, so that five seeds of eight methods are affordable.
+A preset is a base configuration, the arms as changes to it, and the contrasts its report tests. All but
+`tools` share a decoder of three layers on mod_chain. One core trains it in half a minute, so five seeds of eight methods
+are affordable.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Preset:
-    """One comparison; `about` says what varies."""
+    """One comparison; `about` describes what varies."""
 
     about: str
     base: TrainConfig
@@ -30,7 +31,7 @@ class Preset:
 
 
 def change(config: Any, changes: Changes) -> Any:
-    """The configuration with some fields, by dotted name, replaced."""
+    """Return `config` with the fields in `changes`, given by dotted name, replaced."""
     for name, value in changes.items():
         group, _, field = name.rpartition(".")
         if group:
@@ -52,12 +53,12 @@ METHODS_COMPARED = (
 
 
 def arms_of(methods: tuple[str, ...]) -> dict[str, Changes]:
-    """One arm for each method, named like it."""
+    """Return one arm for each method, named after the method."""
     return {method: {"update.method": method} for method in methods}
 
 
 def contrasts_of(arms: tuple[str, ...]) -> tuple[Pair, ...]:
-    """ALP against Bypass at the same level, and both against GRPO: what the paper's claim rests on."""
+    """Compare ALP with Bypass at the same level, and every method with GRPO: the contrasts behind the paper's claim."""
     pairs = [(f"alp-{level}", f"bypass-{level}") for level in ("token", "sequence")]
     pairs += [(method, "grpo") for method in arms if method != "grpo"]
     return tuple(pair for pair in pairs if set(pair) <= set(arms))
@@ -98,7 +99,7 @@ def _clip() -> Preset:
 
 
 def _ablation() -> Preset:
-    """sigma 1e-2 in all three layers is the centre; one layer at equal total noise has sigma sqrt(3) as large."""
+    """Vary around sigma 1e-2 in all three layers. One layer alone has equal total noise at sqrt(3) times that sigma."""
     alp: Changes = {"update.method": "alp-sequence", "update.sigma_lr": 0.0}
     equal_total = 1e-2 * 3**0.5
     arms: dict[str, Changes] = {"bypass": {"update.method": "bypass-sequence"}, "all": alp}
@@ -117,7 +118,7 @@ def _ablation() -> Preset:
     arms["bf16"] = alp | {"model.dtype": "bfloat16", "update.sigma": 1e-3}
     arms["bf16_stochastic"] = arms["bf16"] | {"update.rounding": "stochastic"}
     contrasts = [(name, "bypass") for name in arms if name != "bypass"]
-    contrasts.remove(("bf16_stochastic", "bypass"))  # their model computes in other numerics
+    contrasts.remove(("bf16_stochastic", "bypass"))  # the bf16 arms compute in another dtype than the baseline
     contrasts.remove(("bf16", "bypass"))
     return Preset(
         "where the noise goes and how large it is, on alp-sequence with sigma 1e-2 held fixed in all layers",
@@ -139,9 +140,9 @@ def _settle() -> Preset:
 
 
 def _search() -> Preset:
-    """Settings in which the noise could matter more than in `lag`, each with its own Bypass beside it.
+    """Settings in which the noise could matter more than in `lag`, each with its own Bypass arms.
 
-    The recorded grid has one more arm a setting, `alp-token_two-draws`. Its option, `update.draws`, is gone.
+    The recorded grid has one more arm for each setting, `alp-token_two-draws`, from the removed option `update.draws`.
     """
     settings: dict[str, Changes] = {
         "sharp": {"update.lr": 4e-4},

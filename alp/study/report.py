@@ -1,6 +1,6 @@
-"""One self-contained HTML page about one or several runs: a table of first and last values, and the plots embedded.
+"""One self-contained HTML page about one or several runs: tables of first and last values, and embedded plots.
 
-A grid of runs has a page of its own, grid_report.py.
+grid_report.py makes the page of a grid of runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ROWS = {
     "rollout_s": "rollout, seconds a step",
     "update_s": "update, seconds a step",
 }
-_WINDOW = 5  # steps averaged for a first or last value
+_WINDOW = 5  # steps averaged for each first and last value
 _STYLE = (
     "body{font:15px system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .7rem;text-align:right}"
@@ -50,15 +50,16 @@ _STYLE = (
 
 
 def write_report(folders: list[Path], out: Path | None = None) -> Path:
-    """Write the page of one grid, or of the runs, and return where: report.html in the grid's folder, or here.
+    """Write the page of one grid or of several runs, and return its path.
 
-    A folder that is neither, or has no step yet, is a UserError.
+    Without `out` the page is report.html, in the grid's folder or, for runs, in the current folder. Raises UserError for
+    a folder that is neither a grid nor a run, and for a run without a recorded step.
     """
     if not folders:
         raise UserError("report: name at least one run folder, or a grid")
     grids = [folder for folder in folders if (folder / "grid.json").exists()]
     if grids and len(folders) > 1:
-        raise UserError(f"report: {grids[0]} is a grid; it needs a page of its own")
+        raise UserError(f"report: {grids[0]} is a grid; report a grid alone, without other folders")
     if grids:
         out = out or grids[0] / "report.html"
         grid = load_grid(grids[0])
@@ -79,7 +80,7 @@ def _page(folders: list[Path]) -> str:
         configs[name] = TrainConfig.load(folder / "config.json")
         runs[name] = read_metrics(folder / "metrics.jsonl")
         if not runs[name]:
-            raise UserError(f"report: {folder} has no step on record yet")
+            raise UserError(f"report: {folder} has no recorded step yet")
     parts = [f"<h1>alp: {html.escape(', '.join(runs))}</h1>"]
     for folder, name in zip(folders, runs, strict=True):
         parts += [f"<h2>{html.escape(name)}</h2>", _summary(configs[name], folder), _table(runs[name])]
@@ -105,7 +106,7 @@ def _summary(config: TrainConfig, folder: Path) -> str:
 
 
 def _table(metrics: list[Metrics]) -> str:
-    """First and last values, each the mean of a few recorded steps."""
+    """Make a table of first and last values, each the mean of up to five recorded steps; sigma is of one step."""
     rows = [f"<tr><th>{len(metrics)} steps</th><th>first {_WINDOW}</th><th>last {_WINDOW}</th></tr>"]
     for key, label in _ROWS.items():
         values = [m[key] for m in metrics if key in m]

@@ -1,6 +1,6 @@
-"""Statistics of a comparison over few seeds: paired differences, their uncertainty, and shapes of series.
+"""Statistics of a comparison over few seeds: paired differences, their uncertainty, and summaries of series.
 
-Arms share data order and warm-up by seed, so differences are taken seed by seed. n: the number of pairs.
+Arms with the same seed share data order and warm-up, so differences are taken seed by seed. n is the number of pairs.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from scipy import special
 Numbers = Sequence[float] | np.ndarray
 
 LEVEL = 0.95
-"""Of confidence intervals."""
+"""Of the confidence intervals."""
 RESAMPLES = 10_000
 _SEED = 20_260
-_EXACT = 14  # pairs up to which all 2^n sign flips are taken
+_EXACT = 14  # up to this many pairs, all 2^n sign flips are used
 
 SPIKE_WINDOW = 5
 SPIKE_FACTOR = 2.0
@@ -29,7 +29,7 @@ COLLAPSE_FLOOR = 0.05
 
 
 def mean_sd(values: Numbers) -> tuple[float, float]:
-    """Mean, and the sample standard deviation (n - 1); nan where there are too few."""
+    """Return the mean and the sample standard deviation (n - 1); nan if there are too few values."""
     x = np.asarray(values, dtype=float)
     return (
         float(x.mean()) if len(x) else float("nan"),
@@ -42,26 +42,26 @@ def mean_sd(values: Numbers) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Paired:
-    """What n differences say. Where n is below 2, all but the mean is nan."""
+    """Statistics of n differences. If n is below 2, all but `n` and `mean` are nan."""
 
     n: int
     mean: float
     sd: float
     low: float
-    """Bootstrap confidence interval."""
+    """Lower end of the bootstrap confidence interval."""
     high: float
     t_low: float
-    """Student's confidence interval."""
+    """Lower end of Student's confidence interval."""
     t_high: float
     p_t: float
     p_flip: float
-    """Exact sign-flip permutation; no smaller than 2 / 2^n."""
+    """Of the sign-flip permutation test, exact up to 14 pairs; then no smaller than 2 / 2^n."""
     effect: float
-    """Cohen's d_z with Hedges' correction: infinite where all differences are equal and not 0."""
+    """Cohen's d_z with Hedges' correction; infinite if three or more differences are equal and not 0."""
 
 
 def paired(differences: Numbers) -> Paired:
-    """All of the below at once."""
+    """Compute all statistics of `Paired`."""
     d = np.asarray(differences, dtype=float)
     mean, sd = mean_sd(d)
     low, high = bootstrap_interval(d)
@@ -70,12 +70,12 @@ def paired(differences: Numbers) -> Paired:
 
 
 def bootstrap_interval(differences: Numbers, level: float = LEVEL) -> tuple[float, float]:
-    """Percentile bootstrap of the mean at expanded percentiles; the draws are the same at every call.
+    """Bootstrap interval of the mean at expanded percentiles; the random draws are the same in every call.
 
-    Plain percentiles are too narrow for few pairs (n = 5: 83 % coverage for 95 %): they miss the factor sqrt(n / (n - 1))
-    and Student's quantile. Expanded ones (Hesterberg, arXiv 1411.5279) take both in: tails of
-    Phi(-sqrt(n / (n - 1)) t). It cannot pass the smallest and largest difference: measured on
-    normal ones, it covers 96 % with ten pairs, 91 % with five, 76 % with three.
+    Plain percentiles give intervals that are too narrow for few pairs (n = 5: 83 % coverage instead of 95 %), since they
+    lack the factor sqrt(n / (n - 1)) and Student's quantile t. Expanded percentiles (Hesterberg, arXiv 1411.5279) include
+    both: each tail is Phi(-sqrt(n / (n - 1)) t). The interval cannot reach beyond the smallest and largest difference. On
+    normal differences its measured coverage is 96 % with ten pairs, 91 % with five, 76 % with three.
     """
     d = np.asarray(differences, dtype=float)
     n = len(d)
@@ -83,7 +83,7 @@ def bootstrap_interval(differences: Numbers, level: float = LEVEL) -> tuple[floa
         return float("nan"), float("nan")
     tail = special.ndtr(-np.sqrt(n / (n - 1)) * special.stdtrit(n - 1, (1 + level) / 2))
     means = np.sort(d[_draws(n)].mean(axis=1))
-    # ranks symmetric about the middle: swapping the arms flips the interval exactly
+    # ranks are symmetric about the middle, so swapping the arms mirrors the interval exactly
     rank = min(int(tail * RESAMPLES), RESAMPLES - 1)
     return float(means[rank]), float(means[RESAMPLES - 1 - rank])
 
@@ -102,7 +102,7 @@ def t_interval(differences: Numbers, level: float = LEVEL) -> tuple[float, float
 
 
 def t_test(differences: Numbers) -> float:
-    """Two-sided p of the paired t test. Equal differences have no spread to measure by: nan, or 1 where all are 0."""
+    """Two-sided p of the paired t test. If all differences are equal, p is nan, or 1 if they are 0."""
     d = np.asarray(differences, dtype=float)
     if len(d) < 2:
         return float("nan")
@@ -113,7 +113,10 @@ def t_test(differences: Numbers) -> float:
 
 
 def sign_flip_test(differences: Numbers) -> float:
-    """Two-sided p: the fraction of sign flips with a mean as far from 0. Exact to 14 pairs, then from random flips."""
+    """Two-sided p: the fraction of sign flips whose mean is at least as far from 0.
+
+    Exact up to 14 pairs; above that from 10,000 random flips.
+    """
     d = np.asarray(differences, dtype=float)
     n = len(d)
     if n < 2:
@@ -122,13 +125,16 @@ def sign_flip_test(differences: Numbers) -> float:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=n)))
     else:
         signs = np.random.default_rng(_SEED).choice((1.0, -1.0), (RESAMPLES, n))
-        signs[0] = 1  # what was observed is one of them: p is never 0
+        signs[0] = 1  # include the observed signs, so p is never 0
     sums = np.abs(signs @ d)
     return float((sums >= abs(d.sum()) - 1e-12 * np.abs(d).sum()).mean())
 
 
 def effect_size(differences: Numbers) -> float:
-    """Mean over sd of the differences (d_z), times Hedges' exact factor for few pairs."""
+    """Mean over sd of the differences (d_z), times Hedges' exact correction for few pairs.
+
+    0 if all differences are 0; otherwise nan for fewer than three pairs, infinite if all differences are equal.
+    """
     d = np.asarray(differences, dtype=float)
     mean, sd = mean_sd(d)
     if len(d) < 3 or not d.any():
@@ -141,9 +147,9 @@ def effect_size(differences: Numbers) -> float:
 
 
 def holm(p_values: Numbers) -> list[float]:
-    """Holm's step-down correction: p values of which any below 0.05 bounds the chance of one false claim by 0.05.
+    """Holm's step-down correction: rejecting wherever a corrected p is below 0.05 keeps the familywise error at 0.05.
 
-    nan (no test could be made) stays nan and is not counted.
+    nan (no test was possible) stays nan and does not count as a test.
     """
     p = np.asarray(p_values, dtype=float)
     order = [int(i) for i in np.argsort(p, kind="stable") if np.isfinite(p[i])]
@@ -158,7 +164,7 @@ def holm(p_values: Numbers) -> list[float]:
 
 
 def area(steps: Numbers, values: Numbers) -> float:
-    """Area under the curve by the trapezoid rule over its width: an average, comparable between horizons."""
+    """Area under the curve (trapezoid rule) divided by its width: an average, comparable between run lengths."""
     x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     if len(x) == 0:
         return float("nan")
@@ -166,11 +172,11 @@ def area(steps: Numbers, values: Numbers) -> float:
 
 
 def spikes(values: Numbers, start: int = 0) -> list[float]:
-    """How far each jump of a KL series went above what came before it, in nats.
+    """Return the size of each spike of a KL series: its height in nats above the median before it.
 
-    A step is in a spike where it exceeds 2 times the median of the 5 steps before it, and that median by 0.01 or more;
-    neighbouring such steps are one spike, its size the largest excess. Steps among the first `start` are neither judged
-    nor used: while the lag ramps up, a rise is no surprise.
+    A step is in a spike if its value is above 2 times the median of the 5 steps before it and at least 0.01 above that
+    median. Consecutive such steps form one spike, with the largest excess as its size. The first `start` steps are
+    ignored: a rise is expected while the lag ramps up.
     """
     x = np.asarray(values, dtype=float)[start:]
     found: list[float] = []
@@ -188,6 +194,6 @@ def spikes(values: Numbers, start: int = 0) -> list[float]:
 
 
 def has_collapsed(accuracies: Numbers) -> bool:
-    """Whether the last accuracy is below half of the best, where that was 0.05 or more."""
+    """Whether the last accuracy is below half of the best and the best is 0.05 or more."""
     best = max(accuracies, default=0.0)
     return best >= COLLAPSE_FLOOR and accuracies[-1] < COLLAPSE_FRACTION * best

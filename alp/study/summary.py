@@ -1,11 +1,11 @@
-"""From a grid's cells to numbers: one of each quantity for each cell, their spread over seeds, and contrasts in words.
+"""From a grid's cells to numbers: each quantity of each cell, its spread over seeds, and contrasts in words.
 
-How a cell enters:
-- finished: all it recorded;
-- failed: what it recorded until it stopped; its accuracy is the last one measured, its reward stays the last one up to
-  the run's planned end, it counts as collapsed;
-- unfinished: what it recorded so far, in the summary of its arm only; contrasts wait for it;
-- a quantity that a cell does not have leaves that cell out, and the number of seeds or pairs says so.
+How a cell counts:
+- finished: with all it recorded;
+- failed: with what it recorded until it stopped. Its final accuracy is the last one measured, its last reward is held to
+  the planned end of the run, and it counts as collapsed;
+- unfinished: with what it recorded so far, in the summary of its arm; contrasts leave it out;
+- a cell without a quantity is left out of that quantity, and the number of seeds or pairs is smaller.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .grid import Cell, Grid
 from .statistics import Paired, area, has_collapsed, holm, mean_sd, paired, spikes
 
 LAST = 5
-"""Steps that make an end value."""
+"""An end value is the mean of this many last steps."""
 SIGNIFICANT = 0.05
 
 
@@ -33,13 +33,13 @@ def status(cell: Cell) -> str:
 
 
 def series(cell: Cell, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of what was recorded as a finite number."""
+    """Return the steps with a finite number for `key`, and their values."""
     points = [(m["step"], m[key]) for m in cell.metrics if _is_number(m.get(key))]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def seconds_of(step: dict[str, Any]) -> float | None:
-    """Of a whole step: step_s, or its phases together."""
+    """Return the seconds of a whole step: step_s, or the sum of its phases."""
     if _is_number(step.get("step_s")):
         return float(step["step_s"])
     phases = [value for key, value in step.items() if key.endswith("_s") and _is_number(value)]
@@ -47,21 +47,21 @@ def seconds_of(step: dict[str, Any]) -> float | None:
 
 
 def accuracies(cell: Cell, key: str = "train") -> tuple[list[float], list[float]]:
-    """Steps and evaluated accuracies in order: before the run, every eval/..., after it."""
+    """Return steps and evaluated accuracies in order: before the run, during it (eval/...), and after it."""
     steps, values = series(cell, f"eval/{key}")
     last = cell.metrics[-1]["step"] if cell.metrics else 0
     outcome = cell.outcome or {"before": cell.before or {}}
     if key in outcome["before"] and (not steps or steps[0] > 0):
         steps, values = [0, *steps], [outcome["before"][key], *values]
     if key in outcome.get("after", {}):
-        if steps and steps[-1] == last > 0:  # the same model, evaluated again
+        if steps and steps[-1] == last > 0:  # the same model, evaluated twice
             steps, values = steps[:-1], values[:-1]
         steps, values = [*steps, last], [*values, outcome["after"][key]]
     return steps, values
 
 
 def is_collapsed(cell: Cell) -> bool:
-    """Whether it failed, or greedy or sampled accuracy ended below half of the best."""
+    """Whether the cell failed, or its greedy or sampled accuracy ended below half of its best (of 0.05 or more)."""
     return cell.failure is not None or any(has_collapsed(accuracies(cell, key)[1]) for key in ("train", "greedy"))
 
 
@@ -113,7 +113,7 @@ def _collapsed(cell: Cell, grid: Grid) -> float | None:
 def _spikes(reduce: Callable[[list[float]], float], key: str, cell: Cell, grid: Grid) -> float | None:
     steps, values = series(cell, key)
     if not steps or 2 * len(steps) < len(cell.metrics):
-        return None  # recorded now and then: a jump from step to step cannot be seen
+        return None  # recorded at fewer than half of the steps: too sparse to show a jump
     lag = grid.arms[cell.arm].get("rollout", {}).get("lag", 0)
     return reduce(spikes(values, start=sum(step <= lag for step in steps)))
 
@@ -158,13 +158,13 @@ class Quantity:
     label: str
     of: Callable[[Cell, Grid], float | None]
     how: str
-    """How a cell's steps become one number."""
+    """How the number is computed from a cell's steps."""
     is_ratio: bool = False
-    """Contrasts compare by quotient, on the log scale: for what spreads over decades."""
+    """Contrasts use quotients, on the log scale: for values that span orders of magnitude."""
     is_count: bool = False
     """The table shows the sum over seeds."""
     prefix: str = ""
-    """What the label needs before it outside its group's table."""
+    """Put before the label outside its group's table."""
 
     @property
     def name(self) -> str:
@@ -172,7 +172,7 @@ class Quantity:
 
 
 ABOVE = {"token": (4.0, 0.1), "sequence": (4.0, 1.0)}
-"""Thresholds of the ratio's maximum, ALP's own upper clip, and of its variance, the same for all arms."""
+"""Thresholds of the ratio's maximum (ALP's own upper clip) and of its variance; the same for all arms."""
 
 
 def _ratio_quantities(level: str) -> tuple[Quantity, ...]:
@@ -184,7 +184,7 @@ def _ratio_quantities(level: str) -> tuple[Quantity, ...]:
     large, wide = ABOVE[level]
 
     def share(key: str, label: str, of: Callable[[Cell, Grid], float | None]) -> Quantity:
-        return Quantity(f"{level}_{key}", label, of, "share of the steps in which it is", prefix=name)
+        return Quantity(f"{level}_{key}", label, of, "share of the steps in which this holds", prefix=name)
 
     quantiles = ("q01", "q05", "q50", "q95", "q99", "q99.9")
     hill = partial(_reduced, median, f"clean/hill_{level}")
@@ -198,7 +198,9 @@ def _ratio_quantities(level: str) -> tuple[Quantity, ...]:
         quantity("variance", "variance", partial(_variance, f"{folder}/std"), "in each step, mean over steps"),
         share("max_above", f"max above {large:g}", partial(_share_above, large, f"{folder}/max")),
         share("variance_above", f"variance above {wide:g}", partial(_share_above, wide**0.5, f"{folder}/std")),
-        quantity("hill", "tail index", hill, "Hill's estimate in each step, median over steps; small is heavy"),
+        quantity(
+            "hill", "tail index", hill, "Hill's estimate in each step, median over steps; a small value is a heavy tail"
+        ),
     )
 
 
@@ -208,13 +210,13 @@ GROUPS: dict[str, tuple[Quantity, ...]] = {
             "final_accuracy",
             "final accuracy",
             partial(_accuracy, _last, "train"),
-            "sampled on the training path, after the run; of a failed one the last measured",
+            "sampled on the training path after the run; for a failed run the last one measured",
         ),
         Quantity(
             "best_accuracy",
             "best accuracy",
             partial(_accuracy, max, "train"),
-            "the largest of all evaluations, before and after included",
+            "the largest of all evaluations, including those before and after the run",
         ),
         Quantity("final_pass", "pass@k", _final_pass, "after the run, at the largest k that was evaluated"),
         Quantity("final_greedy", "greedy", partial(_accuracy, _last, "greedy"), "greedy accuracy after the run"),
@@ -222,7 +224,7 @@ GROUPS: dict[str, tuple[Quantity, ...]] = {
             "reward_area",
             "reward, area",
             _reward_area,
-            "area under the reward over steps, divided by their number; a failed run keeps its last reward",
+            "area under the reward curve, divided by its width in steps; a failed run keeps its last reward",
         ),
         Quantity(
             "collapsed",
@@ -249,7 +251,7 @@ GROUPS: dict[str, tuple[Quantity, ...]] = {
             "kl_spike_size",
             "largest spike",
             partial(_spikes, partial(max, default=0.0), "clean/k3_kl"),
-            "its height above that median; 0 without one",
+            "height of the largest spike above that median; 0 without a spike",
         ),
         Quantity(
             "step_kl_max",
@@ -262,14 +264,14 @@ GROUPS: dict[str, tuple[Quantity, ...]] = {
             "step_kl_mean",
             "step KL, mean",
             partial(_reduced, _mean, "step_kl"),
-            "the same, mean over steps",
+            "k3 KL from the policy before a step's updates to the one after, mean over steps",
             True,
         ),
         Quantity(
             "step_kl_spikes",
             "step KL spikes",
             partial(_spikes, _number_of, "step_kl"),
-            "jumps of the step KL, by the same rule",
+            "jumps of the step KL, by the rule of KL spikes",
             is_count=True,
         ),
     ),
@@ -291,12 +293,14 @@ GROUPS: dict[str, tuple[Quantity, ...]] = {
     "Cost": (
         Quantity("step_s", "seconds a step", partial(_seconds, median), "median over steps", True),
         Quantity("run_s", "seconds in all", partial(_seconds, sum), "sum over steps", True),
-        Quantity("peak_mib", "peak MiB", partial(_reduced, max, "peak_mib"), "of the process, or the GPU", True),
+        Quantity(
+            "peak_mib", "peak MiB", partial(_reduced, max, "peak_mib"), "memory of the process, or of the GPU", True
+        ),
     ),
 }
 QUANTITIES = {quantity.key: quantity for group in GROUPS.values() for quantity in group}
 MAIN = ("final_accuracy", "reward_area", "k3_mean", "k3_max", "token_max")
-"""What the page and the evidence put into sentences; the tables have all."""
+"""The quantities that the report and docs/evidence.md compare first; the tables have all."""
 
 
 # ------------------------------------------------------------------ arms and contrasts
@@ -313,7 +317,7 @@ class Entry:
 
 
 Values = dict[tuple[str, int], dict[str, float]]
-"""Quantities by (arm, seed); what a cell does not have is not there."""
+"""Quantities by (arm, seed); those that a cell lacks are absent."""
 
 
 def measure(grid: Grid) -> Values:
@@ -325,7 +329,7 @@ def measure(grid: Grid) -> Values:
 
 
 def summarise(grid: Grid, values: Values) -> dict[str, dict[str, Entry]]:
-    """By arm and quantity; what no seed has is left out."""
+    """Return entries by arm and quantity, without quantities that no seed has."""
     table: dict[str, dict[str, Entry]] = {}
     for arm in grid.arms:
         mine = [cell for (name, _), cell in values.items() if name == arm]
@@ -338,22 +342,22 @@ def summarise(grid: Grid, values: Values) -> dict[str, dict[str, Entry]]:
 
 @dataclass(frozen=True)
 class Contrast:
-    """One quantity of an arm against another, over the seeds that both have."""
+    """One quantity of an arm against a baseline arm, over the seeds for which both have it."""
 
     arm: str
     baseline: str
     quantity: Quantity
     is_ratio: bool
-    """Whether `paired` is of natural logarithms."""
+    """Whether `paired` holds differences of natural logarithms."""
     paired: Paired
     p_corrected: float
-    """Holm's, over the contrasts of this quantity: Student's p, or the sign-flip one where there is no spread."""
+    """Corrected by Holm over the contrasts of this quantity: Student's p, or the sign-flip p if that is nan."""
     lost: tuple[int, int]
-    """Pairs in which the arm, the baseline collapsed."""
+    """Number of pairs in which the arm collapsed, and in which the baseline did."""
 
     @property
     def verdict(self) -> str:
-        """higher or lower: the corrected p is below 0.05 and the bootstrap interval leaves 0 out."""
+        """ "higher" or "lower" if the corrected p is below 0.05 and the bootstrap interval excludes 0."""
         p = self.paired
         if p.n < 2:
             return "not tested"
@@ -363,7 +367,7 @@ class Contrast:
 
     @property
     def sizes(self) -> tuple[float, float, float]:
-        """Difference, or quotient, and its interval."""
+        """Return the difference, or quotient, and the ends of its interval."""
         p = self.paired
         return tuple(map(_exp, (p.mean, p.low, p.high))) if self.is_ratio else (p.mean, p.low, p.high)  # type: ignore[return-value]
 
@@ -387,7 +391,7 @@ class Contrast:
 
 
 def contrast(grid: Grid, values: Values) -> list[Contrast]:
-    """Every contrast of the grid in every quantity, by quantity; unfinished cells wait."""
+    """Return every contrast of the grid in every quantity, by quantity, without unfinished cells."""
     ended = {(cell.arm, cell.seed): is_collapsed(cell) for cell in grid.cells if status(cell) != "unfinished"}
     found: list[Contrast] = []
     for key, quantity in QUANTITIES.items():
@@ -422,7 +426,7 @@ def _exp(value: float) -> float:
 
 
 def short(value: float, signed: bool = False, digits: int = 3) -> str:
-    """So many significant digits; plain decimals where that is readable."""
+    """Format with `digits` significant digits: plain decimals from 1e-4 to 1e6, scientific notation elsewhere."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else str(value)
     sign = "+" if signed else ""
@@ -438,13 +442,13 @@ def p_text(p: float) -> str:
 
 
 def entry_text(quantity: Quantity, entry: Entry | None, num_seeds: int) -> str:
-    """mean ± sd, and how many seeds have it where not all do; a count is the sum over seeds."""
+    """Format mean ± sd, and the number of seeds if some lack the quantity; a count becomes its sum over seeds."""
     if entry is None:
         return "-"
     if quantity.is_count:
         text = f"{entry.total:.0f} in {entry.n} runs"
     else:
-        sd = 0.0 if entry.sd < 1e-12 * abs(entry.mean) else entry.sd  # equal values, but for the rounding of their mean
+        sd = 0.0 if entry.sd < 1e-12 * abs(entry.mean) else entry.sd  # equal values, rounded mean
         text = short(entry.mean) if math.isnan(sd) else f"{short(entry.mean)} ± {short(sd, digits=2)}"
         text += "" if entry.n == num_seeds else f" ({entry.n})"
     return text

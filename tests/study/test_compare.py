@@ -108,7 +108,7 @@ def test_a_comparison_killed_in_the_middle_ends_as_if_never_stopped(whole: Path,
     wait_until(lambda: len(read_metrics(middle)) >= 3)
     os.kill(process.pid, signal.SIGKILL)  # the command alone: its workers must notice
     process.wait(timeout=60)
-    with pytest.raises(UserError, match="at work on it"), locked(whole), locked(whole):
+    with pytest.raises(UserError, match="is running on it"), locked(whole), locked(whole):
         pass
     time.sleep(1.0)
     done = len(read_metrics(middle))
@@ -166,7 +166,7 @@ def test_a_folder_keeps_its_comparison(whole: Path, cache: Path, tmp_path: Path)
         compare(grid(whole, base(cache, steps=7)), jobs=1)
     assert compare(grid(whole, base(cache)), jobs=1) == []
     (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(UserError, match="is no comparison"):
+    with pytest.raises(UserError, match="is not a comparison"):
         compare(grid(tmp_path, base(cache)), jobs=1)
 
 
@@ -189,7 +189,7 @@ def test_a_comparison_takes_more_seeds(cache: Path, tmp_path: Path, capsys: pyte
     ("changes", "message"),
     [
         ({"seeds": ()}, "seeds"),
-        ({"seeds": (1, 1)}, "none twice"),
+        ({"seeds": (1, 1)}, "no duplicates"),
         ({"arms": {}}, "no arms"),
         ({"arms": {"a/b": {}}}, "cannot name a folder"),
         ({"contrasts": (("alp-sequence", "grpo"),)}, "'grpo' is not an arm"),

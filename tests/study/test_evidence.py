@@ -45,7 +45,7 @@ def test_a_pages_parts_are_made_again_and_its_prose_stays(tmp_path: Path, capsys
     assert evidence.main(arguments) == 0
     assert page.read_text() == text.replace("## lag", "## lag\n\nWhat this shows.")
     assert evidence.main([*arguments, str(tmp_path / "nowhere")]) == 2
-    assert "it needs a folder below" in capsys.readouterr().err
+    assert "the page can link only to pictures below" in capsys.readouterr().err
 
 
 def test_the_evidence_page_says_what_the_committed_exports_give() -> None:

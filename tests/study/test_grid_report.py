@@ -122,7 +122,7 @@ def test_an_export_gives_the_same_numbers_and_the_same_bytes(tmp_path: Path) -> 
         ('{"name": "x"}', "is not the description of a grid"),
         (
             '{"name": "x", "about": "", "arms": {"a": {}}, "seeds": [0], "contrasts": [["a", "b"]], "provenance": {}}',
-            "contrasts name b, which is no arm",
+            "contrasts name b, which is not an arm",
         ),
     ],
 )
@@ -317,7 +317,7 @@ def test_the_page_shows_what_went_wrong_and_what_was_found(page: Path) -> None:
     assert "38 of 40 runs finished, 1 failed, 1 unfinished" in text
     assert "gspo, seed 1: failed, non-finite gradient (after 30 steps)" in text
     assert "bypass-token, seed 3: collapsed" in text and "mis, seed 2 (30 steps)" in text
-    assert "cannot go below p 1/16" in text
+    assert "cannot give p below 1/16" in text
     assert re.search(r"alp-sequence - grpo: final accuracy \+0\.1\d+ .*?higher", text)
     for title in (
         "Sampled accuracy",
@@ -348,9 +348,9 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
     assert "alp: synthetic" in page.read_text() and "gspo" in page.read_text()
     other = tmp_path / "thesis.html"
     other.write_text("<!doctype html><title>mine</title>")
-    with pytest.raises(UserError, match=r"thesis\.html exists and is no page of alp report"):
+    with pytest.raises(UserError, match=r"thesis\.html exists and is not a page of alp report"):
         write_grid_report(grid, other)
-    with pytest.raises(UserError, match="is no page of alp report"):
+    with pytest.raises(UserError, match="is not a page of alp report"):
         write_grid_report(grid, tmp_path)
     (tmp_path / "summary.csv").write_text("mine")
     with pytest.raises(UserError, match=r"summary\.csv exists without report\.html"):
@@ -372,7 +372,7 @@ def test_the_command_takes_a_grid_or_an_export(
         assert all((tmp_path / folder / name).is_file() for name in TABLES)
     monkeypatch.setattr(sys, "argv", ["alp", "report", str(tmp_path / "grid"), str(tmp_path / "export")])
     assert cli.run() == 2
-    assert "is a grid; it needs a page of its own" in capsys.readouterr().err
+    assert "is a grid; report a grid alone, without other folders" in capsys.readouterr().err
 
 
 def test_twenty_arms_have_panels_but_no_panel_of_twenty_lines() -> None:
