@@ -1,1 +1,1 @@
-"""Times and memory of every op against its peers and against the machine: see conftest.py, and docs/performance.md."""
+"""Benchmarks: time and memory of every op against its peers and the machine's limits. See conftest.py."""

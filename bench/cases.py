@@ -1,4 +1,4 @@
-"""Named shapes from real models. A CPU gets fewer tokens than a GPU, never other channels or vocabularies."""
+"""Named shapes from real models. On a CPU the cases have fewer tokens, but the same channels and vocabularies."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MODELS = {
     "llama-3.1-8b": Model(4096, 128256),
 }
 SMOKE = Model(128, 1024)
-"""With --smoke every case takes this shape: it tries the harness, and its numbers mean nothing."""
+"""The shape of every case with --smoke, which only tests the harness; its times mean nothing."""
 
 
 @dataclass(frozen=True)
 class PerturbCase:
-    """One layer's input: `rows` tokens of a model's hidden states."""
+    """One layer's input: hidden states of `rows` tokens."""
 
     model: str
     rows: int  # N
@@ -83,7 +83,7 @@ class HeadCase:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens in the loss of each sequence, unequal where some are masked: their sum is (1 - masked) N."""
+        """Number of tokens in the loss, by sequence; unequal if some are masked. The sum is (1 - masked) N."""
         spread = [(i + 0.5) / self.sequences - 0.5 for i in range(self.sequences)]
         live = 1 - self.masked
         return [round(self.length * (live + 2 * s * min(live, self.masked))) for s in spread]
@@ -95,7 +95,7 @@ class HeadCase:
 
     @property
     def least_mib(self) -> float:
-        """Room for the inputs and whatever checks them: hidden states and weight, the weight in float32, a gradient."""
+        """Memory for inputs and checks: hidden states and weight, their gradients, a float32 weight, and 1 GiB."""
         return 2 * self.gradient_mib + self.vocab * self.channels * 4 / 2**20 + 1024
 
     @property
@@ -104,7 +104,7 @@ class HeadCase:
 
     @property
     def eager_mib(self) -> float:
-        """What whole logits cost ordinary PyTorch: them, float32 log-probabilities, and the gradients of both."""
+        """Memory of eager PyTorch: logits, float32 log-probabilities, gradients of both and of the inputs."""
         return 2 * self.logits_mib + 3 * self.rows * self.vocab * 4 / 2**20 + self.gradient_mib
 
 
@@ -121,10 +121,10 @@ def perturb_cases(device: torch.device, smoke: bool) -> list[PerturbCase]:
 
 
 def head_cases(device: torch.device, smoke: bool) -> list[HeadCase]:
-    """The default cases first, then every other model; dtypes as one would train there.
+    """Return the default cases, then every other model, in the dtype usual for training on the device.
 
-    The GPU's qwen3-8b case is that of huggingface/trl#7244: N 8192, D 4096, V 151936, bfloat16. The long case of
-    qwen2.5-1.5b is the head of the update: few channels, so that the passes over the logits weigh most.
+    The GPU's qwen3-8b case is the one in huggingface/trl#7244: N 8192, D 4096, V 151936, bfloat16. The long case of
+    qwen2.5-1.5b is the head of the update benchmark: it has few channels, so passes over the logits take a large share.
     """
     if smoke:
         return [HeadCase("smoke", 4, 32, *SMOKE, torch.float32), HeadCase("smoke", 4, 32, *SMOKE, torch.bfloat16, 0.6)]

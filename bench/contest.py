@@ -1,10 +1,10 @@
 """Variants of one computation, timed in turns on the same inputs.
 
-A group is an op on a case with its variants. Before a variant is timed it has run once: that run checks the result,
-compiles and warms up. The variants take turns in the order they are given, pass after pass, so that a machine that slows
-down slows them alike; a variant is prepared when its first turn comes, so a run that is cut off has the times of those
-before it. A variant that is not available, or whose memory this machine does not have, is skipped with its reason; one
-with a wrong result fails, and is never timed.
+A group is one op on one case, with its variants. Before timing, each variant runs once to compile, warm up and check the
+result. The variants take turns in the given order, pass after pass, so a machine that slows down affects all of them. A
+variant is prepared at its first turn, so an interrupted run has the times of the variants before it. A variant that is
+not available, or needs more memory than is free, is skipped with its reason. A variant with a wrong result fails and is
+not timed.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Variant:
     """One way to compute a group's op.
 
     Attributes:
-        build: from the group's inputs to the function that is timed; what that returns goes to `check`.
-        check: raises an AssertionError where the result is wrong.
-        unavailable: why the variant cannot run on a device, or None.
-        needs_mib: memory it takes above the inputs, where that is so much that it may not be there.
-        cost: of a variant that does less than its group's op.
+        build: takes the group's inputs and returns the function to time, whose result goes to `check`.
+        check: raises an AssertionError if the result is wrong.
+        unavailable: returns why the variant cannot run on a device, or None.
+        needs_mib: memory above the inputs, for variants that may need more than is free.
+        cost: for a variant that does less than its group's op.
     """
 
     name: str
@@ -54,12 +54,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Group:
-    """Variants of one op on one case; ratios are against `reference`, fractions of `limit_scale` times `limit`.
+    """Variants of one op on one case.
+
+    Speed-ups are against `reference`; fractions of the limit use `limit_scale` times the time of `limit`.
 
     Attributes:
-        needs_mib: memory without which not even the inputs are made.
-        cost: what the op must move and compute; the case then has a dtype. Without it there are no roofline columns.
-        wants: the option without which the group is left out ("all_cases", "sweep"), or None.
+        needs_mib: free memory needed to make the inputs.
+        cost: bytes and FLOP of the op, for the roofline columns; needs a case with a dtype. None: no such columns.
+        wants: the option that includes the group ("all_cases", "sweep", "tuning"), or None to include it always.
     """
 
     op: str
@@ -88,13 +90,13 @@ class Turn:
 
 @dataclass
 class Entry:
-    """What is known of a variant: either why it is out, or its function, memory and times."""
+    """The state of a variant: why it was skipped or failed, or its function, memory and times."""
 
     skipped: str | None = None
     failed: str | None = None
     function: Callable[[], Any] | None = None
     peak_mib: float | None = None
-    first_ms: float = 0.0  # of the run before timing, compilation included
+    first_ms: float = 0.0  # of the untimed first run, with compilation
     ms: list[float] = field(default_factory=list)
 
     @property
@@ -108,7 +110,7 @@ class Entry:
 
 
 def turns(groups: Iterable[Group], num_passes: int | None, names: Sequence[str] = ("",)) -> list[Turn]:
-    """One group after the other, in each pass after pass; only variants whose name holds one of `names`."""
+    """Return the turns, group by group and pass by pass, of variants whose name contains one of `names`."""
     return [
         Turn(group, variant, number)
         for group in groups
@@ -119,15 +121,15 @@ def turns(groups: Iterable[Group], num_passes: int | None, names: Sequence[str] 
 
 
 class Contest:
-    """A session's groups in the order they ran, with an entry for each variant whose turn came."""
+    """The groups of a pytest run, in the order they ran, with an entry for each variant that has had a turn."""
 
     def __init__(self, device: torch.device, smoke: bool = False) -> None:
         self.device = device
-        self.smoke = smoke  # tiny shapes, and ceilings and turns as short as they can be
+        self.smoke = smoke  # tiny shapes; ceilings and turns as short as possible
         self.groups: list[Group] = []
-        self.entries: dict[tuple[int, str], Entry] = {}  # by id of the group and name of the variant
+        self.entries: dict[tuple[int, str], Entry] = {}  # by id of the group and variant name
         self._inputs: Any = None  # of the last group
-        self._free_mib = 0.0  # before they were made
+        self._free_mib = 0.0  # before the inputs were made
         self._copy: float | None = None  # bytes per second
         self._product: dict[torch.dtype, float] = {}  # FLOP per second
 
@@ -135,7 +137,7 @@ class Contest:
         return self.entries.get((id(group), name))
 
     def ceilings(self, group: Group) -> Ceilings | None:
-        """What a copy and a product reached in this session, measured when first asked for."""
+        """Return the rates of a copy and a product on this machine, measured at the first call."""
         if group.cost is None:
             return None
         dtype = group.case.dtype
@@ -146,7 +148,7 @@ class Contest:
         return Ceilings(self._copy, self._product[dtype])
 
     def play(self, turn: Turn, benchmark: Any) -> None:
-        """One variant's rounds in one pass; its first turn prepares it, and the first of a group the group's inputs."""
+        """Time one variant's rounds of one pass. Its first turn prepares it; a group's first turn makes the inputs."""
         if not self.groups or turn.group is not self.groups[-1]:
             self._begin(turn.group)
         entry = self.entry(turn.group, turn.variant.name)
@@ -172,8 +174,8 @@ class Contest:
         for entry in self.entries.values():
             entry.function = None
         self._inputs = None
-        if "torch._dynamo" in sys.modules:  # which takes seconds to import
-            torch.compiler.reset()  # past a few shapes a compiled function would go on in eager mode, and not say so
+        if "torch._dynamo" in sys.modules:  # importing it takes seconds
+            torch.compiler.reset()  # after a few shapes a compiled function silently falls back to eager
         self.groups.append(group)
         self._free_mib = free_mib(self.device)
         if group.needs_mib <= self._free_mib:
@@ -202,7 +204,7 @@ class Contest:
                 variant.check(inputs, returned)
         except torch.OutOfMemoryError as error:
             return Entry(skipped=f"{variant.name}: {str(error).splitlines()[0]}")
-        except Exception:  # fails this variant's tests; the others are still measured
+        except Exception:  # only this variant fails; the others are still measured
             return Entry(failed=f"{variant.name}\n{traceback.format_exc()}")
         return Entry(function=function, first_ms=first_ms)
 
@@ -215,7 +217,7 @@ def _gib(mib: float) -> str:
 
 
 def engine_unavailable(name: str) -> Callable[[torch.device], str | None]:
-    """Why an engine is not timed. The reference is a specification: worth its time only where it is all there is."""
+    """Return why an engine is not timed. The reference is timed only where no other engine serves."""
 
     def unavailable(device: torch.device) -> str | None:
         if name == "reference" and pick(None, device).name != name:
@@ -241,9 +243,9 @@ def package_unavailable(package: str, module: str, wanted: str = "") -> Callable
 
 @functools.cache
 def compile_unavailable(device: torch.device) -> str | None:
-    """Why torch.compile does not work here; it needs a compiler for the device's code."""
+    """Return why torch.compile does not work here, or None; it needs a compiler for the device."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # torch raises a zoo of types for a missing compiler
+    except Exception as error:  # torch raises many types of error for a missing compiler
         return f"torch.compile does not work here: {str(error).splitlines()[0]}"
     return None

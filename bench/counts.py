@@ -1,10 +1,10 @@
-"""What no clock shows: how often the host waits for the device, how many kernels a layer's noise launches, and the
-kernels of one update by time.
+"""Counts: how often the host waits for the device, how many kernels a layer's noise launches, and an update's kernels.
 
     python -m bench.counts FOLDER [--smoke]
 
-Each count is a line of FOLDER/counts.jsonl as soon as it is known; FOLDER/trace.json.gz is the profile of one update
-(chrome://tracing, perfetto.dev). On a CPU operations stand in for kernels, and no wait is counted. --smoke: tiny shapes.
+Each count is written to FOLDER/counts.jsonl as soon as it is known. FOLDER/trace.json.gz is the profile of one update,
+for chrome://tracing or perfetto.dev. On a CPU operations are counted instead of kernels, and waits are not counted.
+--smoke: tiny shapes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .cases import MODELS, SMOKE
 from .measure import provenance
 
 NUM_KERNELS = 25
-"""Of an update, by time, that are written down."""
+"""How many of an update's kernels are recorded, longest first."""
 
 
 class Counts:
-    """The file of records; a record is {"count": what, "value": number, ...} and what `provenance` says."""
+    """Writes a file of records: {"count": what, "value": number, ...} with the fields of `provenance`."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.file = (folder / "counts.jsonl").open("w", buffering=1)  # a line at a time
+        self.file = (folder / "counts.jsonl").open("w", buffering=1)  # flushed at each line
         self.origin = provenance(device)
 
     def add(self, what: str, value: float, **details: Any) -> None:
@@ -48,7 +48,7 @@ class Counts:
 
 
 def waits(call: Callable[[], Any]) -> Counter[str]:
-    """Where the host waited for the device in a second call, and how often; the first compiles."""
+    """Count by source line how often the host waits for the device in a second call; the first call compiles."""
     call()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
@@ -97,7 +97,7 @@ def make_sample(device: torch.device, smoke: bool) -> Sample:
 
 
 def calls(sample: Sample) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What is counted, by name: gpu_table.py's targets know these names."""
+    """Yield the calls whose waits are counted, by name; scripts/gpu_table.py looks up these names."""
 
     def fused(level: str, sample: Sample, **options: Any) -> None:
         out = fused_alp_loss(*sample, objective=Objective(level), **options)
@@ -146,7 +146,7 @@ class Launch(NamedTuple):
 
 
 def profiled(call: Callable[[], Any], device: torch.device) -> tuple[list[Launch], Any]:
-    """The kernels of a second call (on a CPU: its operations) and the profile."""
+    """Return the kernels of a second call (on a CPU its operations) and the profile."""
     call()
     on_cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as found:
@@ -160,12 +160,12 @@ def profiled(call: Callable[[], Any], device: torch.device) -> tuple[list[Launch
         if event.device_type == wanted and not event.name.startswith(("Memcpy", "Memset"))
     ]
     if not launches:
-        raise RuntimeError("the profiler saw no kernel: it needs access to the device's counters (CUPTI)")
+        raise RuntimeError("the profiler recorded no kernel: it needs access to the device's counters (CUPTI)")
     return launches, found
 
 
 def by_time(launches: list[Launch]) -> list[str]:
-    """A line for each of the kernels that take longest: ms, launches, name."""
+    """Return a line for each of the kernels with the most total time: ms, launches, name."""
     total: dict[str, list[float]] = defaultdict(list)
     for name, us in launches:
         total[name].append(us)

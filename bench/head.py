@@ -1,4 +1,4 @@
-"""A batch at the output head, the true losses and gradients of it, the ways to them, and the checks before timing."""
+"""The loss head's benchmark: a batch, its true losses and gradients, the variants, and their checks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .peers import OBJECTIVES, Batch, target_logp
 
 REFERENCE = "eager PyTorch, token level"
 LIMIT = "three bare GEMMs (limit)"
-NUM_CHECKED = 1024  # rows of dweight that are compared: those of the first targets
-CHUNK_ROWS = 512  # of the truth's logits, so that a long batch can be checked at all
+NUM_CHECKED = 1024  # rows of dweight that are compared, of the first targets
+CHUNK_ROWS = 512  # per chunk of the float32 logits, so that long batches fit in memory
 
 
 class Truth(NamedTuple):
@@ -30,17 +30,18 @@ class Truth(NamedTuple):
 
 class Inputs(NamedTuple):
     batch: Batch
-    truths: dict[str, Truth]  # of each loss that a variant may compute
+    truths: dict[str, Truth]  # for each loss that a variant may compute
 
 
 Step = Callable[[Batch], Tensor]
-"""From a batch to its loss, differentiable."""
+"""Maps a batch to its differentiable loss."""
 
 
 def make_inputs(device: torch.device, case: HeadCase) -> Inputs:
-    """A batch so near its rollout policy that no ratio is clipped: a clipped row would cost no backward product.
+    """Make a batch close to its rollout policy, so that under 1 % of the rows are clipped, and the true results.
 
-    The true losses and gradients come from float32 arithmetic on the rounded logits.
+    Backward can skip the products of clipped rows. The true losses and gradients are computed in float32 from the rounded
+    logits.
     """
     generator = torch.Generator(device).manual_seed(0)
     draw = functools.partial(torch.randn, generator=generator, device=device)
@@ -67,7 +68,7 @@ def true_losses(logp: Tensor, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def true_gradients(batch: Batch, losses: dict[str, Tensor], logp: Tensor) -> dict[str, Truth]:
-    """dlogits = dlogp * slope with slope = [v = target] - softmax, so one product by the weight serves every loss."""
+    """dlogits = dlogp * slope, slope = [v = target] - softmax; one product of slope and weight serves every loss."""
     dlogps = {name: torch.autograd.grad(loss, logp, retain_graph=True)[0] for name, loss in losses.items()}
     hidden, weight, targets = batch.hidden.flatten(0, 1), batch.weight.float(), batch.targets.flatten()
     checked = targets[:NUM_CHECKED]
@@ -75,7 +76,7 @@ def true_gradients(batch: Batch, losses: dict[str, Tensor], logp: Tensor) -> dic
     dweights = {name: torch.zeros(len(checked), hidden.shape[1], device=hidden.device) for name in losses}
     for start in range(0, len(hidden), CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
-        slope = -linear(hidden[part], batch.weight).float().softmax(dim=-1)  # logits rounded like everyone's
+        slope = -linear(hidden[part], batch.weight).float().softmax(dim=-1)  # logits rounded as in the variants
         slope.scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
         along[part] = slope @ weight
         for name, dlogp in dlogps.items():
@@ -105,7 +106,7 @@ def forward_backward(step: Step, inputs: Inputs) -> Callable[[], tuple[Tensor, T
 
 
 def check(name: str, inputs: Inputs, returned: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Loss within 1e-4 and gradients within 1e-3 of the truth's norm; in 16 bits 2e-2 and 5e-2."""
+    """Check the loss to 1e-4 (2e-2 in 16 bits) and the gradients to 1e-3 (5e-2) of their true norm."""
     batch, truth = inputs.batch, inputs.truths[name]
     loss, dhidden, dweight = returned
     loss_bound, gradient_bound = (1e-4, 1e-3) if batch.hidden.dtype == torch.float32 else (2e-2, 5e-2)
@@ -130,13 +131,13 @@ class Products(NamedTuple):
 
 
 def live(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The hidden states in the loss, and the weight."""
+    """Return the hidden states in the loss, and the weight."""
     batch = inputs.batch
     return batch.hidden.detach()[batch.mask.bool()], batch.weight.detach()
 
 
 def three_gemms(inputs: Inputs) -> Callable[[], Products]:
-    """Into memory that is already there: the strict limit."""
+    """Write the products into preallocated memory: the strict limit."""
     hidden, weight = live(inputs)
     out = Products(hidden.new_empty(len(hidden), len(weight)), torch.empty_like(hidden), torch.empty_like(weight))
 
@@ -150,7 +151,7 @@ def three_gemms(inputs: Inputs) -> Callable[[], Products]:
 
 
 def three_allocating_gemms(inputs: Inputs) -> Callable[[], Products]:
-    """Into fresh memory, as a function that returns gradients must."""
+    """Write the products into new memory, as a function that returns gradients must."""
     hidden, weight = live(inputs)
 
     def run() -> Products:
@@ -161,7 +162,7 @@ def three_allocating_gemms(inputs: Inputs) -> Callable[[], Products]:
 
 
 def check_gemms(inputs: Inputs, out: Products) -> None:
-    """A row of each product against float32."""
+    """Compare one row of each product with float32."""
     hidden, weight = live(inputs)
     bound = 1e-4 if hidden.dtype == torch.float32 else 2e-2
     for name, found, right in (

@@ -1,8 +1,8 @@
-"""Each of the main kernels once, at the benchmarks' shapes: what Nsight Compute watches.
+"""Launches each of the main kernels once, at the benchmarks' shapes, for profiling with Nsight Compute.
 
     ncu --kernel-name 'regex:^_(perturb|head)' ... python -m bench.launches [--smoke]
 
-The head has 2048 rows, of which every program owns one: ncu saves and restores the logits for each of its passes.
+The head has only 2048 rows, one per program: ncu replays each kernel in several passes and saves the logits each time.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Time, peak memory and provenance.
 
-Time: wall clock on a CPU, whose caches keep what they can from run to run. On a GPU CUDA events, and before each run
-memory of more than its caches is overwritten several times: the inputs come from device memory, the cache is full of
-lines that still have to be written back (as many as a run leaves behind), and the CPU has half a millisecond to queue
-the run, so that device time is measured where nothing waits for the host.
+Time on a CPU is wall clock; its caches stay as the last run left them. Time on a GPU is between CUDA events. Before each
+GPU run a buffer larger than the caches is overwritten several times, with three effects: the inputs come from device
+memory; the cache holds lines that must still be written back, as after a real run; and the CPU has half a millisecond to
+queue the run, so the device does not wait for the host.
 
-Memory: what a run adds at its highest point to what was there before, native allocations included. On a GPU that is
-PyTorch's allocator; on Linux the kernel's own high-water mark of resident memory, after free heap pages were returned.
+Memory is a run's peak minus the memory before it, with native allocations included. On a GPU PyTorch's allocator reports
+it; on Linux it is the kernel's high-water mark of resident memory, after free heap pages are returned.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NUM_FLUSHES = 4  # of 512 MiB: half a millisecond at 4 TB/s
 
 
 class Clock:
-    """Times single runs: `ms`, in the order measured; the first of them also tells `peak_mib`, None where unknown."""
+    """Times single runs. `ms` holds them in order; the first run also sets `peak_mib`, None if memory is not known."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,12 +40,12 @@ class Clock:
         self.peak_mib: float | None = None
         self._flush: torch.Tensor | None = None
         if device.type == "cuda":
-            # at least 512 MiB: behind the L2 that is reported some GPUs have a larger cache
+            # at least 512 MiB: some GPUs have a larger cache than the reported L2
             size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 512 * MIB)
             self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def run(self, function: Callable[[], Any]) -> None:
-        """Time one call. Memory is read, and what the call returns is dropped, after the clock has stopped."""
+        """Time one call. After the clock stops, memory is read and the call's result is freed."""
         before = None if self.ms else mark_memory(self.device)
         if self._flush is None:
             start = time.perf_counter()
@@ -66,7 +66,7 @@ class Clock:
 
 
 def free_mib(device: torch.device) -> float:
-    """Memory that may still be allocated; infinite where that is not known."""
+    """Return the memory that can still be allocated; infinity if it is not known."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0] / MIB
@@ -76,7 +76,7 @@ def free_mib(device: torch.device) -> float:
 
 
 def mark_memory(device: torch.device) -> float | None:
-    """MiB allocated now, from where the high-water mark rises again; None where memory is not known."""
+    """Reset the high-water mark and return the MiB in use now; None if memory is not known."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -86,13 +86,13 @@ def mark_memory(device: torch.device) -> float | None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The high-water mark since mark_memory."""
+    """Return the high-water mark since mark_memory, in MiB."""
     return torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else _status_mib("VmHWM")
 
 
 def _mark_resident() -> float:
-    ctypes.CDLL(None).malloc_trim(0)  # pages the heap kept from earlier runs would hide what this one needs
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+    ctypes.CDLL(None).malloc_trim(0)  # free pages kept by the heap would hide what this run allocates
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
     return _status_mib("VmRSS")
 
 
@@ -104,7 +104,7 @@ def _status_mib(field: str) -> float:
 
 @functools.cache
 def _resident_is_known() -> bool:
-    """Whether this system and its allocator show a known allocation, also when made a second time."""
+    """Whether the high-water mark shows a known allocation, and shows it again when repeated."""
     if platform.system() != "Linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         return False
     if not os.access("/proc/self/clear_refs", os.W_OK):
@@ -129,7 +129,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What a number needs beside it to be believed: device, versions, commit, whether files differ from it, since when."""
+    """Return the provenance of a number: device, versions, commit, whether files differ from the commit, and time."""
     commit, changed = (_git("rev-parse", "HEAD"), _git("status", "--porcelain"))
     return {
         "device": device_name(device),
@@ -151,7 +151,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command here, or None outside a repository or without git."""
+    """Return the output of a git command here; None outside a repository or without git."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""The loss head as others compute it, each brought to our inputs; imported only when it is measured."""
+"""The loss head as other libraries compute it, on our inputs. Each library is imported only when it is measured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 
 def target_logp(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target, (B, T) float32; the log-softmax in float32, as trainers do it."""
+    """Return the log-probability of each target, (B, T) float32, by a float32 log-softmax as in common trainers."""
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
@@ -47,7 +47,7 @@ def _compiled_logp() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def compiled(batch: Batch) -> Tensor:
-    """Head and log-softmax in one compiled graph; the policy loss, on N numbers, stays eager."""
+    """Compile head and log-softmax into one graph; the policy loss, on N numbers, stays eager."""
     logp = _compiled_logp()(*batch[:3])
     return policy_loss(logp, *batch[3:], objective=OBJECTIVES["token"]).loss
 
@@ -78,7 +78,7 @@ def liger(batch: Batch) -> Tensor:
 
 
 def cut_cross_entropy(batch: Batch) -> Tensor:
-    """Mean cross-entropy of the rows in the loss: no policy loss, the same products."""
+    """Mean cross-entropy of the rows in the loss: the same matrix products, but no policy loss."""
     from cut_cross_entropy import linear_cross_entropy
 
     ignored = batch.targets.masked_fill(batch.mask == 0, -100)
@@ -88,7 +88,7 @@ def cut_cross_entropy(batch: Batch) -> Tensor:
 
 
 def trl(batch: Batch) -> Tensor:
-    """Its per-token log-probabilities, then our policy loss. Like its trainer: on a GPU only the rows in the loss."""
+    """TRL's per-token log-probabilities, then our policy loss. On a GPU only the rows in the loss, as in its trainer."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 

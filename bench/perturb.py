@@ -1,4 +1,4 @@
-"""The ways to u = h + sigma * eps, what is timed of them, and the checks that come before."""
+"""Variants of u = h + sigma * eps, the functions that are timed, and their checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alp_kernels.stream import NORMAL_BOUND
 
 from .cases import PerturbCase
 
-SIGMA = 0.1  # so large that rounding to bfloat16 does not hide the noise from the checks; no time depends on it
+SIGMA = 0.1  # large, so that bfloat16 rounding does not hide the noise from the checks; times do not depend on it
 COORDINATES: dict[str, Any] = {"seed": 1, "step": 2, "layer": 3}
 
 
@@ -27,9 +27,9 @@ class Inputs(NamedTuple):
 
 
 Way = Callable[[Tensor, Tensor], Tensor]
-"""From h and log_sigma to u."""
+"""Maps h and log_sigma to u."""
 Check = Callable[[Tensor, Tensor], None]
-"""Raises an AssertionError where u, the second, is not h plus the right noise."""
+"""Takes h and u; raises an AssertionError if u is not h plus the right noise."""
 
 
 def make_inputs(device: torch.device, case: PerturbCase) -> Inputs:
@@ -38,7 +38,7 @@ def make_inputs(device: torch.device, case: PerturbCase) -> Inputs:
     return Inputs(h.requires_grad_(), torch.tensor(math.log(SIGMA), device=device, requires_grad=True), du)
 
 
-# ------------------------------------------------------------------ the ways
+# ------------------------------------------------------------------ the variants
 
 
 def eager(h: Tensor, log_sigma: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def compiled(h: Tensor, log_sigma: Tensor) -> Tensor:
 
 
 def released(h: Tensor, log_sigma: Tensor) -> Tensor:
-    """As ALP's published code does it: a generator for each call, seeded from a tensor; backward draws again."""
+    """Perturb as ALP's published code does: each call seeds a generator from a tensor; backward redraws the noise."""
 
     def inject(h: Tensor, log_sigma: Tensor, seed: Tensor) -> Tensor:
         generator = torch.Generator(h.device).manual_seed(int(seed))
@@ -103,7 +103,7 @@ def check_copy(inputs: Any, copied: Tensor) -> None:
 
 
 def check_noise(h: Tensor, u: Tensor) -> None:
-    """u - h is Gaussian noise of size sigma: its mean, its spread, its kurtosis."""
+    """Check that u - h is Gaussian noise of size sigma, by its first, second and fourth moments."""
     assert u.shape == h.shape and u.dtype == h.dtype
     noise = (u.detach().double() - h.detach().double()) / SIGMA
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
@@ -112,7 +112,7 @@ def check_noise(h: Tensor, u: Tensor) -> None:
 
 
 def check_ours(h: Tensor, u: Tensor) -> None:
-    """u is h plus the noise of the specification."""
+    """Check that u is h plus the noise of the reference engine."""
     h = h.detach()
     eps = normal(*h.shape, **COORDINATES, device=h.device, engine="reference")
     atol = 2 * SIGMA * NORMAL_BOUND
@@ -129,7 +129,7 @@ def check_gradients(check: Check, way: Way, inputs: Inputs, returned: tuple[Tens
     u, dh, _ = returned
     check(inputs.h, u)
     assert torch.equal(dh, inputs.du)
-    # along its own noise, sum(du * eps) is the noise's square: N * D
+    # with du = eps, sum(du * eps) is the sum of eps^2, about N * D
     u = way(inputs.h, inputs.log_sigma)
     eps = (u - inputs.h).detach() / SIGMA
     (dlog_sigma,) = torch.autograd.grad(u, inputs.log_sigma, eps)

@@ -1,7 +1,7 @@
-"""`python -m bench.plots [results.jsonl ...]`: the loss head's time and memory along V and along N, from a saved sweep.
+"""`python -m bench.plots [results.jsonl ...]`: plots the loss head's time and memory along V and N, from a saved sweep.
 
-One SVG for each kind of device, docs/head-sweep-cpu.svg; --folder=DIR puts it elsewhere. The sweep is
-`pytest bench/test_sweep.py --benchmark-only --sweep --save-results`.
+Writes one SVG for each kind of device, such as docs/head-sweep-cpu.svg; --folder=DIR sets another folder. This runs the
+sweep: `pytest bench/test_sweep.py --benchmark-only --sweep --save-results`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def draw(records: Sequence[Record]) -> str:
-    """Four panels of one device, logarithmic both ways, as a file."""
+    """Return an SVG file of one device: four panels, both axes logarithmic."""
     timed = [r for r in records if "ms" in r]
     looks = {variant: look(n) for n, variant in enumerate(dict.fromkeys(r["variant"] for r in timed))}
     times, memories, drawn = [], [], set()
@@ -33,7 +33,7 @@ def draw(records: Sequence[Record]) -> str:
         guide = _guide(mine, axis)
         time = _panel(mine, axis, looks, lambda r: r["ms"]["p50"], guide, "median ms, forward + backward", title)
         time.line(*zip(*guide, strict=True), PROPORTION, "in proportion")
-        # the limit works in memory that is already there
+        # the limit uses preallocated memory
         kept = [r for r in mine if "(limit)" not in r["variant"]]
         sizes = sorted({(r["shape"][axis], _gradient_mib(r)) for r in mine})
         memory = _panel(kept, axis, looks, lambda r: r["peak_mib"], sizes, "peak MiB above the inputs", title)
@@ -55,7 +55,7 @@ def _panel(
     y_label: str,
     title: str,
 ) -> Chart:
-    """A line for each variant; `beside` (size, value) must fit the axes, too."""
+    """Draw a line for each variant; the axes also cover the points of `beside`, (size, value)."""
     sizes = sorted({r["shape"][axis] for r in records})
     values = [v for r in records if (v := value(r))] + [v for _, v in beside]
     around = Range.of(sizes, is_log=True)
@@ -75,7 +75,7 @@ def _size(number: int) -> str:
 
 
 def _guide(records: Sequence[Record], axis: str) -> list[tuple[float, float]]:
-    """What a time in proportion to the axis would look like, from the limit's largest size down."""
+    """Return a line of times proportional to the axis, at 1/1.5 of the limit's time at its largest size."""
     limit = [r for r in records if "(limit)" in r["variant"]] or list(records)
     last = max(limit, key=lambda r: r["shape"][axis])
     size, ms = last["shape"][axis], last["ms"]["p50"]
@@ -88,11 +88,9 @@ def _gradient_mib(record: Record) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.plots", description="The sweep's picture from saved records."
-    )
-    parser.add_argument("results", nargs="*", type=Path, help="JSON lines; by default all that hold a sweep")
-    parser.add_argument("--folder", type=Path, default=DOCS, metavar="DIR", help=f"where to; default {DOCS}")
+    parser = argparse.ArgumentParser(prog="python -m bench.plots", description="Plot a sweep from saved records.")
+    parser.add_argument("results", nargs="*", type=Path, help="JSON lines; default: all saved records")
+    parser.add_argument("--folder", type=Path, default=DOCS, metavar="DIR", help=f"folder to write to; default {DOCS}")
     options = parser.parse_args(arguments)
     records = [r for r in read(options.results or sorted(RESULTS.glob("*.jsonl"))) if r["op"] in DRAWN]
     if not records:

@@ -1,4 +1,4 @@
-"""From a contest to the table at the end of the run, and to JSON lines."""
+"""Writes a contest as the table at the end of the run and as JSON lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ peak MiB: above the inputs, returned tensors included."""
 
 
 def records(contest: Contest) -> Iterator[dict[str, Any]]:
-    """One dictionary for each variant that was timed, or whose result was wrong; ratios are of this run's medians."""
+    """Yield a dictionary for each variant that was timed or failed; ratios are of this run's medians."""
     origin = provenance(contest.device)
     for group in contest.groups:
         for variant in group.variants:
@@ -71,7 +71,7 @@ def _median(contest: Contest, group: Group, name: str) -> float | None:
 
 
 def table(contest: Contest) -> list[str]:
-    """The lines of the table: a block for each op and case, a row for each variant, losers included."""
+    """Return the lines of the table: a block for each op and case, a row for each variant."""
     found = {(r["op"], r["case"], r["variant"]): r for r in records(contest)}
     width = max(len(variant.name) for group in contest.groups for variant in group.variants) + 2
     lines: list[str] = []
@@ -97,7 +97,7 @@ def table(contest: Contest) -> list[str]:
         commit = (first["commit"] or "none")[:12]
         lines += [f"machine: {first['device']}", f"versions: {versions}; commit {commit}{dirty}"]
     if contest.device.type == "cpu":
-        lines.append("These are times of a CPU. They say nothing about a GPU.")
+        lines.append("These are CPU times. They say nothing about a GPU.")
     lines += [f"not measured here: {reason}" for reason in dict.fromkeys(skipped)]
     return lines
 
@@ -137,7 +137,7 @@ def _row(cells: tuple[str, ...], width: int) -> str:
 
 
 def save(contest: Contest, folder: Path) -> Path:
-    """Write this run's records so far as a file of JSON lines, the same file each time: beside it first, then renamed."""
+    """Write this run's records so far as JSON lines, always to the same file, by renaming a temporary file."""
     lines = [json.dumps(record) for record in records(contest)]
     origin = provenance(contest.device)
     stamp = origin["time"].replace(":", "").replace("-", "")

@@ -1,8 +1,9 @@
-"""What an algorithm must move and compute, and what this machine can: the least time an op could take.
+"""Roofline: the bytes and FLOP of each op, the machine's rates, and the least time that follows.
 
-Bytes and FLOP are counted from the algorithm, not from a kernel: every input is read once, every result written once,
-and what need not be in memory (noise, logits) is not counted. The ceilings are measured in the same run: bytes by a
-copy, FLOP by a large matrix product in the case's dtype. The least time is the larger of the two quotients.
+Bytes and FLOP are those of the algorithm, not of a kernel: every input is read once, every result is written once, and
+values that need not be in memory (noise, logits) are not counted. The ceilings are measured in the same run: bandwidth
+with a copy, FLOP rate with a large matrix product in the case's dtype. The least time is bytes over bandwidth or FLOP
+over FLOP rate, whichever is larger.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Cost:
 
 
 def perturb_forward(case: PerturbCase) -> Cost:
-    """h read, u written: 2 N D numbers. u = h + sigma * eps: 2 N D FLOP; making eps is not counted."""
+    """h read, u written: 2 N D numbers. u = h + sigma * eps: 2 N D FLOP; generating eps is not counted."""
     size = case.rows * case.channels
     return Cost(2 * size * case.dtype.itemsize, 2 * size)
 
@@ -39,7 +40,7 @@ def perturb_backward(case: PerturbCase) -> Cost:
 
 
 def perturb_rms_norm_forward(case: PerturbCase) -> Cost:
-    """h read, u and y written: 3 N D numbers; weight, rstd: D + N of them. 2 FLOP for u, 2 for its square, 2 for y."""
+    """h read, u and y written: 3 N D numbers; weight, rstd: D + N. FLOP for each of N D: u 2, sum of u^2 2, y 2."""
     size = case.rows * case.channels
     return Cost((3 * size + case.channels) * case.dtype.itemsize + 4 * case.rows, 6 * size)
 
@@ -47,28 +48,28 @@ def perturb_rms_norm_forward(case: PerturbCase) -> Cost:
 def perturb_rms_norm_backward(case: PerturbCase) -> Cost:
     """du, dy and u read, dh written: 4 N D numbers; weight, dweight, rstd: 2 D + N.
 
-    FLOP for each of N D: x, g, g * x summed, dh (4), sum of dh * eps (2), sum of dy * x (2): 12.
+    FLOP for each of N D, 12 in all: x, g, the sum of g * x, dh (4), sum of dh * eps (2), sum of dy * x (2).
     """
     size = case.rows * case.channels
     return Cost((4 * size + 2 * case.channels) * case.dtype.itemsize + 4 * case.rows, 12 * size)
 
 
 def rms_norm_forward(case: PerturbCase) -> Cost:
-    """h read, y written: 2 N D numbers; weight, rstd: D + N. 4 FLOP each."""
+    """h read, y written: 2 N D numbers; weight, rstd: D + N. 4 FLOP for each of N D."""
     size = case.rows * case.channels
     return Cost((2 * size + case.channels) * case.dtype.itemsize + 4 * case.rows, 4 * size)
 
 
 def rms_norm_backward(case: PerturbCase) -> Cost:
-    """dy and h read, dh written: 3 N D numbers; weight, dweight, rstd: 2 D + N. 9 FLOP each."""
+    """dy and h read, dh written: 3 N D numbers; weight, dweight, rstd: 2 D + N. 9 FLOP for each of N D."""
     size = case.rows * case.channels
     return Cost((3 * size + 2 * case.channels) * case.dtype.itemsize + 4 * case.rows, 9 * size)
 
 
 def head(case: HeadCase) -> Cost:
-    """Forward and backward: three products of n x V x D with n rows in the loss, 6 n V D FLOP.
+    """Forward and backward: three products of n x V x D, with n rows in the loss, 6 n V D FLOP.
 
-    hidden (n D of it) and weight read, their gradients written: (n + N + 2 V) D numbers. Logits need not be in memory.
+    hidden (n D numbers) and weight read, their gradients written: (n + N + 2 V) D numbers. Logits need not be in memory.
     """
     numbers = (case.live + case.rows + 2 * case.vocab) * case.channels
     return Cost(numbers * case.dtype.itemsize, 6 * case.live * case.vocab * case.channels)
@@ -76,7 +77,7 @@ def head(case: HeadCase) -> Cost:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reached in this run."""
+    """The rates this machine reached in this run."""
 
     bytes_per_s: float  # of a copy, read and written bytes together
     flop_per_s: float  # of a matrix product in the case's dtype
@@ -90,10 +91,10 @@ class Ceilings:
 
 
 def copy_bytes_per_s(device: torch.device, smoke: bool = False) -> float:
-    """Bandwidth of a copy, read and written bytes together: 1 GiB on a GPU, whose cache is overwritten before each run.
+    """Return the bandwidth of a copy, counting read and written bytes.
 
-    16 MiB on a CPU, whose last cache then holds source and target, as it may hold a case from one run to the next: an op
-    larger than that cache stays far from this ceiling.
+    A GPU copies 1 GiB; its cache is overwritten before each run. A CPU copies 16 MiB, so source and target can stay in
+    the last-level cache, as a small case can from run to run. An op larger than that cache stays far below this ceiling.
     """
     half = 2**16 if smoke else 2**24 if device.type == "cpu" else 2**30
     source = torch.zeros(half, dtype=torch.int8, device=device)
@@ -102,7 +103,7 @@ def copy_bytes_per_s(device: torch.device, smoke: bool = False) -> float:
 
 
 def product_flop_per_s(device: torch.device, dtype: torch.dtype, smoke: bool = False) -> float:
-    """Rate of a square matrix product, 2 n^3 FLOP, into memory that is already there."""
+    """Return the FLOP rate of a square matrix product, 2 n^3 FLOP, into preallocated memory."""
     n = 64 if smoke else 3072 if device.type == "cpu" else 8192
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator, device=device).to(dtype) for _ in range(2))
@@ -111,7 +112,7 @@ def product_flop_per_s(device: torch.device, dtype: torch.dtype, smoke: bool = F
 
 
 def _seconds(device: torch.device, smoke: bool, function: Callable[[], Any]) -> float:
-    """The fastest of the runs of 0.3 s, four at least: whatever else the machine does only slows them down."""
+    """Return the fastest of at least four runs in at least 0.3 s: other load on the machine can only slow a run."""
     clock = Clock(device)
     while len(clock.ms) < 4 or (sum(clock.ms) < 300 and not smoke):
         clock.run(function)

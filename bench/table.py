@@ -1,6 +1,6 @@
-"""`python -m bench.table [results.jsonl ...]`: Markdown from saved records, by default the newest of each kind of device.
+"""`python -m bench.table [results.jsonl ...]`: Markdown from saved records; default: the newest of each kind of device.
 
-    --update README.md docs/performance.md      rewrite what stands there between the two comments that mark it
+    --update README.md docs/performance.md      rewrite the text between the two marker comments on these pages
 
 The opening comment names the files: `<!-- bench.table: bench/results/FILE.jsonl -->`, or `<!-- bench.table, in short: FILES -->`
 for one table of four rows. A test makes the parts again and compares. Only the standard library is imported, so any Python
@@ -27,17 +27,17 @@ ENGINES = {"cpu": "native", "cuda": "triton"}
 class Column:
     title: str
     variant: str  # "{engine}" stands for the device's own
-    kind: str = "peer"  # "ours" and "peer" race; "less" computes less; "limit" is what the records' limit comes to
+    kind: str = "peer"  # "ours" and "peer" compete; "less" computes less; "limit" shows limit_ms
     short: str = ""  # its column in the short table; none where empty
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One table: its ops with what their rows begin with, and variants as columns."""
+    """One table: its ops, each with a prefix for its rows, and its columns, one for each variant."""
 
     ops: dict[str, str]
     columns: tuple[Column, ...]
-    memory: bool = False  # a second row for each case
+    memory: bool = False  # add a second row for each case
 
 
 LIMIT, OURS, EAGER, COMPILED, OTHERS = (
@@ -96,11 +96,11 @@ SHORT = (("loss head forward + backward", "policy loss"), ("perturb forward + ba
 TIE = 1.2
 """Times closer than this factor are a tie: few runs on a shared machine tell no more apart."""
 DRAWN = ("loss head along V", "loss head along N")  # by bench.plots
-TUNING = "tuning: "  # how the ops of test_tuning.py begin: no page shows them
+TUNING = "tuning: "  # prefix of the ops of test_tuning.py, which no page shows
 
 
 def three(value: float) -> str:
-    """Three significant digits from 1 to 999, whole numbers above."""
+    """Format with three significant digits, at most three decimals; whole numbers from 100."""
     decimals = 0 if value >= 99.5 else 1 if value >= 9.95 else 2 if value >= 0.995 else 3
     return f"{value:.{decimals}f}"
 
@@ -109,15 +109,15 @@ def three(value: float) -> str:
 
 
 def newest(folder: Path = RESULTS) -> list[Path]:
-    """The last file of each kind of device: names begin with the time and the kind."""
+    """Return the last file of each kind of device; file names begin with the time and the kind."""
     by_device = {path.name.split("-")[1]: path for path in sorted(folder.glob("*Z-*-*.jsonl"))}
     return [by_device[device] for device in sorted(by_device)]
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """All times, without the counts and profiles that scripts/gpu.py writes among them.
+    """Return all records of times, without the counts and profiles that scripts/gpu.py writes among them.
 
-    Of two of the same variant on the same kind of device the later one counts.
+    If a kind of device has several records of a variant, the last one counts.
     """
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     lines = [record for record in lines if "op" in record and not record["op"].startswith(TUNING)]
@@ -128,7 +128,7 @@ def read(paths: Iterable[Path]) -> list[Record]:
 
 
 def markdown(records: Sequence[Record], *, in_short: bool = False) -> str:
-    """For each device its tables, or with `in_short` one of four rows, and where the numbers come from."""
+    """Return each device's tables, or with `in_short` one of four rows, and the provenance of its numbers."""
     kept = [r for r in records if r["op"] not in DRAWN]
     part = _short if in_short else _device
     return "\n".join(line for device in dict.fromkeys(r["device_type"] for r in kept) for line in part(kept, device))
@@ -180,7 +180,7 @@ def _device(records: Sequence[Record], device: str) -> Iterator[str]:
 
 
 def _compared(records: list[Record], layout: Layout, engine: str) -> Iterator[str]:
-    """Cases as rows, variants as columns; a column nobody measured is left out."""
+    """Yield a table with cases as rows and variants as columns, without columns that have no record."""
     measured = {r["variant"] for r in records}
     columns = [c for c in layout.columns if c.variant.format(engine=engine) in measured]
     if not columns:
@@ -199,7 +199,7 @@ def _compared(records: list[Record], layout: Layout, engine: str) -> Iterator[st
 
 
 def _listed(records: list[Record]) -> Iterator[str]:
-    """Variants as rows."""
+    """Yield a table with variants as rows."""
     yield _line([f"{records[0]['op']}, {_case(records[0])}", "ms", "speed-up", "of limit", "peak MiB"])
     yield _line(["---"] * 5)
     for r in records:
@@ -213,7 +213,7 @@ def _listed(records: list[Record]) -> Iterator[str]:
 
 
 def _time(column: Column, record: Record | None, row: list[tuple[Column, Record]]) -> str:
-    """Milliseconds, bold where it wins against the others of `row`; after ours the limit's time over it."""
+    """Format milliseconds, in bold if it wins in its `row`; ours get the share of the limit in brackets."""
     if record is None or "ms" not in record:
         return "" if record is None else "failed"
     ms = record["ms"]["p50"]
@@ -250,7 +250,7 @@ def _line(cells: list[str]) -> str:
 
 
 def _origin(records: list[Record]) -> Iterator[str]:
-    """Machine, commits, versions, and the definition of each kind of number."""
+    """Yield machine, dates, commits and versions, and the definitions of the numbers."""
     first = records[0]
     runs = sorted({r["runs"] for r in records if "runs" in r})
     commits = ", ".join(
@@ -266,25 +266,27 @@ def _origin(records: list[Record]) -> Iterator[str]:
     yield ""
 
 
-# ------------------------------------------------------------------ a README's part
+# ------------------------------------------------------------------ the part of a page
 
 
 def named(text: str) -> list[str]:
-    """The files a page's part says it was made from; none where it has no such part."""
+    """Return the files that a page's part was made from; none if the page has no such part."""
     found = MARKED.search(text)
     return found[3].split() if found else []
 
 
 def replaced(text: str, names: Sequence[str], records: Sequence[Record]) -> str:
-    """`text` with the tables of `records` as its part, made from `names`."""
+    """Return `text` with the marked part replaced by the tables of `records`, read from the files `names`."""
     if not MARKED.search(text):
-        raise ValueError("no part to rewrite: it needs <!-- bench.table: FILES --> and <!-- end of bench.table -->")
+        raise ValueError(
+            "no part to rewrite; the page needs <!-- bench.table: FILES --> and <!-- end of bench.table -->"
+        )
     return MARKED.sub(lambda m: f"{m[1]}{' '.join(names)}{m[4]}\n{markdown(records, in_short=bool(m[2]))}{m[6]}", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.table", description="Markdown tables from saved records.")
-    parser.add_argument("results", nargs="*", type=Path, help="JSON lines; by default the newest of each device")
+    parser.add_argument("results", nargs="*", type=Path, help="JSON lines; default: the newest of each kind of device")
     parser.add_argument("--update", type=Path, nargs="+", metavar="PAGE", help="rewrite the marked part of these pages")
     options = parser.parse_args(arguments)
     paths = options.results or newest()

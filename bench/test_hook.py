@@ -1,7 +1,7 @@
-"""What a perturbed forward costs on the host: a model so small that its layers are Python and calls, not arithmetic.
+"""Host overhead of a perturbed forward, on a model so small that Python and call overhead dominate its time.
 
-The limit is the forward of the same model without hooks. The first forward of a step also measures what the noise did.
-One CPU thread: `OMP_NUM_THREADS=1 pytest bench/test_hook.py --benchmark-only`. What counts is the ratio.
+The limit is the forward of the same model without hooks. The first forward of a step also measures the noise's effect.
+Use one CPU thread: `OMP_NUM_THREADS=1 pytest bench/test_hook.py --benchmark-only`. The result that matters is the ratio.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SMOKE = UpdateCase("smoke", 2, 64, 4, 2, 176, 128, 1, 16, torch.float32)
 class Inputs(NamedTuple):
     model: Any
     tokens: Tensor  # (B, T) int64
-    clean: Tensor  # (B, T, D), its output
+    clean: Tensor  # (B, T, D), output of the model without noise
 
 
 def make_inputs(device: torch.device, case: UpdateCase) -> Inputs:
@@ -53,7 +53,7 @@ def perturbed(inputs: Inputs, steps: Callable[[], int]) -> Callable[[], Tensor]:
         with handle.perturbed(step=steps()):
             return model(input_ids=inputs.tokens).last_hidden_state  # type: ignore[no-any-return]
 
-    run()  # so that what comes is a later forward, unless the step changes
+    run()  # after this, forwards of the same step are later forwards
     return run
 
 

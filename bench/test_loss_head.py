@@ -1,9 +1,10 @@
 """Policy loss from hidden states, forward and backward: alp_kernels' engines, eager PyTorch and the public kernels.
 
-The limit is three bare products of the rows in the loss (logits, dhidden, dweight) into memory that is already there;
-beside it the same products into fresh memory, since whoever returns gradients has to allocate them.
-Every variant gets the same inputs and must return the same loss and gradients before it is timed; a name says where a
-peer computes something else. Random weights make flat distributions: a kernel that skips small gradients finds none.
+The limit is three matrix products of the rows in the loss (logits, dhidden, dweight) into preallocated memory. Another
+variant runs the same products into new memory, since a function that returns gradients has to allocate them.
+Every variant gets the same inputs and must return the right loss and gradients before it is timed; the name of a peer
+says if it computes something else. Random weights give flat distributions, so a kernel that skips small gradients skips
+none.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def variants(case: HeadCase) -> Iterator[Variant]:
         peers.trl,
         unavailable=package_unavailable("trl", "trl", wanted="1.16."),
     )
-    # what compiles comes last: a run that is cut off has timed the others
+    # variants that compile come last, so an interrupted run has timed the others
     yield variant(
         "cut-cross-entropy (cross-entropy only)",
         peers.cut_cross_entropy,

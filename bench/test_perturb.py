@@ -1,7 +1,7 @@
-"""u = h + sigma * eps: alp_kernels' engines, PyTorch's own ways, and the way of ALP's released code.
+"""u = h + sigma * eps: alp_kernels' engines, eager and compiled PyTorch, and the method of ALP's released code.
 
-The limit is a copy of h, which moves what the forward pass must: h read, u written. Backward reads du once more; the
-gradient of h is du itself.
+The limit is a copy of h, which moves the same bytes as the forward pass: h read, u written. Backward adds one read of
+du; the gradient of h is du itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""u = h + sigma * eps and y = RMSNorm(u), in one kernel, in two, and what the norm alone costs its users today.
+"""u = h + sigma * eps and y = RMSNorm(u), in one kernel and in two, compared with the norm alone.
 
-The limit is copies of h: forward moves three of its size (h, u, y), backward four (du, dy, u, dh). "no noise" marks
-what computes less: the norm of h by itself, whose own bytes are what its roofline counts.
+The limit is copies of h: forward moves three tensors of its size (h, u, y), backward four (du, dy, u, dh). "no noise"
+marks variants that compute only the norm of h; their roofline counts only the bytes of that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 
 Way = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor]]
-"""From h, weight and log_sigma to u (None: there is no noise) and y."""
+"""Maps h, weight and log_sigma to u (None without noise) and y."""
 
 
 def make_inputs(device: torch.device, case: PerturbCase) -> Inputs:
@@ -45,11 +45,11 @@ def make_inputs(device: torch.device, case: PerturbCase) -> Inputs:
     return Inputs(h, weight.to(case.dtype).requires_grad_(), log_sigma, du, dy)
 
 
-# ------------------------------------------------------------------ the ways
+# ------------------------------------------------------------------ the variants
 
 
 def rms_norm(u: Tensor, weight: Tensor) -> Tensor:
-    """As decoders spell it: float32 inside, rounded before the weight."""
+    """RMSNorm as decoders compute it: in float32, rounded before the multiplication by weight."""
     wide = u.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(u.dtype)
 
@@ -84,7 +84,7 @@ def eager_alone(h: Tensor, weight: Tensor, log_sigma: Tensor) -> tuple[None, Ten
 def liger_alone(h: Tensor, weight: Tensor, log_sigma: Tensor) -> tuple[None, Tensor]:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    in_place = False  # else backward overwrites dy, which the next run needs; it moves the same bytes
+    in_place = False  # in place, backward would overwrite dy, which the next run needs; the bytes moved are the same
     return None, LigerRMSNormFunction.apply(h, weight, EPS, 0.0, "llama", in_place)
 
 
@@ -119,9 +119,9 @@ def forward_backward(way: Way, inputs: Inputs) -> Callable[[], tuple[Tensor | No
 
 
 def check(noise: Check, inputs: Inputs, returned: tuple[Tensor | None, ...]) -> None:
-    """u by `noise`; y and the gradients against float64 formulas of the u that came back.
+    """Check u with `noise`, and y and the gradients against float64 formulas of the returned u.
 
-    Bounds are shares of a norm: for a 16-bit dtype three of its steps, for float32 what long sums may lose.
+    Bounds are relative to a norm: 3 machine epsilons for a 16-bit dtype; 1e-5 for float32, the rounding of long sums.
     """
     u, y, *gradients = returned
     bound = 1e-5 if inputs.h.dtype == torch.float32 else 3 * torch.finfo(inputs.h.dtype).eps
@@ -138,7 +138,7 @@ def check(noise: Check, inputs: Inputs, returned: tuple[Tensor | None, ...]) -> 
     dh = rstd * (dx - x * (dx * x).mean(1, keepdim=True))
     if u is not None:
         dh = dh + inputs.du.double()
-        # against the noise as it was stored, whose rounding is a share of what a random sum comes to
+        # u - h is the noise after rounding, so the bound is a tenth of the size of a random sum
         dlog_sigma, spread = (dh * (work - h)).sum(), SIGMA * dh.norm()
         error = abs(float(gradients[2]) - float(dlog_sigma))
         assert error < 0.1 * float(spread), f"dlog_sigma is {float(gradients[2])}, not {float(dlog_sigma)}"

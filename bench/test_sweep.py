@@ -21,7 +21,7 @@ ALONG_V, ALONG_N = "loss head along V", "loss head along N"
 
 
 def cases(device: torch.device, smoke: bool) -> Iterator[tuple[str, HeadCase]]:
-    """Ops and cases: one axis grows, the other stays; four sequences each."""
+    """Yield ops and cases, each with four sequences: one axis grows, the other is fixed."""
     channels, vocab = MODELS["qwen2.5-0.5b" if device.type == "cpu" else "qwen2.5-1.5b"]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     fixed, lengths = (

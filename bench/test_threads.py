@@ -1,6 +1,6 @@
-"""What a second thread brings on a CPU: the native engine, and the machine's own limits, with one thread and with all.
+"""Speed-up by threads on a CPU: the native engine and the machine's limits, with one thread and with all.
 
-The speed-up is against the native engine with one thread; the limits have no part in it and show what was to be had.
+The speed-up is against the native engine with one thread. The limits show how much the machine itself gains.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Build = Callable[[Any], Callable[[], Any]]
 
 
 def with_threads(number: int, build: Build) -> Build:
-    """The same function, with PyTorch's number of threads set around each call."""
+    """Wrap the built function so that PyTorch uses `number` threads during each call."""
 
     def built(inputs: Any) -> Callable[[], Any]:
         function = build(inputs)

@@ -1,11 +1,11 @@
 """A training step of the default run's model: alp against TRL's GRPOTrainer and plain PyTorch, on the same work.
 
-The update alone: given prompts, completions, advantages and log-probabilities of the sampling policy, 4 optimiser steps.
-The variants without noise must return the losses and the weights of plain PyTorch before they are timed.
+The update alone is 4 optimiser steps on given prompts, completions, advantages and log-probabilities of the sampling
+policy. Variants without noise must return the losses and weights of plain PyTorch before they are timed.
 
-The whole step adds sampling, decoding, rewards and advantages. TRL also recomputes the log-probabilities its ratio
-divides by, as it does wherever one batch feeds several optimiser steps; alp divides by those that sampling reported.
-Where alp samples by the path "same", both use the trained weights in float32.
+The whole step adds sampling, decoding, rewards and advantages. TRL also recomputes the old log-probabilities, the
+denominator of its ratio, as it always does if one batch feeds several optimiser steps; alp uses those that the sampler
+returns. With rollout path "same", alp and TRL both sample from the trained weights in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIMIT = "decoder forward + backward (limit)"
 
 
 def build(name: str, *arguments: Any) -> Callable[[Inputs], Callable[[], Any]]:
-    """A function of train_step.py, which is imported when it is called: it needs more packages than the others."""
+    """Return a builder from train_step.py, imported only when called, since it needs more packages than the others."""
 
     def imported(inputs: Inputs) -> Callable[[], Any]:
         from . import train_step
@@ -47,7 +47,7 @@ def make_inputs(device: torch.device, case: StepCase) -> Inputs:
 
 
 def check_same(inputs: Inputs, returned: Update) -> None:
-    """Losses within 1e-4 of the mean advantage's size, and the step from old to new weights within 2 % of its norm."""
+    """Check losses to 1e-4 of the mean absolute advantage, and the change of the weights to 2 % of its norm."""
     truth, size = inputs.truth, float(inputs.experience.advantages.abs().mean())
     assert len(returned.losses) == inputs.case.minibatches
     for found, right in zip(returned.losses, truth.losses, strict=True):
@@ -57,7 +57,7 @@ def check_same(inputs: Inputs, returned: Update) -> None:
 
 
 def check_update(inputs: Inputs, returned: Update) -> None:
-    """Noise changes the losses: they are finite, and the weights moved as far as without it."""
+    """With noise the losses differ, so check only that they are finite and the weights move half to twice as far."""
     assert len(returned.losses) == inputs.case.minibatches and all(map(math.isfinite, returned.losses))
     far, right = ((w - inputs.before).norm() for w in (returned.weights, inputs.truth.weights))
     assert 0.5 < float(far / right) < 2, f"the weights moved by {far:.1e}, without noise {right:.1e}"

@@ -1,7 +1,7 @@
-"""The kernels with other tiles, warps and walks than the library's, one thing changed at a time; only with --tuning.
+"""The kernels with other tiles, warps and grids than the library's; only with --tuning.
 
-Every setting's result is checked like the library's own. A setting is compiled when its first turn comes: a run that is
-cut off has timed those before. The head's case has few channels, so that its products weigh little beside its kernel.
+Every setting's result is checked like the library's own. A setting is compiled at its first turn, so an interrupted run
+has timed those before. The head's case has few channels, so that its kernel dominates the matrix products.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHIPPED = "as shipped"
 
 @dataclass(frozen=True)
 class Setting:
-    """Constants of modules of alp_kernels.triton, by "module.name", and the warps of every launch, while a call runs."""
+    """Overrides during a call: constants of alp_kernels.triton, by "module.name", and the warps of every launch."""
 
     name: str
     constants: dict[str, Any] = field(default_factory=dict)
@@ -62,7 +62,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def launched_with(num_warps: int) -> Iterator[None]:
-    """Every Triton kernel, compiled or interpreted, has this many warps a program."""
+    """Launch every Triton kernel, compiled or interpreted, with this many warps per program."""
     from alp_kernels.triton.perturb import row_rms_kernel
 
     kind = type(row_rms_kernel)
@@ -102,7 +102,7 @@ OF_HEAD = (
 
 
 def backward(inputs: perturb.Inputs) -> Callable[[], torch.Tensor]:
-    """dlog_sigma of a forward that has run."""
+    """Time the backward for log_sigma alone, after one forward."""
     u = perturb.ours("triton")(inputs.h, inputs.log_sigma)
 
     def run() -> torch.Tensor:
@@ -128,7 +128,7 @@ def group(case: Any, op: str, make: Any, build: Build, check: Any, settings: tup
             setting.name,
             lambda inputs: setting.around(build(inputs)),
             check,
-            lambda device: why_not("triton", device),  # its interpreter, too, tries the settings
+            lambda device: why_not("triton", device),  # the interpreter can run the settings, too
         )
 
     return Group(

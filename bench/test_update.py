@@ -1,6 +1,6 @@
 """One whole update, forward and backward: with ALP, without noise, and as ALP's released code does it.
 
-The limit is the same update without noise: what the noise costs is what is missing to it.
+The limit is the same update without noise, so the difference from the limit is the cost of the noise.
 """
 
 from __future__ import annotations

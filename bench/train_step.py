@@ -1,8 +1,8 @@
-"""One training step of the default run's model, as `alp`, TRL's GRPOTrainer and plain PyTorch make it.
+"""One training step of the default run's model with `alp`, TRL's GRPOTrainer and plain PyTorch.
 
-The update: 4 optimiser steps on given completions, each on a quarter of them: forward, loss, backward, clipping of the
-gradient's norm, AdamW; and the figures its trainer reports. The whole step: sampling before that, decoding, rewards,
-advantages, and whatever else a trainer does between prompts and updated weights. Imported only when it is measured.
+The update is 4 optimiser steps on given completions, each on a quarter of them: forward, loss, backward, gradient-norm
+clipping, AdamW, and the metrics that the trainer reports. The whole step adds sampling, decoding, rewards, advantages,
+and all else that a trainer does between prompts and updated weights. This module is imported only when it is measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from alp_kernels import Stats
 from alp_kernels.objective import PRESETS
 
 SEED = 0
-LR = 1e-5  # so small that the weights stay where the completions' log-probabilities were made
+LR = 1e-5  # small, so that the weights stay close to the policy of the completions' log-probabilities
 CLIP = PRESETS["bypass-token"]
 
 
@@ -51,10 +51,10 @@ class StepCase:
 
 
 class Update(NamedTuple):
-    """What one update did."""
+    """The result of one update."""
 
     losses: list[float]  # of each optimiser step
-    weights: Tensor  # all parameters in a row, afterwards
+    weights: Tensor  # all parameters after the update, in one vector
 
 
 class Inputs(NamedTuple):
@@ -63,11 +63,14 @@ class Inputs(NamedTuple):
     config: TrainConfig
     experience: Experience
     truth: Update  # plain PyTorch's, without noise
-    before: Tensor  # the weights at first
+    before: Tensor  # the weights before the update
 
 
 def make_inputs(device: torch.device, case: StepCase) -> Inputs:
-    """Random weights; completions of random digits, all equally long, near the policy; half of the rewards 1."""
+    """Make a model with random weights, and completions of random digits of equal length, half of them with reward 1.
+
+    The log-probabilities of the sampling policy are the model's plus small noise.
+    """
     config = TrainConfig(
         warmup=WarmupConfig(accuracy=0),
         rollout=RolloutConfig(prompts=case.prompts, samples=case.samples, max_new_tokens=case.new_tokens),
@@ -105,9 +108,9 @@ def make_inputs(device: torch.device, case: StepCase) -> Inputs:
 
 
 class HalfRight(SingleTurn):
-    """The default task's questions; which answers are right is as good as random, so that few groups are all alike.
+    """The default task's questions with pseudo-random rewards, so that few groups have all rewards equal.
 
-    A model with random weights has no right answer: all advantages would be zero, and work could be skipped.
+    A model with random weights gives no right answers: all advantages would be zero, and a trainer could skip work.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -136,7 +139,7 @@ def quarters(inputs: Inputs) -> list[Experience]:
 
 
 def forward_backward(inputs: Inputs) -> Callable[[], None]:
-    """The decoder's forward and backward alone, without noise, loss and optimiser: the limit of any trainer on it."""
+    """Run only the decoder's forward and backward, without noise, loss or optimiser: the limit for any trainer."""
     model = copy.deepcopy(inputs.model)
     parts = [part.completions for part in quarters(inputs)]
     gradient = torch.randn(*parts[0].mask.shape, model.config.hidden_size, device=model.device)
@@ -152,7 +155,7 @@ def forward_backward(inputs: Inputs) -> Callable[[], None]:
 
 
 def plain(inputs: Inputs) -> Callable[[], Update]:
-    """PyTorch as one would write it down: logits of the completions, log-softmax, clipped ratio; no figures."""
+    """Update in plain PyTorch: logits of the completions, log-softmax, clipped ratio; no metrics."""
     model = copy.deepcopy(inputs.model)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
 
@@ -183,7 +186,7 @@ def plain(inputs: Inputs) -> Callable[[], Update]:
 
 
 def ours(method: str, inputs: Inputs) -> Callable[[], Update]:
-    """alp's update and the summary of its statistics. ALP: noise on the input of every layer, sigma learned."""
+    """Run alp's update and summarise its statistics. ALP methods put noise on every layer's input and learn sigma."""
     config = dataclasses.replace(inputs.config.update, method=method, dual_clip=None)
     world = World(inputs.config.device)
     updater = Updater(copy.deepcopy(inputs.model), config, temperature=1.0, seed=SEED, world=world)
@@ -199,7 +202,7 @@ def ours(method: str, inputs: Inputs) -> Callable[[], Update]:
 
 
 def trl(inputs: Inputs) -> Callable[[], Update]:
-    """GRPOTrainer.training_step on completions that are ready, and what its training loop does around that."""
+    """Run GRPOTrainer.training_step on given completions, with the rest of its training loop's step."""
     trainer = make_trl(inputs)
     trainer._prepare_inputs = lambda batch: batch
     num_tokens = inputs.experience.completions.mask.sum()
@@ -230,7 +233,7 @@ def trl(inputs: Inputs) -> Callable[[], Update]:
 
 
 def our_step(changes: dict[str, Any], inputs: Inputs) -> Callable[[], dict[str, Any]]:
-    """alp's Trainer.step with another way to sample than the default's."""
+    """Run alp's Trainer.step with `changes` to the rollout's configuration."""
     config = dataclasses.replace(inputs.config, rollout=dataclasses.replace(inputs.config.rollout, **changes))
     torch.manual_seed(SEED)
     policy = make_tiny(config.model)
@@ -247,7 +250,7 @@ def our_step(changes: dict[str, Any], inputs: Inputs) -> Callable[[], dict[str, 
 
 
 def trl_whole(inputs: Inputs) -> Callable[[], dict[str, Any]]:
-    """Its dataloader's batch to updated weights: generate, decode, reward, old log-probabilities, optimiser steps."""
+    """Run TRL from a dataloader's batch to updated weights: generate, decode, reward, old log-probabilities, steps."""
     trainer = make_trl(inputs)
     batch = next(iter(trainer.get_train_dataloader()))
 
@@ -264,7 +267,7 @@ def trl_whole(inputs: Inputs) -> Callable[[], dict[str, Any]]:
 
 
 def make_trl(inputs: Inputs) -> Any:
-    """A GRPOTrainer for the same optimiser steps: float32, no checkpointing, no logging, nothing saved."""
+    """Make a GRPOTrainer for the same optimiser steps, in float32, without checkpointing, logging or saving."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -311,7 +314,7 @@ def make_trl(inputs: Inputs) -> Any:
         train_dataset=Dataset.from_list([{"prompt": problem.question} for problem in problems]),
         processing_class=make_tiny(inputs.config.model).tokenizer,
     )
-    # what Trainer.train does before its loop, as far as a step needs it
+    # the part of Trainer.train before its loop that a step needs
     trainer.create_optimizer()
     trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = 1
@@ -320,7 +323,7 @@ def make_trl(inputs: Inputs) -> Any:
 
 
 def trl_step(trainer: Any, batch: Any) -> Tensor:
-    """One turn of Trainer's inner loop, without its callbacks, schedule and logging."""
+    """Run one iteration of Trainer's inner loop, without callbacks, schedule and logging."""
     loss: Tensor = trainer.training_step(trainer.model_wrapped, batch, None)
     trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
@@ -330,5 +333,5 @@ def trl_step(trainer: Any, batch: Any) -> Tensor:
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    """GRPOConfig wants a folder; nothing is written to it."""
+    """Make the folder that GRPOConfig requires; nothing is written to it."""
     return tempfile.TemporaryDirectory()

@@ -1,7 +1,7 @@
-"""One whole update of a language model of random weights: the batch, and the ways to take forward and backward.
+"""One whole update of a language model with random weights: the batch, and the variants of forward and backward.
 
-Every way starts from the same weights and returns the loss, the log-probabilities and all gradients; activation
-checkpointing is on in all. The optimiser's step is left out of all: it is the same for each.
+Every variant starts from the same weights and returns the loss, the log-probabilities and all gradients. All use
+activation checkpointing. The optimiser's step is the same for all and left out.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from alp_kernels import Objective, attach, fused_alp_loss, policy_loss
 
 from .cases import short
 
-SIGMA = (
-    1e-4  # so small that every way returns nearly the loss without noise, which the checks need; no time depends on it
-)
+SIGMA = 1e-4  # small, so that the loss is nearly that without noise, as the checks need; times do not depend on it
 OBJECTIVE = Objective.preset("alp-token")
 
 
@@ -56,11 +54,11 @@ class UpdateCase:
 
     @property
     def full_logits_mib(self) -> float:
-        """What the released way takes for logits, float32 logits and log-probabilities, and their gradients."""
+        """Memory of the released code for logits, float32 logits and log-probabilities, and their gradients."""
         return self.rows * self.vocab * (2 * self.dtype.itemsize + 3 * 4) / 2**20
 
     def build(self, device: torch.device) -> Any:
-        """The model, in training mode with non-reentrant checkpointing, embeddings tied."""
+        """Build the model, in training mode, with non-reentrant checkpointing and tied embeddings."""
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
         config = Qwen2Config(
@@ -82,12 +80,12 @@ class UpdateCase:
 
 
 class Update(NamedTuple):
-    """What a way returns."""
+    """The result of a variant."""
 
     loss: Tensor  # ()
     logp: Tensor  # (B, T) float32
     gradients: dict[str, Tensor]  # of every parameter
-    dlog_sigma: Tensor | None  # (L,), of the ways with noise
+    dlog_sigma: Tensor | None  # (L,), of variants with noise
 
 
 class Inputs(NamedTuple):
@@ -98,7 +96,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(device: torch.device, case: UpdateCase) -> Inputs:
-    """A batch so near its rollout policy that no ratio is clipped: a clipped row would cost no backward product."""
+    """Make a batch close to its rollout policy, so that no ratio is clipped: clipped rows skip backward's products."""
     model = case.build(device)
     generator = torch.Generator(device).manual_seed(0)
     ids = torch.randint(case.vocab, (case.sequences, case.length + 1), generator=generator, device=device)
@@ -118,23 +116,23 @@ def make_inputs(device: torch.device, case: UpdateCase) -> Inputs:
 
 
 def taken_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients, taken off the model: held there they would hide what the next way allocates."""
+    """Return the gradients and clear them from the model, so that they do not hide the next variant's allocations."""
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
 
 
 def full_logp(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target, (B, T): full logits, log-softmax in float32, as trainers do it."""
+    """Return the log-probability of each target, (B, T): full logits and a float32 log-softmax, as in common trainers."""
     logits = model(input_ids=tokens).logits
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-# ------------------------------------------------------------------ the ways
+# ------------------------------------------------------------------ the variants
 
 
 def fused(inputs: Inputs, model: Any) -> tuple[Tensor, Tensor]:
-    """Forward of the decoder alone, then loss and head in one; returns loss and logp."""
+    """Run the decoder, then head and loss fused; returns loss and logp."""
     hidden = model.model(input_ids=inputs.tokens).last_hidden_state
     out = fused_alp_loss(hidden, model.lm_head.weight, *inputs.batch, objective=OBJECTIVE)
     return out.loss, out.logp
@@ -150,7 +148,7 @@ def without_noise(inputs: Inputs) -> Callable[[], Update]:
 
 
 def ours(inputs: Inputs) -> Callable[[], Update]:
-    # a model with the same parameters and hooks of its own: the others run without any
+    # a copy that shares the parameters, so that only this variant has hooks
     model = copy.deepcopy(inputs.model, {id(parameter): parameter for parameter in inputs.model.parameters()})
     handle = attach(model, sigma=SIGMA, seed=1)
     steps = itertools.count()  # a step's first forward also measures its noise
@@ -167,8 +165,10 @@ def ours(inputs: Inputs) -> Callable[[], Update]:
 
 @contextlib.contextmanager
 def generator_noise(layers: Any, log_sigma: Tensor, seeds: Tensor) -> Iterator[None]:
-    """As ALP's published code does it: each layer's input gets randn from a generator seeded from a tensor; within the
-    layer's checkpoint, so the recompute draws it again."""
+    """Perturb as ALP's published code does: each layer's input gets randn from a generator seeded from a tensor.
+
+    The noise is added within the layer's checkpoint, so the recompute draws it again.
+    """
 
     def hook(position: int) -> Callable[[Any, Any, Any], Any]:
         def inject(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -188,7 +188,7 @@ def generator_noise(layers: Any, log_sigma: Tensor, seeds: Tensor) -> Iterator[N
 
 
 def released(inputs: Inputs) -> Callable[[], Update]:
-    """Full logits, the old policy's log-probabilities from a forward of their own, noise from generators."""
+    """Update with full logits, a separate forward for the old policy's log-probabilities, and noise from generators."""
     model, layers = inputs.model, inputs.model.model.layers
     targets, *rest = inputs.batch
     log_sigma = torch.full((len(layers),), math.log(SIGMA), device=targets.device, requires_grad=True)
@@ -197,7 +197,7 @@ def released(inputs: Inputs) -> Callable[[], Update]:
     def run() -> Update:
         with torch.no_grad():
             old_logp = full_logp(model, inputs.tokens, targets)
-        with generator_noise(layers, log_sigma, seeds):  # open in backward too, for the recompute
+        with generator_noise(layers, log_sigma, seeds):  # stays active in backward, for the recompute
             logp = full_logp(model, inputs.tokens, targets)
             loss = policy_loss(logp, *rest, objective=OBJECTIVE, old_logp=old_logp).loss
             loss.backward()
@@ -211,7 +211,7 @@ def released(inputs: Inputs) -> Callable[[], Update]:
 
 
 def check(inputs: Inputs, returned: Update) -> None:
-    """The loss, log-probabilities and gradients of an update without noise, but for SIGMA and the dtype's rounding."""
+    """Check loss, log-probabilities and gradients against those without noise, within SIGMA's and rounding's effect."""
     truth = inputs.truth
     is_half = inputs.model.dtype != torch.float32
     loss_bound, logp_bound, gradient_bound = (2e-2, 3e-2, 0.3) if is_half else (2e-3, 1e-2, 5e-2)
