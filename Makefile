@@ -1,7 +1,8 @@
-# Two commands: `make train` and `make test`. Both make .venv first where it is missing or stale.
+# Two commands: `make train` and `make test`. Both first create .venv if it is missing or stale.
 #   make train ARGS="--update.method bypass-token --seed 1"      any flag of `alp train`
-# Every environment has the exact versions of requirements/*.txt; `make lock` renews those (CONTRIBUTING.md).
-# Tests run in JOBS processes, a file at a time: one more than two cores, for many tests wait for processes of their own.
+# Every environment has the exact versions in requirements/*.txt; `make lock` updates them (CONTRIBUTING.md).
+# Tests run in JOBS processes, each taking one file at a time. The default suits two cores: one process more than cores,
+# because many tests wait for subprocesses.
 PYTHON ?= python3
 JOBS ?= 3
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
@@ -26,18 +27,18 @@ test:
 	@echo "all tests: about nine minutes on two cores"
 	$(BIN)/python $(PYTEST) $(ARGS)
 
-# The same tests on whatever the index serves, in .venv-newest: run when the locks are renewed.
+# The same tests with the newest versions on the index, in .venv-newest: run before the locks are updated.
 test-newest:
 	@$(PYTHON) scripts/environment.py test --newest
 	.venv-newest/bin/python $(PYTEST) $(ARGS)
 
-# Other versions of transformers, and trainers whose pins conflict: each in .venv-NAME, on top of .venv.
+# All tests, and some with other versions of transformers or with trainers whose pins conflict, each in .venv-NAME.
 test-all: test docs test-oldest test-transformers-5.0 test-transformers-5.5 test-transformers-5.12 test-transformers-5.20 \
   test-bitsandbytes test-verl
 
 test-%:
 	@$(PYTHON) scripts/environment.py test --overlay $*
-	.venv-$*/bin/python -c "import $(or $(module-$*),$(firstword $(subst -, ,$*)))"  # tests skip what they cannot import
+	.venv-$*/bin/python -c "import $(or $(module-$*),$(firstword $(subst -, ,$*)))"  # without it the tests would be skipped
 	.venv-$*/bin/python $(PYTEST) $(tests-$*) $(ARGS)
 module-oldest := transformers
 
@@ -55,7 +56,7 @@ lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# New locks: the newest versions that pyproject.toml allows; lock-keep: only what a change of pyproject.toml asks for.
+# lock: the newest versions that pyproject.toml allows. lock-keep: change only what pyproject.toml requires.
 lock lock-keep:
 	@$(PYTHON) scripts/environment.py train
 	$(BIN)/python scripts/lock.py $(if $(filter lock-keep,$@),--keep)

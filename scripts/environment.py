@@ -1,16 +1,17 @@
-"""Make an environment and install this checkout into it; does nothing where that is done already. Standard library only.
+"""Make an environment and install this checkout into it, unless that is already done. Standard library only.
 
     python3 scripts/environment.py EXTRA                     .venv
     python3 scripts/environment.py EXTRA --overlay NAME      .venv-NAME, on top of .venv
     python3 scripts/environment.py EXTRA --newest            .venv-newest
 
-EXTRA is an optional-dependency group of pyproject.toml. PyTorch comes first, in the build that fits this machine: the CPU
-build where there is no GPU, so that no CUDA packages are fetched for nothing. All else has the versions that
-requirements/locked.txt gives (`make lock` makes it), so that an environment is the same on any day; a machine it was not
-made for takes what pyproject.toml allows, and is told so. `--newest` takes that everywhere, anew at each call.
+EXTRA is an optional-dependency group of pyproject.toml. PyTorch is installed first, in the build for this machine:
+without a GPU it is the CPU build, so that no CUDA packages are downloaded. All other packages have the versions in
+requirements/locked.txt (written by `make lock`), so that an environment is the same on any day. A machine that the lock
+does not cover gets the newest versions that pyproject.toml allows, and a message says so. `--newest` does that on every
+machine and upgrades at each call.
 
-An overlay is an environment whose own packages win over those of .venv, which it sees: other versions of transformers, or
-a trainer whose pins conflict. It holds what requirements/NAME.txt has and .venv has not.
+An overlay is an environment that sees the packages of .venv, and whose own packages take precedence: other versions of
+transformers, or a trainer whose pins conflict. It holds the packages of requirements/NAME.txt that differ from .venv.
 """
 
 import argparse
@@ -28,13 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 LOCK = REQUIREMENTS / "locked.txt"
 LOCKED_PYTHONS = ((3, 11), (3, 13))
-"""The first and the last that the locks are made for, on Linux and x86-64."""
+"""The first and the last Python that the locks cover, on Linux and x86-64."""
 LOCKED_MACHINES = "Python {}.{} to {}.{} on Linux and x86-64".format(*LOCKED_PYTHONS[0], *LOCKED_PYTHONS[1])
 
 TORCH, TRITON, UV = "2.13.0", "3.9.0", "0.13.9"
-"""What no lock holds: PyTorch, the Triton for a build of it that brings none, and the installer."""
+"""Versions that no lock holds: PyTorch, Triton for PyTorch builds without it, and the installer."""
 
-IGNORED = "is ignored: it is neither a file nor a directory"  # pip, of a configured folder that is not there
+IGNORED = "is ignored: it is neither a file nor a directory"  # pip, about a configured folder that does not exist
 
 
 def say(text: str) -> None:
@@ -42,7 +43,7 @@ def say(text: str) -> None:
 
 
 def run(*command: object) -> bool:
-    """Run a command in the checkout and show its warnings and errors; whether it succeeded."""
+    """Run a command in the checkout and show its output; returns whether it succeeded."""
     say(" ".join(map(str, command)).replace(str(ROOT) + os.sep, ""))
     with subprocess.Popen([str(part) for part in command], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -54,11 +55,11 @@ def run(*command: object) -> bool:
 
 def must(done: bool) -> None:
     if not done:
-        sys.exit("environment: the last command failed, or was stopped; its message, if it had one, is above")
+        sys.exit("environment: the last command failed or was stopped; its message, if any, is above")
 
 
 def succeeds(*command: object) -> bool:
-    """Whether a command succeeds, without its output."""
+    """Run a command without showing its output; returns whether it succeeded."""
     try:
         return subprocess.run([str(part) for part in command], capture_output=True, check=False).returncode == 0
     except OSError:
@@ -66,7 +67,7 @@ def succeeds(*command: object) -> bool:
 
 
 def output_of(*command: object) -> str:
-    """What a command prints; nothing where it fails or is not there."""
+    """Return what a command prints; an empty string if it fails or does not exist."""
     try:
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     except OSError:
@@ -75,7 +76,7 @@ def output_of(*command: object) -> str:
 
 
 def has_gpu() -> bool:
-    """Whether a driver shows an NVIDIA, AMD or Intel GPU for computing."""
+    """Whether a driver shows an NVIDIA or AMD GPU for computing."""
     return bool(shutil.which("nvidia-smi") and succeeds("nvidia-smi", "-L")) or Path("/dev/kfd").exists()
 
 
@@ -93,19 +94,19 @@ class Environment:
         self._constraints = ("--constraint", LOCK, "--build-constraint", LOCK) if is_locked else ()
 
     def make(self) -> None:
-        asked = "import sys, pip; print(sys.version)"  # without pip it was stopped while it was made
+        asked = "import sys, pip; print(sys.version)"  # pip is missing if creation was interrupted
         if output_of(self.python, "-c", asked) != sys.version:
             say(f"making {self.folder.name}")
             venv.create(self.folder, with_pip=True, clear=True)
         if output_of(self.python, "-m", "uv", "--version").split()[1:2] != [UV]:
             must(self._pip(f"uv=={UV}"))
-        ours = self.folder / "torch-installed"  # a build that someone put there by hand stays
+        ours = self.folder / "torch-installed"  # absent for a build installed by hand, which is kept
         if not succeeds(self.python, "-c", "import torch") or (ours.exists() and ours.read_text() != TORCH):
             self._install_torch()
             ours.write_text(TORCH)
 
     def install_triton(self) -> None:
-        """For a PyTorch that brings none."""
+        """Install Triton on Linux if this PyTorch does not depend on it."""
         asked = "import importlib.metadata as m; print(any(r.startswith('triton') for r in m.requires('torch')))"
         if platform.system() == "Linux" and output_of(self.python, "-c", asked) != "True":
             self.install("--no-deps", f"triton=={TRITON}")
@@ -114,7 +115,7 @@ class Environment:
         must(self._uv(*what, *self._constraints))
 
     def _install_torch(self) -> None:
-        """The build for this machine. A CPU build that pip can see (a local folder, a mirror) wins; else uv finds it."""
+        """Install the build for this machine. For the CPU build, try pip first (a local folder, a mirror), then uv."""
         say("a GPU was found" if has_gpu() else "no GPU was found: taking PyTorch's CPU build")
         pinned = self._constraints[:2]
         if platform.system() != "Linux":
@@ -128,11 +129,11 @@ class Environment:
         return run(self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what)
 
     def _uv(self, *what: object) -> bool:
-        # compiled now: the first command is quicker, and does not print the compiler's remarks on other people's code
+        # bytecode now, so that the first command starts faster and prints no compiler warnings about other packages
         return self.uv("pip", "install", "--quiet", "--compile-bytecode", "--python", self.python, *what)
 
     def uv(self, *arguments: object) -> bool:
-        """uv does not read pip's configuration: a mirror that is set there is handed on."""
+        """Run uv. It does not read pip's configuration, so a mirror set there is passed on."""
         if mirror := os.environ.get("PIP_INDEX_URL") or output_of(
             self.python, "-m", "pip", "config", "get", "global.index-url"
         ):
@@ -141,7 +142,7 @@ class Environment:
 
 
 def fingerprint(*what: str) -> str:
-    """Changes with everything that would make an installed environment stale."""
+    """Return a hash of everything that an installed environment depends on."""
     files = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", LOCK, Path(__file__)]
     files += sorted((ROOT / "alp_kernels" / "native").glob("*.[ch]*"))
     text = b"".join(f.read_bytes() for f in files) + f"{what} {sys.version} {ROOT}".encode()
@@ -149,7 +150,7 @@ def fingerprint(*what: str) -> str:
 
 
 def pin(line: str) -> str:
-    """ "name==version" of a line of a lock, without the machines it is for."""
+    """Return "name==version" from a line of a lock, without its environment markers."""
     return line.partition(";")[0].strip().lower().replace("_", "-")
 
 
@@ -175,12 +176,12 @@ def make_base(extra: str, is_newest: bool) -> Environment:
         say(
             f"{LOCK.relative_to(ROOT)} is for {LOCKED_MACHINES}; this is Python {platform.python_version()} on "
             f"{platform.system()} and {platform.machine()}: taking the newest versions that pyproject.toml allows, "
-            "which may differ from those that were tested"
+            "which may differ from the tested versions"
         )
     environment.make()
     if extra != "train":
         environment.install_triton()
-    # editable: edits are used as they are, and the native engine is built into the checkout
+    # editable: edits take effect at once, and the native engine is built in the checkout
     newest = ("--upgrade", f"torch=={TORCH}") if is_newest else ()
     environment.install("--editable", f".[{extra}]", *newest)
     write_stamp(stamp, wanted)
@@ -202,7 +203,7 @@ def make_overlay(base: Environment, name: str) -> None:
     say(f"making {folder.name}")
     venv.create(folder, clear=True)
     below, own = (next(path.glob("lib/python*/site-packages")).resolve() for path in (base.folder, folder))
-    # addsitedir, not a bare path: the checkout itself is in .venv by a .pth file, which a bare path would not read
+    # addsitedir also reads .venv's .pth files, through which the checkout itself is importable; a bare path would not
     (own / "base.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
     there = output_of(base.python, "-m", "uv", "pip", "freeze", "--python", base.python)
     shared = {pin(line) for line in there.splitlines()}

@@ -1,15 +1,15 @@
-"""What a GPU alone can show, in runs of five minutes and whatever happens. Standard library only.
+"""Checks and benchmarks that need a GPU, in runs of at most five minutes. Standard library only.
 
     python scripts/gpu.py --out DIR (--first | --second | --only STEP,...) [--wheels DIR] [--minutes 5] [--cpu]
 
 --first: each kernel once, the targets without most of their peers, profiles, counts, and other tiles and warps.
---second: the targets again beside their peers, the tests of the device, a memcheck.
-Needs PyTorch, Triton and pytest and nothing from the network; what a step needs beside them is named where it is missing.
---wheels is a folder of such wheels: pytest-benchmark, transformers, the peers. Every step is one process or more with a
-limit of its own, its share of the time that is left; one that fails or is cut off ends no other. DIR gets eight files,
-written anew after each step; stdout a short table last. Exit code 1: a test, or a check of a kernel, failed. Where there
-is no GPU, or with --cpu, the same steps run in Triton's interpreter and at tiny shapes: that tries this script, and its
-times mean nothing.
+--second: the targets again beside their peers, the device tests, and a memcheck.
+Needs PyTorch, Triton and pytest, and no network. The table names other packages that a step needs and does not find;
+--wheels is a folder of wheels for them: pytest-benchmark, transformers, the peers. Every step runs in one or more
+processes and has its own time limit, a share of the time left. A step that fails or is cut off does not stop the others.
+DIR gets eight files, rewritten after each step; stdout ends with a short table. Exit code 1: a test or a check of a
+kernel failed. Without a GPU, or with --cpu, the same steps run in Triton's interpreter with tiny shapes: that tests this
+script, and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ print(json.dumps(found))
 
 
 def unpack(session: Session, wheels: Path) -> None:
-    """Into a folder of our own, by this process: pip would take seconds for each."""
+    """Extract the wheels into the session's own folder, in this process: pip would take seconds for each."""
     site = session.work / "site"
     for wheel in sorted(wheels.glob("*.whl")):
         try:
@@ -70,7 +70,7 @@ def unpack(session: Session, wheels: Path) -> None:
 
 
 def prepare(session: Session, wheels: Path | None, cpu: bool) -> None:
-    """The wheels of what is missing; what is here."""
+    """Unpack the wheels and record the device, the packages and the tools."""
     if cpu:
         session.environment["CUDA_VISIBLE_DEVICES"] = ""
     if wheels is not None:
@@ -92,13 +92,13 @@ def at_once(session: Session, jobs: Iterable[Callable[[], None]]) -> None:
             for future in [pool.submit(job) for job in jobs]:
                 future.result()
         except KeyboardInterrupt:
-            session.stop()  # else the pool would wait for all of them
+            session.stop()  # otherwise the pool would wait for all jobs
             raise
 
 
 ONCE = (sys.executable, "-m", "tests.support.gpu_kernels_once")
 SHAPES = ("2x4096", "2x1031")
-"""Rows of the kernels: as the benchmarks have them, which compiles for those too, then with an odd length."""
+"""Shapes for the kernels: as in the benchmarks, so that those find them compiled, then with an odd row length."""
 
 
 def ops(session: Session, until: float) -> list[str]:
@@ -107,7 +107,7 @@ def ops(session: Session, until: float) -> list[str]:
 
 
 def run_kernels(session: Session, until: float) -> None:
-    """Each op's kernels compared with the reference, in processes of their own; without a GPU all of them in one."""
+    """Compare each op's kernels with the reference, in one process per op and shape; without a GPU in one process."""
 
     def job(name: str, *arguments: str) -> None:
         done = session.run("kernels", name, (*ONCE, *arguments), until, session.interpreted)
@@ -126,12 +126,12 @@ def run_kernels(session: Session, until: float) -> None:
 
 
 def _slow_first(found: list[str]) -> list[str]:
-    """Those with the most kernels to compile, so that none of them begins last."""
+    """Sort the ops with the most kernels to compile to the front, so that none of them starts last."""
     return sorted(found, key=lambda op: not op.startswith(("head", "perturb_rms")))
 
 
 def kernel_tests() -> list[Path]:
-    """Test files that compute on the device: those that ask conftest which one it is, and the Triton cases."""
+    """Return the test files that compute on the device: those that import DEVICE from conftest, and four others."""
     folder = ROOT / "tests"
     files = [
         folder / "engines" / "triton_cases.py",
@@ -146,11 +146,11 @@ def kernel_tests() -> list[Path]:
 
 
 TRIED = "dtype1-token or dtype1-False"
-"""Tests of the device that stand for the others in Triton's interpreter, where `make test` runs triton_cases.py."""
+"""A sample of the device tests for Triton's interpreter, in which `make test` already runs triton_cases.py."""
 
 
 def run_tests(session: Session, until: float) -> None:
-    """All files in one pytest-xdist where that is installed, so that no file's last tests run alone; else one by one.
+    """Run all files in one pytest-xdist if it is installed, which keeps all workers busy; else each file in a process.
 
     The tests of 2^31 elements run one after the other: two at a time may not fit in the device's memory.
     """
@@ -177,7 +177,7 @@ def run_tests(session: Session, until: float) -> None:
 
 
 def read_junit(done: Done, report: Path) -> None:
-    """Counts and the names of failed tests; a process that died without a report failed as a whole."""
+    """Read counts and the names of failed tests; a process that died without a report counts as one failure."""
     try:
         cases = list(ElementTree.parse(report).iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -193,21 +193,21 @@ def read_junit(done: Done, report: Path) -> None:
 
 
 WATCHED = ("perturb_fwd", "perturb_rms_norm_bwd", "head_token_loss")
-"""The ops of a short memcheck: together they have every kind of load, store and reduction."""
+"""The ops of a short memcheck; together they use every kind of load, store and reduction."""
 
 
 def run_sanitizer(session: Session, until: float, tools: tuple[str, ...], chosen: tuple[str, ...]) -> None:
-    """The chosen ops, or all, under compute-sanitizer."""
+    """Run the chosen ops, or all, under compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") if session.has_gpu else None
     if tool is None:
         why = "compute-sanitizer is not installed" if session.has_gpu else "no GPU"
         session.done += [Done("sanitizer", name, notes=[why]) for name in tools]
         return
-    # tensors out of one cached block would hide a write past an end
+    # tensors that share a cached block would hide a write past the end of one
     extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def job(name: str, op: str) -> None:
-        # PyTorch probes the driver for calls it may lack: not errors of a kernel
+        # PyTorch probes the driver for optional calls, whose API errors are not errors of a kernel
         options = ("--report-api-errors", "no") if name == "memcheck" else ()
         command = (tool, "--tool", name, *options, *ONCE, op, SHAPES[-1])
         read_sanitizer(session.run("sanitizer", f"{name} {op}", command, until, extra), SUMMARY[name])
@@ -232,11 +232,11 @@ def run_counts(session: Session, until: float) -> None:
     command = (sys.executable, "-m", "bench.counts", session.work / "counts", *options)
     done = session.run("profile", "counts", command, until)
     if "transformers" in session.missing:
-        done.notes.append("transformers is not installed: nothing of an update was counted")
+        done.notes.append("transformers is not installed: no update was counted")
 
 
 def run_profile(session: Session, until: float) -> None:
-    """Nsight Compute on one launch of each kernel; without a GPU the launches alone."""
+    """Run Nsight Compute on one launch of each kernel; without a GPU only launch them."""
     launches = (sys.executable, "-m", "bench.launches")
     tool = shutil.which("ncu")
     if not session.has_gpu:
@@ -251,19 +251,19 @@ def run_profile(session: Session, until: float) -> None:
 
 
 class Step(NamedTuple):
-    """A part of a run. Its limit is its share, by estimate, of the time that is left."""
+    """A part of a run. Its time limit is its estimated share of the time left."""
 
     seconds: float  # estimated, on a GPU with 16 cores
     run: Callable[[Session, float], None]
 
 
 class Bench(NamedTuple):
-    """A step that times one file of bench/, in a process that a crash ends alone."""
+    """A step that times one file of bench/ in its own process, so that a crash ends only this step."""
 
     seconds: float
     file: str
     cases: str = ""  # pytest -k
-    variants: str = ""  # parts of names
+    variants: str = ""  # parts of variants' names
     options: tuple[str, ...] = ()
     needs: tuple[str, ...] = ("pytest-benchmark",)
 
@@ -307,7 +307,7 @@ STEPS: dict[str, Step | Bench] = {
     "head-long-peers": Bench(35, "test_loss_head.py", LONG_HEAD),
     "tests": Step(60, run_tests),
     "memcheck": _sanitizer(30, ("memcheck",), WATCHED),
-    # in neither run
+    # in neither --first nor --second
     "sanitizer": _sanitizer(200, tuple(SUMMARY)),
     "other-layers": Bench(60, "test_perturb.py", f"not ({LAYER})"),
     "other-norms": Bench(60, "test_perturb_rms_norm.py", f"not ({LAYER})"),
@@ -327,9 +327,9 @@ def main() -> int:
     plan.add_argument("--first", dest="steps", action="store_const", const=",".join(FIRST), help=", ".join(FIRST))
     plan.add_argument("--second", dest="steps", action="store_const", const=",".join(SECOND), help=", ".join(SECOND))
     plan.add_argument("--only", dest="steps", metavar="STEP,...", help=f"some of {', '.join(STEPS)}; or none")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels of what is missing")
-    parser.add_argument("--minutes", type=float, default=5, help="when this must have ended")
-    parser.add_argument("--cpu", action="store_true", help="leave a GPU that is there alone")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels for missing packages")
+    parser.add_argument("--minutes", type=float, default=5, help="time limit of the whole run")
+    parser.add_argument("--cpu", action="store_true", help="use no GPU, even if there is one")
     arguments = parser.parse_args()
     steps = [] if arguments.steps == "none" else arguments.steps.split(",")
     if steps and arguments.minutes < 1:
@@ -342,7 +342,7 @@ def main() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "summary.txt").touch()
     except OSError as error:
-        parser.error(f"--out={arguments.out}; it needs a folder that can be written: {error}")
+        parser.error(f"--out={arguments.out}; it needs a writable folder: {error}")
     session = Session(arguments.out.resolve(), arguments.minutes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -364,7 +364,7 @@ def work(session: Session, steps: list[str], arguments: argparse.Namespace) -> N
         start, weights = time.monotonic(), [STEPS[later].seconds for later in steps[position:]]
         try:
             STEPS[name].run(session, start + max(0.0, session.left()) * weights[0] / sum(weights))
-        except Exception as error:  # one of our own mistakes costs its step alone
+        except Exception as error:  # an error in this script ends only its step
             failed = Done("environment", f"step {name}", traceback.format_exc(), 1, counts={"failed": 1})
             failed.notes.append(repr(error))
             session.done.append(failed)

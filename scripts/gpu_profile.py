@@ -1,4 +1,4 @@
-"""Nsight Compute on one launch of each kernel: its command, and what its table says. Standard library only."""
+"""Nsight Compute on one launch of each kernel: its options and a parser of its table. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NUM_STALLS = 4
 
 
 def options() -> list[str]:
-    """Of ncu, before the program: a table with a row for each launch, in plain units, at the clocks that are there."""
+    """Return ncu's options: a CSV table with a row for each launch, in base units, without locking the clocks."""
     found = ["--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none"]
     found += ["--kernel-name", KERNELS, "--launch-count", "8", "--metrics", ",".join((TIME, READ, WRITTEN))]
     return found + [part for name in SECTIONS for part in ("--section", name)]
 
 
 def read(text: str) -> list[Record]:
-    """The launches in ncu's output, between its own messages and the program's.
+    """Return the launches in ncu's output, which mixes the table with messages of ncu and of the program.
 
     The table has a row of names, a row of units, which has no ID, and then a row for each launch.
     """
@@ -61,7 +61,7 @@ def _number(text: str | None) -> float | None:
 
 
 def lines(records: Iterable[Record]) -> list[str]:
-    """A line for each launch; a stall is warps that wait for this reason, for each instruction issued."""
+    """Return a line for each launch; a stall is the number of warps waiting for this reason per issued instruction."""
     return [_line(record) for record in records if "profile" in record]
 
 

@@ -1,4 +1,4 @@
-"""What scripts/gpu.py leaves behind: logs, results, and the short table. Standard library only."""
+"""The output of scripts/gpu.py: logs, results, and the short table. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import gpu_table
 from gpu_session import Done, Session
 
 MAX_LOG = 8 << 20  # bytes of one file in DIR
-MAX_DETAILS = 10  # lines of the table that name what failed
+MAX_DETAILS = 10  # lines of the table that name failures
 LOGS = {
     "environment": "environment",
     "kernels": "checks",
@@ -21,7 +21,7 @@ LOGS = {
     "bench": "bench",
     "profile": "profile",
 }
-"""The file of DIR that what a process wrote goes to, by its kind."""
+"""The log file in DIR for the output of a process, by its kind."""
 SUMMARY = {
     "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
     "racecheck": re.compile(r"RACECHECK SUMMARY: .*\((\d+) error"),
@@ -29,7 +29,7 @@ SUMMARY = {
 
 
 def write(session: Session) -> list[str]:
-    """Combine the logs and results so far in DIR; returns the table."""
+    """Write the logs and results so far to DIR; returns the table."""
     session.out.mkdir(parents=True, exist_ok=True)
     done = list(session.done)
     for log in dict.fromkeys(LOGS.values()):
@@ -52,11 +52,11 @@ def _clip(text: str) -> str:
 
 
 def summary(session: Session, records: list[gpu_table.Record]) -> list[str]:
-    """The table: short enough that the last few thousand characters of the output hold it."""
+    """Return the table, short enough to fit in the last few thousand characters of the output."""
     elapsed = time.monotonic() - session.began
     lines, details = ["", f"===== {session.device}; {elapsed:.0f} s"], []
     if any(d.is_cut or d.code is None for d in session.done):
-        lines.append("INCOMPLETE: what was cut off or got no time is named below")
+        lines.append("INCOMPLETE: processes that were cut off or got no time are named below")
     if session.seconds:
         lines.append("seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in session.seconds.items()))
     if session.missing:
@@ -89,7 +89,7 @@ def summary(session: Session, records: list[gpu_table.Record]) -> list[str]:
 
 
 def _unfinished(done: list[Done]) -> str:
-    """What has no result, and why."""
+    """Name the processes without a result, and why."""
     cut = [d.name for d in done if d.is_cut]
     reasons: dict[str, list[str]] = {}
     for d in done:
@@ -102,7 +102,7 @@ def _unfinished(done: list[Done]) -> str:
 
 
 def has_failed(session: Session) -> bool:
-    """Whether a check failed, hung until it was killed, or ended without a report; one that got no time did neither."""
+    """Whether a check failed, or test processes ended without a report; a process that got no time does not count."""
     return any(
         d.counts.get("failed") or d.counts.get("errors") or (d.kind == "tests" and d.code is not None and not d.counts)
         for d in session.done

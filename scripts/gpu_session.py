@@ -1,4 +1,4 @@
-"""One call of scripts/gpu.py: its processes, each with a limit and a log of its own. Standard library only."""
+"""One call of scripts/gpu.py: its processes, each with its own time limit and log. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pathlib import Path
 import gpu_table
 
 ROOT = Path(__file__).resolve().parent.parent
-GRACE_S = 8  # from the request to stop, which lets pytest write what it has, to the kill
+GRACE_S = 8  # between SIGINT, after which pytest writes its report, and SIGKILL
 CLOSING_S = 4  # to combine the logs
 MAX_WORKERS = 8  # processes on one GPU
 
 
 @dataclass
 class Done:
-    """A process that ran, or one that could not."""
+    """A process that ran, or that could not run."""
 
     kind: str  # a key of LOGS
     name: str
@@ -37,10 +37,10 @@ class Done:
 
 
 class Session:
-    """One call of this script: where it works, until when, and what was done."""
+    """One call of scripts/gpu.py: its folders, its deadline, and the processes so far."""
 
     def __init__(self, out: Path, minutes: float) -> None:
-        # in the background of a script SIGINT is ignored, by children too, which are asked to stop with it
+        # a background job of a shell script ignores SIGINT, and so would its children, which are stopped with it
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.began = time.monotonic()
         self.end = self.began + 60 * minutes - CLOSING_S - GRACE_S
@@ -72,17 +72,17 @@ class Session:
 
     @property
     def interpreted(self) -> dict[str, str]:
-        """For processes whose kernels must run, wherever that is."""
+        """Environment variables that make Triton kernels run without a GPU, in the interpreter."""
         return {} if self.has_gpu else {"TRITON_INTERPRET": "1"}
 
     @property
     def workers(self) -> int:
-        """Processes at a time: on a GPU each compiles beside its own thread."""
+        """Processes at a time: half of the cores on a GPU, since each also compiles beside its own thread."""
         cores = len(os.sched_getaffinity(0))
         return max(1, min(MAX_WORKERS, cores // 2 if self.has_gpu else cores))
 
     def lacks(self, kind: str, name: str, *packages: str) -> bool:
-        """Whether one of the packages is missing; then the table says so."""
+        """Whether one of the packages is missing; if so, the table names it."""
         missing = [package for package in packages if package in self.missing]
         if missing:
             self.done.append(Done(kind, name, notes=[f"{package} is not installed" for package in missing]))
@@ -91,7 +91,7 @@ class Session:
     def run(
         self, kind: str, name: str, command: Iterable[object], until: float, environment: dict[str, str] | None = None
     ) -> Done:
-        """One process with its own log, asked to stop at `until` (time.monotonic) and then killed with all its children."""
+        """Run a process with its own log; at `until` (time.monotonic) it gets SIGINT, later SIGKILL with its children."""
         done = Done(kind, name)
         self.done.append(done)
         until = min(until, self.end)
@@ -126,7 +126,7 @@ class Session:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(GRACE_S)
             finally:
-                _signal(child, signal.SIGKILL)  # and what it left behind
+                _signal(child, signal.SIGKILL)  # also children that it left behind
                 done.code = child.wait()
                 with self._lock:
                     self._running.discard(child)

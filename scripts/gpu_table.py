@@ -1,4 +1,4 @@
-"""The short table at the end of scripts/gpu.py: what was measured against what was aimed at. Standard library only."""
+"""The short table at the end of scripts/gpu.py: measurements against targets. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 Record = dict[str, Any]  # one line of a results file, see bench/report.py
 OURS = "alp_kernels"
-OWN = (OURS, "alp, ")  # how the names of our variants begin; the second are of our training loop
-LESS = (" alone", " only", "that allocate")  # in the names of variants that compute less than the others
+OWN = (OURS, "alp, ")  # prefixes of our variants' names; the second is for the training loop
+LESS = (" alone", " only", "that allocate")  # parts of the names of variants that compute less than the others
 MAX_GROUPS = 20
 
 PERTURB = "N 16384 D 4096 bfloat16"
@@ -20,7 +20,7 @@ UPDATE = "N 16384 D 1536 V 151936 bfloat16"
 
 
 def read(folder: Path) -> list[Record]:
-    """The records of every results file in a folder; a line cut off by a kill is left out."""
+    """Return the records of every results file in a folder, without lines truncated by a kill."""
     found = []
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
@@ -39,12 +39,12 @@ class Results:
 
     def __init__(self, records: Iterable[Record], device_type: str) -> None:
         found = [r for r in records if r.get("device_type") == device_type]
-        self.records = [r for r in found if "ms" in r]  # else: a wrong result
+        self.records = [r for r in found if "ms" in r]  # the others have a wrong result
         self.counts = {r["count"]: float(r["value"]) for r in found if "count" in r}
         self.device = next((str(r["device"]) for r in found if "device" in r), "")
 
     def one(self, op: str, case: str, *variant: str, without: str = " masked") -> Record | None:
-        """The record of exactly this op whose case holds `case` and not `without`, and whose variant holds all parts."""
+        """Return the first record of `op` whose case contains `case`, not `without`, and whose variant has all parts."""
         for r in self.records:
             is_case = case in r["case"] and not (without and without in r["case"])
             if r["op"] == op and is_case and all(part in r["variant"] for part in variant):
@@ -68,7 +68,7 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 
 class Target(NamedTuple):
-    """What is aimed at; beside some stands what arithmetic says of this device, which is no measurement."""
+    """A goal for one measured number. Some texts add a calculated time for the device, which is not a measurement."""
 
     what: str
     bound: str  # "<= 1.15" or ">= 0.90"
@@ -90,7 +90,7 @@ TRITON, LIMIT, RELEASED = f"{OURS} triton", "(limit)", "released"
 
 
 def _backward(results: Results) -> float | None:
-    """What backward adds to forward, over forward."""
+    """Return the time that backward adds to forward, divided by forward's."""
     both, forward = results.ms(BOTH, PERTURB, TRITON), results.ms(FORWARD, PERTURB, TRITON)
     return None if both is None or forward is None else _ratio(both - forward, forward)
 
@@ -105,11 +105,11 @@ def _masked(results: Results) -> float | None:
 
 
 CARDS = {"H100": (60, 89), "H200": (60, 62), "B200": (44, 38), "A100": (94, 153)}
-"""Microseconds that 16384 x 4096 bfloat16 need by arithmetic: to issue perturb's instructions, and to move its bytes."""
+"""Calculated microseconds for 16384 x 4096 bfloat16: to issue perturb's instructions, and to move its bytes."""
 
 
 def perturb_forward(device: str) -> Target:
-    """The share of a copy that is aimed at: less where issuing the instructions takes about as long as the copy."""
+    """Return the target for the copy's time over ours: lower on cards where issue takes about as long as the copy."""
     bound, note = ">= 0.90", ""
     for card, (issue, memory) in CARDS.items():
         if card in device:
@@ -173,7 +173,7 @@ TARGETS = (
         "<= 0.6",
         lambda r: _ratio(r.mib(WHOLE, UPDATE, OURS), r.mib(WHOLE, UPDATE, RELEASED)),
     ),
-    # forward, its recompute, the measurement, backward and its sum, log_sigma's gradient
+    # forward, recompute, measurement, backward and its reduction, log_sigma's gradient
     Target("update: kernels a layer launches for its noise", "<= 8", _count("launches a layer")),
     Target("update: syncs of its noise", "<= 0", _count("syncs of an update's noise")),
     Target("fused_alp_loss, token level: syncs", "<= 1", _count(f"{SYNCS}token level")),
@@ -184,7 +184,7 @@ TARGETS = (
 
 
 def targets(records: Iterable[Record]) -> list[str]:
-    """A line for each target. Only times of a GPU count: a CPU's say nothing about them."""
+    """Return a line for each target. Only GPU records count; CPU times say nothing about the targets."""
     results = Results(records, "cuda")
     return [target.verdict(results) for target in (perturb_forward(results.device), *TARGETS)]
 
@@ -193,7 +193,7 @@ def targets(records: Iterable[Record]) -> list[str]:
 
 
 def groups(records: Iterable[Record]) -> Iterator[str]:
-    """A line for each op and case: our fastest, the limit, our part of it, and the fastest peer that does the same work."""
+    """Yield a line for each op and case: our fastest, the limit, their ratio, and the fastest peer of the same work."""
     by_group: dict[tuple[str, str], list[Record]] = {}
     for record in (r for r in records if "op" in r and not r["op"].startswith(TUNING)):
         by_group.setdefault((record["op"], record["case"]), []).append(record)
@@ -218,7 +218,7 @@ TUNING = "tuning: "
 
 
 def tuned(records: Iterable[Record]) -> Iterator[str]:
-    """A line for each op that was run with other settings: the library's time, then theirs as a share of it."""
+    """Yield a line for each tuned op: the library's time, then the other settings' times as a share of it."""
     by_op: dict[str, list[Record]] = {}
     for record in (r for r in records if r.get("op", "").startswith(TUNING) and "ms" in r):
         by_op.setdefault(record["op"], []).append(record)
@@ -231,7 +231,7 @@ def tuned(records: Iterable[Record]) -> Iterator[str]:
 
 
 def counted(records: Iterable[Record]) -> Iterator[str]:
-    """All counts of syncs in a line; of an update how many kernels, and those that take longest."""
+    """Yield all counts of syncs in one line, then an update's number of kernels and the longest of them."""
     records = list(records)
     syncs = {r["count"].removeprefix("syncs of "): r["value"] for r in records if "syncs of" in r.get("count", "")}
     if syncs:

@@ -2,9 +2,10 @@
 
     python scripts/lock.py [--keep]
 
-The ranges are those of pyproject.toml; requirements/NAME.in holds what an overlay forces beside them. uv takes the newest
-version that fits, or with --keep leaves what is there wherever it still fits: what a change of pyproject.toml needs.
-PyTorch is not in the locks, for its build follows the machine (scripts/environment.py), nor is what only its build needs.
+Version ranges come from pyproject.toml; requirements/NAME.in adds the versions that an overlay forces. uv takes the
+newest versions that fit. With --keep, for use after a change of pyproject.toml, it keeps each locked version that still
+fits. The locks do not hold PyTorch, because its build depends on the machine (scripts/environment.py), nor packages that
+only one of its builds needs.
 """
 
 import argparse
@@ -16,20 +17,20 @@ from pathlib import Path
 from environment import LOCK, LOCKED_PYTHONS, REQUIREMENTS, ROOT, TORCH
 
 EXTRAS = ("test", "bench", "docs", "dev")
-"""Of .venv; the others are in these, or need a GPU."""
+"""Optional-dependency groups locked for .venv; these include the other groups, except those that need a GPU."""
 
 OVERLAY_EXTRA = "test"
 FEWEST = ("--fork-strategy", "fewest")
-"""One version of a package for all Pythons, wherever one serves them all."""
+"""uv's options for one version of a package for all Pythons, where one supports them all."""
 
 LOWEST = ("--fork-strategy", "requires-python", "--resolution", "lowest-direct")
 
 OLDEST = "oldest"
-"""The overlay whose direct dependencies have their lower bounds."""
+"""The overlay that has the lowest allowed version of each direct dependency."""
 
 
 def compile_lock(inputs: list[Path], extras: tuple[str, ...], output: Path, *options: object) -> None:
-    """One resolution for all Pythons of the locks."""
+    """Write one lock that holds for all Pythons of LOCKED_PYTHONS."""
     command = [
         *(sys.executable, "-m", "uv", "--config-file", REQUIREMENTS / "uv.toml", "pip", "compile", "--quiet"),
         *("--universal", "--python-version", ".".join(map(str, LOCKED_PYTHONS[0]))),
@@ -43,7 +44,7 @@ def compile_lock(inputs: list[Path], extras: tuple[str, ...], output: Path, *opt
     print("lock:", output.relative_to(ROOT), flush=True)
     done = subprocess.run([str(x) for x in command], cwd=ROOT, input=f"torch=={TORCH}\n", text=True, check=False)
     if done.returncode:
-        sys.exit(f"lock: {output.name} has no solution; uv says why above")
+        sys.exit(f"lock: {output.name} has no solution; see uv's message above")
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
         if not keep:
             output.unlink(missing_ok=True)
         if not output.exists() and not is_oldest:
-            shutil.copyfile(LOCK, output)  # uv stays with what an output file holds: an overlay differs where it must
+            shutil.copyfile(LOCK, output)  # uv keeps its versions, so an overlay differs only where it must
         compile_lock(
             [project, forced],
             (OVERLAY_EXTRA,),
