@@ -1,1 +1,1 @@
-"""Benchmarks: time and memory of every op against its peers and the machine's limits. See conftest.py."""
+"""Benchmarks: time and memory of every op against its peers and the machine's limits; see conftest.py and docs/performance.md."""

@@ -38,7 +38,7 @@ Step = Callable[[Batch], Tensor]
 
 
 def make_inputs(device: torch.device, case: HeadCase) -> Inputs:
-    """Make a batch close to its rollout policy, so that under 1 % of the rows are clipped, and the true results.
+    """Make a batch close to its rollout policy, so that almost no row is clipped, and its true results.
 
     Backward can skip the products of clipped rows. The true losses and gradients are computed in float32 from the rounded
     logits.

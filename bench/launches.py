@@ -2,7 +2,7 @@
 
     ncu --kernel-name 'regex:^_(perturb|head)' ... python -m bench.launches [--smoke]
 
-The head has only 2048 rows, one per program: ncu replays each kernel in several passes and saves the logits each time.
+The head has only 2048 rows, one per program: ncu saves and restores the logits for each of its passes.
 """
 
 from __future__ import annotations

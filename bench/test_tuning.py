@@ -102,7 +102,7 @@ OF_HEAD = (
 
 
 def backward(inputs: perturb.Inputs) -> Callable[[], torch.Tensor]:
-    """Time the backward for log_sigma alone, after one forward."""
+    """Run a forward once; return a function that runs the backward for log_sigma alone."""
     u = perturb.ours("triton")(inputs.h, inputs.log_sigma)
 
     def run() -> torch.Tensor:

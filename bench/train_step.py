@@ -67,7 +67,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(device: torch.device, case: StepCase) -> Inputs:
-    """Make a model with random weights, and completions of random digits of equal length, half of them with reward 1.
+    """Make a model with random weights, and completions of random digits of equal length, about half with reward 1.
 
     The log-probabilities of the sampling policy are the model's plus small noise.
     """

@@ -1,4 +1,4 @@
-"""Checks and benchmarks that need a GPU, in runs of at most five minutes. Standard library only.
+"""Checks and benchmarks that need a GPU, in runs of five minutes. Standard library only.
 
     python scripts/gpu.py --out DIR (--first | --second | --only STEP,...) [--wheels DIR] [--minutes 5] [--cpu]
 

@@ -102,7 +102,7 @@ def _unfinished(done: list[Done]) -> str:
 
 
 def has_failed(session: Session) -> bool:
-    """Whether a check failed, or test processes ended without a report; a process that got no time does not count."""
+    """Whether a check failed, or a test process ended or was killed without a report; one that got no time is no failure."""
     return any(
         d.counts.get("failed") or d.counts.get("errors") or (d.kind == "tests" and d.code is not None and not d.counts)
         for d in session.done

@@ -72,7 +72,7 @@ class Session:
 
     @property
     def interpreted(self) -> dict[str, str]:
-        """Environment variables that make Triton kernels run without a GPU, in the interpreter."""
+        """Environment variables that make Triton kernels run in the interpreter if there is no GPU."""
         return {} if self.has_gpu else {"TRITON_INTERPRET": "1"}
 
     @property

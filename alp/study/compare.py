@@ -309,7 +309,7 @@ class _Pool:
                 on_progress([piece for piece, _, _ in running.values()])
         finally:
             for _, process, guard in running.values():
-                guard.close()  # the worker's end of the pipe closes and it exits
+                guard.close()  # the worker reads the end of its pipe and exits
                 process.join()
         return faults
 

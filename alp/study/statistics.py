@@ -55,7 +55,7 @@ class Paired:
     t_high: float
     p_t: float
     p_flip: float
-    """Of the sign-flip permutation test, exact up to 14 pairs; then no smaller than 2 / 2^n."""
+    """Of the sign-flip permutation test. Up to 14 pairs it is exact and at least 2 / 2^n."""
     effect: float
     """Cohen's d_z with Hedges' correction; infinite if three or more differences are equal and not 0."""
 

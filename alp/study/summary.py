@@ -300,7 +300,7 @@ GROUPS: dict[str, tuple[Quantity, ...]] = {
 }
 QUANTITIES = {quantity.key: quantity for group in GROUPS.values() for quantity in group}
 MAIN = ("final_accuracy", "reward_area", "k3_mean", "k3_max", "token_max")
-"""The quantities that the report and docs/evidence.md compare first; the tables have all."""
+"""The quantities whose contrasts the report puts first and docs/evidence.md lists; the report's tables have all."""
 
 
 # ------------------------------------------------------------------ arms and contrasts
