@@ -1,4 +1,4 @@
-"""`python -m alp` and the console script `alp`: checks that the train extra is there, then cli.py."""
+"""`python -m alp` and the console script `alp`: check that the train extra is installed, then run cli.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _NEEDED = ("transformers", "tyro", "rich", "tensorboard")
 
 
 def main() -> None:
-    """Run one command. What the user can put right ends as one line on stderr and exit code 2."""
+    """Run one command. An error that the user can fix prints one line on stderr and exits with code 2."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(f"alp: {', '.join(missing)} not installed; run: pip install 'alp-kernels[train]'", file=sys.stderr)

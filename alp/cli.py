@@ -36,7 +36,7 @@ def train(config: _Config = _DEFAULT, *, resume: Path | None = None) -> None:
 
 
 def _compare_from(preset: Preset) -> Callable[..., None]:
-    """The command `alp compare` with that preset's configuration as what the options change."""
+    """Build the command `alp compare`; its options override the preset's configuration."""
 
     def compare(
         config: _Config = preset.base,
@@ -50,16 +50,16 @@ def _compare_from(preset: Preset) -> Callable[..., None]:
         threads: int = 1,
         out: Path | None = None,
     ) -> None:
-        """Compare methods over seeds on equal terms; the same command again goes on where it stopped.
+        """Compare methods over several seeds on equal terms. To continue after a stop, run the same command again.
 
         Args:
-            preset: One of lag, stress, mismatch, clip, ablation, settle, search, tools; the other options change it.
-            methods: Arms: rows of alp/methods.py. Default: the preset's arms.
-            vary: Settings that every arm meets, as FIELD=VALUE,VALUE: --vary update.sigma=1e-3,1e-2 rollout.lag=0,8.
+            preset: One of lag, stress, mismatch, clip, ablation, settle, search, tools; the other options override it.
+            methods: Arms: method names in alp/methods.py. Default: the preset's arms.
+            vary: Run every arm at each of these values: --vary update.sigma=1e-3,1e-2 rollout.lag=0,8.
             contrasts: Pairs to test, as ARM:BASELINE. Default: the preset's, or ALP against Bypass and all against GRPO.
-            seeds: Each is one run of every arm, from one warmed-up model.
-            jobs: Cells at a time. Default: one for each GPU, or for each core over `threads`.
-            threads: Threads of a cell on the CPU; results depend on it, so a comparison keeps the number it began with.
+            seeds: Each seed runs every arm once, from the same warmed-up model.
+            jobs: Cells (one arm with one seed) that run at once. Default: one per GPU, or CPU cores / `threads`.
+            threads: CPU threads per cell. Results depend on it, so a comparison keeps the number it began with.
             out: The comparison's folder. Default: runs/PRESET, or runs/compare.
         """
         from .study.compare import Comparison, cross
@@ -73,7 +73,7 @@ def _compare_from(preset: Preset) -> Callable[..., None]:
             pairs = tuple((text.split(":")[0], text.split(":")[1]) for text in contrasts)
         arms, pairs = cross(arms, pairs, vary)
         if len(set(methods)) < len(methods):
-            raise UserError(f"methods={methods}; none twice")
+            raise UserError(f"methods={methods}; each may appear once")
         if config.update.method != chosen.base.update.method or config.seed != chosen.base.seed:
             raise UserError("update.method and seed belong to a single run; a comparison takes --methods and --seeds")
         for name, value, fits in (("jobs", jobs, "1 or more"), ("threads", threads, "1 or more")):
@@ -82,8 +82,8 @@ def _compare_from(preset: Preset) -> Callable[..., None]:
         folder = out or Path("runs") / (preset or "compare")
         faults = run_comparison(Comparison(folder, chosen.about, config, arms, seeds, pairs, threads), jobs)
         if faults:
-            logs = f"see {folder / 'logs'}; the same command runs them again"
-            raise UserError(f"{len(faults)} cells stopped on a fault: {', '.join(faults)}; {logs}")
+            logs = f"see {folder / 'logs'}; run the same command again to retry them"
+            raise UserError(f"{len(faults)} cells failed: {', '.join(faults)}; {logs}")
         print(f"compared {len(arms)} arms on {len(seeds)} seeds: alp report {folder}")
 
     return compare
@@ -98,7 +98,7 @@ def _preset_called(name: str | None) -> Preset:
 
 
 def _preset_in(arguments: list[str]) -> Preset:
-    """The preset that the command line names, which the other options change: known before they are read."""
+    """Read --preset before the other options are parsed: they override its configuration."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     return _preset_called(parser.parse_known_args(arguments)[0].preset)
@@ -107,12 +107,12 @@ def _preset_in(arguments: list[str]) -> Preset:
 def evaluate(
     model: tyro.conf.Positional[str], settings: _EvalConfig = _EVAL_DEFAULT, config: _Config = _DEFAULT
 ) -> None:
-    """Accuracy of a run's model, or of any Hugging Face model: as before and after training, or on benchmarks.
+    """Measure the accuracy of a run's model or of any Hugging Face model, on the run's task or on benchmarks.
 
-    Without --on: the task's own problems, sampled on both numerical paths, and greedy.
+    Without --on: the task's evaluation problems, sampled on both numerical paths and decoded greedily.
 
     Args:
-        model: A run folder (its own task and paths are then used), a model directory, or a name on the hub.
+        model: A run folder (its own task and paths are used), a model directory, or a name on the hub.
     """
     if settings.on:
         from .measures.benchmark import evaluate_on
@@ -128,11 +128,11 @@ def evaluate(
 
 
 def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> None:
-    """Write one self-contained HTML page about one or several runs, or about a grid with its tables beside it.
+    """Write one self-contained HTML page about one or several runs, or about a grid (with tables in files beside it).
 
     Args:
-        runs: Run folders; or one folder of a grid, or an export of one.
-        out: The page to write; by default report.html, of a grid in its folder. It replaces no other kind of file.
+        runs: Run folders, or one grid folder, or one exported grid.
+        out: The page to write. Default: report.html, for a grid in its folder. Files of other kinds are not replaced.
     """
     from .study.report import write_report
 
@@ -140,19 +140,19 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None
 
 
 def doctor() -> None:
-    """Say what this machine offers: engines (and why not the others), devices, threads, versions."""
+    """Print what this machine offers: engines (with the reason if one is unavailable), devices, threads, versions."""
     from .doctor import describe_machine
 
     print(describe_machine())
 
 
 def _say(what: object) -> None:
-    """One line on stderr, whatever a library's message in it looks like."""
+    """Print one line on stderr; line breaks in a library's message become spaces."""
     print("alp:", " ".join(str(what).split()), file=sys.stderr)
 
 
 def run() -> int:
-    """Run the command that sys.argv names; returns the exit code."""
+    """Run the command in sys.argv; returns the exit code."""
     leave_out_import_chatter()
     try:
         is_compare = sys.argv[1:2] == ["compare"]
@@ -173,7 +173,9 @@ def run() -> int:
         return stop.exit_code
     except KeyboardInterrupt:
         again = (
-            "the same command goes on" if is_compare else "alp train --resume RUN continues from the last checkpoint"
+            "run the same command again to continue"
+            if is_compare
+            else "alp train --resume RUN continues from the last checkpoint"
         )
         _say(f"interrupted; {again}")
         return 130

@@ -1,7 +1,7 @@
-"""The configuration of a run: one frozen dataclass with a group for each part, checked when it is made.
+"""The configuration of a run: one frozen dataclass with a group of fields per part, checked on construction.
 
-The command line is these fields (`alp train --rollout.lag 4`); the run folder's config.json holds them resolved.
-A field arrives when a second value has proved useful.
+The fields are the command line's options (`alp train --rollout.lag 4`); the run folder's config.json records them all.
+A setting becomes a field once a second value has proved useful.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .plugins import load_plugins
 
 
 def layers_of(text: str) -> str | list[int]:
-    """update.layers: a name, or numbers separated by commas; else a UserError."""
+    """Parse update.layers: a name, or numbers separated by commas. Anything else raises a UserError."""
     if text in ("all", "final", "logits"):
         return text
     try:
@@ -31,13 +31,13 @@ def layers_of(text: str) -> str | list[int]:
 
 
 def _is_service(tools: ToolsConfig) -> bool:
-    """Whether tools.url is what tools.tool needs; a password in it would be written to config.json."""
+    """Whether tools.url fits tools.tool. A password in the URL does not: it would be written to config.json."""
     if tools.url is None or tools.tool != "http":
         return tools.url is None and tools.tool != "http"
     try:
         url = urllib.parse.urlsplit(tools.url)
         return url.scheme in ("http", "https") and bool(url.hostname) and "@" not in url.netloc and url.port != 0
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         return False
 
 
@@ -46,17 +46,18 @@ class TaskConfig:
     """What the model is asked, and how answers are scored."""
 
     name: str = "mod_chain"
-    """A reasoning-gym dataset: "mod_chain" is the built-in one. Ignored where `path` is given."""
+    """A reasoning-gym dataset, or the built-in "mod_chain" or "tool_chain". Ignored if `path` is given."""
     options: tuple[str, ...] = ()
     """Fields of the dataset's configuration, as key=value (for example: max_word_len=6). With `path`: the columns
-    question=NAME and answer=NAME, and for `datasets` subset=NAME, split=NAME, eval_split=NAME."""
+    question=NAME and answer=NAME, and for the `datasets` library subset=NAME, split=NAME, eval_split=NAME."""
     path: Path | None = None
-    """A JSONL, JSON, parquet or CSV file, or a name or folder of the `datasets` library: questions with an answer, or
-    with a solution that boxes it (MATH) or ends in #### (GSM8K); scored by math-verify."""
+    """A JSONL, JSON, parquet or CSV file, or a name or folder of the `datasets` library. Records need a question and
+    an answer, or a solution that boxes its answer (MATH) or ends in #### and the answer (GSM8K). math-verify scores."""
     eval_path: Path | None = None
-    """Such problems for evaluation; without it the test or validation split, or every tenth problem of `path`."""
+    """Evaluation problems in one of these forms. Default: the test or validation split, or every tenth problem of
+    `path`."""
     system: str | None = None
-    """System prompt, through the chat template; before the question where the model has no place for one."""
+    """System prompt, through the chat template, or before the question if the model takes no system prompt."""
     suffix: str = ""
     """Text after every question, for example an instruction on how to write the answer."""
 
@@ -69,10 +70,10 @@ class ModelConfig:
     """ "tiny", a directory of a model or of a LoRA adapter, or a name on the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: int | None = None
-    """Rank of adapters on all linear layers, trained in place of the weights; needs a `path`."""
+    """Rank of LoRA adapters on all linear layers, trained instead of the weights; needs a `path`."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     hidden_size: int = 96
-    """Of the tiny model, as the next three."""
+    """Width of the tiny model; the next three fields also belong to it."""
     intermediate_size: int = 256
     num_layers: int = 2
     num_heads: int = 4
@@ -80,20 +81,20 @@ class ModelConfig:
 
     @property
     def is_tiny(self) -> bool:
-        """Whether it is the built-in decoder."""
+        """Whether this is the built-in decoder."""
         return self.path == "tiny"
 
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """Supervised warm-up of the tiny model on faulty demonstrations, until its greedy answers are right."""
+    """Supervised warm-up of the tiny model on faulty demonstrations, up to a greedy accuracy."""
 
     accuracy: float = 0.95
-    """Greedy accuracy that ends it; 0 skips it. A number of steps would not do: the skill appears suddenly."""
+    """Greedy accuracy that ends the warm-up; 0 skips it. A fixed length would not work: the skill appears suddenly."""
     max_steps: int = 2000
-    """Give up after so many."""
+    """The run fails if the warm-up needs more steps than this."""
     error: float = 0.12
-    """Chance of a fault in each step of a demonstration: what is left for RL to sharpen."""
+    """Probability of a fault in each step of a demonstration: it leaves RL something to improve."""
     batch: int = 128
     lr: float = 3e-3
 
@@ -105,12 +106,12 @@ class RolloutConfig:
     path: Literal[
         "same", "bf16", "int8", "ao-int8", "ao-int8-weights", "ao-fp8", "ao-fp8-weights", "ao-int4-weights", "vllm"
     ] = "int8"
-    """The sampler: the training path itself, bfloat16, 8-bit activations by `bits`-bit weights, torchao's
-    quantisation of both or of weights alone, or vLLM."""
+    """The sampler: the training path itself (same), bfloat16, 8-bit activations and `bits`-bit weights (int8),
+    torchao's quantisation of activations and weights or of weights only (ao-*), or vLLM."""
     server: str | None = None
     """URL of a vLLM server; None: vLLM inside this process."""
     bits: int = 5
-    """Bits of a weight on the int8 path (symmetric, one scale per output channel)."""
+    """Bits per weight on the int8 path (symmetric, one scale per output channel)."""
     lag: int = 2
     """Age of the sampling weights, in rollout batches; ramps up from 0."""
     prompts: int = 32
@@ -118,32 +119,32 @@ class RolloutConfig:
     """Completions per prompt: the group whose mean reward is the baseline."""
     temperature: float = 1.0
     max_new_tokens: int | None = None
-    """None: what the longest demonstration needs (tiny model), or 256."""
+    """Length limit of a completion. None: what the longest demonstration needs (tiny model), or 256 per turn."""
     chunk: int = 512
     """Completions sampled together; bounds the memory of the key-value cache."""
 
 
 @dataclass(frozen=True)
 class ToolsConfig:
-    """Turns in which the model writes code and reads what it printed; docs/tools.md."""
+    """Turns in which the model writes code and reads what the code printed; see docs/tools.md."""
 
     max_turns: int | None = None
-    """Turns the model may take, the answer's included; 0: no tools. None: what the task needs (tool_chain), else 0."""
+    """Most turns of the model, including the answer; 0: no tools. None: what the task needs (tool_chain), else 0."""
     tool: Literal["monty", "http"] = "monty"
     """A pool of sandboxed interpreters on this machine, or a SandboxFusion-compatible service at `url`."""
     url: str | None = None
-    """Of the service. The value of its Authorization header is read from ALP_TOOLS_AUTHORIZATION."""
+    """URL of the service. The environment variable ALP_TOOLS_AUTHORIZATION holds its Authorization header's value."""
     timeout: float = 2.0
     """Seconds a script may run."""
     memory_mib: int = 128
     """Memory a script may use (monty; a service has its own limit)."""
     workers: int | None = None
-    """Scripts that run at once; None: one a core (monty), 32 (http)."""
+    """Scripts that run at once; None: one per core, at most 16 (monty), or 32 (http)."""
     observation_tokens: int = 256
-    """Tokens of a script's output that the model reads; the rest is cut."""
+    """Most tokens of a script's output that the model reads; the rest is cut."""
     void: Literal["failure", "exclude"] = "failure"
-    """A trajectory that ends in a turn with neither code nor answer fails, or also stays out of the loss (the paper's
-    code), while its reward still counts in its group's mean."""
+    """What happens to a trajectory that ends in a turn with neither code nor answer. failure: its reward is 0. exclude:
+    it also stays out of the loss (as in the paper's code), but its reward still counts in its group's mean."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class UpdateConfig:
     """One optimiser step."""
 
     method: str = "alp-sequence"
-    """A row of alp/methods.py."""
+    """A method's name in alp/methods.py."""
     lr: float = 1e-4
     minibatches: int = 4
     """Optimiser steps per rollout batch; each adds staleness."""
@@ -162,18 +163,18 @@ class UpdateConfig:
     normalise_std: bool = True
     """Divide centred rewards by the group's standard deviation."""
     clip_low: float | None = None
-    """None: the method's own, as for the next two."""
+    """None: the method's own clip; this also holds for the next two fields."""
     clip_high: float | None = None
     dual_clip: float | None = 3.0
-    """One cap for all methods that have a dual clip, so that they compare."""
+    """One value for all methods that have a dual clip, so that they are comparable."""
     sigma: float = 1e-2
-    """Noise at the perturbed layers' inputs; only methods that perturb read these five."""
+    """Noise at the perturbed layers' inputs. Only methods that perturb read this and the next four fields."""
     sigma_lr: float = 5e-4
     layers: str = "all"
     """ "all", "final", "logits" or layer numbers like "0,3"."""
     scale: Literal["absolute", "rms"] = "absolute"
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Of the perturbed hidden states in 16 bits: nearest loses noise far below the bfloat16 step."""
+    """Rounding of perturbed 16-bit hidden states: nearest loses noise far below the bfloat16 rounding step."""
 
 
 @dataclass(frozen=True)
@@ -190,35 +191,35 @@ class TrainConfig:
     """Rollout batches."""
     seed: int = 0
     eval_prompts: int = 256
-    """Problems of the evaluations before and after."""
+    """Problems per evaluation."""
     diagnose_every: int = 10
-    """Steps between reports that tell the sampler's mismatch, staleness and perturbation apart; 0: never."""
+    """Steps between diagnoses, which measure mismatch, staleness and perturbation separately; 0: never."""
     measure_clean: bool = False
-    """Every step, the unperturbed policy against the sampler: KL, ratios and their tail. Costs a forward where
-    the method does without one."""
+    """At every step, compare the unperturbed policy with the sampler: KL, ratios and their tail. Costs a forward,
+    unless the method already recomputes log-probabilities."""
     measure_step_kl: bool = False
-    """Every step, the KL from the policy before its updates to the one after them. Costs one or two forwards."""
+    """At every step, measure the KL from the policy before its updates to that after. Costs one or two forwards."""
     eval_every: int = 0
     """Steps between evaluations during training; 0: none. The best model so far is kept in best/."""
     checkpoint_every: int = 20
     """Steps between checkpoints; the last two are kept."""
     parallel: Literal["data", "fsdp"] = "data"
-    """Under torchrun: every rank with the whole model, or FSDP2's shards of weights, gradients and optimiser state."""
+    """Under torchrun: every rank holds the whole model (data), or FSDP2 shards weights, gradients and optimiser state."""
     compute_dtype: Literal["bfloat16"] | None = None
-    """With parallel="fsdp": bfloat16 forward and backward while weights are kept in model.dtype; None: as kept."""
+    """With parallel="fsdp": dtype of forward and backward; weights stay in model.dtype. None: model.dtype."""
     runs: Path = Path("runs")
-    """Folder that receives the run's folder."""
+    """Folder in which the run's folder is created."""
     cache: Path | None = None
     """Folder for warmed-up models; None: cache/ in `runs`."""
     name: str | None = None
-    """Name of the run's folder; None: from task, method, seed and time."""
+    """Name of the run's folder; None: task, method, seed and time."""
     device: str | None = None
-    """None: cuda where there is one, else cpu."""
+    """None: cuda if available, else cpu."""
     plugins: tuple[str, ...] = ()
     """Python files or modules to import first: they register methods (alp.methods.register) and reasoning-gym tasks."""
 
     def __post_init__(self) -> None:
-        """Raise a UserError that names the field, what came and what fits."""
+        """Check the fields; raises a UserError that names the field, its value and what fits."""
         load_plugins(self.plugins)
         rollout, update, warmup, model = self.rollout, self.update, self.warmup, self.model
         tools = self.tools
@@ -227,7 +228,9 @@ class TrainConfig:
             raise UserError(f"update.method={update.method!r} is not one of {known}{nearest(update.method, METHODS)}")
         layers_of(update.layers)
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
-            raise UserError(f"name={self.name!r}; it needs a folder's name without slashes; --runs says where it goes")
+            raise UserError(
+                f"name={self.name!r}; it needs a folder name without slashes; --runs sets the parent folder"
+            )
         minibatch_fits = update.minibatches >= 1 and rollout.prompts % update.minibatches == 0
         claims: list[tuple[str, Any, bool, str]] = [
             ("steps", self.steps, self.steps >= 0, "0 or more"),
@@ -264,7 +267,7 @@ class TrainConfig:
             ("update.clip_high", update.clip_high, (update.clip_high or 0) >= 0, "0 or more"),
             ("update.dual_clip", update.dual_clip, update.dual_clip is None or update.dual_clip > 1, "a number > 1"),
             ("update.sigma", update.sigma, update.sigma > 0, "a number > 0 (bypass-* are the methods without noise)"),
-            ("update.sigma_lr", update.sigma_lr, update.sigma_lr >= 0, "0 or more (0: sigma stays as it is)"),
+            ("update.sigma_lr", update.sigma_lr, update.sigma_lr >= 0, "0 or more (0: sigma stays fixed)"),
             ("model.lora", model.lora, model.lora is None or model.lora >= 1, "1 or more"),
             (
                 "model.lora",
@@ -318,9 +321,9 @@ class TrainConfig:
 
     @staticmethod
     def load(path: Path, *, to_resume: bool = False) -> TrainConfig:
-        """Read what `to_json` wrote; unknown keys and unreadable files are UserErrors.
+        """Read a file that `to_json` wrote. Unknown keys and unreadable files raise a UserError.
 
-        `to_resume`: so is an option of an older version that this one cannot go on with.
+        With `to_resume`, so does an option of an older version that this version cannot continue with.
         """
         try:
             data = json.loads(path.read_text())
@@ -331,7 +334,7 @@ class TrainConfig:
         try:
             data = without_gone(data, str(path), to_resume=to_resume)
             config = _from_dict(TrainConfig, data, where=str(path))
-        except (TypeError, AttributeError) as error:  # a value of another type than its field
+        except (TypeError, AttributeError) as error:  # a value of the wrong type
             raise UserError(f"{path} is not the config.json of a run: {error}") from None
         assert isinstance(config, TrainConfig)
         return config
@@ -342,16 +345,16 @@ class EvalConfig:
     """What `alp eval --on` measures."""
 
     on: tuple[str, ...] = ()
-    """Files (all problems), `datasets` names (their test or validation split, else all) or reasoning-gym datasets
-    (eval_prompts problems): avg@n and pass@k. None: the run's own task, as before and after training."""
+    """What to measure avg@n and pass@k on: files (all problems), `datasets` names (test or validation split, else all)
+    or reasoning-gym datasets (eval_prompts problems). Empty: the run's own task, as before and after training."""
     samples: int = 8
-    """Completions of each problem, n."""
+    """Completions per problem (n)."""
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int | None = None
-    """None: as the run's completions, or 256."""
+    """None: the limit of the run's completions, or 256 per turn."""
     json: Path | None = None
-    """Write the table to this file, too."""
+    """Also write the table to this file."""
 
     def __post_init__(self) -> None:
         for name, holds, fits in (
@@ -365,11 +368,11 @@ class EvalConfig:
 
 
 _GONE = {"update": {"draws": 1}}
-"""Options that older configurations hold, by group, and the value that this version computes with."""
+"""Removed options that older configurations hold, by group, and the value that this version implements."""
 
 
 def without_gone(data: dict[str, Any], where: str, *, to_resume: bool) -> dict[str, Any]:
-    """A recorded configuration without options that are gone; `to_resume`: another value than _GONE's is a UserError."""
+    """Drop removed options from a recorded configuration. With `to_resume`, values unlike _GONE's raise a UserError."""
     for group, gone in _GONE.items():
         options = data.get(group)
         if not isinstance(options, dict):
@@ -377,15 +380,15 @@ def without_gone(data: dict[str, Any], where: str, *, to_resume: bool) -> dict[s
         for name, value in gone.items():
             if to_resume and options.get(name, value) != value:
                 raise UserError(
-                    f"{where}: {group}.{name}={options[name]!r} is of an older version; this one goes on with "
-                    f"{group}.{name}={value!r} alone"
+                    f"{where}: {group}.{name}={options[name]!r} is from an older version; this version continues only "
+                    f"runs with {group}.{name}={value!r}"
                 )
         data = data | {group: {name: value for name, value in options.items() if name not in gone}}
     return data
 
 
 def _from_dict(kind: type, data: dict[str, Any], where: str) -> Any:
-    """A dataclass from nested dictionaries; every key must be a field."""
+    """Build a dataclass from nested dictionaries; every key must be a field."""
     types_of = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
     values = {}
@@ -397,7 +400,7 @@ def _from_dict(kind: type, data: dict[str, Any], where: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    """JSON has no paths, tuples or dataclasses: make them from what it has."""
+    """Convert a JSON value to the field's type: JSON has no paths, tuples or dataclasses."""
     if dataclasses.is_dataclass(kind):
         assert isinstance(kind, type)
         return _from_dict(kind, value, where)

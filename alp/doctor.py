@@ -1,4 +1,4 @@
-"""What this machine offers: engines and why not the others, devices, threads, versions."""
+"""What this machine offers: engines (with the reason if one is unavailable), devices, threads, versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("alp-kernels", "torch", "triton", "transformers", "reasoning-gym", 
 
 
 def describe_machine() -> str:
-    """Several lines, for people and for bug reports."""
+    """Return several lines of text, for people and for bug reports."""
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         devices.append("xpu")
@@ -35,10 +35,10 @@ def describe_machine() -> str:
 def _choice(device: torch.device) -> str:
     try:
         chosen = pick(None, device).name
-    except (EngineUnavailable, ValueError) as error:  # what the environment variable asks for cannot be had
+    except (EngineUnavailable, ValueError) as error:  # the engine in the environment variable is unavailable
         return f"none: {error}"
     return (
-        f"{chosen!r}, as {ENVIRONMENT_VARIABLE} asks"
+        f"{chosen!r}, chosen by {ENVIRONMENT_VARIABLE}"
         if os.environ.get(ENVIRONMENT_VARIABLE)
         else f"the automatic choice is {chosen!r}"
     )

@@ -1,9 +1,9 @@
-"""The methods as rows of one table: an objective of alp_kernels, and whether the update's forward is perturbed.
+"""The table of methods: each has an objective of alp_kernels and may perturb the update's forward.
 
 numerator    clean, or perturbed (ALP)
 denominator  Objective.denominator: the sampler's log-probabilities, or the trainer's, recomputed ("old")
 
-A method of your own is one more row, from a file named by --plugins:
+To add your own method, register it in a file named by --plugins:
 
     from alp.methods import register
     from alp_kernels import Objective
@@ -21,18 +21,18 @@ from alp_kernels.objective import PRESETS, Objective
 
 @dataclass(frozen=True)
 class Method:
-    """One row. `objective` may be changed by `with_clips`; `perturbed` is what ALP adds."""
+    """One method. `with_clips` changes the objective's clips; `perturbed` (ALP) adds noise to the update's forward."""
 
     objective: Objective
     perturbed: bool
 
     @property
     def needs_old_logp(self) -> bool:
-        """Whether the trainer must recompute log-probabilities before the updates: ALP and Bypass skip that forward."""
+        """Whether the trainer must recompute log-probabilities before the updates. ALP and Bypass skip that forward."""
         return self.objective.denominator == "old"
 
     def with_clips(self, low: float | None, high: float | None, dual: float | None) -> Method:
-        """The same method with some clips replaced; None keeps its own. `dual` is ignored if it has no dual clip."""
+        """Return the method with new clips; None keeps its own. `dual` is ignored if the method has no dual clip."""
         given = {
             "clip_low": low,
             "clip_high": high,
@@ -48,7 +48,7 @@ METHODS: dict[str, Method] = {
 
 
 def register(name: str, objective: Objective, *, perturbed: bool = False) -> None:
-    """Add a row to the table; the same row again is no change, another one under a name that is taken a ValueError."""
+    """Add a method. Adding the same one again does nothing; adding another under a taken name raises a ValueError."""
     method = Method(objective, perturbed)
     if METHODS.setdefault(name, method) != method:
-        raise ValueError(f"register: the method {name!r} exists with another objective; it needs a name of its own")
+        raise ValueError(f"register: name={name!r} is taken by a different method; choose another name")

@@ -1,4 +1,4 @@
-"""Files and modules of the user's own, imported before a configuration is checked: they register methods and tasks."""
+"""Import the user's own files and modules, which register methods and tasks, before a configuration is checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import UserError
 
 
 def load_plugins(names: tuple[str, ...]) -> None:
-    """Import each file ("my/methods.py") or module ("my.methods") once; what it raises becomes a UserError."""
+    """Import each file ("my/methods.py") or module ("my.methods") once. Any exception becomes a UserError."""
     for name in names:
         try:
             _load_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)

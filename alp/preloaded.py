@@ -1,4 +1,4 @@
-"""What a comparison's workers have imported before they are forked (`set_forkserver_preload` takes names of modules)."""
+"""Imports of a comparison's fork server before it forks workers (`set_forkserver_preload` takes module names)."""
 
 import importlib
 

@@ -1,8 +1,8 @@
-"""Prompts -> groups of completions: what a sampler is asked for and gives, and `sample`, by transformers' own forward.
+"""From prompts to groups of completions: the samplers' interface, and `sample`, which uses transformers' own forward.
 
 Each token comes with its log-probability under the sampler that sampled it.
 
-Token ids are kept end to end and never tokenised again. B = P prompts * G samples, the samples of a prompt adjacent.
+Token ids are kept end to end and never tokenised again. B = P prompts * G samples; a prompt's samples are adjacent.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .config import RolloutConfig
 from .policy.adapters import Weights
 from .policy.models import Policy, positions
 
-_PICKED_AT_ONCE = 1 << 24  # float64 probabilities in memory while tokens are picked
+_PICKED_AT_ONCE = 1 << 24  # most float64 probabilities in memory while tokens are picked
 
 
 @dataclass(frozen=True)
 class Turns:
-    """What a rollout of several turns with a tool knows beside its tokens; alp/tools/turns.py."""
+    """What a multi-turn rollout with a tool records besides tokens; see alp/tools/turns.py."""
 
     ends: Tensor  # (B, T) bool; the last token of each turn
-    figures: dict[str, Tensor]  # (B,) each: turns, void, calls, cut, and each status a call can end with
+    figures: dict[str, Tensor]  # (B,) each: turns, void, calls, cut, and the calls per status
     tool_s: float  # seconds that the whole rollout waited for the tool
 
     def rows(self, index: slice) -> Turns:
@@ -42,15 +42,15 @@ class Turns:
 class Completions:
     """Prompts padded on the left to width W, completions of at most T tokens on the right.
 
-    What a tool printed stands among a completion's tokens, in the attention mask but not in the mask.
+    A completion's tokens include what a tool printed: `attention_mask` covers it, `mask` does not.
     """
 
     tokens: Tensor  # (B, W + T) int64
     attention_mask: Tensor  # (B, W + T) int64; 0: padding
-    mask: Tensor  # (B, T) bool; sampled tokens, the one that ends the completion included: those with a loss
-    logp: Tensor  # (B, T) float32, of the sampler, at the sampling temperature; 0 outside the mask
+    mask: Tensor  # (B, T) bool; sampled tokens, including the end token: the loss covers these
+    logp: Tensor  # (B, T) float32; under the sampler, at the sampling temperature; 0 outside the mask
     texts: list[str]
-    truncated: Tensor  # (B,) bool; ran into the length limit, or out of turns
+    truncated: Tensor  # (B,) bool; reached the length limit, or ran out of turns
     turns: Turns | None = None  # None: one turn, without tools
 
     @property
@@ -70,7 +70,7 @@ class Completions:
         )
 
     def without_void(self) -> Completions:
-        """Void trajectories without a loss: their rewards have been counted, their tokens are not."""
+        """Take void trajectories out of the loss; their rewards still count in their group's mean."""
         if self.turns is None:
             return self
         is_kept = (self.turns.figures["void"] == 0).to(self.mask.device)[:, None]
@@ -80,19 +80,19 @@ class Completions:
 
 
 Stop = Callable[[Tensor, Tensor], Tensor]
-"""Given a chunk's tokens so far (R, t) and which rows go on (R,): the rows to end here as at an end token, (R,) bool."""
+"""Takes a chunk's tokens so far (R, t) and the rows still alive (R,); returns the rows to end here, (R,) bool."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a sampler is asked for: each prompt completed `num_samples` times."""
+    """A request to a sampler: complete each prompt `num_samples` times."""
 
     prompts: list[list[int]]  # token ids, of any lengths
     num_samples: int
     max_new_tokens: int
-    u: Tensor | None  # (B, max_new_tokens) in [0, 1) picks the tokens; None: the most probable token each time
-    temperature: float = 1.0  # divides the logits, in what is sampled from and in the log-probabilities returned
-    top_p: float = 1.0  # keep the most probable tokens that hold this much probability; it enters both likewise
+    u: Tensor | None  # (B, max_new_tokens) in [0, 1): picks the tokens; None: greedy decoding
+    temperature: float = 1.0  # divides the logits, for sampling and for the returned log-probabilities
+    top_p: float = 1.0  # nucleus sampling, for sampling and for the returned log-probabilities
     stop: Stop | None = None  # ends rows before their end token
 
 
@@ -101,18 +101,18 @@ Sample = Callable[[Policy, Request], Completions]
 
 
 class Sampler(Protocol):
-    """What the loop asks of a sampler: completions, from weights that it is given batch by batch."""
+    """A sampler as the loop uses it: it gets the new weights after each batch and samples completions."""
 
     history: deque[Weights]
     """Weights of the last batches, oldest first."""
 
     @property
     def weights(self) -> Weights:
-        """Those in use."""
+        """The weights it samples from."""
         ...
 
     def push(self, model: nn.Module) -> None:
-        """Note the weights after a batch's updates."""
+        """Store the model's weights after a batch's updates."""
         ...
 
     def restore(self, history: list[Weights]) -> None:
@@ -120,12 +120,12 @@ class Sampler(Protocol):
         ...
 
     def sample(self, policy: Policy, request: Request) -> Completions:
-        """As `sample`, with the sampler's weights; of `policy` the tokenizer counts."""
+        """Like `sample`, with the sampler's weights instead of the policy's; `policy` provides the tokenizer."""
         ...
 
 
 MakeSampler = Callable[[PreTrainedModel, RolloutConfig], Sampler]
-"""A sampler with the model's weights."""
+"""Makes a sampler that starts with the model's weights."""
 
 
 def uniforms(num_rows: int, num_tokens: int, seed: int, batch: int) -> Tensor:
@@ -136,7 +136,7 @@ def uniforms(num_rows: int, num_tokens: int, seed: int, batch: int) -> Tensor:
 
 @torch.no_grad()
 def sample(policy: Policy, request: Request, *, chunk: int = 512) -> Completions:
-    """Completions by transformers' forward with the policy's own weights; `chunk` of them are sampled together."""
+    """Sample completions with transformers' forward and the policy's own weights, `chunk` completions at a time."""
     prompts, num_samples, u = request.prompts, request.num_samples, request.u
     width = max(map(len, prompts))
     per_chunk = max(1, chunk // num_samples)
@@ -163,7 +163,7 @@ def _sample_chunk(policy: Policy, request: Request, width: int) -> tuple[Tensor,
 
     cache = DynamicCache(config=model.config)
     cached = {_cache_name(model): cache, "use_cache": True}  # the model adds keys and values to it in place
-    # without padding no mask is passed: attention then takes its fast causal path
+    # no mask without padding: attention can then use its fast causal path
     out = model(
         input_ids=ids,
         attention_mask=attending if is_padded else None,
@@ -207,12 +207,12 @@ def _sample_chunk(policy: Policy, request: Request, width: int) -> tuple[Tensor,
 
 
 def _cache_name(model: PreTrainedModel) -> str:
-    """What a forward calls its cache of keys and values: `cache` from transformers 5.24 on, `past_key_values` before."""
+    """Name of forward's key-value cache argument: `cache` from transformers 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, with room for the tokens to come: a new token's are copied, not all before them."""
+    """One layer's keys and values, preallocated: an update copies the new token's, not all earlier ones."""
 
     def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
         super().__init__()
@@ -232,8 +232,8 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _for_samples(layer: DynamicLayer, num_samples: int, num_tokens: int) -> DynamicLayer:
-    """A layer's cache after the prompts, for `num_samples` completions of each: a prompt is read once for its group."""
-    if type(layer) is not DynamicLayer:  # a sliding window does not grow with every token
+    """Repeat a layer's cache `num_samples` times after the prompts: the model reads a prompt once for its group."""
+    if type(layer) is not DynamicLayer:  # a sliding-window cache does not grow with every token
         if not hasattr(layer, "batch_repeat_interleave"):
             raise TypeError(
                 f"sample: this model's cache holds a {type(layer).__name__}, which transformers cannot repeat for the samples of "
@@ -252,7 +252,7 @@ def _for_samples(layer: DynamicLayer, num_samples: int, num_tokens: int) -> Dyna
 
 
 def _nucleus(log_probs: Tensor, top_p: float) -> Tensor:
-    """The distribution without its tail, normalised: the fewest tokens that hold `top_p`, the first always."""
+    """Keep the fewest tokens that hold probability `top_p`, always the most probable one, and renormalise."""
     ordered, order = log_probs.sort(dim=-1, descending=True)
     before = ordered.exp().cumsum(dim=-1) - ordered.exp()
     out = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order, before >= top_p)
@@ -260,7 +260,7 @@ def _nucleus(log_probs: Tensor, top_p: float) -> Tensor:
 
 
 def _pick(log_probs: Tensor, u: Tensor) -> Tensor:
-    """The token where the cumulative distribution passes u, (B,); float64, so that a large vocabulary loses none."""
+    """Pick the token where the cumulative distribution passes u, (B,). Float64 keeps every token of a large vocabulary."""
     vocabulary = log_probs.shape[-1]
     rows = max(1, _PICKED_AT_ONCE // vocabulary)
     tokens = []

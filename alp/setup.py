@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: its task, tool, policy and sampler. The one module that knows all kinds."""
+"""Make the parts of a run from its configuration: task, tool, policy, sampler. Only this module imports every kind."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .tools.tool import Tool
 from .tools.tool_task import INSTRUCTION, ToolTask
 from .warmup import warmed_up
 
-_SPARE_TURNS = 2  # of tool_chain, beyond one an operation: the answer's, and one to put something right
+_SPARE_TURNS = 2  # turns of tool_chain beyond one per operation: one for the answer, one for a correction
 
 
 def make_task(config: TaskConfig, seed: int) -> SingleTurn:
-    """The task that `config` names, asked in one turn; raises a UserError naming what does not fit."""
+    """Make the task that `config` names, for a single turn; raises a UserError that names what does not fit."""
     return JsonlTask(config, seed) if config.path is not None else make_gym_task(config, seed)
 
 
 def with_tools(task: SingleTurn, config: TrainConfig) -> Task:
-    """The task as `config.tools` wants it asked; the task itself where no tools are wanted."""
+    """Wrap the task for tool use as in `config.tools`; returns the task itself if that means no tools."""
     max_turns, is_tiny = config.tools.max_turns, config.model.is_tiny
     chain = task if isinstance(task, ToolChainTask) else None
     if max_turns is None:
@@ -51,7 +51,7 @@ def with_tools(task: SingleTurn, config: TrainConfig) -> Task:
 
 
 def make_tool(config: ToolsConfig) -> Tool:
-    """The tool that `config` names, tried once; raises a UserError that says why it cannot serve."""
+    """Make and check the tool that `config` names; raises a UserError that says why it cannot be used."""
     if config.tool == "http":
         assert config.url is not None  # the configuration was checked
         service = HttpTool(config.url, timeout=config.timeout, concurrency=config.workers or 32)
@@ -61,20 +61,20 @@ def make_tool(config: ToolsConfig) -> Tool:
 
 
 def make_sampler(model: PreTrainedModel, config: RolloutConfig) -> Sampler:
-    """The sampler that `config.path` names, with the model's weights."""
+    """Make the sampler that `config.path` names, with the model's weights."""
     return VllmSampler(model, config) if config.path == "vllm" else InProcessSampler(model, config)
 
 
 def make_policy(config: TrainConfig, task: Task, world: World, is_resumed: bool) -> Policy:
-    """The model to train: loaded, or the tiny one, which rank 0 warms up first; a resumed run's weights come later."""
+    """Load the model to train, or make the tiny one, which rank 0 warms up. A resumed run loads its weights later."""
     if not config.model.is_tiny:
-        torch.manual_seed(config.seed)  # fresh adapters are the same on every rank
+        torch.manual_seed(config.seed)  # gives fresh adapters the same weights on every rank
         return load_policy(config.model, world.device)._replace(system=config.task.system)
     if is_resumed:
         policy = make_tiny(config.model, task.pieces)
     else:
         if not world.is_main:
-            world.barrier()  # rank 0 fills the cache
+            world.barrier()  # rank 0 fills the cache first
         with Reporter("warm-up", None, quiet=not world.is_main) as report:
             policy, line = warmed_up(
                 config,

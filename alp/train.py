@@ -1,13 +1,13 @@
 """The loop: roll out, score, centre, update, record.
 
-What of textbook PPO/GRPO is left out, and why:
+Parts of textbook PPO/GRPO that are left out, and why:
 - a value network and GAE: a group's mean reward is the baseline, and rewards come at the end;
-- the old policy's forward: ALP and Bypass divide by what the sampler reported; only GRPO-like rows recompute;
+- the old policy's forward: ALP and Bypass divide by the sampler's probabilities; only GRPO-like methods recompute;
 - several epochs over a batch: minibatches and lag already make the data stale;
 - a KL penalty to a reference model: runs are short, and the reward is verified, not modelled;
 - a learning-rate schedule and early stopping: neither has proved useful yet.
 
-P prompts, G samples each; a step is one rollout batch and `minibatches` optimiser steps.
+P prompts, G samples per prompt; a step is one rollout batch and `minibatches` optimiser steps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .update import Experience, StepResult, Updater, score_clean
 
 
 class Clock:
-    """Seconds by phase of one step."""
+    """Measures the seconds of each phase of one step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -59,7 +59,7 @@ class Clock:
 
 
 class Trainer:
-    """Everything a run holds, and one step of it. Knows task and sampler by their protocols alone."""
+    """A run's state, and the code of one step. Uses task and sampler only through their protocols."""
 
     def __init__(
         self, config: TrainConfig, world: World, policy: Policy, task: Task, make_sampler: MakeSampler
@@ -69,10 +69,10 @@ class Trainer:
         self.max_new_tokens = new_tokens(config, policy, task)
         rollout = config.rollout
         if config.compute_dtype and rollout.path == "same":
-            rollout = dataclasses.replace(rollout, path="bf16")  # which is then the training path's arithmetic
+            rollout = dataclasses.replace(rollout, path="bf16")  # the training path then computes in bfloat16
         self.sampler = make_sampler(policy.model, rollout)
         self.plain: PlainCopy | None = None
-        if config.parallel == "fsdp" and world.size > 1:  # after the sampler: it is a copy, and stays in one piece
+        if config.parallel == "fsdp" and world.size > 1:  # after the sampler has copied the whole model
             compute_dtype = getattr(torch, config.compute_dtype) if config.compute_dtype else None
             self.plain = PlainCopy(policy.model, compute_dtype, world)
             shard(policy.model, compute_dtype, world)
@@ -80,10 +80,10 @@ class Trainer:
         self.updater = Updater(policy.model, config.update, config.rollout.temperature, config.seed, world)
         self.before: dict[str, float] = {}
         self.num_steps = 0
-        self._evaluated: tuple[int, dict[str, float]] | None = None  # at which step, and what came out
+        self._evaluated: tuple[int, dict[str, float]] | None = None  # step and accuracies of the last evaluation
 
     def step(self) -> Metrics:
-        """One rollout batch and the optimiser steps it feeds; returns what to record."""
+        """Run one rollout batch and its optimiser steps; returns the metrics to record."""
         clock, start = Clock(), time.monotonic()
         with clock("rollout"):
             problems = self.problems()
@@ -110,16 +110,16 @@ class Trainer:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """Places in the whole batch of this rank's prompts: a share of each minibatch, one after the other."""
+        """Indices of this rank's prompts in the whole batch: its share of each minibatch in turn."""
         return self.world.share(self.config.rollout.prompts, self.config.update.minibatches)
 
     def problems(self) -> list[Problem]:
-        """This step's problems of this rank."""
+        """This rank's problems for this step."""
         first = self.num_steps * self.config.rollout.prompts
         return [self.task.problem("train", first + i) for i in self.prompt_ids]
 
     def roll_out(self, problems: list[Problem]) -> Completions:
-        """G samples of each of this rank's prompts."""
+        """Sample G completions of each of this rank's prompts."""
         rollout = self.config.rollout
         u = uniforms(rollout.prompts * rollout.samples, self.max_new_tokens, self.config.seed, self.num_steps)
         request = Request(
@@ -136,7 +136,7 @@ class Trainer:
         return [problems[i // num_samples].score(text) for i, text in enumerate(completions.texts)]
 
     def centre(self, completions: Completions, scores: list[Score]) -> Experience:
-        """Advantages, and for the methods that need them the log-probabilities before this batch's updates."""
+        """Compute advantages and, if a method or measurement needs them, log-probabilities before the updates."""
         config, device = self.config, self.world.device
         num_samples = config.rollout.samples
         rewards_PG = torch.tensor([score.reward for score in scores], device=device).view(-1, num_samples)
@@ -155,7 +155,7 @@ class Trainer:
         return experience
 
     def update(self, experience: Experience) -> list[StepResult]:
-        """The batch's optimiser steps, one for each minibatch."""
+        """Take the batch's optimiser steps, one per minibatch."""
         num_minibatches = self.config.update.minibatches
         minibatches = experience.split(len(experience.advantages) // num_minibatches)
         first = self.num_steps * num_minibatches
@@ -164,7 +164,7 @@ class Trainer:
     # -------------------------------------------------------------- what a step reports
 
     def diagnose(self, experience: Experience) -> Metrics:
-        """Every so many steps: the sampler's mismatch, staleness and perturbation shift, apart."""
+        """Every `diagnose_every` steps, measure mismatch, staleness and perturbation shift separately."""
         if not self.diagnoses_now:
             return {}
         return diagnose(
@@ -172,11 +172,11 @@ class Trainer:
         )
 
     def measure(self, experience: Experience) -> Metrics:
-        """Every step where asked for: the unperturbed policy against the sampler."""
+        """With `measure_clean`, compare the unperturbed policy with the sampler at every step."""
         return clean_metrics(clean_stats(experience), self.diagnoses_now) if self.config.measure_clean else {}
 
     def measure_change(self, experience: Experience) -> Metrics:
-        """Every step where asked for: how far the step's updates moved the policy."""
+        """With `measure_step_kl`, measure at every step how far the updates moved the policy."""
         if not self.config.measure_step_kl:
             return {}
         assert experience.old_logp is not None
@@ -191,7 +191,7 @@ class Trainer:
         return every > 0 and self.num_steps % every == 0
 
     def report(self, completions: Completions, scores: list[Score], results: list[StepResult]) -> Metrics:
-        """The step's figures over all ranks; method.md's list, rewards, noise and counts."""
+        """The step's metrics over all ranks: loss, gradient norm, ratio statistics, rewards, noise and memory."""
         (loss,) = self.world.sum([float(sum(result.loss for result in results))])
         stats = Stats.cat([result.stats for result in results]).gather()
         grad_norms = torch.stack([result.grad_norm for result in results])
@@ -213,16 +213,16 @@ class Trainer:
     # -------------------------------------------------------------- outcome and state
 
     def make_whole(self) -> None:
-        """Before `evaluate` and `save`, which are for rank 0 alone: what is sharded is made whole there."""
+        """Gather a sharded model on rank 0. Call it on every rank before `evaluate` and `save`, which run on rank 0."""
         if self.plain is not None:
             self.plain.fill(self.policy.model)
 
     def save(self, folder: Path) -> None:
-        """Write the policy in Hugging Face form."""
+        """Write the policy in Hugging Face format."""
         (self.policy if self.plain is None else self.policy._replace(model=self.plain.model)).save(folder)
 
     def measure_mismatch(self) -> dict[str, float]:
-        """The sampler against the training path with the same weights; on every rank, and the same there."""
+        """Compare the sampler with the training path at equal weights. Every rank computes the same result."""
         return measure_mismatch(
             self.sampler,
             self.policy,
@@ -234,7 +234,7 @@ class Trainer:
         )
 
     def evaluate_now(self) -> Metrics:
-        """Every so many steps: accuracies as eval/NAME."""
+        """Every `eval_every` steps, return accuracies as eval/NAME."""
         return {f"eval/{name}": value for name, value in self.evaluate().items()} if self.evaluates_now else {}
 
     @property
@@ -243,7 +243,7 @@ class Trainer:
         return every > 0 and self.num_steps % every == 0
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracies of the policy as it is now; computed once a step."""
+        """Measure the current policy's accuracies, at most once per step."""
         if self._evaluated is None or self._evaluated[0] != self.num_steps:
             report = evaluate(
                 self.policy if self.plain is None else self.policy._replace(model=self.plain.as_computed()),
@@ -258,7 +258,7 @@ class Trainer:
         return self._evaluated[1]
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs; a collective call."""
+        """Return everything a resumed run needs; a collective call."""
         updater = self.updater
         state = take_state(self.policy.model, updater.optimiser, updater.handle, self.sampler, self.world)
         return {"num_steps": self.num_steps, "before": self.before, **state}
@@ -271,13 +271,15 @@ class Trainer:
 
 
 def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool = True) -> Path:
-    """Run, or continue, a training run; returns its folder."""
+    """Start or resume a training run; returns its folder."""
     start = time.monotonic()
     if resume is not None:
         config = TrainConfig.load(resume / "config.json", to_resume=True)
     world = World(config.device)
     if config.compute_dtype and world.size == 1:
-        raise UserError(f"compute_dtype={config.compute_dtype!r}: one process shards nothing; it needs torchrun")
+        raise UserError(
+            f"compute_dtype={config.compute_dtype!r}; it needs several processes under torchrun: one process does not shard"
+        )
     if config.rollout.prompts % (config.update.minibatches * world.size):
         raise UserError(
             f"rollout.prompts={config.rollout.prompts}; it needs a multiple of update.minibatches="
@@ -293,14 +295,14 @@ def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool =
 
 
 def _begin(config: TrainConfig, resume: Path | None, world: World) -> tuple[Trainer, Run]:
-    """The run's parts as they are before its first step, or after the one that its checkpoint holds."""
-    from .setup import make_policy, make_sampler, make_task, with_tools  # all kinds of them; the rest knows none
+    """Make the run's parts as before its first step, or as after the step of its checkpoint."""
+    from .setup import make_policy, make_sampler, make_task, with_tools  # the rest of this module imports no kind
 
     task = with_tools(make_task(config.task, config.seed), config)
-    # the folder before the warm-up: a name that is taken is known at once, and a run killed while warming up resumes
+    # create the folder before the warm-up: a taken name fails at once, and a run killed in the warm-up can be resumed
     folder = resume or Path(world.broadcast(str(create_run(config)) if world.is_main else None))
     run = Run(folder)
-    is_sharded = config.parallel == "fsdp" and world.size > 1  # a rank then reads its shards alone
+    is_sharded = config.parallel == "fsdp" and world.size > 1  # each rank then reads only its shards
     checkpoint = run.load_checkpoint(torch.device("cpu") if is_sharded else world.device, mmap=is_sharded)
     policy = make_policy(config, task, world, is_resumed=checkpoint is not None)
     torch.manual_seed(config.seed + world.rank)  # a model's dropout, if it has any, differs between the ranks
@@ -324,7 +326,7 @@ def _begin(config: TrainConfig, resume: Path | None, world: World) -> tuple[Trai
 
 
 def _loop(trainer: Trainer, run: Run) -> None:
-    """Step, record, keep; raises Stopped after the step in which a signal came."""
+    """Run the steps, record metrics, save checkpoints; raises Stopped after the step in which a signal came."""
     config, world = trainer.config, trainer.world
     reporter = Reporter("train", config.steps, start=trainer.num_steps, quiet=not world.is_main)
     with StopRequest(quiet=not world.is_main) as request, reporter as progress:
@@ -344,13 +346,13 @@ def _loop(trainer: Trainer, run: Run) -> None:
                     run.save_checkpoint(trainer.num_steps, state)
             progress(trainer.num_steps, in_short(metrics))
             if signum:
-                world.barrier()  # the checkpoint is there before a launcher sees any rank end
+                world.barrier()  # write the checkpoint before a launcher sees any rank exit
                 line = f"stopped after step {trainer.num_steps}; continue with alp train --resume {run.folder}"
                 raise Stopped(signum, line if world.is_main else "")
 
 
 def _finish(trainer: Trainer, run: Run, start: float, with_plots: bool) -> None:
-    """What the run came to."""
+    """Evaluate and save the model, write the outcome and the plots, print a summary."""
     world = trainer.world
     trainer.make_whole()
     if world.is_main:

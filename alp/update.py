@@ -28,12 +28,12 @@ from .rollout import Completions
 
 @dataclass(frozen=True)
 class Experience:
-    """Scored completions of this rank, and what the loss needs beside them."""
+    """This rank's scored completions, and what else the loss needs."""
 
     completions: Completions
     advantages: Tensor  # (B,) float32
-    sample_ids: Tensor  # (B,) int64: number in the whole rollout batch, on all ranks; names the rows' noise
-    old_logp: Tensor | None  # (B, T), clean, before this batch's updates; for methods and measurements that need it
+    sample_ids: Tensor  # (B,) int64: index in the rollout batch of all ranks; determines the rows' noise
+    old_logp: Tensor | None  # (B, T), unperturbed, before this batch's updates; None if nothing needs it
 
     def rows(self, index: slice) -> Experience:
         old = None if self.old_logp is None else self.old_logp[index]
@@ -47,12 +47,12 @@ class Experience:
 
 class StepResult(NamedTuple):
     stats: Stats  # this rank's
-    loss: Tensor  # () this rank's share; the ranks' sum is the loss
-    grad_norm: Tensor  # () of the whole batch's gradient, before clipping
+    loss: Tensor  # () this rank's share; the sum over ranks is the loss
+    grad_norm: Tensor  # () norm of the whole minibatch's gradient, before clipping
 
 
 def row_ids(experience: Experience) -> Tensor:
-    """(B, W + T - 1): identities of the rows the forward reads, whatever the padding, order, rank or micro-batch."""
+    """(B, W + T - 1): ids of the rows the forward reads, independent of padding, order, rank and micro-batch."""
     where = positions(experience.completions.attention_mask[:, :-1])
     return stream.row_ids(experience.sample_ids[:, None], where)
 
@@ -69,7 +69,7 @@ def _forward_logp(model: PreTrainedModel, part: Experience, temperature: float) 
     completions = part.completions
     keep = completions.mask.shape[1]
     hidden = hidden_states(model, completions.tokens, completions.attention_mask, keep)
-    head = output_head(model)  # after the forward: a sharded model's is whole now
+    head = output_head(model)  # after the forward, which gathers a sharded model's head
     logp, _ = linear_logprob(hidden, head, completions.targets, mask=completions.mask, temperature=temperature)
     return logp
 
@@ -106,7 +106,7 @@ class Updater:
 
     @contextlib.contextmanager
     def perturbed(self, step: int, experience: Experience) -> Iterator[None]:
-        """Noise on, for methods that perturb."""
+        """Turn the noise on, for methods that perturb."""
         if self.handle is None:
             yield
             return
@@ -114,10 +114,10 @@ class Updater:
             yield
 
     def step(self, step: int, minibatch: Experience) -> StepResult:
-        """One optimiser step on a minibatch; `step` counts them over the whole run and names the noise."""
+        """Take one optimiser step on a minibatch. `step` counts them over the whole run and determines the noise."""
         completions = minibatch.completions
         num_tokens, num_sequences = self.world.sum([float(completions.mask.sum()), float(len(minibatch.advantages))])
-        num_tokens = max(num_tokens, 1.0)  # every trajectory may be void and out of the loss
+        num_tokens = max(num_tokens, 1.0)  # all trajectories may be void and excluded from the loss
         self.optimiser.zero_grad(set_to_none=True)
         parts = []
         for part in minibatch.split(self.config.micro_batch):
@@ -134,11 +134,11 @@ class Updater:
         return StepResult(stats, torch.stack([out.loss.detach() for out in parts]).sum(), grad_norm)
 
     def loss(self, part: Experience, num_tokens: float, num_sequences: float) -> LossOutput:
-        """The method's loss of a micro-batch, as its share of the whole batch's."""
+        """The method's loss on a micro-batch, as its share of the whole minibatch's loss."""
         completions = part.completions
         keep = completions.mask.shape[1]
         hidden = hidden_states(self.model, completions.tokens, completions.attention_mask, keep)
-        head = output_head(self.model)  # after the forward: a sharded model's is whole now
+        head = output_head(self.model)  # after the forward, which gathers a sharded model's head
         logit_noise = None
         if self.config.layers == "logits" and self.handle is not None:
             ids = row_ids(part)[:, -keep:].reshape(-1)

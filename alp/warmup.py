@@ -1,6 +1,6 @@
-"""Supervised warm-up of the tiny model on faulty demonstrations, until its greedy answers are right; cached.
+"""Supervised warm-up of the tiny model on faulty demonstrations, up to a greedy accuracy; the result is cached.
 
-Muon on the hidden matrices, AdamW on the rest: 200 steps where AdamW alone needs 500 or more.
+Muon updates the hidden matrices, AdamW the rest. This takes 200 steps; AdamW alone takes 500 or more.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Report = Callable[[int, float, float], None]
 
 
 def warmed_up(config: TrainConfig, task: Task, report: Report) -> tuple[Policy, str]:
-    """The tiny model after its warm-up, from the cache where it is there; and a line on what happened."""
+    """Return the warmed-up tiny model, from the cache if possible, and a line that reports the warm-up."""
     folder = (config.cache or config.runs / "cache") / f"tiny-{task.name}-{_key(config, task)}"
     if folder.is_dir():
         model = Qwen2ForCausalLM.from_pretrained(folder)
-        return Policy(model.train(), character_tokenizer(task.pieces)), f"warm-up: taken from {folder}"
+        return Policy(model.train(), character_tokenizer(task.pieces)), f"warm-up: loaded from {folder}"
     start = time.monotonic()
     torch.manual_seed(config.seed)
     policy = make_tiny(config.model, task.pieces)
@@ -51,12 +51,12 @@ def warmed_up(config: TrainConfig, task: Task, report: Report) -> tuple[Policy, 
     _publish(policy, folder)
     return policy, (
         f"warm-up: greedy accuracy {accuracy:.2f} after {steps} steps, {time.monotonic() - start:.0f} s; "
-        f"kept in {folder}"
+        f"saved to {folder}"
     )
 
 
 def sources() -> list[Path]:
-    """The files whose code makes the warmed-up weights: the tiny model, all of tasks/ and tools/, and this one."""
+    """The files that determine the warmed-up weights: the tiny model, all of tasks/ and tools/, and this file."""
     package = Path(__file__).parent
     rooms = [path for room in ("tasks", "tools") for path in sorted((package / room).glob("*.py"))]
     policy = [package / "policy" / name for name in ("models.py", "tiny.py")]
@@ -80,7 +80,7 @@ def _key(config: TrainConfig, task: Task) -> str:
 
 
 def _publish(policy: Policy, folder: Path) -> None:
-    """Write beside, then rename: a cache entry is whole or absent, also where two runs make it at once."""
+    """Write to a folder beside, then rename: a cache entry is whole or absent, even if two runs make it at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
@@ -88,7 +88,7 @@ def _publish(policy: Policy, folder: Path) -> None:
         os.rename(beside, folder)
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)
-        if not folder.is_dir():  # another run was first: its model is the same
+        if not folder.is_dir():  # no other run made the same entry first
             raise
 
 
@@ -125,12 +125,12 @@ def _train(policy: Policy, config: TrainConfig, task: Task, report: Report) -> t
                 return step, accuracy
     raise UserError(
         f"warm-up: greedy accuracy is {accuracy:.2f} after {warmup.max_steps} steps, below warmup.accuracy="
-        f"{warmup.accuracy}; RL would stay flat. Raise warmup.max_steps, ease task.options, or give a model.path"
+        f"{warmup.accuracy}; RL would not improve it. Raise warmup.max_steps, ease task.options, or give a model.path"
     )
 
 
 def _loss(policy: Policy, task: Task, indices: range, error: float) -> Tensor:
-    """Cross-entropy of demonstrated answers and their end token; prompts, tools' outputs and padding carry none."""
+    """Cross-entropy of demonstrated answers and their end token, without prompts, tool outputs and padding."""
     eos = policy.eos_ids[0]
     demonstrations = [task.encode_demonstration(policy.tokenizer, i, error) for i in indices]
     prompts = [policy.encode_prompt(question) for question, _, _ in demonstrations]
@@ -150,7 +150,7 @@ def _loss(policy: Policy, task: Task, indices: range, error: float) -> Tensor:
 
 
 def _greedy_accuracy(policy: Policy, task: Task, max_new_tokens: int) -> float:
-    """Of problems that no split but this one has: the warm-up's demonstrations never reach these indices."""
+    """Greedy accuracy on problems of the warm-up's split, at indices that its demonstrations never reach."""
     problems = [task.problem("warmup", (1 << 23) + i) for i in range(_EVAL_PROBLEMS)]
     prompts = [policy.encode_prompt(problem.question) for problem in problems]
     completions = task.roll_out(sample, policy, Request(prompts, 1, max_new_tokens, u=None))

@@ -137,7 +137,7 @@ def test_the_warm_up_imitates_the_tasks_own_demonstrations(tmp_path: Path) -> No
     policy, line = warmup.warmed_up(config, own, lambda step, loss, accuracy: None)
     assert "greedy accuracy" in line and len(own.requests) >= 1
     again, line = warmup.warmed_up(config, own, lambda step, loss, accuracy: None)
-    assert "taken from" in line
+    assert "loaded from" in line
     for (_, a), (_, b) in zip(policy.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(a, b)
     other = dataclasses.replace(config, seed=1)

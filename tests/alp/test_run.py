@@ -317,7 +317,7 @@ def test_draws_of_an_older_run_are_read_and_more_than_one_is_not_resumed(tmp_pat
         assert TrainConfig.load(path) == config
         if draws == 1:
             assert TrainConfig.load(path, to_resume=True) == config
-    with pytest.raises(UserError, match=r"update\.draws=2 is of an older version; .* update\.draws=1 alone"):
+    with pytest.raises(UserError, match=r"update\.draws=2 is from an older version; .* update\.draws=1"):
         train(config, tmp_path)
     path.write_text(config.to_json().replace('"prompts"', '"draws": 1, "prompts"', 1))  # no group but `update` had it
     with pytest.raises(UserError, match="unknown key 'draws'"):

@@ -155,7 +155,7 @@ def test_an_older_comparison_goes_on_unless_it_has_more_draws(cache: Path, tmp_p
         if draws == 1:
             comparison.open()
             continue
-        with pytest.raises(UserError, match=r"grid\.json: alp-sequence: update\.draws=2 is of an older version"):
+        with pytest.raises(UserError, match=r"grid\.json: alp-sequence: update\.draws=2 is from an older version"):
             comparison.open()
 
 
@@ -334,7 +334,7 @@ def test_the_command_refuses_in_words(
         (["--preset", "lag", "--jobs", "0"], "jobs=0"),
         (["--methods", "grpo", "--seed", "3"], "--methods and --seeds"),
         (["--methods", "grpo", "--update.method", "mis"], "--methods and --seeds"),
-        (["--methods", "grpo", "grpo"], "none twice"),
+        (["--methods", "grpo", "grpo"], "each may appear once"),
         (["--methods", "grpo", "--vary", "update.lr=1,1"], "a value twice"),
         (["--methods", "grpo", "--vary", "update.method=mis"], "vary: 'update.method'"),
         (["--name", "x", "--methods", "grpo"], "name='x'"),
