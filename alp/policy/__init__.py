@@ -1,1 +1,1 @@
-"""The model that is trained: built in, or of Hugging Face, with or without adapters."""
+"""The trained model: the built-in one or one of Hugging Face, with or without adapters."""

@@ -1,7 +1,7 @@
 """LoRA: small matrices A (r, K) and B (N, r) beside each frozen linear weight W (N, K), which acts as W + s B A.
 
-The training path keeps the two products apart, as peft does; samplers get the one matrix they would serve.
-Models without adapters have weights, snapshots and states, too: all parameters are then trained.
+The training path computes the two products separately, as peft does; samplers get the one merged matrix.
+These functions also take models without adapters, whose parameters are all trained.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 
 Weights = dict[str, Tensor]
-"""A model's parameters by name, detached; of a sharded model its shards."""
+"""A model's parameters by name, detached; for a sharded model, its shards."""
 
-ADAPTER = "default"  # peft's name for the only one
-PREFIX = "base_model.model."  # of the names in adapter_model.safetensors
+ADAPTER = "default"  # peft's name for a single adapter
+PREFIX = "base_model.model."  # prefix of the names in adapter_model.safetensors
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """As peft saves one: adapter_config.json and adapter_model.safetensors, which peft, transformers and vLLM load."""
+    """Save adapter_config.json and adapter_model.safetensors as peft does; peft, transformers and vLLM load them."""
     from peft import get_peft_model_state_dict
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
     from safetensors.torch import save_file
@@ -36,7 +36,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
         folder / SAFETENSORS_WEIGHTS_NAME,
         metadata={"format": "pt"},
     )
-    for_inference, config.inference_mode = config.inference_mode, True  # as peft writes it: loads frozen, unless asked
+    for_inference, config.inference_mode = config.inference_mode, True  # as in peft: loads frozen by default
     config.save_pretrained(str(folder))
     config.inference_mode = for_inference
 
@@ -51,19 +51,19 @@ def adapted(model: nn.Module) -> dict[str, Any]:
 
 
 def snapshot(model: nn.Module) -> Weights:
-    """Copies of what is trained: all parameters, or the adapters."""
+    """Copy the trained parameters: all of them, or the adapters'."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def trained_state(model: nn.Module) -> dict[str, Any]:
-    """The state_dict without frozen parameters: what a checkpoint must hold."""
+    """The state_dict without frozen parameters, for a checkpoint."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    state = model.state_dict(keep_vars=True)  # tied weights are one object, by which a gathering of shards knows them
+    state = model.state_dict(keep_vars=True)  # keeps tied weights one object: full_tree gathers them once
     return {name: value for name, value in state.items() if name not in frozen}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Put back what `trained_state` took."""
+    """Load a state from `trained_state`; raises a UserError if it does not fit the model."""
     missing, unexpected = model.load_state_dict(state, strict=False)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if unexpected or trained & set(missing):
@@ -71,7 +71,7 @@ def load_trained_state(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def strip(model: PreTrainedModel) -> None:
-    """Take the adapters off, in place: the plain model with its frozen weights."""
+    """Remove the adapters in place; the plain model with its frozen weights remains."""
     for name, module in adapted(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.base_layer)
@@ -79,9 +79,9 @@ def strip(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def served(model: nn.Module, weights: Weights) -> Weights:
-    """The parameters of the plain model, by its own names, that a `snapshot` stands for.
+    """Merge a `snapshot` into the plain model's parameters; returns them by the plain model's names.
 
-    Products in float32; the sum is rounded once, to the weight's own dtype.
+    The product B A is computed in float32; the sum is rounded once, to the weight's own dtype.
     """
     layers = adapted(model)
     if not layers:

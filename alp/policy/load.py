@@ -1,4 +1,4 @@
-"""A Hugging Face model, or an adapter with its base model, by directory or by name; what goes wrong is one UserError."""
+"""Load a Hugging Face model, or an adapter with its base model, by directory or name. Any failure is a UserError."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .models import Policy, attention, checkpoint_activations
 
 
 def load_policy(config: ModelConfig, device: torch.device) -> Policy:
-    """The Hugging Face model that `config.path` names: a directory, or a name on the hub (its local cache first).
+    """Load the Hugging Face model at `config.path`: a directory, or a name on the hub (its local cache first).
 
-    A directory or name of a PEFT adapter brings its base model with it.
+    If `config.path` is a PEFT adapter, its base model is loaded, too.
     """
     path = config.path
     if _is_missing(path):
@@ -37,25 +37,25 @@ def load_policy(config: ModelConfig, device: torch.device) -> Policy:
         model.to(device)
     except UserError:
         raise
-    except Exception as error:  # files of any kind, read by libraries that raise anything
+    except Exception as error:  # libraries raise anything on files of any kind
         raise UserError(f"model.path={path!r} cannot be loaded: {_reason(error)}") from error
     return Policy(model.train(), tokenizer)
 
 
 def _is_missing(path: str) -> bool:
-    """Whether this is a directory by its form, and not there; a name on the hub is OWNER/NAME."""
+    """Whether `path` has the form of a directory that does not exist; a name on the hub has the form OWNER/NAME."""
     is_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
     return is_local and not Path(path).is_dir()
 
 
 def _reason(error: Exception) -> str:
-    """What a library says, in one line: its first, and the next where that only announces it."""
+    """A library's error in one line: the message's first line, and the second if the first ends with a colon."""
     first, second = [*(line.strip() for line in str(error).splitlines() if line.strip()), "", ""][:2]
     return f"{type(error).__name__}: {first}" + (f" {second}" if first.endswith(":") else "")
 
 
 def _is_adapter(path: str) -> bool:
-    """Whether `path` has an adapter_config.json. The hub is asked only about what is not here: its retries take a minute."""
+    """Whether `path` has an adapter_config.json. Asks the hub only if `path` is not local: its retries take a minute."""
     if find_adapter_config_file(path, local_files_only=True) is not None:
         return True
     try:
@@ -66,7 +66,7 @@ def _is_adapter(path: str) -> bool:
 
 
 def _load_adapted(path: str, options: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """An adapter's base model with the adapter on it, and the tokenizer of whichever has one."""
+    """Load an adapter on its base model, and the tokenizer of the adapter if it has one, else of the base model."""
     require_peft()
     base = base_of(path)
     has_tokenizer = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
@@ -77,14 +77,14 @@ def _load_adapted(path: str, options: dict[str, Any]) -> tuple[PreTrainedTokeniz
     except Exception as error:
         raise UserError(
             f"model.path={path!r} is an adapter of {base!r}, which cannot be loaded: {_reason(error)}; "
-            "put the base model there, or write its place into adapter_config.json as base_model_name_or_path"
+            "put the base model there, or write its path into adapter_config.json as base_model_name_or_path"
         ) from error
     load_adapter(model, path)
     return tokenizer, model
 
 
 def _load(path: str, tokenizer_path: str, options: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and model: what is here first, then the hub's."""
+    """Load tokenizer and model from local files, else from the hub."""
 
     def load(local_files_only: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         return (
@@ -99,5 +99,5 @@ def _load(path: str, tokenizer_path: str, options: dict[str, Any]) -> tuple[PreT
             raise
         tokenizer, model = load(local_files_only=False)
     if Path(path).is_dir():
-        model.name_or_path = str(Path(path).resolve())  # an adapter notes its base: it must load from any folder
+        model.name_or_path = str(Path(path).resolve())  # an adapter records this path: it must work from any folder
     return tokenizer, model

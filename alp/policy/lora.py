@@ -1,6 +1,6 @@
-"""Adapters put on a model: fresh, or from a folder, by peft itself.
+"""Put adapters on a model, fresh or from a folder, with peft's own functions.
 
-transformers' own way to them asks for peft versions of its choosing.
+transformers' adapter functions would require particular peft versions.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _LORA = re.compile(rf"\.lora_[AB]\.{ADAPTER}\.weight$")
 
 
 def require_peft() -> None:
-    """A UserError that says what to install where peft is missing."""
+    """Raise a UserError that says what to install if peft is missing."""
     if importlib.util.find_spec("peft") is None:
         raise UserError("model.lora and adapters need peft, which is not installed: pip install 'alp-kernels[lora]'")
 
 
 def add_lora(model: PreTrainedModel, rank: int) -> None:
-    """Freeze the model and put fresh adapters (B = 0) beside all its linear layers but the output head, in place.
+    """Freeze the model in place and add fresh adapters (B = 0) to all linear layers except the output head.
 
-    An adapter that is there already is trained on; it must have this rank.
+    If the model already has an adapter, that one is trained further; its rank must be `rank`.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -54,26 +54,24 @@ def add_lora(model: PreTrainedModel, rank: int) -> None:
 
 
 def base_of(folder: str | Path) -> str:
-    """The model that an adapter belongs to, as its adapter_config.json names it; `folder` may be a name on the hub."""
+    """The base model that an adapter's adapter_config.json names; `folder` may be a name on the hub."""
     from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
-        raise UserError(
-            f"{folder}: its adapter_config.json names no base_model_name_or_path; write the base model there"
-        )
+        raise UserError(f"{folder}: its adapter_config.json has no base_model_name_or_path; write the base model there")
     return str(base)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Put the LoRA adapter of `folder`, or of a name on the hub, on its base model, in place, to be trained further."""
+    """Put the LoRA adapter of `folder`, or of that name on the hub, on its base model in place, for more training."""
     from peft import PeftConfig, PeftType, inject_adapter_in_model, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     config = PeftConfig.from_pretrained(str(folder))
     fits = (
-        "it needs LoRA on linear layers alone: no DoRA or aLoRA, no trained biases, embeddings, experts' tensors or copies "
-        "of modules, no repeated layers, and no output head that is tied to the embeddings"
+        "it needs LoRA on linear layers only: no DoRA or aLoRA, no trained biases, embeddings, expert tensors or copies of "
+        "modules, no repeated layers, and no output head that is tied to the embeddings"
     )
     if config.peft_type != PeftType.LORA or config.bias != "none":
         kind = f"peft_type={config.peft_type}, bias={getattr(config, 'bias', None)!r}"
@@ -91,7 +89,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     weights = load_peft_weights(str(folder), device="cpu")
     found = set_peft_model_state_dict(model, {n.removeprefix(PREFIX): w for n, w in weights.items()}, ADAPTER)
     if stray := [*found.unexpected_keys, *(name for name in found.missing_keys if name in own)]:
-        raise UserError(f"{folder}: its weights are not those of its adapter_config.json: {stray[0]}")
+        raise UserError(f"{folder}: its weights do not match its adapter_config.json: {stray[0]}")
     _train_adapters(model)
 
 
@@ -100,20 +98,20 @@ def _names(model: nn.Module) -> set[str]:
 
 
 def _not_served(model: nn.Module, plain: set[str]) -> list[str]:
-    """What `served` would leave out of a model whose parameters were `plain` before it got its adapters."""
+    """Names that `served` would miss or not merge; `plain` are the model's parameters before it got its adapters."""
     names = {name for name in _names(model) if f".{ADAPTER}." not in f"{name}."}
     unmerged = [layer for layer in adapted(model) if f"{layer}.base_layer.weight" not in names]
     return sorted({name.replace(".base_layer.", ".") for name in names} ^ plain) + unmerged
 
 
 def _widen_adapters(model: nn.Module) -> None:
-    """float32 beside a model of 16 bits, as peft's own models have them: small steps would be rounded away."""
+    """Keep adapters in float32, as peft does, even on a 16-bit model: small updates would be rounded away."""
     for name, parameter in model.named_parameters():
         if _LORA.search(name):
             parameter.data = parameter.data.float()
 
 
 def _train_adapters(model: nn.Module) -> None:
-    """Adapters, and nothing else, take gradients."""
+    """Let only the adapters require gradients."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_LORA.search(name) is not None)

@@ -1,4 +1,4 @@
-"""A model with its tokenizer, and what the loop needs to know of either."""
+"""A model with its tokenizer, and what the loop needs from both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Policy(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     system: str | None = None
-    """Said before every question."""
+    """System prompt of every question."""
 
     @property
     def eos_ids(self) -> list[int]:
@@ -39,20 +39,20 @@ class Policy(NamedTuple):
         return int(pad) if pad is not None else (self.eos_ids or [0])[0]
 
     def encode_prompt(self, question: str) -> list[int]:
-        """Token ids of a question, through the tokenizer's chat template where it has one."""
+        """Token ids of a question, through the tokenizer's chat template if it has one."""
         joined = question if self.system is None else f"{self.system}\n\n{question}"
         if not getattr(self.tokenizer, "chat_template", None):
             return list(self.tokenizer.encode(joined))
         text = ""
         if self.system is not None:
-            # some templates refuse the system's words, some drop them
+            # some templates reject a system prompt, some drop it
             with contextlib.suppress(jinja2.TemplateError):
                 text = self._chat({"role": "system", "content": self.system}, {"role": "user", "content": question})
         if self.system is None or self.system.strip() not in text:
             try:
                 text = self._chat({"role": "user", "content": joined})
             except jinja2.TemplateError as error:
-                raise UserError(f"model.path: its chat template refuses a question: {error}") from None
+                raise UserError(f"model.path: its chat template rejects a question: {error}") from None
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _chat(self, *messages: dict[str, str]) -> str:
@@ -62,7 +62,7 @@ class Policy(NamedTuple):
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
-        """In Hugging Face form; of a model with adapters, the adapter alone in peft's."""
+        """Save model and tokenizer in Hugging Face format; of a model with adapters, only the adapter in peft's."""
         transformers.utils.logging.disable_progress_bar()
         if adapted(self.model):
             save_adapter(self.model, folder)
@@ -76,22 +76,22 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     decoder = model.base_model if decoder is None else decoder
     if decoder is model:
-        raise UserError(f"model.path: {type(model).__name__} has no decoder apart from its output head")
+        raise UserError(f"model.path: {type(model).__name__} has no decoder separate from its output head")
     return decoder
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids (B, T) of left-padded rows: the first token that is not padding is at 0."""
+    """Position ids (B, T) of left-padded rows: the first token after the padding has position 0."""
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def hidden_states(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
     """(B, keep, D): the hidden states that predict the last `keep` tokens of `tokens` (B, T), left-padded.
 
-    The last token itself is not read: it predicts nothing that was sampled.
+    The model does not read the last token: it predicts no sampled token.
     """
     attention_mask = attention_mask[:, :-1]
-    # a sharded model's decoder runs through a method that gathers what lies around it (shard.py)
+    # a sharded model's decoder runs through a method that first gathers the root's weights (shard.py)
     decoder = getattr(model, "sharded_decoder", None) or decoder_of(model)
     out = decoder(
         input_ids=tokens[:, :-1],
@@ -103,7 +103,7 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Without reentrance, which would lose the gradients of adapters on a frozen model."""
+    """Turn on gradient checkpointing, non-reentrant: the reentrant kind loses adapters' gradients on a frozen model."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # the newer name
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -112,7 +112,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def attention(config: ModelConfig) -> dict[str, str]:
-    """transformers' argument for another attention than its own choice, which is sdpa where a model has it."""
+    """transformers' argument for the attention; none for sdpa, which transformers chooses itself if a model has it."""
     chosen = config.attn_implementation
     if chosen == "flash_attention_2" and not is_flash_attn_2_available():
         raise UserError(

@@ -13,14 +13,14 @@ from .models import Policy, checkpoint_activations
 _ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 _SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 _MAX_LENGTH = 2048
-# Hugging Face's 0.02 suits wide models: at 96 channels attention starts flat and the warm-up takes three times as long
+# Hugging Face's 0.02 suits wide models. At 96 channels, attention starts flat and the warm-up takes three times as long
 _INIT_STD = 0.08
-# Prompts are short: slow rotations would be wasted
+# Prompts are short: slow rotations would be of no use
 _ROPE_THETA = 100.0
 
 
 def make_tiny(config: ModelConfig, pieces: tuple[str, ...] = ()) -> Policy:
-    """An untrained Qwen2 decoder of a few hundred thousand parameters; its weights follow torch's global seed."""
+    """Make an untrained Qwen2 decoder of a few hundred thousand parameters; torch's global seed sets its weights."""
     tokenizer = character_tokenizer(pieces)
     model = Qwen2ForCausalLM(
         Qwen2Config(

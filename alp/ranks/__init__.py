@@ -1,1 +1,1 @@
-"""Processes under torchrun: who holds what, and how it is summed, gathered and put in one piece."""
+"""Ranks under torchrun: how data and weights are split, summed and gathered."""

@@ -1,9 +1,9 @@
-"""FSDP2: weights, gradients and optimiser state in shards over the ranks, one decoder layer at a time in full.
+"""FSDP2: shards weights, gradients and optimiser state over the ranks and gathers one decoder layer at a time.
 
-The root is the whole causal model: embedding, final norm and output head (tied or not) are one group, gathered from the
-start of a forward to the end of its backward. So the fused loss, which reads the head outside every module's forward,
-meets a plain tensor, and FSDP sums its gradient with the others. Gradients are summed, not averaged: losses carry the
-whole batch's counts. log_sigma stays whole on every rank, and its gradient is summed explicitly.
+The root is the whole causal model. Its embedding, final norm and output head (tied or not) form one group, which is
+gathered from the start of a forward to the end of its backward. The fused loss reads the head outside every module's
+forward: it gets a plain tensor, and FSDP sums the head's gradient with the others. Gradients are summed, not averaged:
+losses are divided by the whole batch's counts. log_sigma is whole on every rank; its gradient is summed explicitly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .world import World
 
 
 def shard(model: PreTrainedModel, compute_dtype: torch.dtype | None, world: World) -> None:
-    """Shard `model` in place. compute_dtype: of weights and activations in forward and backward; None: as stored."""
+    """Shard `model` in place. compute_dtype: dtype of weights and activations in computation; None: as stored."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in find_layers(model).layers:
@@ -36,19 +36,19 @@ def shard(model: PreTrainedModel, compute_dtype: torch.dtype | None, world: Worl
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    # the loop runs the decoder, not the model: FSDP must gather the root's weights there too
+    # the loop runs the decoder, not the model: FSDP must gather the root's weights there, too
     model.sharded_decoder = types.MethodType(lambda self, **inputs: decoder_of(self)(**inputs), model)
     register_fsdp_forward_method(model, "sharded_decoder")
 
 
 def reshard(model: nn.Module) -> None:
-    """After a forward that no backward follows: the parameters are shards again, and may be read and written."""
+    """Shard the parameters again after a forward without backward, so that they can be read and written."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor in one piece, on every rank; a collective call where it is sharded."""
+    """Return the whole tensor on every rank; a collective call if it is sharded."""
     if not isinstance(tensor, DTensor):
         return tensor
     whole: Tensor = tensor.full_tensor()
@@ -56,9 +56,9 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def full_tree(tree: Any, keep: bool) -> Any:
-    """Nested dicts and lists with every shard made whole, in host memory, where `keep`; elsewhere None for each.
+    """Gather every sharded tensor in nested dicts and lists: to host memory on ranks with `keep`, to None on others.
 
-    A collective call, one tensor at a time. A parameter that comes twice (tied weights) stays one.
+    A collective call, one tensor at a time. A parameter that occurs twice (tied weights) stays one tensor.
     """
     done: dict[int, Tensor | None] = {}
 
@@ -78,14 +78,14 @@ def full_tree(tree: Any, keep: bool) -> Any:
 
 
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of what every rank has whole, laid out as `like`; unchanged where that is not sharded."""
-    if not isinstance(like, DTensor) or whole.shape != like.shape:  # the optimiser's step counts are whole
+    """Return this rank's shard of `whole`, laid out as `like`; `whole` itself if `like` is not sharded."""
+    if not isinstance(like, DTensor) or whole.shape != like.shape:  # the optimiser's step counts are not sharded
         return whole
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def shard_optimiser_state(state: dict[str, Any], optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's state_dict of whole tensors as its sharded parameters need it."""
+    """Shard an optimiser's state_dict of whole tensors like the optimiser's parameters."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     by_parameter = {
         index: {name: shard_like(v, parameters[index]) if isinstance(v, Tensor) else v for name, v in values.items()}
@@ -95,7 +95,7 @@ def shard_optimiser_state(state: dict[str, Any], optimiser: torch.optim.Optimize
 
 
 class PlainCopy:
-    """A plain copy of a model that is about to be sharded, in rank 0's host memory: what is evaluated and saved."""
+    """An unsharded copy of a model in rank 0's host memory, for evaluation and saving; make it before sharding."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None, world: World) -> None:
         self._copy = copy.deepcopy(model).cpu() if world.is_main else None
@@ -103,7 +103,7 @@ class PlainCopy:
 
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:
-        """Take the sharded model's weights; a collective call."""
+        """Copy the sharded model's weights into it; a collective call."""
         reshard(model)
         own = dict(self._copy.named_parameters()) if self._copy is not None else {}
         for name, p in model.named_parameters():
@@ -113,12 +113,12 @@ class PlainCopy:
 
     @property
     def model(self) -> PreTrainedModel:
-        """On rank 0, with the weights as they are stored."""
+        """The copy, with weights in their stored dtype; rank 0 only."""
         assert self._copy is not None
         return self._copy
 
     def as_computed(self) -> PreTrainedModel:
-        """On rank 0, a further copy on the device in the dtype of the training path."""
+        """Make another copy on the device, in the training path's dtype; rank 0 only."""
         model = copy.deepcopy(self.model).to(self._device)
         if self._compute_dtype is not None:
             for p in model.parameters():  # not .to(): rotary frequencies are buffers and stay in float32

@@ -1,7 +1,7 @@
-"""Data-parallel ranks under torchrun: who holds which prompts, and sums over all. One process is a world of one.
+"""Data-parallel ranks under torchrun: each rank's prompts, and reductions over ranks. One process is a world of size 1.
 
-Gradients are summed explicitly, once per optimiser step: losses carry the whole batch's counts, so the sum over ranks
-is the one-process gradient, whatever each rank's share of the tokens. (DDP would average, and hook every micro-batch.)
+Gradients are summed explicitly, once per optimiser step. Losses are divided by the whole batch's counts, so the sum
+over ranks is the one-process gradient, however the tokens are split. (DDP would average, and hook every micro-batch.)
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     def share(self, num_items: int, num_parts: int) -> list[int]:
-        """This rank's items of each of `num_parts` equal parts of range(num_items), part after part."""
+        """This rank's items of each of the `num_parts` equal parts of range(num_items), part by part."""
         per_part, per_rank = num_items // num_parts, num_items // num_parts // self.size
         starts = [part * per_part + self.rank * per_rank for part in range(num_parts)]
         return [start + i for start in starts for i in range(per_rank)]
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sums over the ranks of a few numbers, in float64."""
+        """Sum a few numbers over the ranks, in float64."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -66,7 +66,7 @@ class World:
         return int(largest)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the ranks, in one collective for each dtype; FSDP sums its own."""
+        """Replace every gradient by its sum over the ranks, one all-reduce per dtype; FSDP sums sharded ones itself."""
         if self.size == 1:
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}

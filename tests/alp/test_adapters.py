@@ -128,7 +128,7 @@ def test_adapters_that_would_not_be_served_whole_are_refused_by_name(base: Path,
     changes, says = OTHERS[kind]
     config = peft.LoraConfig(**{"target_modules": LAYERS, "task_type": "CAUSAL_LM"} | changes)
     write_with_peft(base, tmp_path, config)
-    with pytest.raises(UserError, match=f"{says}.*; it needs LoRA on linear layers alone"):
+    with pytest.raises(UserError, match=f"{says}.*; it needs LoRA on linear layers only"):
         load(tmp_path)
 
 
@@ -158,13 +158,13 @@ def test_an_adapter_on_experts_tensors_is_refused(tmp_path: Path) -> None:
         file.rename(tmp_path / "base" / file.name)
     config = peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"], task_type="CAUSAL_LM")
     write_with_peft(tmp_path / "base", tmp_path / "adapter", config)
-    with pytest.raises(UserError, match=r"experts.*; it needs LoRA on linear layers alone"):
+    with pytest.raises(UserError, match=r"experts.*; it needs LoRA on linear layers only"):
         load(tmp_path / "adapter")
 
 
 def test_adapters_that_are_no_lora_are_refused_by_name(base: Path, tmp_path: Path) -> None:
     write_with_peft(base, tmp_path, peft.LoHaConfig(target_modules=LAYERS, task_type="CAUSAL_LM"))
-    with pytest.raises(UserError, match=r"an adapter with peft_type=\S*LOHA.*; it needs LoRA on linear layers alone"):
+    with pytest.raises(UserError, match=r"an adapter with peft_type=\S*LOHA.*; it needs LoRA on linear layers only"):
         load(tmp_path)
 
 
@@ -180,14 +180,14 @@ def change_weights(folder: Path, drop: str = "", **more: Tensor) -> None:
 
 
 BROKEN = {
-    "no base": (lambda f: change_config(f, base_model_name_or_path=None), "names no base_model_name_or_path"),
+    "no base": (lambda f: change_config(f, base_model_name_or_path=None), "has no base_model_name_or_path"),
     "a base that is gone": (
         lambda f: change_config(f, base_model_name_or_path="/gone/away"),
-        r"is an adapter of '/gone/away', which cannot be loaded: .*; put the base model there, or write its place",
+        r"is an adapter of '/gone/away', which cannot be loaded: .*; put the base model there, or write its path",
     ),
     "another rank": (lambda f: change_config(f, r=5), "cannot be loaded: RuntimeError: .*size"),
-    "weights that are missing": (lambda f: change_weights(f, drop="layers.1.mlp"), "not those of its adapter_config"),
-    "weights too many": (lambda f: change_weights(f, stray=torch.ones(2)), "not those of its adapter_config"),
+    "weights that are missing": (lambda f: change_weights(f, drop="layers.1.mlp"), "do not match its adapter_config"),
+    "weights too many": (lambda f: change_weights(f, stray=torch.ones(2)), "do not match its adapter_config"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "cannot be loaded: "),
     "weights that are none": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), "cannot be loaded: "),
     "a configuration that is none": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be loaded: "),

@@ -70,7 +70,7 @@ def test_the_system_prompt_reaches_the_model_whatever_its_template(
 
 def test_a_template_that_breaks_on_every_message_says_so(tmp_path: Path) -> None:
     policy = load(write_llama(tmp_path, template="{{ raise_exception('no') }}"))._replace(system="s")
-    with pytest.raises(UserError, match="chat template refuses a question: no"):
+    with pytest.raises(UserError, match="chat template rejects a question: no"):
         policy.encode_prompt("2+2?")
 
 

@@ -310,7 +310,7 @@ def test_plugins_that_cannot_be_imported_are_named(tmp_path: Path) -> None:
 
 def test_a_method_keeps_its_name() -> None:
     register("grpo", METHODS["grpo"].objective)
-    with pytest.raises(ValueError, match="another objective"):
+    with pytest.raises(ValueError, match="a different method"):
         register("grpo", Objective("sequence"))
 
 
