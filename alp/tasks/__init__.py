@@ -1,1 +1,1 @@
-"""Problems with checkable answers; task.py says what the loop asks of one. Knows no tool."""
+"""Problems with checkable answers; task.py defines a task's interface. Nothing here depends on tools."""

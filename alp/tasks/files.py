@@ -1,6 +1,6 @@
-"""Problems from files: JSONL, a JSON list, parquet, CSV, or whatever the `datasets` library knows by name or folder.
+"""Read problems from files: JSONL, a JSON list, parquet, CSV, or anything the `datasets` library loads by name or folder.
 
-Benchmarks load as their owners export them: MATH and MATH-500, GSM8K, AIME, Minerva, OlympiadBench.
+Reads benchmarks in their published form: MATH and MATH-500, GSM8K, AIME, Minerva, OlympiadBench.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import UserError, nearest
 
 Record = Mapping[str, Any]
 
-# In this order, whatever their case. A final answer beats a worked solution: it is what the owners score by
+# In order of preference, in any case. A final answer comes before a worked solution: benchmarks score by it
 _QUESTIONS = ("prompt", "question", "problem")
 _ANSWERS = ("answer", "final_answer", "solution")
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -31,21 +31,21 @@ class Line(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Where to look; None: found by name."""
+    """Names of the columns to read; None: found by the usual names."""
 
     question: str | None = None
     answer: str | None = None
 
 
 class Splits(NamedTuple):
-    """`evaluation` is None where the source has one split only."""
+    """`evaluation` is None if the source has only one split."""
 
     train: list[Line]
     evaluation: list[Line] | None
 
 
 def read_problems(path: Path, options: tuple[str, ...] = ()) -> Splits:
-    """The problems at `path`; `options` are key=value of question, answer (columns), subset, split and eval_split."""
+    """Read the problems at `path`. `options` are key=value: question, answer (columns), subset, split, eval_split."""
     given = _parse(options)
     columns = Columns(given.get("question"), given.get("answer"))
     if path.suffix not in _BUILDERS and (path.is_file() or path.suffix in (".jsonl", ".json")):
@@ -69,9 +69,9 @@ def _parse(options: tuple[str, ...]) -> dict[str, str]:
 
 
 def read_jsonl(path: Path, columns: Columns = Columns()) -> list[Line]:  # noqa: B008 - immutable
-    """Problems of a file with one JSON object a line, or of one JSON list of them.
+    """Read problems from a file with one JSON object per line, or with one JSON list of objects.
 
-    Raises a UserError with file and line number (list: item) for one that cannot be read. Blank lines are skipped.
+    An unreadable problem raises a UserError with the file and the line number (list: item number). Blank lines are skipped.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -91,7 +91,7 @@ def read_jsonl(path: Path, columns: Columns = Columns()) -> list[Line]:  # noqa:
 
 
 def _raw_records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """(number, JSON text or value): a line at a time, or the items of a .json file's list."""
+    """Yield (number, JSON text or value) for each line, or for each item of a .json file's list."""
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
             items = json.loads(text)
@@ -119,7 +119,7 @@ def _object(raw: Any) -> Record:
 
 
 def _read_dataset(path: Path, columns: Columns, given: dict[str, str]) -> Splits:
-    """A folder that `datasets` saved, files of a kind it reads, or a name on the hub (its local cache first)."""
+    """Read a folder saved by `datasets`, a file that it reads, or a name on the hub (its local cache first)."""
     is_name = not path.exists() and not path.is_absolute() and len(path.parts) <= 2 and path.suffix not in _BUILDERS
     if not path.exists() and not is_name:
         raise UserError(f"task.path: {path} does not exist")
@@ -135,7 +135,7 @@ def _read_dataset(path: Path, columns: Columns, given: dict[str, str]) -> Splits
             found = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path))
         else:
             found = datasets.load_dataset(str(path), given.get("subset"))
-    except Exception as error:  # a hundred builders and a network: each fails in its own way
+    except Exception as error:  # `datasets` has a hundred builders and uses the network: anything may be raised
         raise UserError(f"task.path={path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     splits = dict(found) if isinstance(found, dict) else {"train": found}
     name = given.get("split") or ("train" if "train" in splits else next(iter(splits)))
@@ -166,7 +166,7 @@ def _read_rows(rows: Any, where: str, columns: Columns) -> list[Line]:
 
 
 def read_record(record: Record, columns: Columns = Columns()) -> Line:  # noqa: B008 - immutable
-    """A record's question and final answer; a ValueError says what is wrong with it."""
+    """Return a record's question and final answer; raises a ValueError that says what is wrong with it."""
     question_key = _column(record, columns.question, _QUESTIONS)
     answer_keys = _present(record, _ANSWERS) if columns.answer is None else [_column(record, columns.answer, ())]
     if question_key is None or not answer_keys:
@@ -179,7 +179,7 @@ def read_record(record: Record, columns: Columns = Columns()) -> Line:  # noqa: 
         raise ValueError(f"{question_key} must be text, not a {type(question).__name__}")
     if not question.strip():
         raise ValueError(f"{question_key} is empty")
-    # an answer column that is empty does not hide the solution beside it
+    # an empty answer column does not hide a solution column
     filled = [key for key in answer_keys if not _is_empty(record[key])]
     if not filled:
         raise ValueError(f"{answer_keys[0]} is empty")
@@ -190,12 +190,12 @@ def read_record(record: Record, columns: Columns = Columns()) -> Line:  # noqa: 
 
 
 def _is_empty(value: Any) -> bool:
-    """Also the hole that a table of numbers has: nan."""
+    """Whether a value is missing: None, blank text, an empty list, or NaN, as in tables of numbers."""
     return value is None or value == [] or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _present(record: Record, names: tuple[str, ...]) -> list[Any]:
-    """The record's keys that are among `names` but for case, in the order of `names`."""
+    """The record's keys that match `names` in any case, in the order of `names`."""
     by_name = {str(key).lower(): key for key in record}
     return [by_name[name] for name in names if name in by_name]
 
@@ -209,7 +209,7 @@ def _column(record: Record, given: str | None, names: tuple[str, ...]) -> Any:
 
 
 def final_answer(value: Any, key: str) -> str:
-    """What math-verify is to compare with: of a worked solution its box or what follows ####; of a list all items."""
+    """The answer for math-verify: a worked solution's box or the text after ####; all items of a list."""
     if isinstance(value, list | tuple):
         return ", ".join(final_answer(item, key) for item in value)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -226,7 +226,7 @@ def final_answer(value: Any, key: str) -> str:
 
 
 def last_boxed(solution: str) -> str:
-    """The content of the last \\boxed{...} or \\fbox{...} of a MATH solution, braces balanced; of "\\boxed 4" the 4."""
+    """The content of a MATH solution's last \\boxed{...} or \\fbox{...}, with balanced braces; for "\\boxed 4", the 4."""
     *_, last = [None, *_BOX.finditer(solution)]
     if last is None:
         raise ValueError("solution has no \\boxed{...}")

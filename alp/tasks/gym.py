@@ -1,4 +1,4 @@
-"""reasoning-gym's datasets by name, mod_chain and tool_chain among them."""
+"""reasoning-gym's datasets by name, and our own mod_chain and tool_chain."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..config import TaskConfig
 from ..errors import UserError, nearest
 from .task import SPLITS, Problem, Score, SingleTurn, Split, garble
 
-_SPLIT_BITS = 30  # reasoning-gym seeds item i with seed + i: a split owns a range of seeds, numpy's 32 bits in all
+_SPLIT_BITS = 30  # reasoning-gym seeds item i with seed + i: each split has a range of seeds; numpy seeds have 32 bits
 _INDEX_BITS = 24
-# These make or list all their items at once, so they keep reasoning-gym's own size and start again at its end
+# These make or list all items at once: they keep reasoning-gym's own size, and items repeat after the last
 _OF_OWN_SIZE = {"acre", "composite", "gsm_symbolic", "list_functions", "word_ladder"}
 
 
 def make_gym_task(config: TaskConfig, seed: int) -> GymTask:
-    """The task that `config.name` names."""
+    """Make the task that `config.name` names."""
     return {"mod_chain": ModChainTask, "tool_chain": ToolChainTask}.get(config.name, GymTask)(config, seed)
 
 
@@ -77,7 +77,7 @@ class GymTask(SingleTurn):
             raise UserError(f"task.options: {config.name} refuses {self._options}: {error}") from None
 
     def entry(self, split: Split, index: int) -> dict[str, Any]:
-        """The dataset's own item; past the end of a small dataset its items come again."""
+        """The dataset's item; past the end of a small dataset, its items repeat."""
         dataset = self._datasets[split]
         return dataset[index % len(dataset)]
 
@@ -88,14 +88,14 @@ class GymTask(SingleTurn):
     def _score(self, split: Split, entry: dict[str, Any], completion: str) -> Score:
         from reasoning_gym.utils import extract_answer
 
-        answer = extract_answer(completion)  # what large models are asked to write: <answer>...</answer>
+        answer = extract_answer(completion)  # large models are asked to write <answer>...</answer>
         answer = completion.strip() if answer is None else answer
         dataset = self._datasets[split]
         if not answer or not self._is_readable(dataset, answer):
             return Score(0.0, parsed=False)
         try:
             return Score(float(dataset.score_answer(answer, entry)))
-        except Exception:  # verifiers of a hundred datasets meet any text here; one that raises could not read it
+        except Exception:  # a verifier may raise anything on text it cannot read
             return Score(0.0, parsed=False)
 
     def _is_readable(self, dataset: Any, answer: str) -> bool:
@@ -109,7 +109,7 @@ class GymTask(SingleTurn):
         return garble(entry["answer"], rng, error)
 
     def _rng(self, index: int) -> random.Random:
-        """The faults of demonstration `index`."""
+        """Random generator for the faults of demonstration `index`."""
         return random.Random(f"{self._seeds['warmup']}/{index}")
 
     def identity(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class GymTask(SingleTurn):
 
 
 class ModChainTask(GymTask):
-    """mod_chain: a fault changes what the next steps of the demonstration read."""
+    """mod_chain: the steps of a demonstration after a fault compute with the faulty result."""
 
     def _is_readable(self, dataset: Any, answer: str) -> bool:
         return bool(dataset.is_chain(answer))
@@ -129,7 +129,7 @@ class ModChainTask(GymTask):
 
 
 class ToolChainTask(GymTask):
-    """tool_chain: its demonstrations alternate between what the model writes and what a tool prints."""
+    """tool_chain: its demonstrations alternate between text of the model and output of a tool."""
 
     def __init__(self, config: TaskConfig, seed: int) -> None:
         super().__init__(config, seed)
@@ -143,7 +143,7 @@ class ToolChainTask(GymTask):
         return len(self.entry("train", 0)["metadata"]["steps"])
 
     def transcript(self, index: int, error: float) -> tuple[str, list[str]]:
-        """A faulty demonstration: the question, and in turn what the model writes and what the tool prints."""
+        """A faulty demonstration: the question, then alternately the model's text and the tool's output."""
         from .tool_chain import write_transcript
 
         entry = self.entry("warmup", index)

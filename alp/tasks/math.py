@@ -1,4 +1,4 @@
-"""Problems from your own files, answers compared by math-verify."""
+"""Problems from your own files; math-verify compares the answers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .files import Line, read_problems
 from .task import Problem, Score, SingleTurn, Split, garble
 
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?![\w.])")
-_HOLDOUT = 10  # without an eval file, one line in so many is kept for evaluation
+_HOLDOUT = 10  # without an eval file, one line in this many is held out for evaluation
 
 
 class JsonlTask(SingleTurn):
-    """Problems from a file, in an order shuffled anew each epoch; answers compared by math-verify."""
+    """Problems from a file, reshuffled each epoch; math-verify compares the answers."""
 
     reads_boxed = True
 
@@ -31,7 +31,7 @@ class JsonlTask(SingleTurn):
         self.name, self.suffix, self._seed = config.path.stem, config.suffix, seed
         lines, held_out = read_problems(config.path, config.options)
         if config.eval_path is not None:
-            # `split` names the training split: of an evaluation source the held-out one counts, where it has one
+            # `split` names the training split; an evaluation source gives its held-out split, if it has one
             options = tuple(option for option in config.options if not option.startswith("split="))
             only, held_out = read_problems(config.eval_path, options)
             held_out = only if held_out is None else held_out
@@ -55,7 +55,7 @@ class JsonlTask(SingleTurn):
         return Problem(line.question + self.suffix, line.answer, functools.partial(verify, line.answer))
 
     def held_out(self, limit: int) -> list[Problem]:
-        """All of them, in the file's order."""
+        """All evaluation problems, in the file's order."""
         return [self._of(line) for line in self._lines["eval"]]
 
     def demonstration(self, index: int, error: float) -> tuple[str, str]:
@@ -87,11 +87,11 @@ def _powers(text: str) -> str:
 
 
 def verify(answer: str, completion: str) -> Score:
-    """1 where math-verify finds the completion's last answer equal to `answer`; unparsed where it finds none."""
+    """Score 1 if math-verify finds the completion's last answer equal to `answer`; unparsed if it finds no answer."""
     from math_verify import parse
     from math_verify import verify as equal
 
-    if "####" in completion and "\\boxed" not in completion:  # GSM8K's own way to end; a heading in markdown, too
+    if "####" in completion and "\\boxed" not in completion:  # GSM8K's ending, but also a Markdown heading
         completion = completion.rsplit("####", 1)[1]
     found = parse(_powers(completion))
     if not found:

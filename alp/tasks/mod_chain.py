@@ -1,10 +1,10 @@
-"""mod_chain: chains of single-digit operations modulo 10, read left to right, one result digit written per step.
+"""mod_chain: chains of single-digit operations modulo 10, read from left to right; the answer has one digit per step.
 
     question  7+3*4-9=      read as (((7 + 3) * 4) - 9)
     answer    001           one digit per operation: 7+3 = 0, 0*4 = 0, 0-9 = 1 (mod 10)
 
-Every step can be checked, so a score of 0 can be traced to the step where the chain broke. Written as a reasoning-gym
-dataset and registered beside reasoning-gym's own: `reasoning_gym.create_dataset("mod_chain", num_steps=12)`.
+Every step can be checked, so a score of 0 can be traced to the first wrong step. This is a reasoning-gym dataset,
+registered beside reasoning-gym's own: `reasoning_gym.create_dataset("mod_chain", num_steps=12)`.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ class ModChainDataset(ProceduralDataset):
         }
 
     def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
-        """1.0 where every step is right, else 0.0."""
+        """1.0 if every step is right, else 0.0."""
         return float(answer == entry["answer"])
 
     def is_chain(self, answer: str) -> bool:
-        """Whether `answer` has the form of one: as many digits as steps."""
+        """Whether `answer` has the form of a chain's answer: as many digits as steps."""
         return re.fullmatch(rf"[0-9]{{{self.config.num_steps}}}", answer) is not None
 
 
 def write_chain(first: int, steps: list[tuple[str, int]], rng: Random | None = None, error: float = 0.0) -> str:
-    """The chain's result digits; each step goes wrong with probability `error`, and the next reads what was written."""
+    """The chain's result digits. Each step is wrong with probability `error`; the next step uses the written digit."""
     value, digits = first, []
     for operator, digit in steps:
         value = apply(operator, value, digit)

@@ -1,11 +1,11 @@
-"""tool_chain: left-to-right calculations with numbers too large to do in the head, one operation a turn.
+"""tool_chain: left-to-right calculations with numbers too large for mental arithmetic, one operation per turn.
 
     question      47+385-92=        read as ((47 + 385) - 92)
     a turn        print(47+385) in a code block; its output, 432, is read back
     the last one  \\boxed{340}
 
-Each turn has to copy the last result and the next operation; whatever was copied wrongly is computed rightly. Written
-as a reasoning-gym dataset and registered beside reasoning-gym's own: `reasoning_gym.create_dataset("tool_chain")`.
+Each turn has to copy the last result and the next operation. The tool computes correctly even what was copied wrongly.
+This is a reasoning-gym dataset, registered beside reasoning-gym's own: `reasoning_gym.create_dataset("tool_chain")`.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class ToolChainDataset(ProceduralDataset):
         }
 
     def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
-        """1.0 where the number is right, else 0.0."""
+        """1.0 if the number is right, else 0.0."""
         return float(answer is not None and answer.strip() == entry["answer"])
 
 
 def write_transcript(first: int, steps: list[tuple[str, int]], rng: Random, error: float) -> list[str]:
-    """What model and tool write in turn: code, output, code, output, answer.
+    """What model and tool write alternately: code, output, code, output, answer.
 
-    Each number and operator copied goes wrong with probability `error`: one character becomes another of its kind.
+    Each copied number and operator is wrong with probability `error`: one digit or operator becomes another.
     """
     value, parts = first, []
     for operator, operand in steps:
@@ -83,7 +83,7 @@ def write_transcript(first: int, steps: list[tuple[str, int]], rng: Random, erro
 
 
 def _copy(number: int, rng: Random, error: float) -> str:
-    """The number's digits; with probability `error` one is another, never 0: Python would not read it in front."""
+    """The number's digits. With probability `error`, one becomes another, but not 0: Python rejects leading zeros."""
     text = str(number)
     if rng.random() >= error:
         return text
