@@ -1,1 +1,1 @@
-"""What is measured of a policy: accuracy, and how far it is from what sampled."""
+"""Measurements of a policy: accuracy, and its distance from the sampler."""

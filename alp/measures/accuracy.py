@@ -1,6 +1,6 @@
 """Accuracy of a model on a task's evaluation problems: sampled at temperature 1 on both numerical paths, and greedy.
 
-Greedy accuracy starts saturated after the warm-up and only serves to see collapse; the sampled one is the outcome.
+After the warm-up, greedy accuracy is saturated and shows only a collapse; sampled accuracy is the outcome.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracies in [0, 1]: "train", "rollout" (the sampler's path, with these weights), "greedy", "pass@4", and more.
 
-    The random numbers are the same at every call: differences between calls are differences between models.
+    Every call uses the same random numbers, so results differ only if the models differ.
     """
     problems = [task.problem("eval", i) for i in range(num_problems)]
     prompts = [policy.encode_prompt(problem.question) for problem in problems]

@@ -1,6 +1,6 @@
-"""Finished models, a run's or Hugging Face's: on their task as before and after training, or on whole benchmarks.
+"""Evaluate finished models, a run's or Hugging Face's: on their task as before and after training, or on benchmarks.
 
-Of benchmarks avg@n and the unbiased pass@k of every problem, several tasks in one call.
+A benchmark gives avg@n and the unbiased pass@k over all its problems; one call takes several tasks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..tasks.gym import datasets
 from ..tasks.task import Problem, Task, new_tokens
 from .accuracy import evaluate
 
-_STREAM = 1 << 31  # and the problem's number: training's batch numbers stay below
+_STREAM = 1 << 31  # OR'd with the problem's index; training's batch numbers stay below
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """1 - C(n - correct, k) / C(n, k): the chance that k of n samples, drawn without replacement, hold a correct one.
 
-    Unbiased for the chance of k fresh samples; a product of k factors, in which nothing overflows.
+    An unbiased estimate of this chance for k fresh samples. Computed as a product of k factors, so nothing overflows.
     """
     if not 1 <= k <= n or not 0 <= correct <= n:
         raise ValueError(f"pass_at_k: n={n}, correct={correct}, k={k}; it needs 1 <= k <= n and 0 <= correct <= n")
@@ -57,9 +57,9 @@ def benchmark(
     world: World,
     chunk: int,
 ) -> dict[str, float]:
-    """avg@n and pass@k of all problems, shared out over the ranks, `chunk` completions at a time.
+    """avg@n and pass@k of all problems, split over the ranks, `chunk` completions at a time.
 
-    A problem's random numbers are its own: chunks and ranks change no completion.
+    Each problem has its own random numbers: the split into chunks and ranks changes no completion.
     """
     n = settings.samples
     mine = list(range(world.rank, len(problems), world.size))
@@ -86,7 +86,7 @@ def benchmark(
 
 
 def resolve(name: str, config: TrainConfig) -> tuple[TrainConfig, str]:
-    """The configuration that counts and the model's path, of a run folder or a Hugging Face model."""
+    """Return the configuration to use and the model's path, for a run folder or a Hugging Face model."""
     run = Path(name)
     if not ((run / "config.json").is_file() and (run / "metrics.jsonl").is_file()):
         return config, name
@@ -98,7 +98,7 @@ def resolve(name: str, config: TrainConfig) -> tuple[TrainConfig, str]:
 
 
 def evaluate_named(name: str, config: TrainConfig) -> dict[str, float]:
-    """`evaluate` for a run folder, whose own configuration is then used, or for a Hugging Face model."""
+    """Run `evaluate` on a run folder, with the run's own configuration, or on a Hugging Face model."""
     config, path = resolve(name, config)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     policy = load_policy(dataclasses.replace(config.model, path=path, lora=None), device)
@@ -116,7 +116,7 @@ def evaluate_named(name: str, config: TrainConfig) -> dict[str, float]:
 
 
 def evaluate_on(name: str, config: TrainConfig, settings: EvalConfig) -> dict[str, dict[str, float]]:
-    """`benchmark` of a run's model or a Hugging Face model on each of `settings.on`, and their unweighted mean.
+    """Run `benchmark` on each of `settings.on` with a run's or a Hugging Face model; add their unweighted mean.
 
     Rank 0 prints the table.
     """
@@ -127,12 +127,12 @@ def evaluate_on(name: str, config: TrainConfig, settings: EvalConfig) -> dict[st
         for item in settings.on:
             task, problems = _problems(item, config)
             if task.name in sets:
-                raise UserError(f"on: {item} and another of its name, {task.name!r}, cannot be told apart in the table")
+                raise UserError(f"on: {item} and another task are both named {task.name!r}; names must differ")
             sets[task.name] = task, problems
         policy = load_policy(dataclasses.replace(config.model, path=path, lora=None), world.device)
         policy = policy._replace(system=config.task.system)
         policy.model.eval()
-        # a run that vLLM sampled is evaluated by vLLM; the quantised paths exist to make a mismatch, and are left out
+        # a run sampled by vLLM is evaluated by vLLM; other paths are not used, since they exist to make a mismatch
         on_path: Sample = functools.partial(sample, chunk=config.rollout.chunk)
         if config.rollout.path == "vllm":
             on_path = make_sampler(policy.model, dataclasses.replace(config.rollout, lag=0)).sample
@@ -165,7 +165,7 @@ def evaluate_on(name: str, config: TrainConfig, settings: EvalConfig) -> dict[st
 
 
 def _problems(item: str, config: TrainConfig) -> tuple[Task, list[Problem]]:
-    """All of a file, of the held-out split of a `datasets` name, or eval_prompts problems of a reasoning-gym dataset."""
+    """All problems of a file, the held-out split of a `datasets` name, or eval_prompts problems of reasoning-gym."""
     path, suffix = Path(item), config.task.suffix
     if item in datasets():
         options = config.task.options if item == config.task.name and config.task.path is None else ()
@@ -178,7 +178,7 @@ def _problems(item: str, config: TrainConfig) -> tuple[Task, list[Problem]]:
 
 
 def table_of(results: dict[str, dict[str, float]]) -> str:
-    """For people: a row for each task."""
+    """Format the results as a text table with one row per task."""
     columns = list(next(iter(results.values())))
     width = max(len("task"), *map(len, results))
     lines = ["  ".join([f"{'task':<{width}}", *(f"{column:>9}" for column in columns)])]

@@ -1,11 +1,12 @@
-"""Why the sampling and the training policy differ, told apart: the sampler's mismatch, staleness, perturbation.
+"""Separate the causes of the difference between sampling and training policy: mismatch, staleness, perturbation.
 
     mismatch      log pi_train(sampling weights) - q           same weights, other arithmetic
     staleness     log pi_train(now) - log pi_train(sampling weights)
     perturbation  log pi_train(now, perturbed) - log pi_train(now)
     clean         log pi_train(now) - q                        the sum of the first two: comparable between methods
 
-q is the sampler's own log-probability; all are of the sampled tokens, on the training path, before the updates.
+q is the sampler's own log-probability. All differences are for the sampled tokens, on the training path, before the
+step's updates.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..ranks.shard import reshard
 from ..ranks.world import World
 from ..update import Experience, Updater, score_clean
 
-# Diagnostics draw noise that no update uses: its optimiser steps stay below this bit
+# Diagnostics draw noise that no update uses: the updates' step numbers stay below this bit
 _STEP_BIT = 1 << 31
 
 
@@ -33,7 +34,7 @@ def diagnose(
     micro_batch: int | None,
     world: World,
 ) -> dict[str, float]:
-    """The k1 and k3 KL estimates and the mean absolute log-ratio of each difference, over all ranks."""
+    """Compute the k1 and k3 KL estimates and the mean absolute log-ratio of each difference, over all ranks."""
     model, temperature = updater.model, updater.temperature
     now = experience.old_logp
     if now is None:
@@ -59,7 +60,7 @@ def diagnose(
         count, k1, of_k3, absolute = world.sum(
             [float(len(r)), float(-r.sum()), float(k3(r).sum()), float(r.abs().sum())]
         )
-        count = max(count, 1.0)  # every trajectory may be void and out of the loss
+        count = max(count, 1.0)  # all trajectories may be void and excluded from the loss
         report |= {f"{name}/k1_kl": k1 / count, f"{name}/k3_kl": of_k3 / count, f"{name}/mean_abs": absolute / count}
     return report
 

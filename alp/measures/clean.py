@@ -1,7 +1,7 @@
-"""What only compared runs measure: the unperturbed policy against the sampler.
+"""The unperturbed policy against the sampler (`measure_clean`): metrics that compare between methods.
 
-The ratio in the loss has another denominator in every method, and in ALP it holds its own noise; these figures do not,
-so they compare. All are of the sampled tokens, before the step's updates, exact over ranks.
+The loss's ratio does not compare: its denominator depends on the method, and in ALP it includes the noise. All metrics
+are over the sampled tokens, before the step's updates, exact over ranks.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .tail import hill
 
 _KEPT = ("k1_kl", "k3_kl", "ess_frac", "chi2_token", "chi2_sequence", "token_ratio/", "sequence_ratio/")
 _TAIL = {"token": 0.01, "sequence": 0.05}
-"""Share of the largest ratios that the tail index looks at."""
+"""Fraction of the ratios, the largest, from which the tail index is estimated."""
 _SMALLEST_TAIL = 5
 HISTOGRAM = {"token": (-4.0, 4.0), "sequence": (-10.0, 10.0)}
-"""Range of the log-ratio's histograms; what lies outside is counted in the end bins."""
+"""Range of the log-ratio's histograms; the end bins count values outside."""
 _BINS = 80
 
 
 def clean_stats(experience: Experience) -> Stats:
-    """Ratios of the unperturbed policy, before this batch's updates, over the sampler; over all ranks."""
+    """Ratios of the unperturbed policy to the sampler, before this batch's updates, over all ranks."""
     assert experience.old_logp is not None
     completions = experience.completions
     out = policy_loss(
@@ -36,7 +36,7 @@ def clean_stats(experience: Experience) -> Stats:
 
 
 def clean_metrics(stats: Stats, with_shape: bool) -> Metrics:
-    """clean/: KL, effective sample size, ratio quantiles, tail index; with_shape adds the envelope and histograms."""
+    """clean/ metrics: KL, effective sample size, ratio quantiles, tail index; with_shape adds envelope and histograms."""
     metrics: Metrics = {f"clean/{key}": v for key, v in stats.summary().items() if key.startswith(_KEPT)}
     log_ratios = {
         "token": stats.log_ratio.double().numpy(),
@@ -44,7 +44,7 @@ def clean_metrics(stats: Stats, with_shape: bool) -> Metrics:
     }
     for name, log_ratio in log_ratios.items():
         num_largest = math.ceil(_TAIL[name] * len(log_ratio))
-        index = hill(np.exp(log_ratio - log_ratio.max(initial=-np.inf)), num_largest)  # scale does not matter to it
+        index = hill(np.exp(log_ratio - log_ratio.max(initial=-np.inf)), num_largest)  # does not depend on scale
         if num_largest >= _SMALLEST_TAIL and not math.isnan(index):
             metrics[f"clean/hill_{name}"] = index
     if with_shape:

@@ -1,6 +1,6 @@
-"""How far the sampler is from the training path with the same weights, measured before training starts.
+"""The sampler's distance from the training path with the same weights, measured before training starts.
 
-r = log p_train - q over the tokens of a few completions: the part of every later ratio that no update makes.
+r = log p_train - q over the tokens of a few completions: the part of every later ratio that is not due to updates.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..update import Experience, score_clean
 
 _PROMPTS, _SAMPLES = 8, 4
 _STREAM = (1 << 32) - 2  # a batch number that neither training nor evaluation reaches
-K3_BOUND = 0.05  # nats a token; 8 by 5 bits stays below, 4-bit weights on a sharp small model do not
-"""Above it the sampler is asked about in words."""
+K3_BOUND = 0.05  # nats per token; int8 with 5-bit weights stays below, 4-bit weights on a sharp small model do not
+"""Above this, `describe` adds a possible cause."""
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def measure_mismatch(
     seed: int,
     micro_batch: int | None,
 ) -> dict[str, float]:
-    """mean_abs, k1_kl, k3_kl and max_ratio of the clean training path over the sampler, and the number of tokens."""
+    """Measure mean_abs, k1_kl, k3_kl and max_ratio of the unperturbed training path over the sampler; count tokens."""
     prompts = [policy.encode_prompt(task.problem("train", i).question) for i in range(_PROMPTS)]
     u = uniforms(_PROMPTS * _SAMPLES, max_new_tokens, seed, _STREAM)
     request = Request(prompts, _SAMPLES, max_new_tokens, u=u, temperature=config.temperature)
@@ -54,7 +54,7 @@ def measure_mismatch(
 
 
 def describe(measured: dict[str, float], config: RolloutConfig) -> str:
-    """One line; a second one where the sampler is further away than rounding explains."""
+    """Describe the mismatch in one line; add a second line with a possible cause if k3_kl is above K3_BOUND."""
     line = (
         f"sampler {config.path} against the training path, same weights, {measured['tokens']:.0f} tokens: "
         f"mean |log-ratio| {measured['mean_abs']:.2g}, k1 KL {measured['k1_kl']:.2g}, k3 KL {measured['k3_kl']:.2g}, "

@@ -1,4 +1,4 @@
-"""A step's figures over all ranks: what its rollouts were worth, its tool calls, and how far its updates moved the policy."""
+"""A step's metrics over all ranks: rewards, tool calls, and how far the updates moved the policy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..runs.files import Metrics
 from ..tasks.task import Score
 
 _COUNTS = ("turns", "void", "calls", "cut")
-"""Figures of a trajectory of several turns; the others are the statuses of its tool calls."""
+"""Counts of a multi-turn trajectory; its other counts are of tool calls per status."""
 
 
 def rollout_metrics(completions: Completions, scores: list[Score], world: World) -> Metrics:
-    """Rewards, unread answers and truncations as fractions of the samples; with tools, their figures."""
+    """Mean reward, and fractions of correct, unparsed and truncated completions; with tools, also turns and calls."""
     of_tools = {} if completions.turns is None else {k: float(x.sum()) for k, x in completions.turns.figures.items()}
     seconds = 0.0 if completions.turns is None else completions.turns.tool_s
     count, reward, correct, unparsed, truncated, seconds, *rest = world.sum(
@@ -51,10 +51,10 @@ def rollout_metrics(completions: Completions, scores: list[Score], world: World)
 
 
 def step_kl(before: Tensor, after: Tensor, mask: Tensor, world: World) -> float:
-    """k3 estimate of KL(before || after), nats a token, from (B, T) log-probabilities of the rollouts' tokens.
+    """k3 estimate of KL(before || after), nats per token, from (B, T) log-probabilities of the rollouts' tokens.
 
-    The tokens come from the sampler, so this is the change where the data lie, not an unbiased KL.
+    The tokens come from the sampler, so this measures the change on the sampled data, not an unbiased KL.
     """
     r = (after - before)[mask].double()
     count, total = world.sum([float(len(r)), float(k3(r).sum())])
-    return total / max(count, 1.0)  # every trajectory may be void and out of the loss
+    return total / max(count, 1.0)  # all trajectories may be void and excluded from the loss

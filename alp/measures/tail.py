@@ -1,4 +1,4 @@
-"""How heavy a tail is."""
+"""The heaviness of a distribution's tail."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 
 
 def hill(values: Sequence[float] | np.ndarray, k: int) -> float:
-    """Hill's estimate of the tail index from the k largest of positive values: P(X > x) falls like x^-index.
+    """Hill's estimate of the tail index from the k largest values: P(X > x) falls like x^-index.
 
-    Small is heavy: below 2 the variance is infinite. nan where there are not k + 1 values or the top ones are equal.
+    A small index is a heavy tail: below 2 the variance is infinite. Returns nan for fewer than k + 1 values, or if the
+    k + 1 largest are all equal or not all positive.
     """
     x = np.asarray(values, dtype=float)
     if k < 1 or len(x) <= k:

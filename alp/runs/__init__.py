@@ -1,1 +1,1 @@
-"""A run's folder, its state, and what a person sees of it while it goes."""
+"""A run's folder, its checkpointed state, and its progress display."""

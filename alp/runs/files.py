@@ -1,4 +1,4 @@
-"""Files that survive a kill: written beside their place, synced and renamed, so a file is the old one or the new one."""
+"""Files that survive a kill: written to a temporary file, synced and renamed, so a file is either old or new."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from ..errors import UserError
 
 Metrics = dict[str, Any]
-"""One step: numbers, and for sigma and the envelope lists of numbers."""
+"""Metrics of one step: numbers, and lists of numbers for sigma and the envelope."""
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place; on failure (a full disk) `path` stays as it was."""
+    """Let `write` fill a temporary file, then rename it to `path`. On failure (a full disk) `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -38,14 +38,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """`value` as indented JSON, put in place whole."""
+    """Write `value` as indented JSON, whole or not at all."""
     write_whole(path, lambda file: file.write(json.dumps(value, indent=2).encode()))
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` make a folder beside `folder`, then put it in place; on a full disk `folder` stays, with a UserError.
+    """Let `fill` make a temporary folder, then rename it to `folder`. On a full disk, keep `folder`, raise a UserError.
 
-    A kill between the two renames leaves the old one as .NAME-old: `Run.tidy` puts it back.
+    A kill between the two renames leaves the old folder as .NAME-old; `Run.tidy` restores it.
     """
     beside, old = folder.with_name(f".{folder.name}"), folder.with_name(f".{folder.name}-old")
     shutil.rmtree(beside, ignore_errors=True)
@@ -53,8 +53,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         fill(beside)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        again = f"make room, then alp train --resume {folder.parent}"
-        raise UserError(f"{folder} cannot be written: {error}; what was there before is intact; {again}") from error
+        again = f"free disk space, then run alp train --resume {folder.parent}"
+        raise UserError(f"{folder} cannot be written: {error}; existing files are intact; {again}") from error
     if folder.exists():
         os.rename(folder, old)
     os.rename(beside, folder)
@@ -62,7 +62,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The steps on record; a last line torn by a kill is left out, one torn elsewhere is a UserError."""
+    """Read the recorded steps. An incomplete last line (after a kill) is skipped; any other raises a UserError."""
     lines = path.read_text().splitlines() if path.exists() else []
     steps = []
     for number, line in enumerate(lines, start=1):

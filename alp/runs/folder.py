@@ -1,6 +1,6 @@
 """A run's folder: config.json, commit.txt, metrics.jsonl, mismatch.json, before.json, outcome.json, checkpoints/, model/ ...
 
-Its size is bounded: two checkpoints, best/ and model/, and one of these once more while it is being written.
+Its size is bounded: two checkpoints, best/ and model/, plus a second copy of one of these while it is written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KEPT = 2
 
 
 def create_run(config: TrainConfig) -> Path:
-    """A new folder under config.runs, with the configuration and the commit; a name that is taken is a UserError."""
+    """Create a folder under config.runs with the configuration and the commit. A taken name raises a UserError."""
     task = config.task.path.stem if config.task.path else config.task.name
     stem = f"{task}-{config.update.method}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = config.runs / (config.name or stem)
@@ -42,7 +42,7 @@ def create_run(config: TrainConfig) -> Path:
 
 
 class Run:
-    """An open run folder. All ranks read, rank 0 writes."""
+    """An open run folder. All ranks read it; only rank 0 writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,7 +50,7 @@ class Run:
         self._writer: SummaryWriter | None = None
 
     def tidy(self) -> None:
-        """After a kill: remove what was half written, put back what was half replaced."""
+        """Clean up after a kill: remove half-written files, restore half-replaced folders."""
         for torn in (self.folder / "checkpoints").glob(".*.pt-*"):
             torn.unlink()
         for torn in self.folder.glob(".*.json*-[0-9]*"):
@@ -81,7 +81,7 @@ class Run:
         return read_metrics(self._metrics)
 
     def keep_metrics(self, num_steps: int) -> None:
-        """Forget the steps after a checkpoint: they will be made again."""
+        """Drop the metrics of steps after a checkpoint: these steps run again."""
         kept = [json.dumps(m) + "\n" for m in self.metrics if m["step"] <= num_steps]
         write_whole(self._metrics, lambda file: file.write("".join(kept).encode()))
 
@@ -92,26 +92,26 @@ class Run:
     # -------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self, num_steps: int, state: dict[str, Any]) -> None:
-        """Keep the state after `num_steps` steps, and the one before; on a full disk the old ones stay intact."""
+        """Save the state after `num_steps` steps; keep the previous one. On a full disk, old checkpoints stay intact."""
         path = self.folder / "checkpoints" / f"{num_steps:08d}.pt"
         try:
             write_whole(path, lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
             kept = self.checkpoints()
             still = f"; {kept[-1]} is intact" if kept else ""
-            again = f"make room, then alp train --resume {self.folder}"
+            again = f"free disk space, then run alp train --resume {self.folder}"
             raise UserError(f"{path} cannot be written: {error}{still}; {again}") from error
         for old in self.checkpoints()[:-_KEPT]:
             old.unlink()
 
     def checkpoints(self) -> list[Path]:
-        """Oldest first."""
+        """The checkpoints' paths, oldest first."""
         return sorted((self.folder / "checkpoints").glob("[0-9]*.pt"))
 
     def load_checkpoint(self, device: torch.device, mmap: bool = False) -> dict[str, Any] | None:
-        """The newest, or None where the run was stopped before its first: it then starts again.
+        """Load the newest checkpoint. None if there is none yet: the run then starts from the beginning.
 
-        mmap: read only what is used of it, from the disk, when it is used; device must be the CPU.
+        mmap: map the file, so that only what is used is read, and only when it is used; device must be the CPU.
         """
         found = self.checkpoints()
         if not found:
@@ -125,7 +125,7 @@ class Run:
         return state
 
     def save_model(self, save: Callable[[Path], None]) -> Path:
-        """Write the trained model in Hugging Face form to model/, whole or not at all."""
+        """Write the trained model in Hugging Face format to model/, whole or not at all."""
         write_folder(self.folder / "model", save)
         return self.folder / "model"
 
@@ -133,12 +133,12 @@ class Run:
 
     @property
     def best(self) -> float:
-        """The evaluation that best/ stands for; -inf where there is none yet."""
+        """The evaluation of the model in best/; -inf if there is none yet."""
         path = self.folder / "best" / "best.json"
         return float(json.loads(path.read_text())["value"]) if path.is_file() else -math.inf
 
     def keep_best(self, step: int, value: float, save: Callable[[Path], None]) -> None:
-        """Write the model to best/ in Hugging Face form, and best.json with its step and value, if none was better."""
+        """If `value` exceeds `best`, write the model (Hugging Face format) and best.json (step, value) to best/."""
         if not value > self.best:
             return
 
@@ -155,18 +155,18 @@ class Run:
         write_json(self.folder / "mismatch.json", measured)
 
     def save_before(self, before: dict[str, float]) -> None:
-        """before.json: the evaluation before the run, for one that has no outcome because it diverged."""
+        """before.json: the evaluation before training, for runs that diverge and get no outcome.json."""
         write_json(self.folder / "before.json", before)
 
     def save_outcome(self, before: dict[str, float], after: dict[str, float]) -> None:
-        """outcome.json: the evaluations before and after the run."""
+        """outcome.json: the evaluations before and after training."""
         write_json(self.folder / "outcome.json", {"before": before, "after": after})
 
 
 def commit() -> str:
-    """The commit of the code and its uncommitted diff, where the code is in a git checkout."""
+    """The code's commit and its uncommitted diff, if the code is in a git checkout."""
     own = Path(__file__)
-    root = own.parents[2]  # where `alp` and `alp_kernels` lie side by side
+    root = own.parents[2]  # the folder of `alp` and `alp_kernels`
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""The pictures of one or several runs, from their metrics: charts with a legend each."""
+"""Plots of one or several runs' metrics: charts with a legend each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Plot(NamedTuple):
     legend: list[tuple[str, str]]  # name, CSS classes
 
     def svg(self) -> str:
-        """A file of its own, light and dark."""
+        """The text of a standalone SVG file, for light and dark pages."""
         return sheet([self.chart], self.legend)
 
 
@@ -36,7 +36,7 @@ class Trace(NamedTuple):
 def _plot(title: str, traces: list[Trace], *, is_log: bool = False, x_label: str = "step", y_label: str = "") -> Plot:
     values = [v for c in traces for part in (c.y, *(c.band or ())) for v in part]
     x = Range.of([v for c in traces for v in c.x])
-    if x_label == "step":  # no halves of a step
+    if x_label == "step":  # whole steps only
         x = dataclasses.replace(x, marks=tuple((tick, f"{tick:.0f}") for tick in x.ticks() if tick == int(tick)))
     chart = Chart(x, Range.of(values, is_log), x_label, y_label, title)
     legend = []
@@ -50,7 +50,7 @@ def _plot(title: str, traces: list[Trace], *, is_log: bool = False, x_label: str
 
 
 def _recorded(runs: Series, keys: dict[str, str]) -> list[Trace]:
-    """A trace for each run and key that was recorded; `keys` maps a key to its label."""
+    """Make a trace for each run and recorded key; `keys` maps a key to its label."""
     traces = []
     for name, metrics in runs.items():
         for key, label in keys.items():
@@ -120,12 +120,12 @@ PLOTS: dict[str, Callable[[Series], Plot]] = {
 
 
 def plots_of(runs: Series) -> list[str]:
-    """Those of PLOTS that the runs have something for: without noise there is no sigma, without a tool none of its calls."""
+    """Names of the PLOTS that the runs have data for: sigma needs noise, tools needs a tool."""
     return [name for name, plot in PLOTS.items() if plot(runs).legend]
 
 
 def save_plots(name: str, metrics: list[Metrics], folder: Path) -> None:
-    """One SVG for each plot of one run."""
+    """Write one SVG per plot of one run."""
     folder.mkdir(exist_ok=True)
     runs = {name: metrics}
     for plot in plots_of(runs):

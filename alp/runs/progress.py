@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a bar with the numbers that matter, or plain lines without a terminal."""
+"""A run's progress display: a bar with the main numbers, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Reporter:
             of, left = "", ""
             if self.total is not None:
                 of = f"/{self.total}"
-                done = step - self._first  # less than 0 where a comparison's cell begins anew from its checkpoint
+                done = step - self._first  # negative if a comparison's cell restarts from its checkpoint
                 left = f"  {(now - self._begun) / done * (self.total - step):.0f} s left" if done > 0 else ""
             print(f"{self.title} {step}{of}  {numbers}{left}", file=sys.stderr, flush=True)
 
@@ -61,7 +61,7 @@ class Reporter:
 
 
 def in_short(metrics: dict[str, Any]) -> str:
-    """The figures of a step beside the bar."""
+    """A step's numbers beside the bar."""
     text = f"reward {metrics['reward']:.3f}"
     if "k3_kl" in metrics:
         text += f"  k3 KL {metrics['k3_kl']:.4f}  ratio q99.9 {metrics['token_ratio/q99.9']:.2f}"
@@ -71,12 +71,12 @@ def in_short(metrics: dict[str, Any]) -> str:
 
 
 def outcome(before: dict[str, float], after: dict[str, float], steps: list[dict[str, Any]], path: str) -> str:
-    """What was learned: sampled accuracy on both numerical paths, the mean KL between them, the noise that arrived."""
+    """Summary: sampled accuracy on both numerical paths, the mean KL between them, realised noise over nominal."""
     text = (
         f"sampled accuracy {before['train']:.3f} -> {after['train']:.3f} (training path), "
         f"{before['rollout']:.3f} -> {after['rollout']:.3f} ({path} path)"
     )
-    # without noise where that was measured: it compares between methods
+    # prefer the KL without noise, which compares between methods
     kl = [m["clean/k3_kl"] for m in steps if "clean/k3_kl" in m] or [m["k3_kl"] for m in steps if "k3_kl" in m]
     if kl:
         text += f"; k3 KL between them {sum(kl) / len(kl):.4f}"

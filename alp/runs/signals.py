@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT ask a run to stop: it finishes its step, writes a checkpoint and exits with 128 + the signal.
 
-A second signal stops at once. Schedulers signal every process and launchers pass it on: what comes within a second of
-the first is the same request. Where SIGINT is ignored (a job in a shell's background) it stays ignored.
+A second signal stops the run at once. Schedulers signal every process and launchers pass signals on, so signals within
+a second of the first count as the same request. If SIGINT is ignored (a shell's background job), it stays ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SAME_REQUEST_S = 1.0
 
 
 class Stopped(Exception):
-    """The run was asked to stop and can be resumed; `exit_code` tells the shell so."""
+    """The run stopped on request and can be resumed; `exit_code` is 128 + the signal."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """`with StopRequest() as request`: request.signum is 0 until a signal has come."""
+    """`with StopRequest() as request`: request.signum is 0 until a signal comes."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.signum = 0
@@ -39,12 +39,14 @@ class StopRequest:
             os.kill(os.getpid(), signum)
         elif not self.signum:
             self.signum, self._since = signum, now
-            if not self._quiet:  # not print: it may be what was interrupted
+            if not self._quiet:  # not print: the signal may have interrupted a print
                 name = signal.Signals(signum).name
-                os.write(2, f"alp: {name}: this step, then a checkpoint; once more to stop at once\n".encode())
+                os.write(
+                    2, f"alp: {name}: stopping after this step and a checkpoint; repeat to stop at once\n".encode()
+                )
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             for signum in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._before[signum] = signal.signal(signum, self._note)

@@ -1,6 +1,6 @@
-"""What a checkpoint holds: all that a resumed run needs to continue bit for bit.
+"""The contents of a checkpoint: everything a resumed run needs to continue bit for bit.
 
-Data and sampling follow from the number of steps. Whether the run was sharded or not, a state is whole and the same.
+The number of steps determines data and sampling. A state is unsharded, and the same for sharded and unsharded runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def take_state(
     sampler: Sampler,
     world: World,
 ) -> dict[str, Any]:
-    """A collective call; rank 0's is whole."""
+    """Collect the state; a collective call. Only rank 0 gets the whole state."""
     reshard(model)
     state = {
         "model": trained_state(model),
@@ -45,7 +45,7 @@ def put_state(
     sampler: Sampler,
     world: World,
 ) -> None:
-    """Continue from rank 0's `take_state`, on any number of ranks; with as many as it had, bit for bit."""
+    """Load rank 0's `take_state`, on any number of ranks. With the same number, the run continues bit for bit."""
     own = dict(model.state_dict(keep_vars=True))
 
     def sharded(weights: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Small charts as SVG text: lines, bands, steps and points on linear or logarithmic axes.
 
-Colours are CSS variables of THEME, so that one picture serves light and dark pages; the same data give the same bytes.
+Colours are CSS variables of THEME, so one picture suits light and dark pages. The same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 WIDTH, HEIGHT = 320, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 34
 
-# eight hues that stay apart under the common colour blindnesses (Okabe and Ito), darker on white, lighter on black
+# eight hues that common colour blindnesses can distinguish (Okabe and Ito), darker on white, lighter on black
 _LIGHT = ("#0072b2", "#c8500a", "#00855f", "#b0528c", "#8a6d00", "#3a9bd0", "#444444", "#d98c00")
 _DARK = ("#5cb0ea", "#ff8f57", "#33cc9e", "#eda4cf", "#f0e05a", "#a8dcff", "#c4c4c4", "#e39000")
 NUM_COLOURS = len(_LIGHT)
@@ -42,7 +42,7 @@ CHARTS = (
 
 
 def look(number: int) -> str:
-    """Classes of the number-th of many: no two of 24 share colour and dash, and of the first 8 half are dashed."""
+    """CSS classes of curve `number`. The first 24 differ in colour or dash; half of the first 8 are dashed."""
     return f"s{number % NUM_COLOURS} d{number // 4 % len(_DASHES)}"
 
 
@@ -53,11 +53,11 @@ class Range:
     low: float
     high: float
     is_log: bool = False
-    marks: tuple[tuple[float, str], ...] = ()  # in place of round numbers: where, and what stands there
+    marks: tuple[tuple[float, str], ...] = ()  # (position, label), instead of round numbers
 
     @staticmethod
     def of(values: Sequence[float], is_log: bool = False, zero: bool = False) -> Range:
-        """Around the finite values; `zero` begins there. A logarithmic one leaves out what is not positive."""
+        """A range around the finite values; `zero` includes 0. A logarithmic range ignores values that are not positive."""
         kept = [v for v in values if math.isfinite(v) and (v > 0 or not is_log)]
         if not kept:
             return Range(1e-3, 1.0, True) if is_log else Range(0.0, 1.0)
@@ -69,7 +69,7 @@ class Range:
         return Range(low if zero and low == 0 else low - margin, high + margin)
 
     def place(self, value: float) -> float:
-        """From 0 at low to 1 at high."""
+        """Position of `value` on the axis: 0 at low, 1 at high."""
         low, high, value = (math.log(v) if self.is_log else v for v in (self.low, self.high, value))
         return (value - low) / (high - low)
 
@@ -77,7 +77,7 @@ class Range:
         return math.isfinite(value) and (value > 0 or not self.is_log)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Round numbers inside; at least two where the axis is not absurdly short."""
+        """Round numbers in the range; at least two, unless the range is extremely short."""
         if self.is_log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             for factors in ((1,), (1, 3), (1, 2, 5)):
@@ -97,7 +97,7 @@ class Range:
 
 @dataclass
 class Chart:
-    """One panel. What is drawn first lies below."""
+    """One panel. Parts drawn later cover earlier ones."""
 
     x: Range
     y: Range
@@ -107,7 +107,7 @@ class Chart:
     _parts: list[str] = field(default_factory=list)
 
     def line(self, x: Sequence[float], y: Sequence[float], css: str, name: str = "") -> None:
-        """Through the points; interrupted where the axis cannot show one. `name` shows under a pointer."""
+        """Draw a line through the points, with gaps where an axis cannot show a point. `name` is the tooltip."""
         runs: list[list[str]] = [[]]
         for a, b in zip(x, y, strict=True):
             if self.x.holds(a) and self.y.holds(b):
@@ -119,7 +119,7 @@ class Chart:
             self._parts.append(f'<path class="line {css}" stroke-linecap="round" d="{path}">{_title(name)}</path>')
 
     def band(self, x: Sequence[float], low: Sequence[float], high: Sequence[float], css: str) -> None:
-        """Between two lines; only where both are on the axis."""
+        """Fill the band between two lines, where the axis can show both."""
         kept = [(a, b, c) for a, b, c in zip(x, low, high, strict=True) if self.y.holds(b) and self.y.holds(c)]
         if len(kept) > 1:
             there = [self._point(a, c) for a, _, c in kept]
@@ -127,7 +127,7 @@ class Chart:
             self._parts.append(f'<path class="band {css}" d="M{" ".join(there + back)}z"/>')
 
     def steps(self, edges: Sequence[float], counts: Sequence[float], css: str, name: str = "") -> None:
-        """A histogram's outline; empty bins lie on the floor."""
+        """Draw a histogram's outline; empty bins are drawn at the lower end of the y axis."""
         x = [edge for pair in pairwise(edges) for edge in pair]
         floor = self.y.low
         self.line(x, [max(count, floor) for count in counts for _ in range(2)], css, name)
@@ -138,7 +138,7 @@ class Chart:
             self._parts.append(f'<circle class="dot {css}" cx="{a}" cy="{b}" r="{radius:g}">{_title(name)}</circle>')
 
     def guide(self, x: float) -> None:
-        """A vertical line."""
+        """Draw a vertical line."""
         if self.x.low <= x <= self.x.high:
             a = _LEFT + self.x.place(x) * (WIDTH - _LEFT - _RIGHT)
             self._parts.append(f'<path class="line thin soft d1" d="M{a:.1f},{_TOP} V{HEIGHT - _BOTTOM}"/>')
@@ -164,7 +164,7 @@ class Chart:
         return "".join(out + self._parts)
 
     def svg(self) -> str:
-        """For a page that has THEME and CHARTS; it grows with its place."""
+        """An svg element for a page with the styles THEME and CHARTS; it scales with its container."""
         name = html.escape(self.title or self.y_label, quote=True)
         return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{self.inner()}</svg>'
 
@@ -175,7 +175,7 @@ class Chart:
 
 
 def sheet(charts: Sequence[Chart], legend: Sequence[tuple[str, str]] = (), num_columns: int = 3) -> str:
-    """A file of its own: panels with their titles in rows, then (name, classes) as a legend; light and dark."""
+    """A standalone SVG file: rows of titled panels, then a legend of (name, CSS classes); for light and dark pages."""
     num_columns = max(1, min(num_columns, len(charts)))
     num_rows = math.ceil(len(charts) / num_columns)
     cell_h, width = HEIGHT + 22, num_columns * (WIDTH + 12)
@@ -203,7 +203,7 @@ def sheet(charts: Sequence[Chart], legend: Sequence[tuple[str, str]] = (), num_c
 
 
 def tick_text(value: float) -> str:
-    """Short: 0.01, 20, 1e-05, 12k."""
+    """Format a number briefly: 0.01, 20, 1e-5, 1.2e4."""
     if value and not 1e-3 <= abs(value) < 1e4:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

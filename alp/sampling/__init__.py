@@ -1,1 +1,1 @@
-"""What completions are sampled from: a copy of the policy on another numerical path, with weights of an earlier time."""
+"""Samplers: a copy of the policy on another numerical path, with weights of an earlier step."""

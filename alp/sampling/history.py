@@ -1,4 +1,4 @@
-"""Weights of an earlier time: what a sampler that lags behind the trained model samples from."""
+"""Weights of earlier steps, for a sampler that lags behind the trained model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ..policy.adapters import Weights, snapshot
 
 
 class History(ABC):
-    """The weights of the last batches, of which the oldest sample; the first batches have no such past."""
+    """The weights after the last `lag` + 1 batches; the oldest sample. In the first batches, the lag grows from 0."""
 
     def __init__(self, lag: int) -> None:
         self.history: deque[Weights] = deque(maxlen=lag + 1)
 
     @property
     def weights(self) -> Weights:
-        """Those in use, before quantisation."""
+        """The weights it samples from, before quantisation."""
         return self.history[0]
 
     def push(self, model: nn.Module) -> None:
-        """Note the weights after a batch's updates, and load those that are `lag` batches old."""
+        """Store the weights after a batch's updates, and load those that are `lag` batches old."""
         self.history.append(snapshot(model))
         self._load(self.weights)
 
@@ -35,4 +35,4 @@ class History(ABC):
 
     @abstractmethod
     def _load(self, weights: Weights) -> None:
-        """Sample from these from now on."""
+        """Use these weights for sampling."""

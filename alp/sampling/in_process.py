@@ -1,12 +1,12 @@
-"""A copy of the policy in this process, on another numerical path, with weights of an earlier time.
+"""A copy of the policy in this process, on another numerical path, with weights of an earlier step.
 
     same   the training path's own arithmetic
     bf16   weights and activations in bfloat16
     int8   8-bit activations times b-bit weights (int8.py)
     ao-*   torchao's quantisation of the same layers (torchao.py)
 
-Embeddings, norms and the output head are never quantised. Between what a sampler samples from and what is trained lie
-quantisation and staleness: the mismatch ALP is for.
+Embeddings, norms and the output head are never quantised. Quantisation and staleness separate the sampler from the
+trained policy: ALP is made for this mismatch.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class InProcessSampler(History):
 
     @torch.no_grad()
     def _load(self, weights: Weights) -> None:
-        """Shards are made whole one tensor at a time, on every rank."""
+        """Load the weights; shards are gathered one tensor at a time, on every rank."""
         if self._config.path == "same":
             for name, parameter in self.model.named_parameters():
-                if name in weights:  # a frozen one is as it was copied
+                if name in weights:  # frozen parameters keep their copied values
                     parameter.copy_(full(weights[name]))
             return
         plain = served(self._trained, weights)

@@ -1,4 +1,4 @@
-"""8-bit activations (one scale a token) times b-bit weights (one scale an output channel), both symmetric.
+"""8-bit activations (one scale per token) times b-bit weights (one scale per output channel), both symmetric.
 
 The integer products are summed exactly.
 """
@@ -14,13 +14,13 @@ _FLOAT64_EXACT = 1 << 53
 
 
 def quantise(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Symmetric quantisation of each row of (..., K): integers in [-top, top] (as floats) and the scale (..., 1)."""
+    """Quantise each row of (..., K) symmetrically: integers in [-top, top] (as floats) and the scale (..., 1)."""
     scale = values.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12).div_(top)
-    return (values / scale).round_(), scale  # the largest quotient is top to within 1e-7: it rounds to top
+    return (values / scale).round_(), scale  # the largest quotient is within 1e-7 of top: it rounds to top
 
 
 def integer_matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
-    """a (..., K) @ b (N, K)^T of small integers, exact: |a b| <= bound, in the narrowest float that holds every sum."""
+    """Exact a (..., K) @ b (N, K)^T of small integers, |a b| <= bound, in the narrowest float dtype that is exact."""
     sums = bound * a.shape[-1]
     assert sums < _FLOAT64_EXACT
     dtype = torch.float32 if sums < _FLOAT32_EXACT else torch.float64

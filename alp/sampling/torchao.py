@@ -1,10 +1,10 @@
-"""Linear layers quantised by torchao: the numerics that its kernels serve with.
+"""Linear layers quantised by torchao, with the numerics of its kernels.
 
-ao-int8           int8 activations (one scale a token) times int8 weights (one scale a channel)
+ao-int8           int8 activations (one scale per token) times int8 weights (one scale per channel)
 ao-int8-weights   int8 weights, products in the model's own dtype
-ao-fp8            fp8 e4m3 activations and weights, one scale a row; a GPU of compute capability 8.9 or higher
+ao-fp8            fp8 e4m3 activations and weights, one scale per row; needs a GPU of compute capability 8.9 or higher
 ao-fp8-weights    fp8 e4m3 weights
-ao-int4-weights   4-bit weights, one scale for 32 of them; unpacked: the numbers of int4 without its speed
+ao-int4-weights   4-bit weights, one scale per 32 weights; stored unpacked: int4 values without int4 speed
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FP8_CAPABILITY = (8, 9)
 
 
 def torchao_config(path: str, device: torch.device) -> Any:
-    """torchao's configuration; a UserError says what `path` would need here."""
+    """Return torchao's configuration for `path`; raises a UserError that says what is missing here."""
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
             f"rollout.path={path!r} needs torchao, which is not installed: pip install 'alp-kernels[quantise]'"
@@ -53,7 +53,7 @@ def torchao_config(path: str, device: torch.device) -> Any:
 
 
 def quantise_layers(model: nn.Module, names: list[str], weights: Mapping[str, Tensor], path: str) -> None:
-    """Give the linear layers `names` of `model` these weights, quantised."""
+    """Set the weights of the linear layers `names` of `model`, quantised."""
     config = torchao_config(path, next(model.parameters()).device)
     from torchao.quantization import quantize_
 

@@ -1,8 +1,8 @@
 """vLLM as the sampler: a server (rollout.server), or its LLM class in this process.
 
-Token ids go in and come out, with vLLM's own log-probability of each sampled token. New weights go through a folder of
-one safetensors file that vLLM reloads: merged where adapters are trained, and never with log_sigma, which is no part of
-the model. vLLM draws its own random numbers, from seeds that follow from the run's; batches change its last bits.
+Requests and replies are token ids; replies hold vLLM's own log-probability of each sampled token. New weights go to a
+folder with one safetensors file, which vLLM reloads. Adapters are merged; log_sigma is not sent, since it is not part
+of the model. vLLM draws its own random numbers, with seeds derived from the run's; batching changes its last bits.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ..policy.models import Policy
 from ..rollout import Completions, Request, Stop
 from .history import History
 
-_CONCURRENT = 64  # requests on their way at once
-_TIMEOUT_S = 3600.0  # of one request: a long completion under load
-_MEMORY = 0.4  # of the GPU for vLLM, beside the trainer in this process
+_CONCURRENT = 64  # requests in flight at once
+_TIMEOUT_S = 3600.0  # per request: allows a long completion under load
+_MEMORY = 0.4  # vLLM's share of the GPU's memory, beside the trainer in this process
 
 
 class Sampled(NamedTuple):
-    tokens: list[int]  # the one that ends it included
+    tokens: list[int]  # including the end token
     logp: list[float]
     ended: bool  # by an end token, not by the length limit
 
@@ -43,7 +43,7 @@ class Backend(Protocol):
     """A running vLLM."""
 
     holds: object | None
-    """The weights it was given last."""
+    """The weights that were sent last."""
 
     def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[Sampled]]: ...
 
@@ -51,18 +51,20 @@ class Backend(Protocol):
 
 
 class VllmSampler(History):
-    """The weights of `lag` batches ago, sent when they are first sampled from."""
+    """Samples with the weights of `lag` batches ago; sends them to vLLM before their first use."""
 
     def __init__(self, model: PreTrainedModel, config: RolloutConfig) -> None:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            raise UserError("rollout.path='vllm' serves one training process: ranks would send it weights in between")
+            raise UserError(
+                "rollout.path='vllm' needs a single training process: ranks would overwrite each other's weights"
+            )
         super().__init__(config.lag)
         self._trained = model
         self._backend = connect(config.server) if config.server is not None else in_process(model)
         self.push(model)
 
     def _load(self, weights: Weights) -> None:
-        """Nothing yet: an evaluation between two batches may give the server other weights."""
+        """Do nothing yet; `sample` sends the weights. An evaluation between two batches may send other weights."""
 
     def _send(self) -> None:
         if self._backend.holds is self.weights:
@@ -76,7 +78,7 @@ class VllmSampler(History):
         self._backend.holds = self.weights
 
     def sample(self, policy: Policy, request: Request) -> Completions:
-        """As `rollout.sample`; of `u` each prompt's first number seeds its request. What follows a stop is dropped."""
+        """Like `rollout.sample`. A prompt's first number in `u` seeds its request; tokens after a stop are dropped."""
         self._send()
         shared = {
             "n": request.num_samples,
@@ -84,7 +86,7 @@ class VllmSampler(History):
             "temperature": 0.0 if request.u is None else request.temperature,
             "logprobs": 0,
             "stop_token_ids": policy.eos_ids,
-            # a model's generation_config.json must not change what is sampled from
+            # override a model's generation_config.json, which could change the sampling distribution
             "top_p": request.top_p,
             "top_k": 0,
             "min_p": 0.0,
@@ -104,12 +106,12 @@ class VllmSampler(History):
 def _completions(policy: Policy, request: Request, sampled: list[Sampled]) -> Completions:
     prompts, num_samples, max_new_tokens = request.prompts, request.num_samples, request.max_new_tokens
     if len(sampled) != len(prompts) * num_samples:
-        raise UserError(f"vLLM gave {len(sampled)} completions of {len(prompts) * num_samples}")
+        raise UserError(f"vLLM returned {len(sampled)} of {len(prompts) * num_samples} completions")
     width, pad = max(map(len, prompts)), policy.pad_id
     rows = [prompts[i // num_samples] for i in range(len(sampled))]
     lengths = torch.tensor([len(one.tokens) for one in sampled])
     if not all(len(one.tokens) == len(one.logp) <= max_new_tokens for one in sampled):
-        raise UserError("vLLM gave another number of log-probabilities than of tokens, or more tokens than asked for")
+        raise UserError("vLLM returned unequal numbers of log-probabilities and tokens, or more tokens than requested")
     tokens = torch.tensor(
         [
             [pad] * (width - len(p)) + p + one.tokens + [pad] * (max_new_tokens - len(one.tokens))
@@ -120,7 +122,7 @@ def _completions(policy: Policy, request: Request, sampled: list[Sampled]) -> Co
     before = torch.arange(width) >= torch.tensor([width - len(p) for p in rows])[:, None]
     logp = torch.tensor([one.logp + [0.0] * (max_new_tokens - len(one.logp)) for one in sampled])
     if not logp.isfinite().all():
-        raise UserError(f"vLLM gave {int((~logp.isfinite()).sum())} log-probabilities that are not finite")
+        raise UserError(f"vLLM returned {int((~logp.isfinite()).sum())} log-probabilities that are not finite")
     device = policy.model.device
     return Completions(
         tokens.to(device),
@@ -133,7 +135,7 @@ def _completions(policy: Policy, request: Request, sampled: list[Sampled]) -> Co
 
 
 def cut_off(policy: Policy, completions: Completions, stop: Stop) -> Completions:
-    """What `sample` would have ended at `stop`, from completions that went on: a prefix is sampled like the whole."""
+    """Cut completions where `stop` would have ended them; a prefix has the same distribution as if sampled alone."""
     targets, mask = completions.targets, completions.mask.clone()
     truncated, alive = completions.truncated.clone(), mask.any(dim=1)
     for t in range(1, mask.shape[1] + 1):
@@ -158,7 +160,7 @@ def cut_off(policy: Policy, completions: Completions, stop: Stop) -> Completions
 
 
 _connections: dict[str, Backend] = {}
-"""One for each URL: training and evaluation must see what weights the other has sent."""
+"""One backend per URL or model, shared by training and evaluation: each must know which weights the other has sent."""
 
 
 def connect(url: str) -> Backend:
@@ -168,7 +170,7 @@ def connect(url: str) -> Backend:
 
 
 class _Server:
-    """`vllm serve`, with VLLM_SERVER_DEV_MODE=1 for the weights."""
+    """A `vllm serve` process; VLLM_SERVER_DEV_MODE=1 lets it reload weights."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -190,13 +192,13 @@ class _Server:
             ]
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"rollout.server={self._url}: its completions lack {error}; it needs a vLLM that knows return_token_ids "
+                f"rollout.server={self._url}: its completions lack {error}; it needs a vLLM that supports return_token_ids "
                 "(0.10.2 or later)"
             ) from None
 
     def reload(self, folder: str) -> None:
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-        self._call("/reset_prefix_cache", {})  # keys and values of the weights before
+        self._call("/reset_prefix_cache", {})  # its keys and values belong to the old weights
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()

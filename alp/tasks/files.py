@@ -1,4 +1,4 @@
-"""Read problems from files: JSONL, a JSON list, parquet, CSV, or anything the `datasets` library loads by name or folder.
+"""Read problems from JSONL, a JSON list, parquet, CSV, or whatever the `datasets` library loads by name or folder.
 
 Reads benchmarks in their published form: MATH and MATH-500, GSM8K, AIME, Minerva, OlympiadBench.
 """
@@ -71,7 +71,7 @@ def _parse(options: tuple[str, ...]) -> dict[str, str]:
 def read_jsonl(path: Path, columns: Columns = Columns()) -> list[Line]:  # noqa: B008 - immutable
     """Read problems from a file with one JSON object per line, or with one JSON list of objects.
 
-    An unreadable problem raises a UserError with the file and the line number (list: item number). Blank lines are skipped.
+    An unreadable problem raises a UserError with the file and the line (list: item) number. Blank lines are skipped.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -226,7 +226,7 @@ def final_answer(value: Any, key: str) -> str:
 
 
 def last_boxed(solution: str) -> str:
-    """The content of a MATH solution's last \\boxed{...} or \\fbox{...}, with balanced braces; for "\\boxed 4", the 4."""
+    """The content of a MATH solution's last \\boxed{...} or \\fbox{...}, braces balanced; for "\\boxed 4", the 4."""
     *_, last = [None, *_BOX.finditer(solution)]
     if last is None:
         raise ValueError("solution has no \\boxed{...}")

@@ -1,1 +1,1 @@
-"""Tools that run the model's code, and the rollout of several turns that calls them."""
+"""Tools that run the model's code, and the multi-turn rollout that calls them."""

@@ -1,9 +1,9 @@
-"""Client of a SandboxFusion-compatible service: full Python, sympy and all, on machines that are built to be attacked.
+"""Client of a SandboxFusion-compatible service, which runs full Python (sympy included) in its own sandbox.
 
     POST url {code, stdin, language, compile_timeout, run_timeout} -> {status, run_result: {stdout, stderr, ...}}
 
-The value of the Authorization header comes from the environment, never from a file. A service that fails is asked
-again after a growing, random pause; redirects are not followed, since the header would travel with them.
+The value of the Authorization header comes from the environment, never from a file. A failed request is retried after
+a growing, random pause. Redirects are not followed: they would pass on the header.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from .tool import MAX_OUTPUT, Status, ToolResult, last_line, refusal
 AUTHORIZATION = "ALP_TOOLS_AUTHORIZATION"
 _TRIES = 4
 _PAUSE_S = 0.5  # before the second try; doubles
-_ANSWER_S = 10.0  # beyond the script's own time, for a service that queues
+_ANSWER_S = 10.0  # wait beyond the script's own time limit, for a service that queues
 _MAX_ANSWER = 16 * MAX_OUTPUT  # bytes
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 
 
 class _Failure(Exception):
-    """The service did not do its part; another try may help."""
+    """The service failed; another try may help."""
 
 
 class HttpTool:
-    """Runs scripts on a service, `concurrency` at once."""
+    """Runs scripts on a service, up to `concurrency` at once."""
 
     def __init__(self, url: str, *, timeout: float = 2.0, concurrency: int = 32, pause_s: float = _PAUSE_S) -> None:
         parts = urllib.parse.urlsplit(url)
@@ -47,12 +47,12 @@ class HttpTool:
             self._headers["Authorization"] = os.environ[AUTHORIZATION].strip()
             if not (self._headers["Authorization"].isascii() and self._headers["Authorization"].isprintable()):
                 raise UserError(f"{AUTHORIZATION} holds characters that no HTTP header can carry")
-        self._jitter = random.Random()  # not the training's randomness
+        self._jitter = random.Random()  # separate from the training's random state
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="alp-tool")
-        self._local = threading.local()  # a connection for each thread
+        self._local = threading.local()  # one connection per thread
 
     def check(self) -> None:
-        """One script, before training; a UserError says why the service cannot serve."""
+        """Run one script before training; raises a UserError that says why the service cannot be used."""
         result = self._run("print(6 * 7)")
         if result.status != "ok" or result.stdout.strip() != "42":
             found = result.error or f"print(6 * 7) printed {result.stdout[:80]!r}"
@@ -78,7 +78,7 @@ class HttpTool:
         return ToolResult("crashed", "", f"{reason} ({_TRIES} tries)", time.monotonic() - start)
 
     def _ask(self, code: str) -> tuple[Status, str, str]:
-        """One request: status, stdout and the last line of what went wrong."""
+        """Send one request; returns the status, stdout and the last line of the error."""
         request = {
             "code": code,
             "stdin": "",
@@ -101,7 +101,7 @@ class HttpTool:
             raise _Failure(f"malformed answer: {error}") from None
 
     def _post(self, body: bytes) -> tuple[int, bytes]:
-        """Over this thread's connection; a kept one that the service has closed meanwhile is opened anew."""
+        """POST over this thread's connection; reconnects if the service has closed a kept-alive one."""
         for is_kept in (True, False):
             connection = getattr(self._local, "connection", None)
             if connection is None:
@@ -128,7 +128,7 @@ class HttpTool:
 
 
 def _read_body(response: http.client.HTTPResponse, seconds: float) -> bytes:
-    """All of it, within size and time: a socket's own time limit starts anew with every byte."""
+    """Read the whole body within a size and a time limit; a socket's own timeout restarts with every byte."""
     deadline, body = time.monotonic() + seconds, b""
     while piece := response.read1(1 << 16):
         body += piece
@@ -136,12 +136,12 @@ def _read_body(response: http.client.HTTPResponse, seconds: float) -> bytes:
             raise http.client.HTTPException(f"more than {_MAX_ANSWER} bytes")
         if time.monotonic() > deadline:
             raise http.client.HTTPException(f"the response took longer than {seconds:g} s")
-    response.close()  # read1 does not notice the end, and the connection would refuse its next request
+    response.close()  # read1 does not mark the response as done, and the connection would reject its next request
     return body
 
 
 def _read(answer: dict[str, Any]) -> tuple[Status, str, str]:
-    """A service's answer: SandboxFusion's own words, or success | timeout | runtime_error."""
+    """Parse a service's answer, with SandboxFusion's own statuses or success | timeout | runtime_error."""
     said = str(answer.get("status")).lower()
     result = answer.get("run_result") or {}
     stdout, stderr = result.get("stdout") or "", result.get("stderr") or ""

@@ -1,6 +1,7 @@
-"""pydantic-monty: a small Python written in Rust, in a pool of worker processes.
+"""pydantic-monty, a small Python interpreter written in Rust, in a pool of worker processes.
 
-No files, network, processes, environment or clock of the host, and limits on time, memory, recursion and output.
+Scripts cannot reach the host's files, network, processes, environment or clock; time, memory, recursion and output are
+limited.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from ..errors import UserError
 from .tool import MAX_OUTPUT, Status, ToolResult, last_line, refusal
 
 _RECURSION = 200
-_HOST_CALLS = 100  # undefined names, imports, forbidden file access: each asks the host once
-_TRIES = 2  # a worker that was killed from outside is no fault of the script
+_HOST_CALLS = 100  # an undefined name, an import or a forbidden file access each asks the host once
+_TRIES = 2  # something other than the script may have killed the worker
 
 
 class MontyTool:
-    """A pool of pydantic-monty workers, one script each at a time; they end with this object.
+    """A pool of pydantic-monty workers, each of which runs one script at a time. They end with this object.
 
-    A script meets a fixed date and random seed: its output is a function of its text, so a resumed run meets the same.
+    The date and the random seed are fixed: a script's output depends only on its text, so a resumed run gets the same.
     """
 
     def __init__(self, workers: int | None = None, *, timeout: float = 2.0, memory_mib: int = 128) -> None:
@@ -50,7 +51,7 @@ class MontyTool:
             self._pool = pydantic_monty.Monty(
                 min_processes=workers,
                 max_processes=workers,
-                request_timeout=timeout + 2.0,  # where the limit inside the worker does not hold: the worker is killed
+                request_timeout=timeout + 2.0,  # kills the worker if its inner time limit fails
                 checkout_timeout=60.0,
             ).__enter__()
         except (RuntimeError, OSError) as error:
@@ -83,7 +84,7 @@ class MontyTool:
                 RuntimeError,
                 OSError,
                 TimeoutError,
-            ) as error:  # a worker that cannot be started, or none comes free
+            ) as error:  # a worker cannot be started, or none becomes free
                 reason = last_line(str(error))
                 continue
             stdout = "".join(text for stream, text in printed.output if stream == "stdout")

@@ -1,9 +1,9 @@
-"""Tools that run the model's code: a batch of scripts in, what became of each out. Never on the host itself.
+"""Tools that run the model's code: a batch of scripts in, one result per script out. Nothing runs on the host itself.
 
     monty   a pool of sandboxed interpreters on this machine (monty.py)
     http    a SandboxFusion-compatible service, for full Python (http.py)
 
-Only what a script prints counts as its output, on both alike: the value of a last expression is dropped.
+With both tools, a script's output is only what it prints: the value of a last expression is dropped.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ MAX_OUTPUT = 1 << 16  # bytes a script may print
 
 
 class ToolResult(NamedTuple):
-    """`crashed`: the tool failed, twice, and the script may be innocent; `refused`: it was not taken."""
+    """`crashed`: the tool failed on every try, perhaps not due to the script. `refused`: the script was not run."""
 
     status: Status
     stdout: str
-    error: str  # the last line of what went wrong
+    error: str  # last line of the error
     seconds: float
 
 
 class Tool(Protocol):
-    """What the rollout asks of a tool."""
+    """A tool as the rollout uses it."""
 
     def run(self, codes: list[str]) -> list[ToolResult]:
-        """A result for each script, in order; whatever a script does, this returns."""
+        """Return a result for each script, in order, whatever the scripts do."""
         ...
 
 
 def refusal(code: str) -> ToolResult | None:
-    """The result of a script that no tool is asked to run, or None."""
+    """The result for a script that no tool should run, else None."""
     if len(code) > MAX_CODE:
         return ToolResult("refused", "", f"the code has {len(code)} characters; {MAX_CODE} are allowed", 0.0)
     try:
@@ -46,5 +46,5 @@ def refusal(code: str) -> ToolResult | None:
 
 
 def last_line(text: str) -> str:
-    """The last line that is not blank: of a traceback, the error."""
+    """The last line that is not blank; in a traceback, this is the error."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

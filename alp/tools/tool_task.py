@@ -1,7 +1,7 @@
-"""A task whose answers may be found with a tool: how it is asked, scored, rolled out and demonstrated.
+"""A task solved with a tool: its prompts, scoring, rollout and demonstrations.
 
-The answer is what stands in the last turn's \\boxed{...}; without one it could not be read. Any task can be asked so of
-a model that can write code; tool_chain also has demonstrations, for the tiny model.
+The answer is the content of the last turn's \\boxed{...}; without one, the completion counts as unparsed. Any task can
+be used this way with a model that writes code; tool_chain also has demonstrations, for the tiny model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INSTRUCTION = (
 
 
 class ToolTask:
-    """`inner` asked with a tool, in at most `max_turns` turns."""
+    """`inner` with a tool, in at most `max_turns` turns."""
 
     def __init__(self, inner: SingleTurn, tool: Tool, config: ToolsConfig, max_turns: int, instruction: str) -> None:
         self.inner, self.tool, self.config, self.max_turns = inner, tool, config, max_turns
@@ -42,7 +42,7 @@ class ToolTask:
         return [self._asked(problem) for problem in self.inner.held_out(limit)]
 
     def _asked(self, problem: Problem) -> Problem:
-        """With the instruction, and scored by what is boxed."""
+        """Add the instruction to the question, and score the boxed answer."""
         score = functools.partial(_score_boxed, problem.score, self.inner.reads_boxed)
         return Problem(problem.question + self._instruction, problem.answer, score)
 

@@ -1,12 +1,12 @@
-"""Several turns: the model writes code, a tool runs it, the model reads what it printed and goes on.
+"""Multi-turn rollout: the model writes code, a tool runs it, the model reads the output and continues.
 
     prompt | turn: text, ```python ... ``` | observation | turn: ... | observation | turn: ... \\boxed{answer}
 
-A turn is one call of the sampler on the token ids so far, those of the trajectories still open; it ends
-at the token that closes a code block, or at the end token. Observations are tokens of the context that carry no loss:
-in the attention mask, not in the mask. Nothing that was sampled is ever tokenised again.
+A turn is one sampler call on the token ids so far of all trajectories that are still open. It ends at the token that
+closes a code block, or at the end token. Observations are context tokens without a loss: the attention mask includes
+them, the mask does not. Sampled tokens are never tokenised again.
 
-B = P prompts * G samples; T tokens of the longest response, observations included.
+B = P prompts * G samples; T tokens in the longest response, observations included.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .tool import STATUSES, Tool, ToolResult
 FENCE = "```"
 LANGUAGES = ("", "py", "python")
 LABEL = "\nCode execution result: "
-_CHARACTERS_A_TOKEN = 16  # of an output, at most so many are tokenised: the rest would be cut anyway
+_CHARACTERS_A_TOKEN = 16  # characters of an output tokenised per allowed token: the rest would be cut anyway
 FIGURES = ("turns", "void", "calls", "cut", *STATUSES)
-"""What is counted of each trajectory: turns, whether the last was void, tool calls, cut observations, their statuses."""
+"""Counts of each trajectory: turns, whether the last was void, tool calls, cut observations, calls per status."""
 
 
 # ------------------------------------------------------------------ code and answers in text
 
 
 def find_code(text: str) -> tuple[int, str] | None:
-    """Where the first complete Python block of `text` begins, and its code; None where there is none.
+    """Return the start of the first complete Python block in `text`, and its code; None if there is no such block.
 
-    A block in another language, or a fence that opens and closes in one line, is text.
+    A block in another language, or a fence that opens and closes on one line, counts as text.
     """
     at = 0
     while (start := text.find(FENCE, at)) >= 0:
@@ -63,21 +63,21 @@ def boxed(text: str) -> str | None:
 
 @functools.lru_cache(maxsize=4)
 def _backticks(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """(V,) int64: backticks in each token, so that text is decoded only where a fence may have closed."""
+    """(V,) int64: number of backticks in each token. Rows are decoded only if a fence may have closed."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     return torch.tensor([t.count("`") + (t == "<0x60>") if t is not None else 0 for t in tokens])
 
 
 class FenceStop:
-    """For `sample`: which rows have just completed a Python block."""
+    """A `Stop` for `sample`: finds the rows that have just completed a Python block."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
     def __call__(self, tokens: Tensor, alive: Tensor) -> Tensor:
-        """(R,) bool of the tokens (R, t) of this turn so far; only rows alive are looked at."""
+        """(R,) bool, from this turn's tokens so far (R, t); checks only rows that are alive."""
         counts = _backticks(self._tokenizer).to(tokens.device)
-        # a model's vocabulary may be padded beyond its tokenizer's
+        # a model's vocabulary may be larger than its tokenizer's, through padding
         in_row = counts[tokens.clamp(max=len(counts) - 1)]
         candidates = alive & (in_row[:, -1] > 0) & (in_row.sum(dim=1) >= 2 * len(FENCE))
         stopped = torch.zeros_like(alive)
@@ -87,7 +87,7 @@ class FenceStop:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Code is what was written, blanks included."""
+    """Decode without clean-up: code keeps its spaces."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
@@ -95,14 +95,14 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def observe(result: ToolResult) -> str:
-    """What the model reads of a result: what was printed, or the last line of what went wrong."""
+    """The text of a result that the model reads: what was printed, or the last line of the error."""
     if result.status == "ok":
         return result.stdout.strip() or "nothing was printed"
     return result.error or result.status
 
 
 def encode_observation(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> tuple[list[int], bool]:
-    """Token ids of an observation, at most `limit`, and whether it was cut; special tokens in it are plain text."""
+    """At most `limit` token ids of an observation, and whether it was cut. Special tokens in it become plain text."""
 
     def encode(piece: str) -> list[int]:
         return list(tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True))
@@ -123,12 +123,12 @@ class _Trajectory:
     is_sampled: list[bool] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FIGURES, 0.0))
-    text: str = ""  # of the last turn, without code
+    text: str = ""  # the last turn's text, without code
     is_open: bool = True
     is_truncated: bool = False
 
     def take(self, ids: list[int], logp: list[float], text: str, has_ended: bool) -> str | None:
-        """Add a turn; returns the code to run, if the trajectory goes on."""
+        """Add a turn; returns the code to run, or None if the trajectory is complete."""
         self.tokens += ids
         self.logp += logp
         self.is_sampled += [True] * len(ids)
@@ -152,7 +152,7 @@ class _Trajectory:
         self.figures["cut"] += is_cut
 
     def truncate(self) -> None:
-        """No room is left to go on."""
+        """End the trajectory because no turns or tokens are left."""
         self.is_open, self.is_truncated = False, True
 
 
@@ -160,9 +160,9 @@ class _Trajectory:
 def sample_turns(
     sample: Sample, policy: Policy, request: Request, *, tool: Tool, max_turns: int, observation_tokens: int
 ) -> Completions:
-    """`sample`, a turn at a time, with a tool: `max_new_tokens` limits a whole response, observations included.
+    """Call `sample` turn by turn, with a tool in between. `max_new_tokens` limits a response with its observations.
 
-    `texts` are those of the last turns, without code: nothing that a tool printed is scored.
+    `texts` are the last turns' texts without code: tool output is never scored.
     """
     max_new_tokens, u = request.max_new_tokens, request.u
     rows = [_Trajectory(prompt) for prompt in request.prompts for _ in range(request.num_samples)]
@@ -179,12 +179,12 @@ def sample_turns(
             u=None if u is None else _shifted(u[is_open], used, room),
             stop=stop,
         )
-        if turn > 1:  # in the first, the samples of a prompt share its reading
+        if turn > 1:  # in the first turn, a prompt's samples share its prefill
             asked = dataclasses.replace(
                 asked, prompts=[rows[i].prompt + rows[i].tokens for i in is_open], num_samples=1
             )
         out = sample(policy, asked)
-        # a row with less room than the widest was sampled on: what is past its own limit is dropped
+        # rows with less room than the widest are sampled past their own limit: the excess is dropped
         lengths = [min(n, max_new_tokens - k) for n, k in zip(out.mask.sum(dim=1).tolist(), used, strict=True)]
         calls = []
         for i, ids, logp, n in zip(is_open, out.targets.tolist(), out.logp.tolist(), lengths, strict=True):
@@ -211,9 +211,11 @@ def sample_turns(
 
 
 def _shifted(u: Tensor, used: list[int], room: int) -> Tensor:
-    """(R, room): a token's random number is that of its place in the response, whatever stood before it."""
+    """(R, room): a token's random number depends only on its position in the response."""
     places = torch.tensor(used)[:, None] + torch.arange(room)
-    return u.gather(1, places.clamp(max=u.shape[1] - 1).to(u.device))  # clamped: past the limit, dropped later
+    return u.gather(
+        1, places.clamp(max=u.shape[1] - 1).to(u.device)
+    )  # positions past the limit are clamped: their tokens are dropped
 
 
 def _assemble(policy: Policy, rows: list[_Trajectory], tool_s: float) -> Completions:

@@ -161,7 +161,7 @@ def test_several_tasks_make_one_table_their_mean_and_a_file(
         (["--on", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--on", "sums.jsonl", "--samples", "0"], "samples=0; it needs 1 or more"),
         (["--on", "sums.jsonl", "--top-p", "0"], "top_p=0.0; it needs a number in (0, 1]"),
-        (["--on", "sums.jsonl", "sums.jsonl"], "cannot be told apart"),
+        (["--on", "sums.jsonl", "sums.jsonl"], "names must differ"),
     ],
 )
 def test_what_does_not_fit_is_one_line(

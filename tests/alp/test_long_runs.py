@@ -185,7 +185,7 @@ def test_a_stopped_sharded_run_resumes_on_one_rank(runs: Path, stopped: Path, on
 def test_a_process_sent_sigterm_resumes_exactly(runs: Path, one_rank: Path) -> None:
     ((code, said),) = launch(runs, 1, *arguments(runs, "alone"), signalled="SIGTERM 0")
     assert code == 128 + signal.SIGTERM, said
-    assert "alp: SIGTERM: this step, then a checkpoint" in said and "stopped after step 2" in said
+    assert "alp: SIGTERM: stopping after this step and a checkpoint" in said and "stopped after step 2" in said
     assert [path.name for path in Run(runs / "alone").checkpoints()] == ["00000002.pt"]
     train(TrainConfig(), resume=runs / "alone")
     assert without_durations(runs / "alone") == without_durations(one_rank)
@@ -212,7 +212,7 @@ TERM = "os.kill(os.getpid(), signal.SIGTERM)"
 def test_a_signal_that_comes_twice_at_once_is_one_request() -> None:
     done = ask("request.__enter__()", TERM, TERM, "os.kill(os.getpid(), signal.SIGINT)")
     assert done.returncode == 0 and done.stdout == f"{int(signal.SIGTERM)}\n"
-    assert done.stderr.count("once more to stop at once") == 1
+    assert done.stderr.count("repeat to stop at once") == 1
 
 
 def test_a_second_signal_stops_at_once() -> None:
@@ -301,7 +301,9 @@ def test_a_full_disk_leaves_the_best_intact(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
     try:
-        with pytest.raises(UserError, match=r"best cannot be written.*intact; make room, then alp train --resume"):
+        with pytest.raises(
+            UserError, match=r"best cannot be written.*intact; free disk space, then run alp train --resume"
+        ):
             run.keep_best(2, 0.6, policy.save)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -321,7 +321,7 @@ def test_servers_that_cannot_serve_say_why(
     with pytest.raises(UserError, match=r"404.*VLLM_SERVER_DEV_MODE=1"):
         backend._call("/not/there", {})
     monkeypatch.setattr(backend, "_call", lambda *_: {"choices": [{"index": 0, "text": "x"}]})
-    with pytest.raises(UserError, match=r"lack 'token_ids'; it needs a vLLM that knows return_token_ids"):
+    with pytest.raises(UserError, match=r"lack 'token_ids'; it needs a vLLM that supports return_token_ids"):
         backend.generate([[1]], [{}])
 
 
