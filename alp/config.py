@@ -198,13 +198,13 @@ class TrainConfig:
     """At every step, compare the unperturbed policy with the sampler: KL, ratios and their tail. Costs a forward,
     unless the method already recomputes log-probabilities."""
     measure_step_kl: bool = False
-    """At every step, measure the KL from the policy before its updates to that after. Costs one or two forwards."""
+    """Measure the KL from the policy before each step's updates to the policy after. Costs one or two forwards."""
     eval_every: int = 0
     """Steps between evaluations during training; 0: none. The best model so far is kept in best/."""
     checkpoint_every: int = 20
     """Steps between checkpoints; the last two are kept."""
     parallel: Literal["data", "fsdp"] = "data"
-    """Under torchrun: every rank holds the whole model (data), or FSDP2 shards weights, gradients and optimiser state."""
+    """Under torchrun: the whole model on every rank (data), or weights, gradients and optimiser state in FSDP2 shards."""
     compute_dtype: Literal["bfloat16"] | None = None
     """With parallel="fsdp": dtype of forward and backward; weights stay in model.dtype. None: model.dtype."""
     runs: Path = Path("runs")

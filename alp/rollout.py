@@ -260,7 +260,10 @@ def _nucleus(log_probs: Tensor, top_p: float) -> Tensor:
 
 
 def _pick(log_probs: Tensor, u: Tensor) -> Tensor:
-    """Pick the token where the cumulative distribution passes u, (B,). Float64 keeps every token of a large vocabulary."""
+    """Pick the token where the cumulative distribution passes u, (B,).
+
+    In float64, so that no token of a large vocabulary is lost to rounding.
+    """
     vocabulary = log_probs.shape[-1]
     rows = max(1, _PICKED_AT_ONCE // vocabulary)
     tokens = []

@@ -33,7 +33,7 @@ def make_task(config: TaskConfig, seed: int) -> SingleTurn:
 
 
 def with_tools(task: SingleTurn, config: TrainConfig) -> Task:
-    """Wrap the task for tool use as in `config.tools`; returns the task itself if that means no tools."""
+    """Wrap the task for the tool use that `config.tools` sets; without tools, return the task itself."""
     max_turns, is_tiny = config.tools.max_turns, config.model.is_tiny
     chain = task if isinstance(task, ToolChainTask) else None
     if max_turns is None:

@@ -295,8 +295,8 @@ def train(config: TrainConfig, resume: Path | None = None, *, with_plots: bool =
 
 
 def _begin(config: TrainConfig, resume: Path | None, world: World) -> tuple[Trainer, Run]:
-    """Make the run's parts as before its first step, or as after the step of its checkpoint."""
-    from .setup import make_policy, make_sampler, make_task, with_tools  # the rest of this module imports no kind
+    """Set up a run before its first step, or restore it from its newest checkpoint."""
+    from .setup import make_policy, make_sampler, make_task, with_tools  # the rest of this module uses only protocols
 
     task = with_tools(make_task(config.task, config.seed), config)
     # create the folder before the warm-up: a taken name fails at once, and a run killed in the warm-up can be resumed

@@ -1,7 +1,7 @@
-"""The unperturbed policy against the sampler (`measure_clean`): metrics that compare between methods.
+"""The unperturbed policy against the sampler (`measure_clean`): metrics that are comparable between methods.
 
-The loss's ratio does not compare: its denominator depends on the method, and in ALP it includes the noise. All metrics
-are over the sampled tokens, before the step's updates, exact over ranks.
+The loss's ratio is not comparable: its denominator depends on the method, and ALP's numerator includes the noise. All
+metrics are over the sampled tokens, before the step's updates, exact over ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .tail import hill
 
 _KEPT = ("k1_kl", "k3_kl", "ess_frac", "chi2_token", "chi2_sequence", "token_ratio/", "sequence_ratio/")
 _TAIL = {"token": 0.01, "sequence": 0.05}
-"""Fraction of the ratios, the largest, from which the tail index is estimated."""
+"""Fraction of the ratios (the largest ones) that the tail index uses."""
 _SMALLEST_TAIL = 5
 HISTOGRAM = {"token": (-4.0, 4.0), "sequence": (-10.0, 10.0)}
 """Range of the log-ratio's histograms; the end bins count values outside."""
@@ -36,7 +36,7 @@ def clean_stats(experience: Experience) -> Stats:
 
 
 def clean_metrics(stats: Stats, with_shape: bool) -> Metrics:
-    """clean/ metrics: KL, effective sample size, ratio quantiles, tail index; with_shape adds envelope and histograms."""
+    """clean/ metrics: KL, effective sample size, ratio quantiles, tail index; with_shape: also envelope, histograms."""
     metrics: Metrics = {f"clean/{key}": v for key, v in stats.summary().items() if key.startswith(_KEPT)}
     log_ratios = {
         "token": stats.log_ratio.double().numpy(),

@@ -55,7 +55,7 @@ def _reason(error: Exception) -> str:
 
 
 def _is_adapter(path: str) -> bool:
-    """Whether `path` has an adapter_config.json. Asks the hub only if `path` is not local: its retries take a minute."""
+    """Whether `path` has an adapter_config.json. Asks the hub only if `path` is not local: retries take a minute."""
     if find_adapter_config_file(path, local_files_only=True) is not None:
         return True
     try:

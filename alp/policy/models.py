@@ -62,7 +62,7 @@ class Policy(NamedTuple):
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
-        """Save model and tokenizer in Hugging Face format; of a model with adapters, only the adapter in peft's."""
+        """Save model and tokenizer in Hugging Face format; if there are adapters, only these, in peft's format."""
         transformers.utils.logging.disable_progress_bar()
         if adapted(self.model):
             save_adapter(self.model, folder)

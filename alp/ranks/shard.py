@@ -26,7 +26,7 @@ from .world import World
 
 
 def shard(model: PreTrainedModel, compute_dtype: torch.dtype | None, world: World) -> None:
-    """Shard `model` in place. compute_dtype: dtype of weights and activations in computation; None: as stored."""
+    """Shard `model` in place. compute_dtype: of weights and activations in forward and backward; None: as stored."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in find_layers(model).layers:

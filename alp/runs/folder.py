@@ -92,7 +92,7 @@ class Run:
     # -------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self, num_steps: int, state: dict[str, Any]) -> None:
-        """Save the state after `num_steps` steps; keep the previous one. On a full disk, old checkpoints stay intact."""
+        """Save the state after `num_steps` steps; keep the one before. On a full disk, old checkpoints stay intact."""
         path = self.folder / "checkpoints" / f"{num_steps:08d}.pt"
         try:
             write_whole(path, lambda file: torch.save(state, file))

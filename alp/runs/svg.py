@@ -57,7 +57,7 @@ class Range:
 
     @staticmethod
     def of(values: Sequence[float], is_log: bool = False, zero: bool = False) -> Range:
-        """A range around the finite values; `zero` includes 0. A logarithmic range ignores values that are not positive."""
+        """A range around the finite values; `zero` includes 0. A logarithmic range ignores values <= 0."""
         kept = [v for v in values if math.isfinite(v) and (v > 0 or not is_log)]
         if not kept:
             return Range(1e-3, 1.0, True) if is_log else Range(0.0, 1.0)

@@ -11,7 +11,7 @@ from ..policy.adapters import Weights, snapshot
 
 
 class History(ABC):
-    """The weights after the last `lag` + 1 batches; the oldest sample. In the first batches, the lag grows from 0."""
+    """The weights of the last `lag` + 1 batches; sampling uses the oldest. The lag ramps up from 0."""
 
     def __init__(self, lag: int) -> None:
         self.history: deque[Weights] = deque(maxlen=lag + 1)

@@ -29,7 +29,7 @@ from .tool import STATUSES, Tool, ToolResult
 FENCE = "```"
 LANGUAGES = ("", "py", "python")
 LABEL = "\nCode execution result: "
-_CHARACTERS_A_TOKEN = 16  # characters of an output tokenised per allowed token: the rest would be cut anyway
+_CHARACTERS_A_TOKEN = 16  # at most this many characters per allowed token are tokenised: the rest would be cut anyway
 FIGURES = ("turns", "void", "calls", "cut", *STATUSES)
 """Counts of each trajectory: turns, whether the last was void, tool calls, cut observations, calls per status."""
 
