@@ -1,11 +1,11 @@
-"""Compiles every Triton kernel ahead of time, as its launcher would start it, and measures the machine code.
+"""Compile every Triton kernel ahead of time, with its launcher's arguments, and measure the machine code.
 
     python -m tests.support.aot cuda:90 [case ...]      prints a table; --json prints what test_aot.py reads
     python -m tests.support.aot --write                 writes the table of docs/kernels.md, all cases and targets
 
-The launchers run on CPU tensors while a recorder stands in for the launch: argument types, alignment, block sizes and
-switches are those of a real call. Must run without TRITON_INTERPRET. Cases are chosen so that each kernel is built at
-its plainest, where it should be fastest, and with everything switched on, where registers run out first.
+The launchers run on CPU tensors and a recorder replaces the launch, so argument types, alignment, block sizes and
+switches are those of a real call. Run without TRITON_INTERPRET. The cases build each kernel with no option, where it
+should be fastest, and with every option, where registers run out first.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 MARK = "<!-- python -m tests.support.aot --write -->"
 RARE = {
     "(target % Q >= start) & (target % Q < start + BLOCK_Q)",  # one tile of a row
-    "tl.max(tile, axis=0) > LIMIT",  # few rows, a few times
+    "tl.max(tile, axis=0) > LIMIT",  # true for few rows, a few times
     "_rescale",
 }
-"""Branches and functions whose instructions do not count to an element's."""
+"""Branches and functions whose instructions are not counted per element."""
 POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
@@ -59,7 +59,7 @@ POINTERS = {
 }
 
 D, V = 4096, 151936
-ROWS = 6  # as many as keep the one multiprocessor of a CPU busy
+ROWS = 6  # enough to fill a CPU, which counts as one multiprocessor
 IDS = torch.zeros(ROWS, dtype=torch.int64)
 NUMBERED, NAMED = Stream(1 << 63, 1 << 31, 5, 1 << 33), Stream(1, 2, LOGITS_LAYER, 0, IDS)
 AT_POINTER = NUMBERED._replace(at=torch.zeros(2, dtype=torch.int64))
@@ -140,7 +140,7 @@ CASES: dict[str, Callable[[], Any]] = {
 
 
 def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, int]]]:
-    """The kernels that `call` would start, with their arguments in order and the launch's options."""
+    """Return the kernels that `call` would launch, with their arguments in order and the launch options."""
     recorded: list[tuple[JITFunction, tuple[Any, ...], dict[str, int]]] = []
 
     def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: int) -> None:
@@ -155,14 +155,14 @@ def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, tuple[Any, ...]
 
 
 def source(kernel: JITFunction, args: tuple[Any, ...]) -> ASTSource:
-    """What Triton's just-in-time compiler would make of these arguments."""
+    """Return the source that Triton's just-in-time compiler would build for these arguments."""
     signature, constants, attributes = {}, {}, {}
     for position, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
         is_aligned = False
         if parameter.is_constexpr or value is None:
             kind, constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
-            kind, is_aligned = POINTERS[value.dtype], True  # as the allocator gives them
+            kind, is_aligned = POINTERS[value.dtype], True  # the allocator aligns tensors
         elif isinstance(value, float):
             kind = "fp32"
         else:
@@ -179,17 +179,15 @@ def _tool(name: str) -> str:
 
 
 class Listing(NamedTuple):
-    """Machine code in order."""
+    """Machine code in program order."""
 
     instructions: list[str]
-    lines: list[
-        tuple[str, int] | None
-    ]  # the file and line of Python that each belongs to; Triton's cache keeps no folder
+    lines: list[tuple[str, int] | None]  # each instruction's Python file and line; Triton's cache keeps no folder
     labels: dict[str, int]
 
 
 def listing(text: str) -> Listing:
-    """Of nvdisasm -g -c, or of the AMD compiler's assembly; without what only fills space."""
+    """Parse the output of nvdisasm -g -c or the AMD compiler's assembly, without no-ops."""
     out, line = Listing([], [], {}), None
     files = dict(re.findall(r'^\s*\.file\s+(\d+) ".*?" "(.*?)"', text, re.M))
     for row in text.splitlines():
@@ -206,14 +204,14 @@ def listing(text: str) -> Listing:
 
 
 def loops(code: Listing) -> dict[str, int]:
-    """How many instructions each loop has, by the function that it stands in; without RARE branches and loops within."""
+    """Count the instructions in each function's loops, without RARE branches; an inner loop is not counted twice."""
     following = [_following(code, i) for i in range(len(code.instructions))]
-    bodies: dict[tuple[str, int], set[int]] = {}  # by the loop's line; of its copies the shortest: others have masks
+    bodies: dict[tuple[str, int], set[int]] = {}  # by the loop's line; the shortest copy: longer ones have masks
     for last, targets in enumerate(following):
         for first in targets:
             if first < last and (way := _shortest(following, first, last)):
                 body = _body(code, following, way)
-                # the line of the branch back, or, where the compiler turned the loop, of any instruction
+                # the line of the backward branch, or of any instruction if the compiler rotated the loop
                 places = {code.lines[last]} & _for_lines().keys() or {code.lines[i] for i in way} & _for_lines().keys()
                 for place in places:
                     if place is not None and len(body) < len(bodies.get(place, following)):
@@ -227,7 +225,7 @@ def loops(code: Listing) -> dict[str, int]:
 
 
 def _body(code: Listing, following: list[list[int]], way: list[int]) -> set[int]:
-    """The loop that `way` is the shortest way round: all that leads back to its start, but for what rare branches lead to."""
+    """Return the body of the loop whose shortest cycle is `way`, without instructions that only rare branches reach."""
     first, last, on_way = way[-1], way[0], set(way)
     taken = [
         [t for t in targets if t in on_way or code.lines[i] not in _rare_lines()] if i in on_way else targets
@@ -251,7 +249,7 @@ def _reached(following: list[list[int]], first: int) -> set[int]:
 
 
 def _following(code: Listing, i: int) -> list[int]:
-    """What may be executed after instruction i."""
+    """Return the instructions that may run next after instruction i."""
     text = code.instructions[i]
     branch = re.search(r"(?:BRA.*`\(|branch\w*\s+)(\.L\w+)", text)
     targets = [code.labels[branch[1]]] if branch else []
@@ -263,7 +261,7 @@ def _following(code: Listing, i: int) -> list[int]:
 
 
 def _shortest(following: list[list[int]], first: int, last: int) -> list[int]:
-    """The instructions on the shortest way from `first` to `last`; none where there is no way."""
+    """Return the shortest path from `first` to `last`, last instruction first; empty if there is none."""
     before, reached = {first: first}, [first]
     for i in reached:
         for target in following[i]:
@@ -280,7 +278,7 @@ def _shortest(following: list[list[int]], first: int, last: int) -> list[int]:
 
 @functools.cache
 def _for_lines() -> dict[tuple[str, int], str]:
-    """File and line of each loop of alp_kernels.triton that is not unrolled, and the function it stands in."""
+    """Map the file and line of each loop in alp_kernels.triton that is not unrolled to its function."""
     return {
         place: name
         for place, name, node in _statements()
@@ -298,7 +296,7 @@ def _is_unrolled(node: ast.For | ast.While) -> bool:
 
 
 def _statements() -> Iterator[tuple[tuple[str, int], str, ast.stmt]]:
-    """Every statement of alp_kernels.triton's functions: file and line, the function, the statement."""
+    """Yield (file and line, function name, statement) for every statement in alp_kernels.triton's functions."""
     for path in Path(noise.__file__).parent.glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef):
@@ -316,7 +314,7 @@ def measure(compiled: Any) -> dict[str, Any]:
         body = re.findall(r"^\t([a-z]+_[a-z0-9_]+)", text, re.M)
         return shared | {
             "registers": field["vgpr_count"],
-            "spills": field["vgpr_spill_count"],  # scalar ones go to lanes of vector registers; "stack" would show more
+            "spills": field["vgpr_spill_count"],  # scalar registers spill to vector lanes, further ones show in "stack"
             "stack": field["private_segment_fixed_size"],
             "instructions": len(body),
             "loops": loops(listing(text)),
@@ -350,7 +348,7 @@ _AMD_FIELDS = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
 
 
 def _tile_elements(arguments: dict[str, Any]) -> int:
-    """How many elements a program takes at a time."""
+    """Return how many elements a program processes in one tile."""
     if "BLOCK_Q" in arguments:
         return 4 * int(arguments.get("BLOCK_N", 1)) * int(arguments["BLOCK_Q"])
     return int(arguments.get("BLOCK_D") or 4 * arguments["BLOCK"])  # philox: four words

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-VOCAB, IMAGE, VIDEO = 61, 60, 59  # size of the vocabulary; tokens in the place of a part of an image, of a film
+VOCAB, IMAGE, VIDEO = 61, 60, 59  # vocabulary size; placeholder tokens of an image and a video
 
 DENSE = {
     "vocab_size": VOCAB,
@@ -55,12 +55,12 @@ class Architecture(NamedTuple):
     config: dict[str, Any]
     inputs: Callable[[], dict[str, Tensor]] = text
     remark: str = ""
-    path: str | None = None  # where `attach` must be told
+    path: str | None = None  # for `attach`, where it does not find the layers itself
     is_vision: bool = False
     idle: tuple[int, ...] = ()  # layers that these inputs do not reach
     has_linear_head: bool = True
     since: str = "4.57"
-    """The version of transformers (of those we test) from which on the model itself trains, or takes this configuration."""
+    """The first tested version of transformers in which the model trains or accepts this configuration."""
 
     @property
     def model_type(self) -> str:
@@ -99,7 +99,7 @@ _add(
     "mpt nanochat nemotron olmo olmo2 olmo3 openai-gpt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 "
     "stablelm starcoder2 vaultgemma",
 )
-_add("dense", "gpt_bigcode", since="5.0")  # before, its checkpointing runs nothing again
+_add("dense", "gpt_bigcode", since="5.0")  # earlier versions do not recompute under checkpointing
 _add("dense", "granite hyperclovax", logits_scaling=4.0)
 _add("dense", "gemma3_text", final_logit_softcapping=2.0)
 _add(
@@ -156,7 +156,7 @@ _add(
     moe_num_shared_experts=1,
     sliding_window=8,
 )
-_add("MoE", "phimoe", since="5.0", **EXPERTS)  # before, its router draws at random in training
+_add("MoE", "phimoe", since="5.0", **EXPERTS)  # earlier versions route at random in training
 _add("MoE, latent attention", "deepseek_v2 deepseek_v3 glm4_moe_lite", **EXPERTS | LATENT)
 _add(
     "MoE, latent attention",
@@ -265,7 +265,7 @@ _add(
 _add(
     "hybrid, recurrence and attention",
     "recurrent_gemma",
-    since="5.0",  # before, it keeps a state from one forward to the next
+    since="5.0",  # earlier versions keep a state between forwards
     num_hidden_layers=3,
     block_types=["recurrent", "recurrent", "attention"],
     attention_window_size=8,
@@ -296,7 +296,7 @@ PATCHES |= {"temporal_patch_size": 2, "fullatt_block_indexes": [1], "window_size
 
 
 def pixels(tokens: int, *shape: int, **others: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """Two rows of text with an image each: `tokens` of it, and its pixels (2, *shape)."""
+    """Two rows of text, each with an image of `tokens` tokens; the images' pixels are (2, *shape)."""
 
     def inputs() -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(1)
@@ -309,7 +309,7 @@ def pixels(tokens: int, *shape: int, **others: Tensor) -> Callable[[], dict[str,
 
 
 def patches(tokens: int, width: int) -> Callable[[], dict[str, Tensor]]:
-    """As `pixels`, with the images' patches in one matrix, as the Qwen-VL family wants them."""
+    """Like `pixels`, with the images' patches in one matrix, as the Qwen-VL family expects."""
 
     def inputs() -> dict[str, Tensor]:
         side = int((4 * tokens) ** 0.5)
@@ -333,9 +333,9 @@ def _add_vision(
     is_typed: bool = False,
     **others: Any,
 ) -> None:
-    """A model with a vision tower: with text alone and with an image.
+    """Add a model with a vision tower, once with text only and once with an image.
 
-    idle: layers that text alone does not run; is_typed: it asks which tokens are an image's.
+    idle: layers that text alone does not run; is_typed: the model takes token_type_ids that mark image tokens.
     """
 
     def typed(inputs: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:

@@ -1,10 +1,10 @@
-"""Launches every Triton kernel at small odd shapes and compares it with float64: what compute-sanitizer watches.
+"""Launch every Triton kernel at small odd shapes and compare with float64; runs under compute-sanitizer.
 
     python -m tests.support.gpu_kernels_once [--list] [op ...] [NxM ...]
 
-NxM: these sizes in place of each op's own.
-Inputs are made, and the reference runs, on the CPU: a sanitizer slows every launch down, so only ours are made.
-Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1 there: tensors out of one cached block would hide a write past an end.
+NxM replaces each op's own sizes.
+Inputs and the reference are computed on the CPU, because a sanitizer slows every launch down.
+Set PYTORCH_NO_CUDA_MEMORY_CACHING=1 there: tensors that share a cached block would hide an out-of-bounds write.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from tests.support.compare import FLOOR, assert_within_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = ((1, 1), (3, 7), (2, 1031), (5, 512))
-"""(N, D): one number, fewer channels than a group's quarter fills, a prime past one tile, full tiles of whole vectors."""
+"""(N, D): one number; fewer channels than a quarter of a group; a prime past one tile; full tiles of whole vectors."""
 FILLING = ROWS_A_MULTIPROCESSOR * noise.multiprocessors(DEVICE)
 VOCABS = ((1, 1), (2, 5), (3, 1024), (1, 8209), (FILLING, 4099))
-"""(n, V): likewise; past one tile of 8192, of few rows, and one of 4096, of rows that fill the device."""
+"""(n, V): likewise; past one tile of 8192 with few rows, and past one of 4096 with enough rows to fill the device."""
 
 
 class Options(NamedTuple):
-    """What perturb compiles in or leaves out."""
+    """The compile-time options of perturb."""
 
     scale: str
     rounding: str
@@ -66,7 +66,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def moved(part: Any, device: torch.device | str = DEVICE, double: bool = False) -> Any:
-    """A tensor, or every tensor in a named tuple, on `device`; its floating ones in float64 if `double`."""
+    """Move a tensor, or every tensor in a tuple, to `device`; `double` converts floating-point ones to float64."""
     if isinstance(part, Tensor):
         return part.to(device, torch.float64 if double and part.is_floating_point() else part.dtype)
     if isinstance(part, tuple):
@@ -76,15 +76,15 @@ def moved(part: Any, device: torch.device | str = DEVICE, double: bool = False) 
 
 
 def stream_of(num_rows: int, named: bool, layer: int = 3) -> Stream:
-    """Rows whose high word counts."""
+    """A stream whose row numbers need their high word."""
     stream = Stream((1 << 63) + 5, (1 << 31) + 1, layer, row_start=(1 << 32) - 1)
     return stream._replace(row_ids=torch.arange(num_rows) * 7 + (1 << 33)) if named else stream
 
 
 def against_float64(run: Callable[..., Iterable[Tensor | None]], what: str, dtypes: Iterable[torch.dtype]) -> None:
-    """run(module, device, double) on the engine, on the reference, and on the reference in float64, output by output.
+    """Compare each output of run(module, device, double): the engine, the reference, and the reference in float64.
 
-    A sum over the whole tensor, (), cancels: rounding counts against the first output, whose elements it sums.
+    A scalar output sums the whole tensor and may cancel, so its error is relative to the first output's absolute sum.
     """
     ours = run(engine, DEVICE, False)
     ordinary, exact = (run(reference, torch.device("cpu"), double) for double in (False, True))
@@ -135,7 +135,7 @@ def perturb_fwd(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
         theirs = reference.perturb_fwd(h, sigma, stream, scale, rounding)
         for one, two in zip(ours, theirs, strict=True):
             assert (one is None) == (two is None)
-            if one is not None:  # two roundings: a difference of 1e-6 in the sum may turn one over
+            if one is not None:  # two rounding steps: a difference of 1e-6 in the sum may flip one
                 torch.testing.assert_close(one.cpu(), two, rtol=2 * torch.finfo(one.dtype).eps, atol=NORMAL_BOUND)
 
 
@@ -183,7 +183,7 @@ def perturb_rms_norm_fwd(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
         if rms is not None:
             torch.testing.assert_close(rms, kept_rms.cpu(), rtol=3e-7, atol=0)
         results = []
-        for real in (torch.float32, torch.float64):  # the norm of the u that was stored
+        for real in (torch.float32, torch.float64):  # the norm of the stored u
             wide = u.to(real)
             inverse = (wide.square().mean(dim=1) + norm.eps).rsqrt()
             results.append((wide * inverse[:, None] * (norm.weight.to(real) + norm.offset), inverse))
@@ -211,7 +211,7 @@ def perturb_rms_norm_bwd(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
 
 
 def heads(n: int) -> list[LogitTransform]:
-    """Nothing switched on; everything; each with and without what reads a pointer."""
+    """Transforms from no option to all options, with and without those that read a pointer."""
     temperature = 0.5 + torch.rand(n, generator=torch.Generator().manual_seed(2))
     sigma, stream = torch.tensor(0.3), stream_of(n, True, LOGITS_LAYER)
     return [
@@ -223,7 +223,7 @@ def heads(n: int) -> list[LogitTransform]:
 
 
 def logits(n: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits and targets: a first, a last, and in any further row a near-certain one."""
+    """Logits and targets: the first token, the last, and in further rows a near-certain one."""
     x, targets = 3 * randn(n, vocab), torch.zeros(n, dtype=torch.int64)
     targets[1:2] = vocab - 1
     targets[2:] = vocab // 2
@@ -336,7 +336,7 @@ OPS: dict[str, Callable[[], None]] = {
 
 
 def all_kernels() -> set[str]:
-    """The names of all kernels, as opposed to functions that kernels call, in alp_kernels.triton."""
+    """The names of all kernels in alp_kernels.triton, without the functions that kernels call."""
     found: set[str] = set()
     for module in pkgutil.iter_modules(alp_kernels.triton.__path__):
         members = vars(importlib.import_module(f"{alp_kernels.triton.__name__}.{module.name}"))

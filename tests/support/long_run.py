@@ -1,6 +1,6 @@
-"""`alp` as test_long_runs.py starts it: rewards an untrained model can earn, random draws as of dropout, a signal.
+"""The `alp` command for test_long_runs.py: an untrained model earns rewards, each step draws a random number.
 
-SIGNALLED="SIGTERM 1": rank 1 sends itself SIGTERM after the second step. DRAWS: where the draws of a rank are noted.
+SIGNALLED="SIGTERM 1": rank 1 sends itself SIGTERM after the second step. DRAWS: the file for the numbers drawn.
 """
 
 import os
@@ -17,14 +17,14 @@ from alp.train import Trainer
 
 
 def score(self: Trainer, problems: list[Problem], completions: Completions) -> list[Score]:
-    """A reward that depends on every character: advantages, and so gradients, are not zero."""
+    """Return rewards that depend on every character, so that advantages and gradients are not zero."""
     return [Score(sum(text.encode()) % 7 / 6) for text in completions.texts]
 
 
 def main() -> int:
     signalled, log = os.environ["SIGNALLED"], Path(os.environ["DRAWS"])
     name, _, rank = signalled.partition(" ")
-    if signalled:  # whatever the shell that started the tests does with it
+    if signalled:  # the shell that started the tests may ignore the signal
         signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
     step = Trainer.step
 

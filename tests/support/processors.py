@@ -1,4 +1,4 @@
-"""The native engine as other processors run it: by each instruction set that this one has, on one thread and on two."""
+"""Run the native engine with each instruction set that this CPU has, on one thread and on two."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CASES = [f"{isa}-{threads}" for isa, threads in itertools.product(ISAS, THREADS)
 
 
 def choose(isa: str) -> bool:
-    """Whether this CPU and build have `isa`, which from now on serves; where not, nothing changes."""
+    """Switch to `isa` and return True; return False and change nothing if this CPU or build lacks it."""
     from alp_kernels.native import library as c
 
     return c.library.alp_choose_isa(isa.encode()) is not None
@@ -24,7 +24,7 @@ def choose(isa: str) -> bool:
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """Afterwards the instruction set and the number of threads are those of before, whatever happened inside."""
+    """Restore the instruction set and the number of threads at exit, also after an error."""
     from alp_kernels.native import library as c
 
     threads = torch.get_num_threads()
@@ -37,7 +37,7 @@ def restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(case: str) -> Iterator[None]:
-    """Inside, the native engine runs as CASES' `case` says; the test is skipped where this CPU has no such thing."""
+    """Run the native engine as `case` (one of CASES) says; skip the test if this CPU or build cannot."""
     isa, threads = case.split("-")
     with restored():
         if not choose(isa):
@@ -49,7 +49,7 @@ def running(case: str) -> Iterator[None]:
 def same_bits_everywhere(
     function: Callable[[], Sequence[Tensor]], threads: Sequence[int] = THREADS
 ) -> Sequence[Tensor]:
-    """function() by each instruction set on each number of threads; every tensor must have the same bits in all."""
+    """Return function()'s tensors; assert that every instruction set and number of threads gives the same bits."""
     results = {}
     with restored():
         for isa in filter(choose, ISAS):

@@ -27,7 +27,7 @@ class Run:
         self.module = wrapped.wrapped(self.policy, case, None)
         groups = [{"params": self.module.parameters()}, self.handle.param_group(lr=0.05)]
         self.optimiser = torch.optim.AdamW(groups, lr=0.01)
-        # one tree for the checkpoint: get_state_dict knows the optimiser's parameters by their names in it
+        # one tree for the checkpoint: get_state_dict names the optimiser's parameters by it
         self.tree = nn.ModuleDict({"policy": self.module, "noise": self.handle})
 
     def step(self, number: int) -> None:
@@ -63,7 +63,7 @@ class Run:
 
 
 def begin(cases: list[Case], folder: str) -> None:
-    """Two steps, and a checkpoint of each case."""
+    """Take two steps of each case and save a checkpoint."""
     for case in cases:
         run = Run(case)
         run.step(0)
@@ -72,7 +72,7 @@ def begin(cases: list[Case], folder: str) -> None:
 
 
 def go_on(cases: list[Case], folder: str, source: str | None = None) -> list[dict[str, Any]]:
-    """The weights after a third step, from a checkpoint; `source` names the case that wrote it."""
+    """Load a checkpoint, take a third step and return the weights; `source` names the case that saved it."""
     out = []
     for case in cases:
         run = Run(case)

@@ -1,4 +1,4 @@
-"""What ranks make of a head or of sequences that are split over them; for test_split.py and test_parallel.py."""
+"""Results of heads and sequences that are split over ranks; for test_split.py and test_parallel.py."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ SPLITS = {2: (50, 11), 4: (7, 30, 20, 4)}
 @dataclasses.dataclass(frozen=True)
 class HeadCase:
     dtype: torch.dtype = torch.float64
-    options: bool = False  # bias, softcap, scale, a temperature a token, a mask
-    certain: bool = False  # targets 15 nats and more above the rest
+    options: bool = False  # bias, softcap, scale, a temperature per token
+    certain: bool = False  # the target's logit is at least 15 nats above the others
     chunk_bytes: int | None = None
     dtensor: bool = False
 
     def inputs(self) -> dict[str, Any]:
-        """Whole tensors."""
+        """The unsplit tensors."""
         generator = torch.Generator().manual_seed(5)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -53,7 +53,7 @@ class HeadCase:
         hidden, weight = normal(B, T, D), normal(V, D, scale=0.5)
         targets = torch.randint(V, (B, T), generator=generator)
         real = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if self.certain:  # unit rows: a target's logit is 100, another token's 100 times a cosine
+        if self.certain:  # unit rows: a target's logit is 100, any other is 100 times a cosine
             weight = torch.nn.functional.normalize(weight)
             hidden = 100 * weight[targets]
         keywords: dict[str, Any] = {"mask": (torch.arange(T) < torch.tensor([5, 2, 4])[:, None]).to(real)}
@@ -64,9 +64,9 @@ class HeadCase:
 
 
 def head_case(head: HeadCase, preset: str | None, is_split: bool, exact: bool = False) -> dict[str, Any]:
-    """logp, entropy, loss and gradients, of the whole head or of this rank's shard; preset None: linear_logprob.
+    """Return logp, entropy, loss and gradients of the whole head or of this rank's shard; preset None: linear_logprob.
 
-    exact: in float64, of the same inputs.
+    exact: compute in float64 from the same inputs.
     """
     whole = head.inputs()
     if exact:
@@ -133,7 +133,7 @@ def head_cases(cases: list[tuple[HeadCase, str | None]]) -> list[dict[str, Any]]
 
 
 def compiled_differences() -> dict[str, float]:
-    """How far gradients of a compiled function with a split head lie from the eager ones'."""
+    """Return the largest difference between compiled and eager gradients of functions with a split head."""
     whole = HeadCase().inputs()
     rows = whole["weight"].split(SPLITS[dist.get_world_size()])[dist.get_rank()]
     batch = (torch.full((B, T), -4.0).double(), torch.tensor([1.0, -1.0, 2.0]).double(), whole["keywords"]["mask"])
@@ -157,7 +157,7 @@ def compiled_differences() -> dict[str, float]:
 
 
 def refusals() -> dict[str, str]:
-    """What each mistake is answered with on this rank."""
+    """Return the error message that each mistake raises on this rank."""
     whole, rank, sizes = HeadCase().inputs(), dist.get_rank(), SPLITS[dist.get_world_size()]
     hidden, rows, targets = whole["hidden"], whole["weight"].split(sizes)[rank], whole["targets"]
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -209,7 +209,7 @@ def tensor_parallel(model: Qwen2ForCausalLM) -> None:
 def tensor_parallel_update(
     is_split: bool, fused: bool, numbered: bool = False, data_rank: int | None = 0
 ) -> dict[str, Any]:
-    """One update of a decoder whose every projection is split, or of the whole one. numbered: rows without row_ids."""
+    """One update of a decoder, whole or with every projection split. numbered: no row_ids are passed."""
     model = wrapped.wrapped_model(wrapped.Case())
     if is_split:
         tensor_parallel(model)
@@ -241,7 +241,7 @@ def tensor_parallel_update(
 
 
 def gathered_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Causal attention of a slice's queries (B, H, T_r, d) to the whole sequence's keys and values."""
+    """Causal attention from this rank's queries (B, H, T_r, d) to the keys and values of the whole sequence."""
     key, value = (_Gather.apply(x, 2, None, True) for x in (key, value))
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -259,7 +259,7 @@ def context_parallel(model: Qwen2ForCausalLM) -> Iterator[None]:
 
 
 def context_parallel_update(is_split: bool, preset: str) -> dict[str, Any]:
-    """One update of a decoder that reads a slice of every sequence on each rank, or of one that reads them whole."""
+    """One update of a decoder that reads whole sequences or, with `is_split`, each rank's slice of every sequence."""
     model = wrapped.wrapped_model(wrapped.Case())
     handle = attach(model, sigma=0.05)
     batch, objective = wrapped.make_batch(), Objective.preset(preset)
@@ -292,7 +292,7 @@ def context_parallel_update(is_split: bool, preset: str) -> dict[str, Any]:
 
 
 def weight_gradient(dtype: torch.dtype, rank: int, weight: Tensor | None = None) -> Any:
-    """Of the head's weight, for hidden states that only `rank` has; through `weight` where given, which is no leaf."""
+    """The head's weight gradient for `rank`'s hidden states; None if it flows through `weight`, which is no leaf."""
     head = HeadCase().inputs()
     leaf = head["weight"].to(dtype).requires_grad_() if weight is None else weight
     rows = (torch.full((B, T), -4.0), torch.tensor([1.0, -1, 2]), head["keywords"]["mask"])
@@ -302,7 +302,7 @@ def weight_gradient(dtype: torch.dtype, rank: int, weight: Tensor | None = None)
 
 
 def gathered_weight(average: bool) -> dict[str, Tensor]:
-    """This rank's uneven slice of the gradient of a gathered weight."""
+    """Return this rank's slice (slices are uneven) of a gathered weight's gradient, by dtype."""
     sizes, rank, out = SPLITS[dist.get_world_size()], dist.get_rank(), {}
     for dtype in (torch.float64, torch.bfloat16):
         local = HeadCase().inputs()["weight"].split(sizes)[rank].to(dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""Grids made of arithmetic, with known effects: what the report and the evidence are tried on."""
+"""Synthetic grids with known effects, for tests of the report and the evidence."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def make_grid(
     effects: dict[str, float] | None = None,
     broken: dict[tuple[str, int], str] | None = None,
 ) -> Grid:
-    """Arms named after methods, each against the first; `effects` adds to an arm's accuracy.
+    """Make a grid of arms named after methods, each compared with the first; `effects` adds to an arm's accuracy.
 
-    `broken` says of a cell (arm, seed) how it ended: "failed", "unfinished" or "collapsed".
+    `broken` maps a cell (arm, seed) to how it ended: "failed", "unfinished" or "collapsed".
     """
     names = [METHODS[i] if i < len(METHODS) else f"{METHODS[i % 8]}-sigma-1e-{i}" for i in range(num_arms)]
     arms = {}
@@ -53,7 +53,7 @@ def make_grid(
 
 def _cell(arm: str, number: int, seed: int, num_steps: int, effect: float, end: str) -> Cell:
     rng = np.random.default_rng([number, seed])
-    of_seed = np.random.default_rng(seed).normal(0, 0.03)  # what makes pairs worth taking
+    of_seed = np.random.default_rng(seed).normal(0, 0.03)  # shared by all arms, so pairing by seed reduces variance
     kept = num_steps if end in ("finished", "collapsed") else num_steps // 2
     metrics: list[dict[str, Any]] = []
     for step in range(1, kept + 1):
@@ -120,7 +120,7 @@ def _distributions(rng: np.random.Generator, kl: float) -> dict[str, Any]:
 
 
 def write_folder(grid: Grid, folder: Path) -> None:
-    """As `alp compare` leaves it."""
+    """Write the folder that `alp compare` writes."""
     folder.mkdir(parents=True)
     head = {f.name: getattr(grid, f.name) for f in dataclasses.fields(grid) if f.name != "cells"}
     (folder / "grid.json").write_text(json.dumps(head))

@@ -1,4 +1,4 @@
-"""Random Hugging Face models of a few thousand weights, written to a folder as their owners would."""
+"""Random Hugging Face models of a few thousand weights, saved to a folder as Hugging Face models are."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def write_llama(folder: Path, *, seed: int = 0, template: str | None = CHAT, **c
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "initializer_range": 0.2,  # far from uniform, so that a wrong weight shows
+        "initializer_range": 0.2,  # outputs far from uniform, so that a wrong weight shows
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,

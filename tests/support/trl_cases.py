@@ -26,9 +26,9 @@ COMPLETION = 6
 SGD: dict[str, Any] = {
     "optim": "sgd",
     "learning_rate": 0.1,
-}  # AdamW lifts the rounding of small gradients to a step's size
-# roundings on the way to a gradient: two layers of four products of 32 and one of 64, a head of 32, a softmax over a
-# hundred tokens, and back, and a sum over all completions
+}  # AdamW amplifies the rounding of small gradients to a step's size
+# Roundings before a gradient: two layers of four products of 32 and one of 64, a head of 32 and a softmax over a
+# hundred tokens, forward and backward, and a sum over all completions.
 LENGTH = 2 * (2 * (4 * 32 + 64) + 32 + 100) + 2 * GROUP * COMPLETION
 
 
@@ -56,8 +56,10 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def made_up_rollouts(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
-    """Completions and log-probabilities that follow from the prompt, the place in its group and the number of the step:
-    far enough from the model's for ratios to be clipped, the same on any number of ranks."""
+    """Return completions and log-probabilities that depend only on the prompt, the position in its group and the step.
+
+    They are the same on any number of ranks, and far enough from the model's for ratios to be clipped.
+    """
     tokenizer = trainer.processing_class
     out: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
     for i, prompt in enumerate(prompts):
@@ -122,7 +124,7 @@ def weights(trainer: GRPOTrainer) -> dict[str, Tensor]:
 
 
 def assert_same_weights(actual: dict[str, Tensor], expected: GRPOTrainer) -> None:
-    """After SGD: a weight moved by its gradients, which are equal up to the order of sums, and was rounded at each step."""
+    """Assert equal weights after SGD, up to the order of sums in the gradients and one rounding a step."""
     steps, eps = expected.state.global_step, torch.finfo(torch.float32).eps
     for name, value in weights(expected).items():
         if name in actual:

@@ -22,16 +22,16 @@ OPTIONS: dict[str, Any] = {
 FSDP2: dict[str, Any] = {
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {"fsdp_version": 2, "version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]},
-    "optim": "adamw_torch",  # with a state to save and load
+    "optim": "adamw_torch",  # has a state to save and load
     "alp_sigma_learning_rate": 1.0,
-    "adam_epsilon": 1.0,  # far above any gradient: a step is nearly the gradient, and its rounding is not lifted
+    "adam_epsilon": 1.0,  # far above any gradient: a step is nearly the gradient, so rounding is not amplified
     "save_strategy": "steps",
     "save_steps": 1,
 }
 
 
 class OnCPU(ALPGRPOTrainer):
-    """accelerate offers FSDP on accelerators alone: it is told that this is one, and its FSDP2 then runs on gloo."""
+    """accelerate offers FSDP on accelerators only. This trainer reports an XPU, so that FSDP2 runs on gloo."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         from accelerate import PartialState

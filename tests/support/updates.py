@@ -1,4 +1,4 @@
-"""One optimiser step of `alp`, looked at."""
+"""The gradients of one optimiser step of `alp`."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from alp.update import Experience, Updater
 
 
 def step_gradients(updater: Updater, experience: Experience) -> dict[str, Tensor]:
-    """By parameter, "log_sigma" too; of a step from the weights as they are, which are put back. Detaches the noise."""
+    """Take a step, restore the weights, detach the noise; return the gradients by name, "log_sigma" included."""
     model = updater.model
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     updater.step(3, experience)

@@ -1,4 +1,4 @@
-"""verl's own engine on the CPU: a platform by verl's plugin interface, a tiny model on disk, a batch as its trainer sends."""
+"""verl's own engine on the CPU: a platform plugin, a tiny model on disk, a batch as verl's trainer sends it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PROMPT, RESPONSE = 3, 5
 
 
 def use_cpu() -> None:
-    """To be called before verl's engine modules are imported: they ask for the device's name then."""
+    """Register the CPU platform. Call this before importing verl's engine modules, which read the device's name."""
     body = dict.fromkeys(PlatformBase.__abstractmethods__, lambda *args, **kwargs: None)
     body |= {"device_name": "cpu", "vendor_name": "cpu", "device_module": torch.cpu}
     body |= {
-        "is_available": lambda self: False,  # no accelerator whose random state verl would keep
+        "is_available": lambda self: False,  # or verl would save and restore the accelerator's random state
         "current_device": lambda self: "cpu",
         "device_count": lambda self: 1,
     }
@@ -37,7 +37,7 @@ def save_model(path: str, seed: int = 0) -> None:
 
 
 def make_engine(path: str, *, strategy="fsdp2", settings=None, engine_class=None):
-    """An engine as EngineRegistry gives it for this machine, or of a class; `settings` are the keys alp_*."""
+    """An engine of EngineRegistry's class for this machine, or of `engine_class`; `settings` are the alp_* keys."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine.base import EngineRegistry
@@ -57,7 +57,7 @@ def make_engine(path: str, *, strategy="fsdp2", settings=None, engine_class=None
     engine = engine_class(
         model_config=model,
         engine_config=FSDPEngineConfig(strategy=strategy, use_torch_compile=False, mixed_precision=fp32),
-        optimizer_config=FSDPOptimizerConfig(  # not Adam, whose first step does not see how large a gradient is
+        optimizer_config=FSDPOptimizerConfig(  # not Adam: its first step ignores the gradient's size
             optimizer="SGD",
             override_optimizer_config={"momentum": 0.9},
             lr=0.05,
@@ -72,7 +72,7 @@ def make_engine(path: str, *, strategy="fsdp2", settings=None, engine_class=None
 
 
 def make_batch(B: int = 4, seed: int = 0, bypass: bool = True, global_batch_size: int = 4) -> TensorDict:
-    """A padded batch after verl's own `left_right_2_no_padding`, with what its trainer and worker add."""
+    """A padded batch passed through verl's `left_right_2_no_padding`, with the keys that trainer and worker add."""
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import left_right_2_no_padding
 
@@ -130,7 +130,7 @@ def make_loss(loss_mode: str = "alp_sequence", **changes):
 
 
 def update_by_hand(path: str, parts: list[tuple[TensorDict, int]], preset: str):
-    """The same update without verl: one forward for each two rows of each rank's batch. parts: (batch, its first row).
+    """The engine's update without verl: one forward for every two rows of each rank's batch. parts: (batch, first row).
 
     Returns the weights by name, log_sigma, the loss.
     """
