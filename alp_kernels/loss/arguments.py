@@ -1,6 +1,6 @@
-"""What the fused head's functions are given, checked: hidden states, a head, targets -> rows, and a plan of how to take them.
+"""Check the arguments of the fused head's functions (hidden states, head, targets), and plan how to compute its rows.
 
-Everything is checked before any kernel runs; values are looked at in one transfer.
+All checks run before any kernel; one transfer brings the values to the host.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .transfer import Transfer
 
 
 class HeadInputs(NamedTuple):
-    """Hidden states at an output head; made once by `of`, where autocast and autograd can be asked."""
+    """Hidden states and an output head; `of` makes them once, where the state of autocast and autograd can be read."""
 
-    hidden: Tensor  # (B, T, D) or (N, D), of the head's dtype
+    hidden: Tensor  # (B, T, D) or (N, D), in the head's dtype
     head: Head
     targets: Tensor  # (B, T) or (N,)
     mask: Tensor | None
@@ -47,7 +47,7 @@ class HeadInputs(NamedTuple):
         chunk_bytes: int | None,
         engine: str | None,
     ) -> HeadInputs:
-        """With the adapters' outputs, this rank's rows of a DTensor, and all in one dtype as autocast would have them."""
+        """Apply the adapters, take this rank's rows of DTensors, and cast all to one dtype as autocast does."""
         for name, value in (("hidden", hidden), ("weight", head.weight), ("targets", targets)):
             check_tensor(where, name, value)
         if head.bias is not None:
@@ -64,7 +64,7 @@ class HeadInputs(NamedTuple):
 
 
 def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As autocast would have them: it leaves integers and float64 alone."""
+    """Cast to one dtype as autocast does: integers and float64 stay as they are."""
     kind = hidden.device.type
     if hidden.is_meta or hidden.dtype not in DTYPES[:3] or not torch.is_autocast_enabled(kind):
         return hidden, weight, bias
@@ -77,7 +77,7 @@ def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
 
 
 def _check_fields(where: str, head: Head) -> None:
-    """The types of what is no tensor."""
+    """Check the types of the head's options."""
     kinds: dict[str, tuple[type, ...]] = {
         "temperature": (*NUMBERS, Tensor),
         "logit_scale": NUMBERS,
@@ -93,14 +93,14 @@ def _check_fields(where: str, head: Head) -> None:
 
 
 def check_head(where: str, inputs: HeadInputs, transfer: Transfer) -> Operands:
-    """Check the inputs beside one another; `transfer` looks at the values of targets and temperature.
+    """Check the inputs against one another; `transfer` checks the values of targets and temperature.
 
-    With a split the ranks compare theirs, a collective call, and the gradient of hidden is summed over them.
+    With a split, the ranks compare their inputs in a collective call, and backward sums hidden's gradient over the ranks.
     """
     hidden, head, targets, mask = inputs.hidden, inputs.head, inputs.targets, inputs.mask
     _check_tensors(where, inputs)
     _check_shapes(where, inputs)
-    flat_targets = (targets if mask is None else targets * (mask != 0)).reshape(-1).long()  # off the mask anything goes
+    flat_targets = (targets if mask is None else targets * (mask != 0)).reshape(-1).long()  # off the mask: any value
     if head.split is None:
         _check_targets(where, flat_targets, targets.shape, len(head.weight), transfer)
     _check_options(where, inputs)
@@ -123,17 +123,19 @@ def check_head(where: str, inputs: HeadInputs, transfer: Transfer) -> Operands:
 
 
 def _local(where: str, head: Head) -> Head:
-    """With this rank's rows in place of DTensors."""
+    """Replace DTensors by this rank's rows."""
     split, weight, bias = head.split, head.weight, head.bias
     assert split is not None
     if not torch.distributed.is_initialized():
         raise RuntimeError(f"{where}: torch.distributed is not initialised; in one process leave the Head's split out")
     if head.logit_noise is not None:
-        raise ValueError(f"{where}: logit_noise came with a split vocabulary; its noise needs whole rows of logits")
+        raise ValueError(
+            f"{where}: logit_noise was given with a split vocabulary; the noise needs whole rows of logits"
+        )
     if hasattr(weight, "full_tensor"):
         if split.group is not None or split.start is not None:
             raise ValueError(
-                f"{where}: weight is a DTensor, which says where its rows are; VocabSplit's group and start must be None"
+                f"{where}: weight is a DTensor, which defines its group and start; VocabSplit's group and start must be None"
             )
         group, weight = local_rows(where, "weight", weight)
         split = split._replace(group=group)
@@ -158,7 +160,7 @@ def _check_tensors(where: str, inputs: HeadInputs) -> None:
         if value is not None or name == "targets":
             check_tensor(where, name, value)
         if hasattr(value, "full_tensor"):
-            fits = "gather_weight(weight), or Head(weight, split=VocabSplit()) where tensor-parallel ranks split the vocabulary"
+            fits = "gather_weight(weight), or Head(weight, split=VocabSplit()) if tensor-parallel ranks split the vocabulary"
             fits = fits if name == "weight" else f"{name}.full_tensor()"
             raise TypeError(f"{where}: {name} is a DTensor, one rank's shard of it; give {fits}")
         if type(value).__module__.startswith("torchao."):
@@ -170,7 +172,7 @@ def _check_tensors(where: str, inputs: HeadInputs) -> None:
 
 
 def _check_shapes(where: str, inputs: HeadInputs) -> None:
-    """And dtypes, and devices."""
+    """Check shapes, dtypes and devices."""
     hidden, weight, bias = inputs.hidden, inputs.head.weight, inputs.head.bias
     targets, mask = inputs.targets, inputs.mask
     if hidden.dtype not in DTYPES:
@@ -181,7 +183,7 @@ def _check_shapes(where: str, inputs: HeadInputs) -> None:
     if weight.dim() == 1:
         raise ValueError(
             f"{where}: weight has shape {tuple(weight.shape)}: one rank's flat shard (FSDP1, ZeRO-3)? It needs (V, {channels}): "
-            "take the loss inside the wrapped forward, where the weight is whole, or from log-probabilities with policy_loss"
+            "compute the loss inside the wrapped forward, where the weight is whole, or from log-probabilities with policy_loss"
         )
     if weight.dim() != 2 or weight.shape[1] != channels or len(weight) == 0:
         raise ValueError(
@@ -189,7 +191,7 @@ def _check_shapes(where: str, inputs: HeadInputs) -> None:
         )
     if weight.dtype != hidden.dtype:
         raise TypeError(
-            f"{where}: weight is {weight.dtype}, hidden {hidden.dtype}; they must be alike (cast one, or use autocast)"
+            f"{where}: weight is {weight.dtype}, hidden {hidden.dtype}; their dtypes must be equal (cast one, or use autocast)"
         )
     vocab = len(weight)
     if bias is not None and (bias.shape != (vocab,) or bias.dtype != weight.dtype):
@@ -208,7 +210,9 @@ def _check_shapes(where: str, inputs: HeadInputs) -> None:
         raise ValueError(f"{where}: mask has shape {tuple(mask.shape)}; it needs {tuple(targets.shape)}")
     for name, value in (("weight", weight), ("bias", bias), ("targets", targets), ("mask", mask)):
         if value is not None and value.device != hidden.device:
-            raise ValueError(f"{where}: {name} is on {value.device}, hidden on {hidden.device}; they must share one")
+            raise ValueError(
+                f"{where}: {name} is on {value.device}, hidden on {hidden.device}; they must be on one device"
+            )
 
 
 def _check_targets(where: str, flat: Tensor, shape: torch.Size, vocab: int, transfer: Transfer) -> None:
@@ -258,7 +262,7 @@ def _transform(where: str, inputs: HeadInputs, transfer: Transfer) -> LogitTrans
 
 
 def _temperatures(where: str, inputs: HeadInputs, transfer: Transfer) -> Tensor | None:
-    """(N,); None: 1."""
+    """Return each row's temperature, (N,), or None if it is 1."""
     temperature, hidden, shape = inputs.head.temperature, inputs.hidden, inputs.targets.shape
     if not isinstance(temperature, Tensor):
         if not 0 < temperature < math.inf:

@@ -1,4 +1,4 @@
-"""Brings padded (B, T) and packed (N,) batches to one flat form, and checks them before any kernel runs."""
+"""Flatten padded (B, T) and packed (N,) batches to one form, and check them before any kernel runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .segments import Sequences, first_and_last, read_sequences, segment_sum, se
 from .transfer import Asked, Transfer
 
 _ROUNDING = 2.0**-10
-"""How far above 0 an engine's rounding may bring the log-probability of a certain token."""
+"""How far above 0 an engine's rounding may lift the log-probability of a token of probability 1."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a batch says of each of some rows, as one matrix: one operation selects from all of it."""
+    """A batch's per-row numbers as one matrix, so that one operation selects rows of all of them."""
 
-    columns: tuple[str, ...]  # what the rows of `matrix` are
+    columns: tuple[str, ...]  # names of the rows of `matrix`
     matrix: Tensor  # (columns, n) float32 (float64 for float64), finite, 0 off the mask
     denominator_name: str
 
@@ -47,11 +47,11 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a batch in order, each sequence's together."""
+    """Rows of a batch in order; a sequence's rows are adjacent."""
 
     numbers: Numbers
     sequence: Tensor  # (n,) int64, non-decreasing
-    turn: Tensor | None  # (n,) int64, non-decreasing, new at each turn and sequence
+    turn: Tensor | None  # (n,) int64, non-decreasing, increases where a turn or sequence starts
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,25 @@ class Batch:
     num_live: int  # rows in the loss
     objective: Objective
     numbers: Numbers  # of all rows
-    sequence: Tensor | None  # (N,) int64, non-decreasing, of a packed batch that says so
+    sequence: Tensor | None  # (N,) int64, non-decreasing; None if padded, or packed without sequences
     turn: Tensor | None
-    num_nonfinite: Tensor | None  # (1,) int64: rows whose rollout log-probability took them out of the mask; None: none
+    num_nonfinite: Tensor | None  # (1,) int64: rows masked for a NaN or inf rollout_logp; None if nonfinite='raise'
 
     @property
     def knows_sequences(self) -> bool:
         return self.sequence is not None or len(self.shape) == 2
 
     def select(self, index: Tensor) -> Rows:
-        """The rows `index` (n,), which are in order. A packed batch that says nothing of sequences counts as one."""
+        """Select the rows `index` (n,), which ascend. A packed batch without sequences counts as one sequence."""
         turn = None if self.turn is None else self.turn[index]
         return Rows(self.numbers.select(index), sequence_of(index, self.shape, self.sequence), turn)
 
 
 def _count(where: str, name: str, value: Count, default: float | Tensor) -> Tensor:
-    """() float64, the count `name` to divide by; at least 1, since an empty batch has loss 0, not 0 / 0.
+    """Return the count `name` to divide by, () float64.
 
-    A number becomes a tensor on the CPU, which every device takes as a scalar and no default dtype narrows.
+    Tensors and defaults count as at least 1, so that an empty batch has loss 0, not 0 / 0. A number becomes a float64 tensor
+    on the CPU: every device accepts it as a scalar, and the default dtype does not narrow it.
     """
     if value is None:
         value = default if isinstance(default, Tensor) else max(default, 1)
@@ -93,14 +94,14 @@ def _count(where: str, name: str, value: Count, default: float | Tensor) -> Tens
 
 @dataclass(frozen=True)
 class Unread:
-    """A batch whose values nobody has looked at yet: `batch` makes it one after the transfer."""
+    """A batch whose values are not checked yet; after the transfer, `batch` makes the Batch."""
 
     where: str
     inputs: LossInputs
     shape: torch.Size
     mask: Tensor
-    graded: Tensor  # (N,) bool: rows in the loss whose advantage, or a penalty, gives them a gradient
-    counts: Asked  # rows in the loss, wrong values of the mask, graded rows
+    graded: Tensor  # (N,) bool: rows in the loss that get a gradient from their advantage or a penalty
+    counts: Asked  # how many: rows in the loss, invalid values of the mask, graded rows
     columns: tuple[str, ...]
     numbers: Tensor
     sequences: Sequences | None
@@ -112,11 +113,11 @@ class Unread:
         return self.inputs.objective
 
     def count(self) -> int:
-        """Sequences as the caller numbers them; 1 of a packed batch that says nothing."""
+        """Return how many sequences the caller has, empty ones included; 1 for a packed batch without sequences."""
         return self.shape[0] if len(self.shape) == 2 else 1 if self.sequences is None else self.sequences.count
 
     def sequence(self) -> Tensor:
-        """(N,) each row's sequence."""
+        """Return each row's sequence, (N,)."""
         index = torch.arange(len(self.mask), device=self.mask.device)
         return sequence_of(index, self.shape, None if self.sequences is None else self.sequences.of_row)
 
@@ -146,7 +147,7 @@ class Unread:
         given = {"tokens": self.inputs.num_tokens, "sequences": self.inputs.num_sequences}
         if given[counted] is None and given[other] is not None:
             raise ValueError(
-                f"{self.where}: num_{other} came without num_{counted}; aggregation={kind!r} divides by the number of "
+                f"{self.where}: num_{other} was given without num_{counted}; aggregation={kind!r} divides by the number of "
                 f"{counted}: give num_{counted} of the whole optimiser batch"
             )
         if kind == "token-mean":
@@ -167,7 +168,7 @@ class Unread:
 
 
 class _Form(NamedTuple):
-    """What every tensor of a batch must fit."""
+    """The shape and device that every tensor of a batch must have, and the dtype that it is cast to."""
 
     where: str
     shape: torch.Size
@@ -177,7 +178,7 @@ class _Form(NamedTuple):
     def flat(
         self, name: str, value: Tensor, *, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """A value per token, checked, (N,), detached."""
+        """Check a per-token tensor, and return it flat (N,) and detached."""
         where, shape = self.where, self.shape if shape is None else shape
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -191,7 +192,7 @@ class _Form(NamedTuple):
             raise TypeError(f"{where}: {name} is {value.dtype}; it needs a float dtype")
         if name.endswith("logp") and value.dtype in (torch.bfloat16, torch.float16):
             raise TypeError(
-                f"{where}: {name} is {value.dtype}; it needs torch.float32 (16 bits move ratios by per cents)"
+                f"{where}: {name} is {value.dtype}; it needs torch.float32 (16 bits change ratios by several per cent)"
             )
         return value.detach().reshape(-1).to(self.dtype if dtype is None else dtype)
 
@@ -199,7 +200,7 @@ class _Form(NamedTuple):
 def flatten(
     where: str, inputs: LossInputs, transfer: Transfer, *, shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Unread:
-    """Check every input of a policy loss and flatten it; `transfer` looks at the values, all at once.
+    """Check every input of a policy loss and flatten it; `transfer` checks all values at once.
 
     shape: of the targets. dtype: of log-probabilities, float32 (float64 for float64).
     """
@@ -228,10 +229,10 @@ def flatten(
         columns.append("is_weight")
     columns.append("weight")
     numbers = torch.zeros(len(columns), q.numel(), dtype=dtype, device=device)
-    zero = numbers[-1, 0]  # of the weights, which come last
+    zero = numbers[-1, 0]  # from the last row, the weights', which is still 0
     for value, row in zip(checked.values(), numbers[: len(checked)], strict=True):
         torch.where(live.view(value.shape), value, zero, out=row.view(value.shape))
-    if len(columns) > len(checked) + 1:  # the importance weight's row, to be multiplied
+    if len(columns) > len(checked) + 1:  # the importance weight's row; `Unread.batch` multiplies it
         numbers[-2] = 1.0
     if objective.has_penalty:
         graded.copy_(live)
@@ -265,7 +266,7 @@ def flatten(
 
 
 def _check_count_later(where: str, name: str, value: Count, transfer: Transfer) -> None:
-    """Of a tensor: 0 counts as 1, for a batch may be empty; less is a mistake."""
+    """Check a count given as a tensor: 0 counts as 1, since a batch may be empty; a negative count raises."""
     if not isinstance(value, Tensor):
         return
     if value.numel() != 1 or value.dtype == torch.bool:
@@ -275,7 +276,7 @@ def _check_count_later(where: str, name: str, value: Count, transfer: Transfer) 
     def check() -> None:
         if not 0 <= asked.numbers[0] < math.inf:
             raise ValueError(
-                f"{where}: {name}={asked.numbers[0]}; it needs a count >= 0, that of the whole optimiser batch"
+                f"{where}: {name}={asked.numbers[0]}; it needs a count >= 0 over the whole optimiser batch"
             )
 
     transfer.check(check)
@@ -295,7 +296,7 @@ def _check_kinds(form: _Form, inputs: LossInputs) -> None:
 
 
 def _advantages_by_token(form: _Form, advantages: Tensor, sequences: Sequences | None) -> Tensor:
-    """(N,), or (B, T) where one a sequence came."""
+    """Return one advantage per token: (N,), or (B, T) if a padded batch has one per sequence."""
     where, shape = form.where, form.shape
     if advantages.shape == shape and not (sequences is not None and sequences.has_empty):
         return form.flat("advantages", advantages)
@@ -310,7 +311,7 @@ def _advantages_by_token(form: _Form, advantages: Tensor, sequences: Sequences |
 
 
 def _check_needs(form: _Form, inputs: LossInputs, *, knows_sequences: bool) -> None:
-    """Whether all that the objective reads has come."""
+    """Check that every input the objective reads is given."""
     where, shape, objective = form.where, tuple(form.shape), inputs.objective
     if objective.needs_sequences and not knows_sequences:
         raise ValueError(
@@ -325,7 +326,7 @@ def _check_needs(form: _Form, inputs: LossInputs, *, knows_sequences: bool) -> N
 
 
 def _turns(form: _Form, inputs: LossInputs, sequences: Sequences | None) -> Tensor:
-    """(N,) int64, each row's turn, non-decreasing, new at each turn and sequence."""
+    """Return each row's turn, (N,) int64, non-decreasing; it increases where a turn or sequence starts."""
     assert inputs.turn_ends is not None
     ends = form.flat("turn_ends", inputs.turn_ends, dtype=torch.bool)
     index = torch.arange(len(ends), device=form.device)
@@ -336,7 +337,7 @@ def _turns(form: _Form, inputs: LossInputs, sequences: Sequences | None) -> Tens
 
 
 def _raise_fault(where: str, shape: torch.Size, values: dict[str, Tensor], wrong_mask: Tensor) -> NoReturn:
-    """Name the first of the faults that the transfer has shown; every tensor (N,), values 0 off the mask."""
+    """Raise an error that names the first fault; every tensor is (N,), and values are 0 off the mask."""
     faults = {name: ~value.isfinite() for name, value in values.items()}
     faults = {
         "rollout_logp": faults.pop("rollout_logp"),

@@ -1,4 +1,4 @@
-"""Hidden states -> log-probabilities -> policy loss, with the logits never all in memory: the public functions."""
+"""Public functions: hidden states -> log-probabilities -> policy loss, without holding all logits in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .operators import Wire, fused_alp_loss_operator, linear_logprob_operator
 from .stats import LossOutput
 from .transfer import Transfer
 
-_SPLIT = "a head with a split vocabulary calls its ranks, which is no part of a graph: leave fullgraph=True out"
+_SPLIT = "a head with a split vocabulary makes collective calls, which a graph cannot contain: leave fullgraph=True out"
 
 
 def fused_alp_loss(
@@ -45,27 +45,27 @@ def fused_alp_loss(
     chunk_bytes: int | None = None,
     engine: str | None = None,
 ) -> LossOutput:
-    """Policy loss straight from hidden states and the output head: `policy_loss` without N x V logits in memory.
+    """Compute the policy loss from hidden states and the output head: `policy_loss` without N x V logits in memory.
 
     The row of `hidden` at a position predicts the target at that position: the caller shifts.
 
     Args:
         hidden: (B, T, D) padded or (N, D) packed; float32, bfloat16, float16 (float64 for tests); differentiable.
-        weight: a Head, such as `output_head(model)` makes; or (V, D) of the output embedding, hidden's dtype (autocast casts
-            both), differentiable unless frozen. A Head takes the keywords from bias to logit_noise where it leaves
-            them out; one at its default says nothing.
-        targets: (B, T) or (N,) int64 in [0, V); free off the mask.
+        weight: a Head, e.g. from `output_head(model)`; or the output embedding (V, D), in hidden's dtype (autocast casts
+            both), differentiable unless frozen. The keywords from bias to logit_noise set what a Head leaves at its
+            default; a keyword at its default is ignored.
+        targets: (B, T) or (N,) int64 in [0, V); any value off the mask.
         rollout_logp, advantages, mask and the keywords from old_logp to nonfinite: as in `policy_loss`, (B, T) or (N,).
         bias, logit_scale, softcap, logit_noise, temperature: as in Head.
-        chunk_bytes: memory for one chunk of logits, in bytes; default 240 MiB on a CPU, 2.5 GiB on other devices, and for
-            16-bit tensors at least that of a float32 gradient of `weight`, which a single chunk saves.
+        chunk_bytes: memory for one chunk of logits, in bytes; default 240 MiB on a CPU, 2.5 GiB on other devices, and
+            for a trained 16-bit `weight` at least the size of its float32 gradient, which a single chunk does not need.
         engine: "triton", "native", "reference" or None for the automatic choice.
 
     Returns:
-        LossOutput(loss, logp, entropy, stats). Gradients are formed with the loss; backward only scales them.
+        LossOutput(loss, logp, entropy, stats). The gradients are computed with the loss; backward only scales them.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what fits, before any kernel runs.
+        ValueError, TypeError: before any kernel runs; the message names the argument, its value and what it needs.
     """
     where = "fused_alp_loss"
     head = as_head(
@@ -132,10 +132,10 @@ def linear_logprob(
     chunk_bytes: int | None = None,
     engine: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy (nats) of its distribution, both like targets and differentiable.
+    """Compute each target's log-probability and its distribution's entropy (nats), shaped like targets, differentiable.
 
-    Arguments as in `fused_alp_loss`. Rows off `mask` return 0 and cost nothing. Without a gradient (torch.no_grad) this is
-    one product; with one, backward makes the logits again, chunk by chunk.
+    Arguments as in `fused_alp_loss`. Rows off `mask` return 0 and cost nothing. The forward takes one matrix
+    product; backward recomputes the logits, chunk by chunk.
     """
     where = "linear_logprob"
     head = as_head(

@@ -1,9 +1,9 @@
-"""The fused head's autograd functions: a chunk's logits are made, used and replaced by their gradient in place.
+"""The fused head's autograd functions: a chunk's logits are computed, used and replaced in place by their gradient.
 
-A row's gradient needs only its own logits and coefficients known in the chunk, so three products of N x V x D are enough: the
-logits, dh and dW. Token level: any rows make a chunk. Sequence, turn and cumulative levels: a chunk holds whole sequences;
-one that does not fit is passed twice (a fourth product).
-Rows outside the mask cost no product; rows with a zero advantage no backward product, nor clipped ones on the CPU.
+A row's gradient needs only its own logits and coefficients known within its chunk, so three N x V x D products are enough: the
+logits, dh and dW. At token level, any rows form a chunk. At sequence, turn and cumulative levels, a chunk holds whole
+sequences; the logits of a sequence that does not fit are computed twice (a fourth product).
+Rows outside the mask cost no product. Rows with a zero advantage cost no backward product; on the CPU, nor do clipped rows.
 Derivation: docs/math.md, section 4
 """
 
@@ -30,16 +30,16 @@ from .transfer import Asked, Transfer
 
 
 class Order(NamedTuple):
-    """Which rows are computed, and together with which."""
+    """Which rows are computed, and how they are grouped."""
 
-    rows: Tensor  # (n,) the masked-in rows, those that may have a gradient first
-    groups: list[list[int]]  # rows whose loss is taken together: sizes of their chunks, several for a long sequence
+    rows: Tensor  # (n,) the rows in the mask; those that may have a gradient come first
+    groups: list[list[int]]  # per group of rows with a joint loss, its chunk sizes; several for a long sequence
     num_plain: int  # rows at the end that need only their log-probability
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What the fused head returns; nothing of it carries a graph."""
+    """What the fused head returns, without an autograd graph."""
 
     loss: Tensor  # ()
     logp: Tensor  # (N,), 0 off the mask
@@ -50,7 +50,7 @@ class Fused:
 
 
 class Given(NamedTuple):
-    """What the fused head is given; a second backward needs it again."""
+    """The fused head's inputs; a second backward recomputes the gradients from them."""
 
     operands: Operands
     batch: Batch
@@ -61,7 +61,7 @@ class Given(NamedTuple):
 def prepare(
     where: str, operands: Operands, inputs: LossInputs, shape: torch.Size, transfer: Transfer, needs: Needs
 ) -> Given:
-    """Check a batch beside rows and a head that are checked, and look at all values at once. shape: of the targets."""
+    """Check a batch against checked operands, then check all values in one transfer. shape: of the targets."""
     hidden = operands.hidden
     unread = flatten(where, inputs, transfer, shape=shape, dtype=real(hidden), device=hidden.device)
     ranked = rank_rows(unread, transfer)
@@ -70,13 +70,13 @@ def prepare(
 
 
 def fused_head(given: Given) -> Fused:
-    """The loss and its gradients, chunk by chunk."""
+    """Compute the loss and its gradients, chunk by chunk."""
     with torch.no_grad(), torch.autocast(given.operands.hidden.device.type, enabled=False):
         return _fused_head(*given)
 
 
 def _products(operands: Operands, needs: Needs, num_parts: int) -> Whole | Tiled:
-    """For one pass over the rows; num_parts: how often `backward` will be called."""
+    """Choose Tiled or Whole for one pass over the rows; num_parts: how often `backward` will be called."""
     way = Tiled if operands.plan.is_tiled(operands.weight.dtype, num_parts) else Whole
     return way(operands, needs, num_parts)
 
@@ -102,7 +102,7 @@ def _fused_head(operands: Operands, batch: Batch, order: Order, needs: Needs) ->
         if isinstance(products, Whole) and objective.level == "token" and plan.fuses_token_loss:
             noted(group, products.token_loss(group, rows, objective))
             continue
-        *before, last = group.split(sizes)  # one part, but for a sequence longer than a chunk
+        *before, last = group.split(sizes)  # one part, unless a sequence is longer than a chunk
         outs = [noted(index, products.logprob(index)) for index in before]
         out, kept = products.keep(last, objective.entropy_coef != 0)
         noted(last, out)
@@ -112,7 +112,7 @@ def _fused_head(operands: Operands, batch: Batch, order: Order, needs: Needs) ->
         dlogps = dlogp.split(sizes)
         dentropies = [None] * len(sizes) if dentropy is None else dentropy.split(sizes)
         products.backward(last, kept, out, dlogps[-1], dentropies[-1])
-        del kept  # before the next chunk's
+        del kept  # free it before the next chunk
         for index, out, dp, dh in zip(before, outs, dlogps, dentropies, strict=False):
             products.backward(index, None, out, dp, dh)
     index = order.rows.sort().values  # sequences in order again
@@ -123,10 +123,10 @@ def _fused_head(operands: Operands, batch: Batch, order: Order, needs: Needs) ->
 
 
 class FusedLoss(torch.autograd.Function):
-    """Hangs the loss and the gradients that were formed with it into the graph; returns the loss ().
+    """Attach the loss and its precomputed gradients to the autograd graph; returns the loss ().
 
-    The first backward hands the gradients out, scaled in place, so that no second copy of a V x D gradient is made; a second
-    one forms them again.
+    The first backward scales the gradients in place and returns them, which avoids a second copy of a V x D gradient. A second
+    backward recomputes them.
     """
 
     @staticmethod
@@ -140,7 +140,7 @@ class FusedLoss(torch.autograd.Function):
         fused: Fused,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
-        # the tensors only there: whether they are as they were is autograd's to see
+        # keep these tensors nowhere else, so that autograd detects in-place changes to them
         ctx.plan, ctx.rest, ctx.gradients = given.operands.plan, given[1:], fused.gradients
         ctx.log_sigma_shape = None if log_sigma is None else log_sigma.shape
         return fused.loss
@@ -165,17 +165,17 @@ class FusedLoss(torch.autograd.Function):
 
 
 def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor, plan: Plan) -> Tensor:
-    """gradient * by in `dtype`, in one pass and in place where it can be."""
+    """Return gradient * by in `dtype`, in one pass; in place if gradient has that dtype."""
     if gradient.dtype == dtype:
         return plan.engine.scale_(gradient, by)
     return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def gradient_scale(batch: Batch, dtype: torch.dtype) -> Tensor | None:
-    """() what gradients are divided by while they are formed; None: by nothing. Only float16 would underflow.
+    """Return the divisor () of gradients while they are computed; None unless float16, the only dtype that would underflow.
 
-    There it is the largest aggregation weight, up to the next power of two: a loss scaled by its caller (GradScaler) comes
-    too late for gradients that are formed with the loss.
+    It is the largest aggregation weight, rounded up to the next power of two. A caller's loss scale (GradScaler) comes too
+    late, since the gradients are computed with the loss.
     """
     if dtype != torch.float16:
         return None
@@ -185,8 +185,8 @@ def gradient_scale(batch: Batch, dtype: torch.dtype) -> Tensor | None:
 
 
 class LinearLogprob(torch.autograd.Function):
-    """Returns (logp (N,), entropy (N,)); saves a few numbers a row beside its inputs and makes the logits
-    again in backward (four products)."""
+    """Returns (logp (N,), entropy (N,)). Saves its inputs and a few numbers per row; backward recomputes the
+    logits (four products in all)."""
 
     @staticmethod
     def forward(
@@ -214,7 +214,7 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def row_order(hidden: Tensor, mask: Tensor | None, transfer: Transfer) -> Tensor:
-    """The rows of hidden (N, D) to compute, (n,) int64; makes the transfer."""
+    """Return the rows of hidden (N, D) to compute, (n,) int64; runs the transfer."""
     if mask is None:
         transfer.bring()
         return torch.arange(len(hidden), device=hidden.device)
@@ -240,7 +240,7 @@ def logprob_rows(operands: Operands, order: Tensor) -> HeadRows:
 def logprob_gradients(
     operands: Operands, order: Tensor, rows: HeadRows, dlogp: Tensor, dentropy: Tensor, needs: Needs
 ) -> Gradients:
-    """Of hidden, weight, bias and log_sigma (), from those of `logprob_rows`; the logits are made again."""
+    """Compute the gradients of hidden, weight, bias and log_sigma () from dlogp and dentropy; recomputes the logits."""
     hidden, weight, bias, plan = operands
     products = _products(operands, needs, -(-len(order) // plan.chunk_rows))
     with torch.autocast(hidden.device.type, enabled=False):
@@ -254,11 +254,11 @@ def logprob_gradients(
 
 
 class Ranked(NamedTuple):
-    """The rows in the order they will be taken in, before anybody knows how many of each kind there are."""
+    """The rows in processing order, before the host knows how many there are of each kind."""
 
-    rows: Tensor  # (N,) those that may have a gradient, the others in the loss, those off the mask
+    rows: Tensor  # (N,) first those that may have a gradient, then others in the loss, then those off the mask
     counts: Asked  # as Unread.counts
-    lengths: Asked | None  # rows of each sequence where any has a gradient, else 0; None at token level
+    lengths: Asked | None  # rows in the loss per sequence, 0 if none has a gradient; None at token level
 
     def order(self, plan: Plan) -> Order:
         num_live, _, num_graded = map(int, self.counts.numbers)
@@ -272,9 +272,9 @@ class Ranked(NamedTuple):
 
 
 def rank_rows(unread: Unread, transfer: Transfer) -> Ranked:
-    """Sort a batch's rows into those with a gradient and those without, and ask how many there are."""
+    """Sort a batch's rows into those with a gradient and those without, and request their counts."""
     graded, lengths = unread.graded, None
-    if unread.objective.level != "token":  # a sequence with one graded row goes whole
+    if unread.objective.level != "token":  # one graded row makes its whole sequence graded
         sequence = unread.sequence()
         starts = torch.searchsorted(sequence, torch.arange(unread.count() + 1, device=sequence.device))
         sums = torch.zeros(2, len(graded) + 1, dtype=torch.int64, device=graded.device)
@@ -287,7 +287,7 @@ def rank_rows(unread: Unread, transfer: Transfer) -> Ranked:
 
 
 def _whole_sequences(lengths: list[int], first: int, rest: int) -> list[list[int]]:
-    """As many sequences to a chunk as fit it; one that fits none in chunks of its own."""
+    """Put as many sequences as fit into each chunk; split a sequence longer than a chunk over chunks of its own."""
     groups: list[list[int]] = []
     for length in lengths:
         room = first if len(groups) <= 1 else rest

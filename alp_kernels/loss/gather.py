@@ -1,7 +1,7 @@
-"""What each rank holds a slice of, whole on every rank, with the gradient that fits.
+"""Gather a tensor from the slices that the ranks hold, with the matching gradient.
 
-gather_weight     slices of a weight; the ranks' batches differ, so backward adds up their gradients of each slice
-gather_sequence   slices of the same sequences; every rank takes the same loss of the whole, so backward keeps its own slice's
+gather_weight     slices of a weight; the ranks' batches differ, so backward sums each slice's gradient over the ranks
+gather_sequence   slices of the same sequences; every rank computes the same loss, so backward keeps its own slice's gradient
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..dtypes import real
 
 
 class _Gather(torch.autograd.Function):
-    """Slices of `local` along `dim`, in the order of the group's ranks; they may differ in size."""
+    """Concatenate the ranks' `local` along `dim`, in the order of the group's ranks; the sizes may differ."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, dim: int, group: dist.ProcessGroup | None, sums: bool) -> Tensor:
@@ -55,8 +55,8 @@ def _padded(rows: Tensor, size: int) -> Tensor:
 
 
 def local_rows(where: str, name: str, value: Any) -> tuple[dist.ProcessGroup, Tensor]:
-    """The group of a DTensor and this rank's rows of it, differentiable."""
-    from torch.distributed.tensor import Shard  # not at the top: a second's import
+    """Return a DTensor's process group and this rank's rows of it, differentiable."""
+    from torch.distributed.tensor import Shard  # not at the top: the import takes a second
 
     mesh = value.device_mesh
     if mesh.ndim != 1 or tuple(value.placements) != (Shard(0),):
@@ -68,17 +68,17 @@ def local_rows(where: str, name: str, value: Any) -> tuple[dist.ProcessGroup, Te
 
 
 def gather_weight(weight: Tensor, group: dist.ProcessGroup | None = None, *, average: bool = False) -> Tensor:
-    """The whole weight from the rows that each data-parallel rank holds; a collective call, and so is its backward.
+    """Gather the whole weight from the data-parallel ranks' rows; a collective call, and so is its backward.
 
-    For a fused loss on a head that is in shards where the loss is taken: FSDP2's outside every forward, or slices of your
-    own (ZeRO-3). Backward sums the ranks' gradients and leaves each rank that of its rows. `DTensor.full_tensor()` alone does
-    not: it takes every rank's gradient for the same one, and drops the others' share.
+    Use it for a fused loss on a head that is sharded where the loss is computed: by FSDP2 outside every forward, or in your
+    own slices (ZeRO-3). Backward sums the ranks' gradients and returns to each rank the gradient of its rows.
+    `DTensor.full_tensor()` alone does not sum: it assumes that all ranks' gradients are equal, and drops the other ranks' share.
 
     Args:
-        weight: this rank's rows (V_r, D), in the order of the ranks, numbers of rows may differ; or a DTensor placed
-            (Shard(0),). Cast it first where the loss runs in another dtype: fewer bytes are gathered.
-        group: of the ranks that hold the other rows; None: all. A DTensor brings its own.
-        average: divide the summed gradient by the number of ranks, as DDP and FSDP do with those of the other weights.
+        weight: this rank's rows (V_r, D), in rank order, where V_r may differ by rank; or a DTensor placed (Shard(0),).
+            If the loss runs in a smaller dtype, cast the weight first: fewer bytes are gathered.
+        group: the ranks that hold the other rows; None: all ranks. A DTensor has its own group.
+        average: divide the summed gradient by the number of ranks, as DDP and FSDP do for the other weights.
 
     Returns:
         (V, D), a plain tensor.
@@ -97,10 +97,10 @@ def gather_weight(weight: Tensor, group: dist.ProcessGroup | None = None, *, ave
 
 
 def gather_sequence(values: Tensor, group: dist.ProcessGroup | None = None, *, dim: int = 1) -> Tensor:
-    """Whole sequences' values, (B, T), from the slices (B, T_r) that context-parallel ranks hold; a collective call.
+    """Gather whole sequences' values (B, T) from the slices (B, T_r) of context-parallel ranks; a collective call.
 
-    For `policy_loss` on log-probabilities where a ratio covers more than a token. Every rank of the group must then take the
-    same loss of the whole; backward gives its own slice's gradient, with no communication, so the *sum* of the weights'
-    gradients over the group is that of the unsplit sequence.
+    Use it for `policy_loss` on log-probabilities when a ratio covers more than one token. Every rank of the group must then
+    compute the same loss of the whole sequences. Backward returns this rank's slice of the gradient without communication, so
+    the *sum* of the weights' gradients over the group equals the gradient of the unsplit sequence.
     """
     return _Gather.apply(values, dim, group, False) if dist.is_initialized() else values

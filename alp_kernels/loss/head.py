@@ -1,4 +1,4 @@
-"""What turns hidden states into logits, as one value."""
+"""The output head, which turns hidden states into logits, as one value."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _DEFAULTS = {"bias": None, "temperature": 1.0, "softcap": None, "logit_scale": 1
 
 
 class VocabSplit(NamedTuple):
-    """That tensor-parallel ranks each hold some rows of the head: logits never leave a rank, three numbers a row do.
+    """Marks a head whose rows are split over tensor-parallel ranks: a rank sends a few numbers per row, never logits.
 
-    Every rank of the group gives the same batch, in collective calls, and gets the same loss; the gradient of the hidden
-    states is summed over the group, that of the weight stays with its rank.
+    Every rank of the group passes the same batch, in collective calls, and gets the same loss. Backward sums the gradient of
+    the hidden states over the group; the gradient of the weight stays on its rank.
     """
 
-    group: dist.ProcessGroup | None = None  # the tensor-parallel ranks; None: all. A DTensor weight brings its own
-    start: int | None = None  # this rank's first token; None: the shards lie in the order of the ranks
+    group: dist.ProcessGroup | None = None  # the tensor-parallel ranks; None: all. A DTensor weight has its own
+    start: int | None = None  # this rank's first token; None: the shards are in rank order
 
 
 class Head(NamedTuple):
@@ -30,19 +30,19 @@ class Head(NamedTuple):
     `alp_kernels.integrations.hugging_face.output_head(model)` makes one. cap(y) = softcap tanh(y / softcap).
     """
 
-    weight: Tensor  # (V, D) in hidden's dtype (autocast casts both); with adapters of together r ranks (V, D + r)
+    weight: Tensor  # (V, D) in hidden's dtype (autocast casts both); (V, D + r) with adapters of total rank r
     bias: Tensor | None = None  # (V,) in weight's dtype
     temperature: float | Tensor = 1.0  # > 0, a number or one for each target
     softcap: float | None = None  # > 0
     logit_scale: float = 1.0  # not 0
     logit_noise: LogitNoise | None = None  # not with a split
     split: VocabSplit | None = (
-        None  # weight and bias are then this rank's rows (V_r, D), (V_r,), or DTensors placed (Shard(0),)
+        None  # if given, weight and bias are this rank's rows (V_r, D), (V_r,), or DTensors placed (Shard(0),)
     )
-    adapters: tuple[nn.Module, ...] = ()  # LoRA on the head: D -> rank each, whose outputs `weight` has columns for
+    adapters: tuple[nn.Module, ...] = ()  # LoRA on the head, each D -> rank; `weight` has columns for their outputs
 
     def inputs(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> what `weight` is multiplied with: hidden itself but for adapters, which have not run on it yet."""
+        """Return what `weight` multiplies: hidden (..., D), with the adapters' outputs appended if they are not yet."""
         if not self.adapters or hidden.shape[-1] != next(self.adapters[0].parameters()).shape[-1]:
             return hidden
         dtypes = [next(adapter.parameters()).dtype for adapter in self.adapters]
@@ -50,16 +50,16 @@ class Head(NamedTuple):
         return torch.cat([hidden, *(part.to(hidden.dtype) for part in parts)], dim=-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All of them, (..., V), before noise and temperature: for checks."""
+        """Return all logits, (..., V), before noise and temperature; for checks."""
         logits = nn.functional.linear(self.inputs(hidden), self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def as_head(where: str, weight: Tensor | Head, **keywords: object) -> Head:
-    """`weight` with the keywords that describe the rest of a head; a Head takes those that it leaves at their defaults.
+    """Make a Head of `weight` and the keywords; if `weight` is a Head, they may set only fields it leaves at their defaults.
 
     Raises:
-        ValueError: a keyword came with a Head that has its own.
+        ValueError: a keyword is given with a Head that sets the same field.
     """
     if not isinstance(weight, Head):
         return Head(weight, **keywords)  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def as_head(where: str, weight: Tensor | Head, **keywords: object) -> Head:
     for name in given:
         if not _is_default(name, getattr(weight, name)):
             raise ValueError(
-                f"{where}: {name} came with a Head that has its own; leave it out, or head._replace({name}=...)"
+                f"{where}: {name} was given, but the Head sets it, too; leave it out, or use head._replace({name}=...)"
             )
     return weight._replace(**given) if given else weight  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What a policy loss is given: one description, made by the public functions and taken by all that is below them."""
+"""A policy loss's inputs as one value, which the public functions make and pass to the internal ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..objective import Objective
 NUMBERS = (int, float, np.integer, np.floating)
 
 Count: TypeAlias = int | float | Tensor | None
-"""Of a whole optimiser batch, > 0; a tensor of one element counts as at least 1, None as this call's own count."""
+"""A count over a whole optimiser batch, > 0. A one-element tensor counts as at least 1, None as this call's own count."""
 
 
 class LossInputs(NamedTuple):
-    """As `policy_loss` explains them; per token: (B, T) padded or (N,) packed."""
+    """The inputs that `policy_loss` documents. Per token: (B, T) padded or (N,) packed."""
 
     rollout_logp: Tensor  # per token
     advantages: Tensor  # (B,) or per token
@@ -35,11 +35,11 @@ class LossInputs(NamedTuple):
     nonfinite: str = "raise"
 
     def knows_sequences(self, shape: torch.Size) -> bool:
-        """shape: of the targets."""
+        """Whether the batch defines its sequences. shape: of the targets."""
         return len(shape) == 2 or self.cu_seqlens is not None or self.sequence_ids is not None
 
     def for_graph(self, where: str, device: torch.device) -> LossInputs:
-        """With counts as tensors, which no graph is specialised on. The rest is checked inside the operator, when it runs."""
+        """Turn counts into tensors, so that no graph is specialised on them. The operator checks the rest when it runs."""
         check_objective(where, self.objective)
         for name in ("num_tokens", "num_sequences"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), Tensor):
@@ -61,7 +61,7 @@ def check_objective(where: str, objective: Objective) -> None:
 
 
 def check_count(where: str, name: str, value: float) -> None:
-    """Of a number, which may be symbolic in a graph."""
+    """Check a count given as a number, which may be symbolic in a graph."""
     is_number = isinstance(value, (*NUMBERS, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
-        raise ValueError(f"{where}: {name}={value!r}; it needs a count > 0, that of the whole optimiser batch")
+        raise ValueError(f"{where}: {name}={value!r}; it needs a count > 0 over the whole optimiser batch")

@@ -18,7 +18,7 @@ from .segments import first_and_last, segment_sum
 
 
 def level_log_ratio(logp: Tensor, rows: Rows, objective: Objective) -> Tensor:
-    """ell of each of some rows in the loss, whole sequences of them; differentiable in logp (n,)."""
+    """Return ell of each row, differentiable in logp (n,); above token level, `rows` must hold whole sequences."""
     r = logp - rows.numbers.denominator
     if objective.level == "token":
         return r
@@ -31,5 +31,5 @@ def level_log_ratio(logp: Tensor, rows: Rows, objective: Objective) -> Tensor:
     total = segment_sum(r.detach(), first, last)
     if objective.geometric:
         total = total / (last + 1 - first)
-    through = torch.where(logp.isinf(), 0.0, logp - logp.detach())  # 0 with gradient 1; not -inf less -inf
+    through = torch.where(logp.isinf(), 0.0, logp - logp.detach())  # value 0, gradient 1; avoids -inf - (-inf)
     return total.to(r.dtype) + through

@@ -1,7 +1,7 @@
-"""linear_logprob and fused_alp_loss as operators of a compiled graph. Checks, chunks and row selections are inside.
+"""linear_logprob and fused_alp_loss as operators of a compiled graph; they contain the checks, chunks and row selection.
 
-`linear_logprob` makes its logits again in backward. `fused_alp_loss` returns the gradients beside the loss, already in the dtypes
-of their tensors (and at the scale that float16 needs); backward multiplies them.
+`linear_logprob` recomputes its logits in backward. `fused_alp_loss` returns the gradients with the loss, already in their
+tensors' dtypes (and divided by `scale`, for float16); backward multiplies them by the loss's gradient and `scale`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .transfer import Transfer
 
 
 class Wire(NamedTuple):
-    """HeadInputs as an operator takes them."""
+    """HeadInputs in types that an operator accepts."""
 
     hidden: Tensor
     weight: Tensor
@@ -35,10 +35,10 @@ class Wire(NamedTuple):
     targets: Tensor
     is_wanted: Tensor | None  # HeadInputs.mask
     temperatures: Tensor | None
-    temperature: float  # where temperatures is None
+    temperature: float  # if temperatures is None
     softcap: float | None
     logit_scale: float
-    at: Tensor | None  # of the noise on the logits, as row_ids: noise/operators.py
+    at: Tensor | None  # coordinates of the noise on the logits, with row_ids: noise/operators.py
     row_ids: Tensor | None
     chunk_bytes: int | None
     engine: str | None
@@ -67,7 +67,7 @@ class Wire(NamedTuple):
         )
 
     def inputs(self) -> HeadInputs:
-        """Detached."""
+        """Return the HeadInputs, detached."""
         noise = None
         if self.log_sigma is not None and self.at is not None:
             stream = stream_of(self.at, LOGITS_LAYER, self.row_ids)
@@ -84,7 +84,7 @@ class Wire(NamedTuple):
         return HeadInputs(self.hidden.detach(), head, *rest)
 
     def gradients(self, grads: Gradients) -> WireGradients:
-        """Each in its tensor's dtype and shape, contiguous; (0,) for those that are not needed."""
+        """Return each gradient in its tensor's dtype and shape, contiguous; (0,) if it is not needed."""
         likes = (self.hidden, self.weight, self.bias, self.log_sigma)
         return WireGradients(
             *(
@@ -111,7 +111,7 @@ class WireGradients(NamedTuple):
     log_sigma: Tensor
 
     def needed(self, needs: list[bool]) -> dict[str, Tensor | None]:
-        """By their fields' names in Wire."""
+        """Return the needed gradients by their field names in Wire."""
         return {name: grad for name, grad, need in zip(self._fields, self, needs, strict=True) if need}
 
 
@@ -119,7 +119,7 @@ class WireGradients(NamedTuple):
 
 
 class LogprobRows(NamedTuple):
-    """Each like targets."""
+    """Each shaped like targets."""
 
     logp: Tensor
     entropy: Tensor
@@ -162,7 +162,7 @@ def _linear_logprob_backward_fake(wire: Wire, given: _LogprobBackward) -> WireGr
 
 
 def _linear_setup(ctx: Any, wire: Wire, out: LogprobRows) -> None:
-    """Tensors where autograd wants them, the rest on ctx."""
+    """Save tensors with save_for_backward, the rest on ctx."""
     ctx.mark_non_differentiable(out.lse)
     tensors = {name: value for name, value in wire._asdict().items() if isinstance(value, Tensor)}
     ctx.others = {name: value for name, value in wire._asdict().items() if name not in tensors}
@@ -192,14 +192,14 @@ _linear_logprob_backward_operator = Operator(
 
 class FusedOutput(NamedTuple):
     loss: Tensor  # ()
-    logp: Tensor  # like targets, as entropy
+    logp: Tensor  # like targets, and so is entropy
     entropy: Tensor
-    dhidden: Tensor  # as WireGradients, of loss / scale
+    dhidden: Tensor  # this and the next three as in WireGradients, of loss / scale
     dweight: Tensor
     dbias: Tensor
     dlog_sigma: Tensor
     scale: Tensor  # ()
-    numbers: Tensor  # as StatsRows, with the next two
+    numbers: Tensor  # this and the next two as in StatsRows
     flags: Tensor
     num_nonfinite: Tensor
 

@@ -1,4 +1,4 @@
-"""One call's constants: how many rows of logits are made at a time, and who computes what of them."""
+"""One call's constants: the engine, how many rows of logits it computes at a time, and how."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..reference import LogitTransform
 from .split import Shard
 
 CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 5 << 29
-"""Memory for a chunk of logits where the caller names none: 8704 rows of a vocabulary of 151936 in bfloat16.
+"""Default memory for a chunk of logits; on a device, 8704 rows of a vocabulary of 151936 in bfloat16.
 
-A second chunk reads the weight twice more and has dW written, read, written, read in float32 and rounded, where one chunk
-writes it rounded: with D 4096, 12 GB more, a tenth of what three products of 8192 rows take. The last 512 of those rows, for
-batches a little above a power of two, are 148 MiB.
+A second chunk reads the weight twice more, and writes, reads, writes and reads dW in float32 before rounding it; one chunk
+writes dW already rounded. With D 4096 that moves 12 GB more, a tenth of the time of three products of 8192 rows. The last 512
+of the 8704 rows are for batches a little above a power of two and take 148 MiB.
 """
 
 BLOCK_ROWS = 256
-"""A device's chunks are multiples of it but for the last: whole tiles of the products, and sizes that come again."""
+"""On a device all chunks but the last are multiples of it: matrix products have whole tiles, and sizes repeat."""
 
 
 class Needs(NamedTuple):
-    """Whether a gradient will be asked for."""
+    """Which gradients are needed."""
 
     hidden: bool = False
     weight: bool = False
@@ -34,7 +34,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of hidden, weight and bias, like them, and of the logit noise's sigma or log_sigma, (); None where nobody needs it."""
+    """Gradients of hidden, weight and bias, like them, and of the logit noise's sigma or log_sigma, (); None if not needed."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -44,20 +44,20 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """None of it is differentiated."""
+    """One call's constants, none of them differentiated."""
 
     engine: Engine
     transform: LogitTransform  # temperature and row ids for all N rows
     targets: Tensor  # (N,)
     chunk_bytes: int  # for logits
-    chunk_rows: int  # so many rows of logits are kept at a time
-    first_rows: int  # ... in the first chunk, which may lie in the memory of dW
-    shard: Shard | None = None  # where ranks split the vocabulary: targets are those of the whole one
+    chunk_rows: int  # how many rows of logits are kept at a time
+    first_rows: int  # the same for the first chunk, which may use dW's memory
+    shard: Shard | None = None  # if ranks split the vocabulary; targets are still in the whole vocabulary
 
     def is_tiled(self, dtype: torch.dtype, num_parts: int) -> bool:
-        """Whether logits come by tiles; num_parts: how often rows go back (a single product is rounded once).
+        """Whether logits are computed in tiles; num_parts: how often `backward` is called (a single product is rounded once).
 
-        Noise on the logits needs whole rows, since a Philox call serves four distant tokens.
+        Noise on the logits needs whole rows, since one Philox call gives the noise of four distant tokens.
         """
         fits = dtype == torch.float32 or (dtype == torch.bfloat16 and num_parts <= 1)
         return self.engine.tiles is not None and self.shard is None and self.transform.sigma is None and fits
@@ -71,7 +71,7 @@ class Plan:
         return self.engine.FUSES_TOKEN_LOSS and self.shard is None
 
     def for_shard(self, shard: Shard, targets: Tensor, chunk_rows: int) -> Plan:
-        """A chunk is a collective call: chunk_rows is the same on all ranks."""
+        """Return the plan for a shard. Each chunk is a collective call, so chunk_rows is the same on all ranks."""
         return replace(self, shard=shard, targets=targets, chunk_rows=chunk_rows, first_rows=chunk_rows)
 
 
@@ -97,7 +97,7 @@ def make_plan(
     default = CPU_CHUNK_BYTES if is_on_host(hidden) else DEVICE_CHUNK_BYTES
     limit = default if chunk_bytes is None else chunk_bytes
     if chunk_bytes is None and needs.weight and hidden.dtype in (torch.bfloat16, torch.float16):
-        # several chunks need a float32 dW to be summed in; a single one of that size needs none, and no pass over it
+        # several chunks sum dW in float32; a single chunk of that size needs no float32 dW, and no pass over it
         limit = max(limit, 4 * vocab * channels)
     rows = max(1, limit // (vocab * hidden.element_size()))
     if not is_on_host(hidden) and rows > BLOCK_ROWS:
@@ -114,9 +114,9 @@ def is_on_host(tensor: Tensor) -> bool:
 
 
 def even_sizes(num_rows: int, first: int, rest: int) -> list[int]:
-    """Rows in as few chunks as fit, the first of at most `first` rows and the others of `rest`, filled alike.
+    """Split rows into as few, evenly filled chunks as fit: at most `first` rows in the first, `rest` in the others.
 
-    Where `rest` is a multiple of BLOCK_ROWS, so are they, but for the last.
+    If `rest` is a multiple of BLOCK_ROWS, so are all chunks but the last.
     """
     unit = BLOCK_ROWS if rest % BLOCK_ROWS == 0 else 1
     others = max(0, -(-(num_rows - first) // rest))

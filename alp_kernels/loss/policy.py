@@ -36,17 +36,17 @@ def policy_loss(
     num_sequences: Count = None,
     nonfinite: str = "raise",
 ) -> LossOutput:
-    """Policy loss from log-probabilities; `fused_alp_loss` is the same from hidden states.
+    """Compute the policy loss from log-probabilities; `fused_alp_loss` computes it from hidden states.
 
-    Above token level the ratio's value is held and each token's log-probability carries the gradient (sg[.] in
-    docs/math.md), so finite differences of the loss are not its gradient. `logp` and `entropy` come back detached.
+    Above token level the ratio's value is a constant, and the gradient flows through each token's own log-probability
+    (sg[.] in docs/math.md), so finite differences of the loss are not its gradient. `logp` and `entropy` return detached.
 
     Args:
         logp: (B, T) padded or (N,) packed, float32 or float64, natural logarithms under the current (for ALP: perturbed)
             policy; differentiable.
-        rollout_logp: like logp, from the engine that sampled: the denominator and the origin of the KL statistics.
-        advantages: (B,) one a sequence, or like logp. sequence_ids: in order of appearance. A packed batch with an empty
-            sequence and as many tokens as sequences is read as one a sequence.
+        rollout_logp: like logp, from the engine that sampled: the ratio's default denominator, and the KL statistics' reference.
+        advantages: (B,), one per sequence (with sequence_ids: in order of appearance), or like logp. If a packed batch has
+            an empty sequence and as many tokens as sequences, they are read as one per sequence.
         mask: like logp, 0 or 1: whether a token is in the loss (prompt, padding and tool output: 0).
         objective: level, clips, aggregation, KL, entropy, weights.
         old_logp: like logp, recomputed by the trainer before the update; for denominator="old".
@@ -59,7 +59,7 @@ def policy_loss(
         nonfinite: "raise" on NaN or inf in rollout_logp, or "mask" those tokens and count them.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what fits; in compiled code when it runs.
+        ValueError, TypeError: the message names the argument, its value and what it needs. Compiled code raises when it runs.
     """
     check_tensor("policy_loss", "logp", logp)
     inputs = LossInputs(
@@ -81,12 +81,12 @@ def policy_loss(
 
 
 class _Value(NamedTuple):
-    """A loss and its gradients, in closed form (objective.row_gradient): backward only scales them."""
+    """A loss and its closed-form gradients (objective.row_gradient); backward only scales them."""
 
     loss: Tensor  # ()
-    dlogp: Tensor | None  # like logp, None where nobody will ask
-    dentropy: Tensor | None  # like logp, None likewise and where entropy_coef == 0
-    logp: Tensor  # as LossOutput has it
+    dlogp: Tensor | None  # like logp; None if not needed
+    dentropy: Tensor | None  # like logp; None if not needed or entropy_coef == 0
+    logp: Tensor  # as in LossOutput
     entropy: Tensor | None
     live: Tensor  # (n,) the rows in the loss
     stats: Stats
@@ -142,7 +142,7 @@ class _LogProbabilities(NamedTuple):
 
 
 class _PolicyOutput(NamedTuple):
-    """As _Value; (0,) for what is not there."""
+    """As _Value, with (0,) for None."""
 
     loss: Tensor
     dlogp: Tensor
@@ -202,7 +202,7 @@ def _in_graph(logp: Tensor, entropy: Tensor | None, inputs: LossInputs) -> LossO
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """Hangs the loss and the gradients that were formed with it into the graph."""
+    """Attach the loss and its precomputed gradients to the autograd graph."""
 
     @staticmethod
     def forward(
@@ -211,7 +211,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:  # what torch.func asks for
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:  # torch.func needs it
         ctx.save_for_backward(inputs[0], *inputs[3:])
 
     @staticmethod
@@ -222,7 +222,7 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that depends on logp, whose derivative nobody has formed."""
+    """A gradient that depends on logp but has no second derivative."""
 
     @staticmethod
     def forward(gradient: Tensor, logp: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("policy_loss: its gradient is formed with the loss and has no derivative of its own")
+        raise RuntimeError("policy_loss: its gradient is computed with the loss and cannot be differentiated again")
 
 
 @gate(graph=_in_graph)
@@ -256,10 +256,10 @@ def importance_weight(
     cu_seqlens: Tensor | None = None,
     sequence_ids: Tensor | None = None,
 ) -> Tensor:
-    """The TIS or MIS weight of each token, like old_logp; for trainers that keep their own loss.
+    """Compute each token's TIS or MIS weight, like old_logp; for trainers that keep their own loss.
 
-    w = exp(old - rollout) for each token or each sequence's product, truncated at or masked beyond
-    objective.weight_cap (sources: docs/math.md, section 3). Log-ratios clamp at +-20.
+    w = exp(old - rollout) per token, or the product over each sequence. "truncate" gives min(w, cap); "mask" gives 0 outside
+    [1 / cap, cap], with cap = objective.weight_cap (sources: docs/math.md, section 3). Log-ratios are clamped to +-20.
     """
     if objective.weight is None:
         raise ValueError(

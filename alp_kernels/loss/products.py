@@ -1,8 +1,8 @@
-"""Rows at the output head: their logits, what the loss needs of them, and the gradients that come back.
+"""Rows at the output head: their logits, what the loss needs of them, and their gradients.
 
 x = h W' + bias;   dh = dx W;   dW += dx' h.   One N x V x D product each.
 
-`Whole` makes a chunk's logits as one matrix, which their gradient replaces. `Tiled` (tiled.py) has the same interface.
+`Whole` computes a chunk's logits as one matrix; their gradient overwrites it. `Tiled` (tiled.py) has the same interface.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..reference import HeadRows, LogitTransform, exp_coefficient, is_plain
 from .plan import BLOCK_ROWS, Gradients, Needs, Operands, is_on_host
 
 _WORTH_DROPPING = 0.95
-"""Rows without a gradient are dropped from a chunk where fewer than this fraction have one: dropping copies the others."""
+"""Rows without a gradient are dropped from a chunk if fewer than this fraction have one; dropping copies the others."""
 
 
 class Kept(NamedTuple):
@@ -28,11 +28,11 @@ class Kept(NamedTuple):
 
     tiles: list[Tensor]  # logits (n, width), or e^(logits - base) with 0 at the target
     bases: list[Tensor] | None  # (n,) float32 for each tile of exponentials; `Whole`: what head_exp returned
-    rows: Tensor | None = None  # (n, D) of hidden; `Tiled` takes them again
+    rows: Tensor | None = None  # (n, D) of hidden; `Tiled` selects them again
 
 
 class Sums:
-    """The inputs, and the gradients of hidden, weight, bias and the logit noise, summed in float32 or wider."""
+    """The inputs, and the gradients of hidden, weight, bias and the logit noise; sums are in float32 or wider."""
 
     dweight: Tensor | None = None
 
@@ -47,7 +47,7 @@ class Sums:
         self.dsigma = torch.zeros_like(sigma) if sigma is not None and needs.log_sigma else None
 
     def gradients(self) -> Gradients:
-        """Of sigma, not its logarithm. A sum over several parts still has to be rounded to its tensor's dtype."""
+        """Return the gradients; of sigma, not its logarithm. The caller rounds sums over several parts to the tensors' dtypes."""
         if self.needs_dweight and self.dweight is None:  # no row had a gradient
             self.dweight = torch.zeros_like(self.weight)
         return Gradients(self.dhidden, self.dweight, self.dbias, self.dsigma)
@@ -56,10 +56,10 @@ class Sums:
 class Whole(Sums):
     """Logits of a chunk as one matrix (n, V)."""
 
-    _room: Tensor | None = None  # for a chunk's logits, one after the other
+    _room: Tensor | None = None  # for each chunk's logits in turn
 
     def parts(self, index: Tensor) -> Sequence[Tensor]:
-        """Rows whose logits are not kept, so many at a time; none where there are no rows."""
+        """Split rows whose logits are not kept into chunks; no chunk if there are no rows."""
         return index.split(self.plan.chunk_rows) if len(index) else ()
 
     def logprob(self, index: Tensor) -> HeadRows:
@@ -67,7 +67,7 @@ class Whole(Sums):
         return self._head_fwd(x, self.plan.targets[index], self.plan.transform.rows(index))
 
     def keep(self, index: Tensor, has_dentropy: bool) -> tuple[HeadRows, Kept]:
-        """Log-probabilities of rows `index`, and what `backward` needs; has_dentropy: it will have a gradient of the entropy."""
+        """Return log-probabilities of rows `index`, and what `backward` needs; has_dentropy: it will get an entropy gradient."""
         rows, targets, transform = self.hidden[index], self.plan.targets[index], self.plan.transform.rows(index)
         x = self._logits(rows)
         if self.plan.keeps_exponentials and is_plain(transform, x.dtype, has_dentropy):
@@ -76,7 +76,7 @@ class Whole(Sums):
         return self._head_fwd(x, targets, transform), Kept([x], None, rows)
 
     def token_loss(self, index: Tensor, rows: LossRows, objective: Objective) -> HeadRows:
-        """The token-level loss of rows `index` and its gradients, in one launch."""
+        """Add the gradients of the token-level loss of rows `index`; one launch turns their logits into the loss's gradient."""
         hidden = self.hidden[index]
         x = self._logits(hidden)
         out, dsigma, c = self.plan.engine.head_token_loss(
@@ -86,7 +86,7 @@ class Whole(Sums):
         return out
 
     def backward(self, index: Tensor, kept: Kept | None, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None) -> None:
-        """From logits (None: made again) of rows `index` to the gradients; on the CPU rows without one are dropped."""
+        """Add the gradients of rows `index` from their logits (None: recomputed); the CPU drops rows without a gradient."""
         rows = self.hidden[index] if kept is None or kept.rows is None else kept.rows
         x = self._logits(rows) if kept is None else kept.tiles.pop()
         whole = None if kept is None or kept.bases is None else kept.bases[0]
@@ -106,7 +106,7 @@ class Whole(Sums):
             self._add(index, rows, x, None, dsigma)
 
     def _head_fwd(self, x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
-        """As reference.head_fwd, of whole rows also where this rank holds some of their columns."""
+        """As reference.head_fwd, for whole rows even if this rank holds only some of their columns."""
         engine, shard = self.plan.engine, self.plan.shard
         return (
             engine.head_fwd(x, targets, transform) if shard is None else shard.head_fwd(engine, x, targets, transform)
@@ -128,11 +128,11 @@ class Whole(Sums):
         return engine.head_bwd(x, targets, transform, rows, dlogp, dentropy)
 
     def _logits(self, rows: Tensor) -> Tensor:
-        """Logits of rows of hidden, where those of the chunk before were."""
+        """Compute the logits of rows of hidden, in the memory of the previous chunk's."""
         vocab = len(self.weight)
         size = len(rows) if is_on_host(rows) else -(-len(rows) // BLOCK_ROWS) * BLOCK_ROWS
         if self._room is None or len(self._room) < len(rows) * vocab:
-            self._room = None  # before there is another
+            self._room = None  # free it before the next is allocated
             self._room = rows.new_empty(min(size, max(len(rows), self.plan.chunk_rows)) * vocab)
         x = self._room[: len(rows) * vocab].view(len(rows), vocab)
         if self.bias is None:
@@ -140,7 +140,7 @@ class Whole(Sums):
         return torch.addmm(self.bias, rows, self.weight.t(), out=x)
 
     def _add(self, index: Tensor, rows: Tensor, dx: Tensor, c: Tensor | None, dsigma: Tensor | None) -> None:
-        """Takes up the gradient of the logits of rows `index` of hidden: dx, or c dx with one coefficient a row."""
+        """Add the contribution of rows `index`, given the gradient of their logits: dx, or c dx with one coefficient per row."""
         if self.dhidden is not None:
             self.dhidden[index] = dx @ self.weight if c is None else _scaled(_product(dx, self.weight), c, rows.dtype)
         if self.needs_dweight:
@@ -172,12 +172,12 @@ def _has_mixed_products(a: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, where it can be in float32 or wider. Elsewhere in 16 bits: products of widened matrices would be far slower."""
+    """Return a @ b, in float32 or wider if PyTorch can. Else in 16 bits: products of widened matrices would be far slower."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.itemsize == 2 and _has_mixed_products(a) else a @ b
 
 
 def _scaled(rows: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
-    """c rows, rounded once to `dtype`."""
+    """Return c * rows, rounded once to `dtype`."""
     return torch.mul(rows, c[:, None], out=torch.empty_like(rows, dtype=dtype))
 
 
@@ -187,7 +187,7 @@ def _summed(e: Tensor, c: Tensor) -> Tensor:
         return c @ e
     high = c.to(e.dtype)
     middle = (c - high).to(e.dtype)
-    low = (c - high - middle).to(e.dtype)  # the three together are c
+    low = (c - high - middle).to(e.dtype)  # the three sum to c
     sums = torch.zeros(e.shape[1], 3, dtype=torch.float32, device=e.device)
     _add_product(sums, e.t(), torch.stack([high, middle, low], dim=1))
     return sums.sum(dim=1)
@@ -198,7 +198,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if _has_mixed_products(a) and _adds_mixed_products(a.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
         return
-    for start in range(0, len(a), 16384):  # a block of rows at a time: what is widened takes memory
+    for start in range(0, len(a), 16384):  # a block of rows at a time: widened copies take memory
         block = slice(start, start + 16384)
         if _has_mixed_products(a):
             total[block] += torch.mm(a[block], b, out_dtype=torch.float32)
@@ -208,9 +208,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @functools.cache
 def _adds_mixed_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch adds a product of 16-bit matrices to a float32 one in place, tried once.
+    """Whether this PyTorch adds a product of 16-bit matrices to a float32 one in place; tested once.
 
-    2.8 refuses a float32 matrix to add to, or writes over it (pytorch/pytorch issue 154086, mended by 167931).
+    PyTorch 2.8 refuses to add to a float32 matrix, or overwrites it (pytorch/pytorch issue 154086, fixed by 167931).
     """
     total, one = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
     try:
@@ -221,10 +221,10 @@ def _adds_mixed_products(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def graded_rows(dlogp: Tensor, dentropy: Tensor | None) -> Tensor:
-    """Which rows have a gradient, (m,) int64; NaN is one."""
+    """Return the rows with a nonzero gradient, (m,) int64; NaN counts as nonzero."""
     return (dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)).nonzero().squeeze(1)
 
 
 def room_for(room: Tensor | None, like: Tensor, size: int) -> Tensor:
-    """At least `size` elements: `room` itself where it has them."""
+    """Return `room` if it has at least `size` elements, else new memory of that size."""
     return room if room is not None and len(room) >= size else like.new_empty(size)

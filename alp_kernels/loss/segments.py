@@ -1,4 +1,4 @@
-"""Runs of rows that belong together, a sequence's or a turn's, without a loop and without a shape that depends on values."""
+"""Runs of adjacent rows, such as a sequence's or a turn's, without loops and without shapes that depend on values."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .transfer import Transfer
 
 
 def highest_first(rank: Tensor) -> Tensor:
-    """(N,) row numbers by falling rank (N,), bool or uint8, equal ones in order: no shape depends on how many have which."""
+    """Return row numbers (N,) by descending rank (N,), bool or uint8; equal ranks stay in order. No shape depends on values."""
     return torch.argsort(rank.view(torch.uint8), descending=True, stable=True)
 
 
 def segment_sum(values: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """Sum of values[first..last] for each row (both included), float64, exact to 1e-12 a value.
+    """Sum values[first..last] (both included) for each row, float64, exact to 1e-12 per value.
 
-    Summed as integers, in steps of 2^-40: the result does not depend on what else is in the batch, no device needs an
-    ordered sum, and an infinite value stays in its own segment. Values count as at most 1000 in size;
-    8000 of those in a segment would overflow.
+    It sums integers, in steps of 2^-40: the result does not depend on what else is in the batch, no device needs an
+    ordered sum, and an infinite value affects only its own segment. Values are clamped to +-1000; a segment with more than
+    8000 values of that size may overflow.
     """
     steps = (values.double().clamp(-1e3, 1e3) * 2.0**40).round_().long()
-    before = steps.cumsum(0).sub_(steps)  # of each row, the sum of those above it
+    before = steps.cumsum(0).sub_(steps)  # for each row, the sum of all rows before it
     return (before[last] - before[first]).add_(steps[last]).double().mul_(2.0**-40)
 
 
@@ -34,7 +34,7 @@ def first_and_last(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sequence_of(index: Tensor, shape: torch.Size, sequence: Tensor | None) -> Tensor:
-    """(n,) the sequences of rows `index`; `sequence` (N,) of a packed batch that says so."""
+    """Return the sequences (n,) of rows `index`; sequence: (N,) for a packed batch that defines them, else None."""
     if sequence is not None:
         return sequence[index]
     return torch.zeros_like(index) if len(shape) == 1 else index.div(shape[1], rounding_mode="floor")
@@ -42,11 +42,11 @@ def sequence_of(index: Tensor, shape: torch.Size, sequence: Tensor | None) -> Te
 
 @dataclass(frozen=True)
 class Sequences:
-    """What a packed batch says of its sequences."""
+    """The sequences of a packed batch."""
 
     of_row: Tensor  # (N,) int64, non-decreasing, in [0, count)
     count: int  # as the caller numbers them, empty ones included
-    has_empty: bool  # where count == N: whether (N,) advantages are one a sequence
+    has_empty: bool  # set only if count == N: (N,) advantages are then one per sequence
 
 
 def read_sequences(
@@ -57,7 +57,7 @@ def read_sequences(
     sequence_ids: Tensor | None,
     transfer: Transfer,
 ) -> Sequences | None:
-    """Of a packed batch; None where it says nothing, and of a padded one, whose shape says all."""
+    """Return a packed batch's sequences; None if it defines none, or if the batch is padded: its shape defines them."""
     if len(shape) == 2:
         if cu_seqlens is not None or sequence_ids is not None:
             raise ValueError(
@@ -66,7 +66,7 @@ def read_sequences(
             )
         return None
     if cu_seqlens is not None and sequence_ids is not None:
-        raise ValueError(f"{where}: cu_seqlens and sequence_ids both came; one of them fits")
+        raise ValueError(f"{where}: cu_seqlens and sequence_ids were both given; it needs one of them")
     if cu_seqlens is not None:
         return _of_cu_seqlens(where, shape[0], device, cu_seqlens, transfer)
     return None if sequence_ids is None else _of_ids(where, shape, device, sequence_ids)
@@ -83,13 +83,13 @@ def _of_ids(where: str, shape: torch.Size, device: torch.device, sequence_ids: T
     ordered = sequence_ids.sort().values
     torch.ne(ordered[1:], ordered[:-1], out=distinct[1:])
     of_row = starts.cumsum(0)
-    first = Transfer()  # shapes depend on how many there are
+    first = Transfer()  # shapes depend on the number of sequences
     asked = first.ask(torch.stack([of_row[-1], distinct.sum()]))
     first.bring()
     count, num_distinct = map(int, asked.numbers)
     if count != num_distinct:
         raise ValueError(
-            f"{where}: sequence_ids return after another sequence; the rows of a sequence must be together"
+            f"{where}: sequence_ids return after another sequence; the rows of a sequence must be adjacent"
         )
     return Sequences(of_row - 1, count, False)
 
@@ -102,7 +102,7 @@ def _of_cu_seqlens(
             f"{where}: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it needs integers (B + 1,)"
         )
     count = len(cu_seqlens) - 1
-    is_ambiguous = count == num_rows  # only with an empty sequence: whose (N,) advantages are they?
+    is_ambiguous = count == num_rows  # (N,) advantages are per sequence if one is empty, else per token
     first = Transfer() if is_ambiguous else transfer
     asked = first.ask(cu_seqlens.long())
 
@@ -117,7 +117,7 @@ def _of_cu_seqlens(
     if is_ambiguous or count < 1:
         first.bring()
     rows = torch.arange(num_rows, device=device)
-    # values that nobody has looked at: searchsorted gives numbers in [0, count) whatever they are
+    # not checked yet: searchsorted gives numbers in [0, count) whatever the values are
     inner = cu_seqlens[1:-1].to(device, torch.int64, non_blocking=True).contiguous()
     has_empty = is_ambiguous and any(a == b for a, b in itertools.pairwise(asked.numbers))
     return Sequences(torch.searchsorted(inner, rows, right=True), count, has_empty)

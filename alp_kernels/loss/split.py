@@ -1,14 +1,15 @@
-"""A head whose vocabulary tensor-parallel ranks split: each has every hidden state and some rows of the weight.
+"""A head whose vocabulary is split over tensor-parallel ranks; each rank has all hidden states and some rows of the weight.
 
-A rank's logits x_r = h W_r' (n, V_r) exist one chunk at a time. Three numbers a row leave the rank in one all-gather a chunk:
-its shard's log-sum-exp l_r and entropy H_r and, where it holds the target, the target's log-probability p_o within the shard.
+Rank r computes its logits x_r = h W_r' (n, V_r) one chunk at a time. One all-gather per chunk sends three numbers and a flag
+per row: the shard's log-sum-exp l_r, its entropy H_r, the target's log-probability p_o within the shard, and whether the shard
+holds the target (rank o does).
 
     w_r  = exp(l_r - lse)          lse = ln sum_r exp(l_r)          H = sum_r w_r (H_r - ln w_r)
     logp = -log1p(expm1(-p_o) + sum_{r != o} exp(l_r - l_o - p_o))
 
 The last line keeps the relative precision of a near-certain token: only the *other* tokens are summed. With lse, logp and H of
-the whole row, each rank's gradient is that of the unsplit head at its own columns: dW_r stays, dh = sum_r dx_r W_r is summed
-over the ranks in backward. Derivations: docs/math.md, section 4
+the whole row, each rank computes the unsplit head's gradient at its own columns. dW_r stays on its rank; backward sums
+dh = sum_r dx_r W_r over the ranks. Derivations: docs/math.md, section 4
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _NUM_SAMPLES, _NUM_WEIGHTS = 256, 16
 
 
 class Shard(NamedTuple):
-    """Where this rank stands, and what an engine's head is of one rank's columns; targets are those of the whole vocabulary."""
+    """This rank's part of the vocabulary, and the head functions on its columns; targets are in the whole vocabulary."""
 
     group: dist.ProcessGroup | None
     start: int  # this rank's first token
@@ -36,13 +37,13 @@ class Shard(NamedTuple):
     vocab: int  # all ranks' tokens
 
     def _local(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Which targets are this rank's, and their columns; 0 for the others."""
+        """Return which targets are in this rank's shard, and their columns (0 for the others)."""
         column = targets - self.start
         is_mine = (column >= 0) & (column < self.size)
         return is_mine, torch.where(is_mine, column, 0)
 
     def head_fwd(self, engine: Engine, x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
-        """As reference.head_fwd, of the whole rows; a collective call."""
+        """As reference.head_fwd, for whole rows; a collective call."""
         is_mine, column = self._local(targets)
         out = engine.head_fwd(x, column, transform)
         rows = torch.stack([out.lse, out.entropy, torch.where(is_mine, out.logp, 0.0), is_mine]).double()
@@ -61,9 +62,10 @@ class Shard(NamedTuple):
         dlogp: Tensor,
         dentropy: Tensor | None,
     ) -> None:
-        """As reference.head_bwd, at this rank's columns."""
+        """As reference.head_bwd, for this rank's columns."""
         is_mine, column = self._local(targets)
-        # a row whose target is elsewhere has none here: its column 0, taken for one, is made again beside one
+        # if a row's target is on another rank, the engine takes column 0 for it: compute that column again, with
+        # column 1 of a copy as the target
         first = x[:, :1].repeat(1, 2)
         engine.head_bwd(x, column, transform, rows, dlogp, dentropy)
         engine.head_bwd(first, torch.ones_like(column), transform, rows, dlogp, dentropy)
@@ -71,7 +73,7 @@ class Shard(NamedTuple):
 
 
 def _joined(lse: Tensor, entropy: Tensor, logp: Tensor, is_mine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, entropy and log-sum-exp (n,) of whole rows from those of the shards (R, n); float64."""
+    """Combine the shards' values (R, n) into logp, entropy and log-sum-exp (n,) of whole rows; float64."""
     top, largest = lse.max(dim=0)
     below = lse - top
     share = torch.where(below > -torch.inf, below.exp(), 0.0)
@@ -82,14 +84,14 @@ def _joined(lse: Tensor, entropy: Tensor, logp: Tensor, is_mine: Tensor) -> tupl
     owner = is_mine.argmax(dim=0, keepdim=True)
     own_lse, own_logp = lse.gather(0, owner).squeeze(0), logp.gather(0, owner).squeeze(0)
     elsewhere = (lse - own_lse - own_logp).exp().scatter(0, owner, 0.0).sum(dim=0)
-    against = torch.expm1(-own_logp) + elsewhere  # the other tokens' sum over the target's own term
+    against = torch.expm1(-own_logp) + elsewhere  # the sum of the other tokens' terms, divided by the target's
     far = own_logp + (own_lse - top) - log_total
     joined = torch.where(against.isfinite(), -torch.log1p(against), far)
     return joined, log_total + spread / (1 + others), top + log_total
 
 
 class _SumGradient(torch.autograd.Function):
-    """Identity; in backward the sum over the group: every rank's shard adds its part of dh."""
+    """Identity; backward sums over the group, since each rank's shard contributes a part of dh."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -105,7 +107,7 @@ class _SumGradient(torch.autograd.Function):
 
 
 def sum_gradient(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`hidden` itself; in backward its gradient is summed over the group."""
+    """Return `hidden`; backward sums its gradient over the group."""
     summed: Tensor = _SumGradient.apply(hidden, group)
     return summed
 
@@ -120,9 +122,9 @@ def agree(
     chunk_rows: int,
     transform: LogitTransform,
 ) -> tuple[Shard, int]:
-    """One exchange before any kernel: the shards make up a vocabulary, and the rows (N, D) are the same on every rank.
+    """Check in one all-gather, before any kernel, that the shards form a vocabulary and all ranks have the same rows (N, D).
 
-    Returns this rank's shard and the rows of a chunk, which is the same on all: a chunk is a collective call.
+    Returns this rank's shard and the number of rows of a chunk, which all ranks share because a chunk is a collective call.
     """
     flat = targets.reshape(-1).long()
     kept = torch.ones_like(flat) if mask is None else (mask.reshape(-1) != 0).long()
@@ -148,7 +150,7 @@ def agree(
         starts = [sum(sizes[:r]) for r in range(len(sizes))]
     spans = sorted((start, start + size) for start, size in zip(starts, sizes, strict=True))
     if [start for start, _ in spans] != [0, *(stop for _, stop in spans[:-1])]:
-        raise ValueError(f"{where}: the ranks' rows of the weight are {spans}; they must follow on one another from 0")
+        raise ValueError(f"{where}: the ranks' rows of the weight are {spans}; they must be contiguous and start at 0")
     if not (table[:, 3:6] == table[0, 3:6]).all():
         raise ValueError(
             f"{where}: targets or mask are not the same on the ranks of the group (rows: {table[:, 3].long().tolist()}); "
@@ -159,7 +161,7 @@ def agree(
     smallest, largest = int(table[0, 6]), int(table[0, 7])
     if smallest < 0 or largest >= vocab:
         raise ValueError(
-            f"{where}: targets reach from {smallest} to {largest}; the ranks' weights make a vocabulary of {vocab}"
+            f"{where}: targets range from {smallest} to {largest}; the ranks' weights form a vocabulary of {vocab}"
             + hint_at_mask(smallest)
         )
     if (
@@ -176,6 +178,6 @@ def agree(
     if apart > (2.0**-6 if hidden.dtype in (torch.bfloat16, torch.float16) else 1e-4) * scale:
         raise ValueError(
             f"{where}: hidden differs by {apart:.2g} between the ranks of the group (largest value {scale:.2g}); they must "
-            "hold the same hidden states: with noise, give perturbed(row_ids=...), or attach their data_rank"
+            "hold the same hidden states: with noise, give perturbed(row_ids=...), or attach(data_rank=...)"
         )
     return Shard(split.group, starts[rank], sizes[rank], vocab), min(chunks)

@@ -1,7 +1,7 @@
-"""What a step reports: ratios, clipping and KL, kept as per-token values so that merging is exact.
+"""A step's statistics (ratios, clipping, KL), kept as per-token values so that merging is exact.
 
-A mean of per-micro-batch maxima is not a maximum. So nothing is reduced on the way: the values of the masked-in tokens
-stay on the device (a few numbers a token), micro-batches and ranks are concatenated, and `summary()` reduces once.
+A mean of per-micro-batch maxima is not a maximum, so nothing is reduced early. The values of the tokens in the loss stay on
+the device (a few numbers per token), micro-batches and ranks are concatenated, and `summary()` reduces once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NUMBERS = ("log_ratio", "rollout_log_ratio", "rollout_logp", "entropy", "level_
 class StatsRows(NamedTuple):
     """Stats in tensors whose shapes do not depend on the mask, for an operator; 0 at rows that are not in the loss."""
 
-    numbers: Tensor  # (6, N) the values that _NUMBERS names
+    numbers: Tensor  # (6, N) the values named in _NUMBERS
     flags: Tensor  # (2, N) bool: is_last, is_live
     num_nonfinite: Tensor  # (1,) int64
 
@@ -41,7 +41,7 @@ class StatsRows(NamedTuple):
         )
 
     def stats(self, objective: Objective, *, knows_sequences: bool, has_entropy: bool) -> Stats:
-        """With `is_live`."""
+        """Return the Stats, with `is_live`."""
         columns: dict[str, Any] = dict(zip(_NUMBERS, self.numbers.unbind(), strict=True))
         if not has_entropy:
             columns["entropy"] = None
@@ -64,7 +64,7 @@ class LossOutput(NamedTuple):
     logp: Tensor
     """Log-probability of each target under the current policy, shaped like the targets, detached; 0 off the mask."""
     entropy: Tensor | None
-    """Entropy (nats) at each target's position, likewise; None where the caller of `policy_loss` gave none."""
+    """Entropy (nats) at each target's position, likewise; None if `policy_loss` was given no entropy."""
     stats: Stats
     """Ratio, KL and clipping statistics that merge exactly; on the device until `.summary()`."""
 
@@ -73,9 +73,9 @@ class LossOutput(NamedTuple):
 class Stats:
     """Per-token values of the tokens in the loss, (n,), detached, on the device where the loss ran.
 
-    What can be computed from them is computed when it is read, not in the step.
+    Derived values are computed when they are read, not in the step.
     Compiled code, whose shapes may not depend on the mask, returns the values of all rows (N,) with `is_live`; every method
-    leaves the others out.
+    ignores rows that are not live.
     """
 
     log_ratio: Tensor  # p - denominator: what the loss clips at token level
@@ -84,11 +84,11 @@ class Stats:
     entropy: Tensor | None  # nats
     level_log_ratio: Tensor  # what the loss clips: log_ratio at token level
     advantages: Tensor
-    is_last: Tensor  # bool: the last token of its sequence; selects one value a sequence, none where they are unknown
+    is_last: Tensor  # bool: the last token of its sequence, to select one value each; False if unknown
     num_nonfinite: Tensor  # (1,) tokens masked for a NaN or inf rollout log-probability
     objective: Objective
     knows_sequences: bool
-    is_live: Tensor | None = None  # (N,) bool where there are values of rows that are not in the loss; None: of none
+    is_live: Tensor | None = None  # (N,) bool: the row is in the loss; None: every row is
 
     @staticmethod
     def measure(logp: Tensor, entropy: Tensor | None, ell: Tensor, rows: Rows, batch: Batch) -> Stats:
@@ -133,7 +133,7 @@ class Stats:
 
     @property
     def sequence_log_ratio(self) -> Tensor:
-        """(n,) sum (mean where geometric) of log_ratio over the token's sequence; over all where sequences are not known."""
+        """(n,) sum (mean if geometric) of log_ratio over the token's sequence; over all tokens if sequences are unknown."""
         return self._of_sequence("log_ratio", self.objective.geometric)
 
     @property
@@ -152,7 +152,7 @@ class Stats:
         return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
     def rows(self, index: Tensor, num_rows: int) -> StatsRows:
-        """For an operator: these values at rows `index` of num_rows."""
+        """Return these values at rows `index` of num_rows, for an operator."""
         columns = [torch.zeros_like(self.log_ratio) if (v := getattr(self, n)) is None else v for n in _NUMBERS]
         numbers_of_all = self.log_ratio.new_zeros(len(_NUMBERS), num_rows)
         flags_of_all = self.is_last.new_zeros(2, num_rows)
@@ -162,10 +162,10 @@ class Stats:
 
     @staticmethod
     def cat(parts: Iterable[Stats]) -> Stats:
-        """The statistics of several micro-batches together, exactly."""
+        """Concatenate the statistics of several micro-batches, exactly."""
         parts = [part.live() for part in parts]
         if not parts:
-            raise ValueError("Stats.cat: no parts came; it needs at least one")
+            raise ValueError("Stats.cat: no parts were given; it needs at least one")
         for differ, values in (
             ("some parts have entropy and some have not", {part.entropy is None for part in parts}),
             ("some parts know their sequences and some do not", {part.knows_sequences for part in parts}),
@@ -177,14 +177,14 @@ class Stats:
         return replace(parts[0], **merged)
 
     def live(self) -> Stats:
-        """Without the rows that are not in the loss."""
+        """Return the statistics without the rows that are not in the loss."""
         if self.is_live is None:
             return self
         chosen: dict[str, Any] = {n: v[self.is_live] for n, v in self._tensors().items() if n != "num_nonfinite"}
         return replace(self, **{**chosen, "is_live": None})
 
     def gather(self, group: dist.ProcessGroup | None = None) -> Stats:
-        """The statistics of all ranks together, on the CPU; a collective call. Without torch.distributed: itself."""
+        """Concatenate the statistics of all ranks, on the CPU; a collective call. Without torch.distributed: this rank's."""
         mine = self.cpu()
         if not dist.is_initialized():
             return mine
@@ -197,12 +197,12 @@ class Stats:
         return replace(self, **moved).live()
 
     def summary(self) -> dict[str, float]:
-        """Reduce once, with one transfer from the device. Ratios are exp of log-ratios clamped at +-20, as in the loss.
+        """Copy the values to the CPU and reduce them once. Ratios are exp of log-ratios clamped to +-20, as in the loss.
 
-        Keys: token_ratio/ and sequence_ratio/ with mean, std, min, max and q01 .. q99.9 (the loss's own denominator);
+        Keys: token_ratio/ and sequence_ratio/ with mean, std, min, max and q01 .. q99.9 (over the loss's denominator);
         clip_low_frac, clip_high_frac, dual_clip_frac; k1_kl and k3_kl from rollout to current policy, per token;
         ess_frac (effective sample size over n) and chi2_token, chi2_sequence of current over rollout; entropy (nats);
-        num_tokens, num_sequences, num_nonfinite. Without tokens only the counts; without sequences no values by sequence.
+        num_tokens, num_sequences, num_nonfinite. Without tokens: only the counts. Without sequences: no per-sequence values.
         """
         host = self.cpu()
         values = {name: value.double().numpy() for name, value in host._tensors().items()}
@@ -250,10 +250,10 @@ class Stats:
         return {key: float(value) for key, value in out.items()}
 
     def envelope(self, num_bins: int = 20) -> dict[str, list[float]]:
-        """Spread of the token log-ratio against the rollout log-probability: the paper's tail picture, as numbers.
+        """Return the token log-ratio's spread by rollout log-probability: the paper's tail figure, as numbers.
 
-        Bins are equally wide between the smallest and the largest rollout log-probability; empty ones are left out.
-        Lists of equal length: rollout_logp (bin mean), p2, p50, p98, count.
+        Bins are equally wide between the smallest and the largest rollout log-probability; empty bins are left out.
+        The lists have equal length: rollout_logp (bin mean), p2, p50, p98, count.
         """
         host = self.cpu()
         log_q, log_ratio = host.rollout_logp.double().numpy(), host.log_ratio.double().numpy()

@@ -1,8 +1,8 @@
-"""The output head by tiles of the vocabulary: a tile of logits is used while the cache holds it.
+"""The output head in tiles of the vocabulary, so that a tile of logits is used while it is in the cache.
 
-The tiles of a first chunk of at most D rows lie in the memory of dW, which they turn into one after the other: but for one or
-two tiles they take none of their own. Serves float32, and bfloat16 where a single chunk gives each element of dW in one
-product, which is rounded once.
+The tiles of a first chunk of at most D rows are stored in dW's memory, where dW replaces them one by one; only one or two
+tiles need extra memory. Supports float32, and bfloat16 with a single chunk, where each element of dW comes from one product
+that is rounded once.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .products import Kept, Sums, graded_rows, room_for
 
 
 class Tiled(Sums):
-    """Logits of a chunk as tiles (n, width) of engine.TILE tokens, one after the other in one piece of memory each."""
+    """Logits of a chunk as tiles (n, width) of engine.tiles.WIDTH tokens, each contiguous in memory."""
 
-    _room: Tensor | None = None  # for a chunk's logits where dW has none
-    _spare: Tensor | None = None  # for the one tile that dW has no place for
+    _room: Tensor | None = None  # for a chunk's logits when they are not stored in dW
+    _spare: Tensor | None = None  # for the one tile that has no place in dW
     _dx: Tensor | None = None  # for one tile's gradient
     _is_dweight_begun = False
 
@@ -32,7 +32,7 @@ class Tiled(Sums):
         return self.plan.engine.tiles
 
     def parts(self, index: Tensor) -> Sequence[Tensor]:
-        """Rows whose logits are not kept: two tiles of them are in memory at a time."""
+        """Split rows whose logits are not kept into chunks; two tiles of a chunk are in memory at a time."""
         row = 2 * self.hidden.element_size() * self._width()
         return index.split(max(1, self.plan.chunk_bytes // row)) if len(index) else ()
 
@@ -40,7 +40,7 @@ class Tiled(Sums):
         return self._forward(index, [None] * len(self._starts()), None)
 
     def keep(self, index: Tensor, has_dentropy: bool) -> tuple[HeadRows, Kept]:
-        """Log-probabilities of rows `index`, and what `backward` needs; has_dentropy: it will have a gradient of the entropy."""
+        """Return log-probabilities of rows `index`, and what `backward` needs; has_dentropy: it will get an entropy gradient."""
         num_rows, starts = len(index), self._starts()
         if self.needs_dweight and not self._is_dweight_begun and num_rows <= self.weight.shape[1]:
             # tile k is stored in dW's rows for tile k - 1; `backward` starts at the last tile, so nothing is overwritten early
@@ -50,7 +50,7 @@ class Tiled(Sums):
             room = self._room = room_for(self._room, self.hidden, num_rows * len(self.weight))
             pieces = [room[num_rows * start :] for start in starts]
         tiles = [self._shape(piece, num_rows, start) for piece, start in zip(pieces, starts, strict=True)]
-        # logits whose gradient is a multiple of their exponentials, but at the target, need no pass of their own for it
+        # if the gradient, except at the target, is a multiple of the exponentials, it needs no pass over the logits
         has_bases = is_plain(self.plan.transform, self.hidden.dtype, has_dentropy)
         bases = [self.hidden.new_empty(num_rows, dtype=torch.float32) for _ in starts] if has_bases else None
         return self._forward(index, tiles, bases), Kept(tiles, bases)
@@ -65,7 +65,7 @@ class Tiled(Sums):
         return out
 
     def backward(self, index: Tensor, kept: Kept | None, out: HeadRows, dlogp: Tensor, dentropy: Tensor | None) -> None:
-        """From what was kept (None: made again) of rows `index` to the gradients; rows without one are left out."""
+        """Add the gradients of rows `index` from what was kept (None: recomputed); rows without a gradient are left out."""
         wanted = graded_rows(dlogp, dentropy)
         if len(wanted) == 0:
             return
@@ -86,7 +86,7 @@ class Tiled(Sums):
         dentropy: Tensor | None,
         wanted: Tensor,
     ) -> Tensor:
-        """Takes up the gradient of rows `wanted` of a chunk, and returns theirs of hidden."""
+        """Add the contribution of rows `wanted` of a chunk to dW and dbias, and return their gradient of hidden."""
         rows, targets, transform = self.hidden[index], self.plan.targets[index], self.plan.transform.rows(index)
         graded = rows[wanted]
         dh = torch.zeros_like(graded, dtype=torch.float32)
@@ -108,9 +108,9 @@ class Tiled(Sums):
     def _from_exponentials(
         self, index: Tensor, tiles: list[Tensor], bases: list[Tensor], out: HeadRows, dlogp: Tensor, wanted: Tensor
     ) -> Tensor:
-        """The same without a pass over the logits: dx_v = -c e_v but at the target, so the products take e and the rows take c.
+        """As _from_logits without a pass over logits: dx_v = c e_v except at the target, so products use e, and c scales rows.
 
-        With s = logit_scale / temperature:  c = dlogp s e^(base - lse);  at the target dx = dlogp s (1 - p), here added apart.
+        With s = logit_scale / temperature:  c = -dlogp s e^(base - lse);  at the target dx = dlogp s (1 - p), added separately.
         """
         transform = self.plan.transform.rows(index[wanted])
         by = dlogp[wanted] * transform.logit_scale
@@ -145,10 +145,10 @@ class Tiled(Sums):
     def _of_targets(
         self, start: int, e: Tensor, c: Tensor, graded: Tensor, targets: Tensor, certain: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The rows of dW, counted from `start`, of the tokens of a tile that are targets, and these rows.
+        """Return a tile's tokens that are targets, counted from `start`, and their rows of dW.
 
-        Whole in float32 and rounded once: a target's own share, added to a row that is 16 bits already, would be rounded
-        as often as the token is a target.
+        The rows are summed in float32 and rounded once. If each target's own term were added to a 16-bit row, the row would be
+        rounded as often as the token is a target.
         """
         own = ((targets >= start) & (targets < start + e.shape[1])).nonzero().squeeze(1)
         tokens, place = torch.unique(targets[own] - start, return_inverse=True)
@@ -157,7 +157,7 @@ class Tiled(Sums):
         return tokens, rows.to(e.dtype)
 
     def _add(self, start: int, a: Tensor, b: Tensor) -> None:
-        """dW += a' b for the tile from token `start` on."""
+        """dW += a' b for the tile that starts at token `start`."""
         if not self.needs_dweight:
             return
         share = self._share(start)
@@ -168,7 +168,7 @@ class Tiled(Sums):
 
     def gradients(self) -> Gradients:
         if not self._is_dweight_begun:
-            self.dweight = None  # at most logits were there
+            self.dweight = None  # no gradient was added; it holds at most logits
         return super().gradients()
 
     def _starts(self) -> range:
@@ -179,7 +179,7 @@ class Tiled(Sums):
         return min(self.tiles.WIDTH, len(self.weight))
 
     def _share(self, start: int) -> Tensor:
-        """The rows of dW that the tile from token `start` on turns into."""
+        """Return dW's rows for the tile that starts at token `start`."""
         if self.dweight is None:
             self.dweight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
         return self.dweight[start : start + self.tiles.WIDTH]
@@ -193,7 +193,7 @@ class Tiled(Sums):
         return memory[: num_rows * width].view(num_rows, width)
 
     def _logits(self, rows: Tensor, start: int, tile: Tensor | None) -> Tensor:
-        """The logits of a tile, in `tile` or in memory that the next one takes again."""
+        """Compute the logits of a tile, in `tile` or (None) in memory that the next tile reuses."""
         if tile is None:
             self._room = room_for(self._room, rows, len(rows) * self._width())
             tile = self._shape(self._room, len(rows), start)

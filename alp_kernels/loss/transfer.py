@@ -1,4 +1,4 @@
-"""What the host must see of a device's values, brought by one copy: the host waits once, however much is asked."""
+"""Copies the values that the host must see from a device at once, so that the host waits once."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import Tensor
 
 
 class Asked:
-    """The values of one small tensor, flattened; `numbers` is there once the transfer has been made."""
+    """The values of one small tensor, flattened; `Transfer.bring` sets `numbers`."""
 
     numbers: list[float]
 
     def __init__(self, values: Tensor) -> None:
-        is_narrow = values.is_floating_point() and values.itemsize < 4  # NumPy knows no bfloat16
+        is_narrow = values.is_floating_point() and values.itemsize < 4  # NumPy has no bfloat16
         self.values = (values.detach().float() if is_narrow else values.detach()).reshape(-1).contiguous()
 
 
 class Transfer:
-    """Collects questions and what is to be checked of the answers; `bring` makes the copy and checks in that order."""
+    """Collects tensors to copy and checks of their values; `bring` copies, then runs the checks in order."""
 
     def __init__(self) -> None:
         self._asked: list[Asked] = []
         self._checks: list[Callable[[], None]] = []
 
     def ask(self, values: Tensor) -> Asked:
-        """values: bool, integers or floats, any shape."""
+        """Request a copy of `values`: bool, integers or floats, any shape."""
         self._asked.append(Asked(values))
         return self._asked[-1]
 
     def check(self, raise_if_wrong: Callable[[], None]) -> None:
-        """Have this called once the numbers are there."""
+        """Register a function that `bring` calls after the copy."""
         self._checks.append(raise_if_wrong)
 
     def bring(self) -> None:

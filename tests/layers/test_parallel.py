@@ -157,7 +157,7 @@ def test_bfloat16_policies_differ_from_one_process_by_the_rounding_of_shares(
 def test_a_flat_shard_of_the_head_is_refused_with_what_to_do(size: int, ranks: dict[int, Any]) -> None:
     for rank in ranks[size]:
         assert "one rank's flat shard (FSDP1, ZeRO-3)" in rank["refused"]
-        assert "take the loss inside the wrapped forward" in rank["refused"]
+        assert "compute the loss inside the wrapped forward" in rank["refused"]
 
 
 def test_a_sharded_log_sigma_is_not_summed_twice(ranks: dict[int, Any]) -> None:

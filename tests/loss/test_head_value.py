@@ -54,7 +54,7 @@ def test_a_head_has_the_bits_of_its_keywords(batch, is_compiled):
 def test_a_keyword_that_the_head_has_already_is_refused(batch, name, value):
     hidden, weight, targets, rest = batch
     for function, more in ((linear_logprob, {}), (fused_alp_loss, {**rest, "objective": OBJECTIVE})):
-        with pytest.raises(ValueError, match=rf"{function.__name__}: {name} came with a Head that has its own"):
+        with pytest.raises(ValueError, match=rf"{function.__name__}: {name} was given, but the Head sets it, too"):
             function(hidden, Head(weight, **{name: value}), targets, **more, **{name: value})
 
 

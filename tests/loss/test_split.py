@@ -120,16 +120,16 @@ def test_a_tensor_parallel_decoder_makes_the_gradients_of_a_whole_one(
 def test_mistakes_are_said_on_every_rank(size: int, ranks: dict[int, Any]) -> None:
     for rank in ranks[size]:
         said = rank["refusals"]
-        assert "must follow on one another from 0" in said["gap"]
+        assert "must be contiguous and start at 0" in said["gap"]
         assert "all ranks of the group gave the same 61 rows" in said["whole head"]
-        assert "targets reach from" in said["target"] and "vocabulary of 61" in said["target"]
+        assert "targets range from" in said["target"] and "vocabulary of 61" in said["target"]
         assert "the group must be the tensor-parallel one" in said["batch"]
         assert "hidden differs by" in said["hidden"]
         assert "weight has shape" in said["columns"]
         assert "weight is a DTensor, one rank's shard of it; give gather_weight(weight)" in said["sharded head"]
         assert "it needs (Shard(0),) on a mesh of one dimension" in said["split columns"]
         assert "VocabSplit's group and start must be None" in said["placed twice"]
-        assert "logit_noise came with a split vocabulary" in said["noise"]
+        assert "logit_noise was given with a split vocabulary" in said["noise"]
         assert "temperature are not the same on the ranks" in said["temperature"]
 
 
@@ -138,4 +138,4 @@ def test_a_split_head_in_compiled_code_is_the_eager_one(size: int, ranks: dict[i
     """It breaks the graph: Dynamo traces none of its collective calls."""
     for rank in ranks[size]:
         assert rank["compiled"] == {"fused": 0.0, "logprob": 0.0}
-        assert "give perturbed(row_ids=...), or attach their data_rank" in rank["noise that differs"]
+        assert "give perturbed(row_ids=...), or attach(data_rank=...)" in rank["noise that differs"]
