@@ -28,9 +28,9 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("llama"))
+@pytest.fixture
+def base(folder: Path) -> Path:
+    return folder
 
 
 def load(path: Path, **changes: Any) -> Policy:

@@ -4,24 +4,22 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from alp import cli
-from alp.config import EvalConfig, ModelConfig, RolloutConfig, TaskConfig, TrainConfig
+from alp.config import EvalConfig, RolloutConfig, TaskConfig, TrainConfig
 from alp.errors import UserError
 from alp.measures.accuracy import evaluate
 from alp.measures.benchmark import benchmark, evaluate_on, pass_at_k
 from alp.policy.models import Policy
-from alp.policy.tiny import make_tiny
 from alp.ranks.world import World
 from alp.rollout import Request, sample, uniforms
 from alp.setup import make_sampler, make_task
 from alp.tasks.task import Problem, Score
+from tests.support.runs import run_cli
 from tests.support.tiny_models import write_llama, write_sums
 
 
@@ -46,12 +44,6 @@ def test_pass_at_k_refuses_what_cannot_be(n: int, correct: int, k: int) -> None:
 
 
 # ------------------------------------------------------------------ all problems, however they are shared out
-
-
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    torch.manual_seed(0)
-    return make_tiny(ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2))
 
 
 def even_length(text: str) -> Score:
@@ -127,14 +119,6 @@ def test_the_loops_evaluation_keeps_its_keys(policy: Policy) -> None:
 
 
 # ------------------------------------------------------------------ the command
-
-
-def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["alp", *map(str, arguments)])
-    try:
-        return cli.run()
-    except SystemExit as end:
-        return int(end.code or 0)
 
 
 def test_several_tasks_make_one_table_their_mean_and_a_file(

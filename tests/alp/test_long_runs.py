@@ -25,10 +25,11 @@ from alp.runs.folder import Run
 from alp.runs.signals import StopRequest
 from alp.train import Trainer, train
 from tests.support.long_run import score
+from tests.support.runs import newest, without_times
+from tests.support.tiny_models import SMALL
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
-DIFFERS = ("_s", "peak_mib")
 
 
 def config(runs: Path, **changes: Any) -> TrainConfig:
@@ -46,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a model to start from; until its tests are over, runs in this process score as long_run.py does."""
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
-    make_tiny(ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)).save(folder / "start")
+    make_tiny(SMALL).save(folder / "start")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "score", score)
         yield folder
@@ -88,17 +89,6 @@ def arguments(runs: Path, name: str, **more: str) -> list[str]:
         "name": name,
     }
     return [part for key, value in (options | more).items() for part in (f"--{key}", value)]
-
-
-def without_durations(folder: Path) -> list[dict[str, Any]]:
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if not key.endswith(DIFFERS)} for line in lines]
-
-
-def newest(folder: Path) -> dict[str, Any]:
-    state = Run(folder).load_checkpoint(torch.device("cpu"))
-    assert state is not None
-    return state
 
 
 def leaves(tree: Any) -> Iterator[Any]:
@@ -143,7 +133,7 @@ def stopped(runs: Path) -> Path:
 
 def test_a_sharded_run_is_that_of_one_process(sharded: Path, one_rank: Path) -> None:
     assert TrainConfig.load(sharded / "config.json").parallel == "fsdp"
-    for two, one in zip(without_durations(sharded), without_durations(one_rank), strict=True):
+    for two, one in zip(without_times(sharded), without_times(one_rank), strict=True):
         assert two.keys() == one.keys()
         for key in ("reward", "num_tokens", "loss", "grad_norm", "k3_kl", "sequence_ratio/max", "sigma"):
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
@@ -166,7 +156,7 @@ def test_a_stopped_sharded_run_resumes_bit_for_bit_on_as_many_ranks(runs: Path, 
     shutil.copytree(stopped, again)
     done = launch(runs, 2, "--resume", str(again), draws="parts")
     assert [code for code, _ in done] == [0, 0], done
-    assert without_durations(again) == without_durations(sharded)
+    assert without_times(again) == without_times(sharded)
     assert_same_state(newest(again), newest(sharded))
     for rank in range(2):
         assert (runs / f"parts-{rank}").read_text() == (runs / f"whole-{rank}").read_text()
@@ -176,8 +166,8 @@ def test_a_stopped_sharded_run_resumes_on_one_rank(runs: Path, stopped: Path, on
     again = runs / "on-one"
     shutil.copytree(stopped, again)
     train(TrainConfig(), resume=again)
-    assert without_durations(again)[:2] == without_durations(stopped)
-    for resumed, one in zip(without_durations(again), without_durations(one_rank), strict=True):
+    assert without_times(again)[:2] == without_times(stopped)
+    for resumed, one in zip(without_times(again), without_times(one_rank), strict=True):
         for key in ("reward", "loss", "grad_norm", "k3_kl", "sigma"):
             assert resumed[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
 
@@ -188,7 +178,7 @@ def test_a_process_sent_sigterm_resumes_exactly(runs: Path, one_rank: Path) -> N
     assert "alp: SIGTERM: stopping after this step and a checkpoint" in said and "stopped after step 2" in said
     assert [path.name for path in Run(runs / "alone").checkpoints()] == ["00000002.pt"]
     train(TrainConfig(), resume=runs / "alone")
-    assert without_durations(runs / "alone") == without_durations(one_rank)
+    assert without_times(runs / "alone") == without_times(one_rank)
     state, expected = newest(runs / "alone"), newest(one_rank)
     assert_same_state(*({k: v for k, v in s.items() if k != "random"} for s in (state, expected)))  # long_run.py draws
 

@@ -37,11 +37,6 @@ CPU = torch.device("cpu")
 train = functools.partial(loop.train, with_plots=False)  # they take most of a small run's time
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("llama"))
-
-
 def load(folder: Path, **changes: Any) -> Policy:
     torch.manual_seed(5)
     return load_policy(ModelConfig(path=str(folder), **changes), CPU)

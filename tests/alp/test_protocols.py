@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from alp import warmup
-from alp.config import EvalConfig, ModelConfig, RolloutConfig, TrainConfig, UpdateConfig, WarmupConfig
+from alp.config import EvalConfig, RolloutConfig, TrainConfig, UpdateConfig, WarmupConfig
 from alp.measures.benchmark import benchmark
 from alp.policy import models
 from alp.policy.adapters import Weights, snapshot
@@ -22,8 +22,7 @@ from alp.tasks import gym, math, mod_chain, task, tool_chain
 from alp.tasks.task import Demonstration, Problem, Score
 from alp.tools import tool_task, turns
 from alp.train import Trainer
-
-SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
+from tests.support.tiny_models import SMALL
 
 
 class Letters:

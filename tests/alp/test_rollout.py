@@ -7,21 +7,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from alp.config import ModelConfig, RolloutConfig
+from alp.config import RolloutConfig
 from alp.policy.models import Policy, hidden_states
-from alp.policy.tiny import character_tokenizer, make_tiny
+from alp.policy.tiny import character_tokenizer
 from alp.rollout import Request, sample, uniforms
 from alp.sampling.in_process import InProcessSampler
 from alp.sampling.int8 import QuantisedLinear, integer_matmul, quantise
 from alp_kernels.integrations.hugging_face import output_head
-
-SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
-
-
-@pytest.fixture
-def policy() -> Policy:
-    torch.manual_seed(0)
-    return make_tiny(SMALL)
 
 
 def test_tokenizer_round_trip_survives_saving(tmp_path: Path) -> None:

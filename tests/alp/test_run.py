@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from alp import cli
 from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig, WarmupConfig
 from alp.errors import UserError
 from alp.policy.tiny import make_tiny
@@ -24,6 +23,8 @@ from alp.runs import folder as run_folder
 from alp.runs.files import read_metrics, write_whole
 from alp.runs.folder import Run, create_run
 from alp.train import train
+from tests.support.runs import newest, run_cli, without_times
+from tests.support.tiny_models import SMALL
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,19 +52,8 @@ def small(runs: Path, **changes: Any) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
-def without_durations(folder: Path) -> list[dict[str, Any]]:
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.endswith("_s") and k != "peak_mib"} for line in lines]
-
-
-def load(folder: Path) -> dict[str, Any]:
-    state = Run(folder).load_checkpoint(torch.device("cpu"))
-    assert state is not None
-    return state
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    state = load(folder)
+    state = newest(folder)
     return {**state["model"], **state["noise"], **state["optimiser"]["state"][0]}
 
 
@@ -123,7 +113,7 @@ def test_a_killed_run_resumes_bit_for_bit(runs: Path, reference: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rewa')  # as a kill in the middle of a line leaves it
     train(config, resume=folder)
-    assert without_durations(folder) == without_durations(reference)
+    assert without_times(folder) == without_times(reference)
     for name, value in weights(reference).items():
         same = weights(folder)[name]
         assert torch.equal(same, value) if isinstance(value, torch.Tensor) else same == value, name
@@ -133,7 +123,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(runs: Path, refer
     folder = create_run(small(runs, name="early"))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 0.5}) + "\n")
     train(TrainConfig(), resume=folder)
-    assert without_durations(folder) == without_durations(reference)
+    assert without_times(folder) == without_times(reference)
 
 
 def test_a_finished_run_resumes_into_nothing_new(reference: Path) -> None:
@@ -153,7 +143,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000001.pt"]
-    assert torch.equal(load(tmp_path)["x"], torch.arange(3))
+    assert torch.equal(newest(tmp_path)["x"], torch.arange(3))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -191,13 +181,13 @@ def test_two_ranks_make_the_gradient_of_one_process(runs: Path, reference: Path)
     assert done.returncode == 0, done.stderr[-3000:]
     two = runs / "two-ranks"
     assert TrainConfig.load(two / "config.json") == config
-    (first,), (second,) = without_durations(one), without_durations(two)
+    (first,), (second,) = without_times(one), without_times(two)
     assert first.keys() == second.keys()
     for key in ("num_tokens", "num_sequences", "reward", "unparsed"):
         assert first[key] == second[key]
     for key in ("loss", "grad_norm", "k3_kl", "token_ratio/max", "sequence_ratio/q99.9", "perturbation/k3_kl"):
         assert first[key] == pytest.approx(second[key], rel=1e-3, abs=1e-6), key
-    states = [load(folder)["optimiser"]["state"] for folder in (one, two)]
+    states = [newest(folder)["optimiser"]["state"] for folder in (one, two)]
     assert states[0].keys() == states[1].keys() and len(states[0]) > 10
     for index in states[0]:
         a, b = (state[index]["exp_avg"] for state in states)
@@ -207,19 +197,11 @@ def test_two_ranks_make_the_gradient_of_one_process(runs: Path, reference: Path)
 # ------------------------------------------------------------------ the command line
 
 
-def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["alp", *map(str, arguments)])
-    try:
-        return cli.run()
-    except SystemExit as end:  # the command-line library's own way out
-        return int(end.code or 0)
-
-
 def test_gsm8k_lines_and_a_local_model_directory_run_to_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    make_tiny(ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)).save(tmp_path / "model")
+    make_tiny(SMALL).save(tmp_path / "model")
     lines = [
         {"question": f"Ann has {i} apples and buys 1.", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(12)
     ]

@@ -36,11 +36,6 @@ WEIGHT_ONLY = ("ao-int8-weights", "ao-fp8-weights", "ao-int4-weights")
 train = functools.partial(loop.train, with_plots=False)  # they take most of a small run's time
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("llama"))
-
-
 @pytest.fixture
 def policy(folder: Path) -> Policy:
     return load_policy(ModelConfig(path=str(folder)), CPU)

@@ -1,6 +1,5 @@
 """Problems and their verifiers: what is right, wrong or unreadable, and which errors name the line."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from alp.setup import make_task
 from alp.tasks import mod_chain
 from alp.tasks.files import last_boxed, read_jsonl
 from alp.tasks.math import verify
+from tests.support.tiny_models import write_lines
 
 
 def test_chain_reads_left_to_right_and_writes_every_result() -> None:
@@ -78,11 +78,6 @@ def test_any_reasoning_gym_dataset_serves_by_name_with_options() -> None:
 def test_a_task_that_does_not_fit_is_named(config: TaskConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_task(config, seed=0)
-
-
-def write_lines(path: Path, *records: object) -> Path:
-    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
-    return path
 
 
 def test_jsonl_reads_three_shapes(tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ from alp.tools.tool_task import INSTRUCTION, ToolTask
 from alp.tools.turns import LABEL, FenceStop, encode_observation, find_code, observe, sample_turns
 from alp.train import train
 from alp.update import Experience, Updater, last_token, row_ids, score_clean
+from tests.support.tiny_models import SMALL
 from tests.support.updates import step_gradients
 
 PIECES = (OPEN, PRINT, CLOSE, BOXED, LABEL)
-SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
 LIMIT, MAX_TURNS, OBSERVATION = 48, 4, 12
 
 

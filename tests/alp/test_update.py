@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alp.advantage import centre
-from alp.config import ModelConfig, UpdateConfig
+from alp.config import UpdateConfig
 from alp.errors import UserError
 from alp.measures.causes import diagnose
 from alp.methods import METHODS
@@ -19,18 +19,12 @@ from alp.rollout import Request, sample, uniforms
 from alp.update import Experience, Updater, last_token, score_clean
 from alp_kernels.integrations.hugging_face import output_head
 from tests.support.compare import likely_order_bound
+from tests.support.tiny_models import SMALL
 from tests.support.updates import step_gradients
 
-SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
 # of each tensor's largest element: two layers' products and the head's, forward and backward, and a weight's tokens
 BOUND = likely_order_bound(2 * (2 * (4 * 32 + 3 * 48) + 100) + 6 * 20, torch.float32)
 CALM = UpdateConfig(grad_clip=1e9, sigma=0.05)
-
-
-@pytest.fixture
-def policy() -> Policy:
-    torch.manual_seed(0)
-    return make_tiny(SMALL)
 
 
 def make_experience(policy: Policy) -> Experience:

@@ -11,21 +11,14 @@ from alp_kernels import normal, perturb
 from alp_kernels.engine import pick
 from tests.conftest import DEVICE
 from tests.support.compare import assert_within_budget, gradients
+from tests.support.noise import draw, log
 
 HERE = {"seed": 11, "step": 3, "layer": 2}
 
 
-def log(sigma, dtype=torch.float32):
-    return torch.tensor(math.log(sigma), dtype=dtype, device=DEVICE)
-
-
-def hidden(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
-
-
 @pytest.mark.parametrize("scale", ["absolute", "rms"])
 def test_reference_passes_gradcheck_in_float64(scale):
-    h = hidden(5, 7, dtype=torch.float64).requires_grad_()
+    h = draw(5, 7, dtype=torch.float64).requires_grad_()
     log_sigma = log(0.3, torch.float64).requires_grad_()
     # scale="rms" holds the rms constant for the gradient by definition, so there dh is left out of the numeric check
     inputs = (h, log_sigma) if scale == "absolute" else (h.detach(), log_sigma)
@@ -37,7 +30,7 @@ def test_reference_passes_gradcheck_in_float64(scale):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 5), (2, 3, 64), (7, 1023), (17, 1536)])
 @pytest.mark.parametrize("scale", ["absolute", "rms"])
 def test_every_engine_is_as_exact_as_pytorch(engine, dtype, shape, scale):
-    h, du = hidden(*shape, dtype=dtype), hidden(*shape, dtype=dtype, seed=1)
+    h, du = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)
     log_sigma = log(0.05)
     rows = h.numel() // shape[-1]
     eps = normal(rows, shape[-1], **HERE, device=DEVICE, engine="reference").view(shape)
@@ -67,14 +60,14 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, shape, scale):
 
 
 def test_dh_is_du_itself():
-    h = hidden(4, 8).requires_grad_()
+    h = draw(4, 8).requires_grad_()
     u = perturb(h, log(0.1), **HERE)
     du = torch.randn_like(u)
     assert torch.equal(torch.autograd.grad(u, h, du)[0], du)
 
 
 def test_nothing_of_the_size_of_hidden_is_saved(engine):
-    h, log_sigma = hidden(64, 128).requires_grad_(), log(0.1).requires_grad_()
+    h, log_sigma = draw(64, 128).requires_grad_(), log(0.1).requires_grad_()
     saved: list[int] = []
     for scale in ("absolute", "rms"):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
@@ -85,7 +78,7 @@ def test_nothing_of_the_size_of_hidden_is_saved(engine):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides_change_nothing(engine, dtype):
-    wide = hidden(6, 40, dtype=dtype)
+    wide = draw(6, 40, dtype=dtype)
     strided = wide[:, ::2]
     options = {**HERE, "engine": engine}
     expected = perturb(strided.contiguous(), log(0.1), **options)
@@ -102,7 +95,7 @@ def test_strides_change_nothing(engine, dtype):
 )
 def test_order_split_packing_and_padding_change_no_bit(batch, time, channels, order):
     """Given row_ids a row's noise follows the row wherever it goes."""
-    h = hidden(batch * time, channels, dtype=torch.bfloat16)
+    h = draw(batch * time, channels, dtype=torch.bfloat16)
     ids = torch.arange(batch * time, device=DEVICE) * 1013 + 5
     whole = perturb(h, log(0.1), **HERE, row_ids=ids)
     shuffled = list(range(len(h)))
@@ -142,7 +135,7 @@ def test_stochastic_rounding_is_unbiased_and_nearest_loses_small_noise(engine, d
 
 
 def test_tiny_sigma_vanishes_under_nearest_rounding():
-    h = hidden(64, 256, dtype=torch.bfloat16)
+    h = draw(64, 256, dtype=torch.bfloat16)
     changed = (perturb(h, log(1e-6), **HERE) != h).double().mean()
     assert changed < 0.01  # why the handle reports the realised noise
 
@@ -151,8 +144,8 @@ def test_tiny_sigma_vanishes_under_nearest_rounding():
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (2, 3, 64), (3, 2050)])
 def test_measured_noise_stays_within_the_error_budget(engine, dtype, shape):
     """sum (u - h)^2 and sum h^2 of each of the first rows; which elements differ is counted exactly."""
-    h = hidden(*shape, dtype=dtype)
-    u = torch.where(hidden(*shape, seed=1) > 0, h, h + hidden(*shape, dtype=dtype, seed=2) / 8)
+    h = draw(*shape, dtype=dtype)
+    u = torch.where(draw(*shape, seed=1) > 0, h, h + draw(*shape, dtype=dtype, seed=2) / 8)
     rows = max(1, h[..., 0].numel() - 1)
     found, ordinary, exact = (
         pick(name, DEVICE).measure(h.to(real), u.to(real), rows)
@@ -171,7 +164,7 @@ def test_empty_rows_pass_through(engine):
 
 
 def test_autocast_leaves_the_sum_in_float32():
-    h = hidden(4, 64)
+    h = draw(4, 64)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         inside = perturb(h, log(1e-3), **HERE)
     assert torch.equal(inside, perturb(h, log(1e-3), **HERE))

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from alp_kernels import normal, perturb, perturb_rms_norm
 from tests.conftest import DEVICE
 from tests.support.compare import assert_within_budget
+from tests.support.noise import draw, log
 
 HERE = {"seed": 11, "step": 3, "layer": 2}
 EPS = 1e-5
-
-
-def log(sigma, dtype=torch.float32):
-    return torch.tensor(math.log(sigma), dtype=dtype, device=DEVICE)
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def by_hand(h, weight, log_sigma, noise, offset, real, dtype):

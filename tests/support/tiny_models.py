@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from alp.config import ModelConfig
 from alp.policy.tiny import character_tokenizer
+
+SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2)
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -50,7 +53,7 @@ def write_hub_copy(cache: Path, name: str) -> Path:
 
 
 def write_lines(path: Path, *records: object) -> Path:
-    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
     return path
 
 
