@@ -50,8 +50,7 @@ def _load(name: str) -> Engine | str:
 
 def why_not(name: str, device: torch.device | str) -> str | None:
     """Why engine `name` cannot serve tensors on `device`, or None if it can."""
-    if name not in ENGINES:
-        raise ValueError(f"engine={name!r}; the engines are {', '.join(map(repr, ENGINES))}, or None to choose")
+    check_name(name)
     engine = _load(name)
     return engine if isinstance(engine, str) else engine.unavailable(torch.device(device))
 
@@ -75,6 +74,12 @@ def _choose(device_type: str) -> Engine:
     return _loaded(chosen)
 
 
+def check_name(name: str | None, asked_by: str = "engine") -> None:
+    """Raises ValueError if no engine has that name; whether it can serve a device is a later question."""
+    if name is not None and name not in ENGINES:
+        raise ValueError(f"{asked_by}={name!r}; the engines are {', '.join(map(repr, ENGINES))}, or None to choose")
+
+
 def pick(name: str | None, device: torch.device) -> Engine:
     """Returns the engine called `name`, or the best one for `device` if name is None.
 
@@ -85,8 +90,7 @@ def pick(name: str | None, device: torch.device) -> Engine:
     name = name or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if name is None:
         return _choose(device.type)
-    if name not in ENGINES:
-        raise ValueError(f"{asked_by}={name!r}; the engines are {', '.join(map(repr, ENGINES))}, or None to choose")
+    check_name(name, asked_by)
     reason = why_not(name, device)
     if reason is not None:
         raise EngineUnavailable(

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..engine import check_name
 from ..noise.perturb import ROUNDINGS, SCALES
 from ..stream import FINAL_LAYER, LOGITS_LAYER, MAX_LAYER, MAX_SEED
 from .find import find_layers
@@ -74,6 +75,7 @@ def attach(
         isinstance(sigma_bounds, tuple | list) and len(sigma_bounds) == 2 and 0 < sigma_bounds[0] < sigma_bounds[1]
     ):
         raise ValueError(f"attach: sigma_bounds={sigma_bounds!r}; it needs (low, high) with 0 < low < high")
+    check_name(engine)
     found = find_layers(model, path)
     if found.parent in attached and (other := attached[found.parent]()) is not None and other.is_attached:
         raise ValueError(
@@ -135,6 +137,10 @@ def _choose(
         return {LOGITS_LAYER: model}
     if isinstance(layers, str):
         raise ValueError(f"attach: layers={layers!r}; it needs 'all', 'final', 'logits' or indices")
+    if not isinstance(layers, Iterable):
+        raise TypeError(
+            f"attach: layers={layers!r}; it needs 'all', 'final', 'logits' or a list of indices, such as [0]"
+        )
     indices = list(layers)
     count = len(found)
     assert count <= MAX_LAYER

@@ -27,7 +27,9 @@ from .realised import Realised
 from .rows import Rows
 
 _OUTSIDE = "ran outside its decoder's forward, so its rows cannot be numbered; give row_ids"
-_NOT_COMPILED = "perturbed: compiled layers take their coordinates from the host; attach with capturable=False"
+_NOT_COMPILED = (
+    "perturbed: attach(capturable=True) is for CUDA graphs and does not work with torch.compile; leave capturable out"
+)
 
 
 class Source(Protocol):

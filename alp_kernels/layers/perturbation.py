@@ -139,6 +139,8 @@ class Perturbation(nn.Module):
         step = operator.index(step)
         if row_ids is not None and not isinstance(row_ids, Tensor):
             raise TypeError(f"perturbed: row_ids is a {type(row_ids).__name__}; it needs a torch.Tensor of int64")
+        if row_ids is not None and row_ids.dtype != torch.int64:
+            raise TypeError(f"perturbed: row_ids is {row_ids.dtype}; it needs torch.int64")
         forwards, rows = self.forwards, self._rows
         if forwards.scope.is_open:
             raise RuntimeError("perturbed: this scope is already open; scopes do not nest")

@@ -48,8 +48,10 @@ class HeadInputs(NamedTuple):
         engine: str | None,
     ) -> HeadInputs:
         """Apply the adapters, take this rank's rows of DTensors, and cast all to one dtype as autocast does."""
-        for name, value in (("hidden", hidden), ("weight", head.weight), ("targets", targets)):
+        for name, value in (("hidden", hidden), ("targets", targets)):
             check_tensor(where, name, value)
+        whole = "output_head(model), which has its adapters, too: alp_kernels.integrations.hugging_face"
+        check_tensor(where, "weight", head.weight, of_module=whole)
         if head.bias is not None:
             check_tensor(where, "bias", head.bias)
         _check_fields(where, head)
@@ -202,7 +204,7 @@ def _check_shapes(where: str, inputs: HeadInputs) -> None:
         )
     if targets.numel() == 0:
         raise ValueError(
-            f"{where}: targets have shape {tuple(targets.shape)}: the batch is empty; it needs at least one token"
+            f"{where}: targets has shape {tuple(targets.shape)}: the batch is empty; it needs at least one token"
         )
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{where}: targets is {targets.dtype}; it needs torch.int64")

@@ -285,7 +285,9 @@ def _check_count_later(where: str, name: str, value: Count, transfer: Transfer) 
 def _check_kinds(form: _Form, inputs: LossInputs) -> None:
     where, shape = form.where, form.shape
     if len(shape) not in (1, 2) or 0 in shape:
-        raise ValueError(f"{where}: targets have shape {tuple(shape)}; a batch needs (B, T) or (N,), not empty")
+        raise ValueError(
+            f"{where}: the batch has shape {tuple(shape)}; it needs (B, T) or (N,), one value per token, not empty"
+        )
     if inputs.nonfinite not in ("raise", "mask"):
         raise ValueError(f"{where}: nonfinite={inputs.nonfinite!r}; it needs 'raise' or 'mask'")
     check_objective(where, inputs.objective)
@@ -302,9 +304,11 @@ def _advantages_by_token(form: _Form, advantages: Tensor, sequences: Sequences |
         return form.flat("advantages", advantages)
     count = shape[0] if len(shape) == 2 else None if sequences is None else sequences.count
     if count is None or advantages.shape != (count,):
-        per_sequence = "with cu_seqlens or sequence_ids (B,)" if count is None else f"(B,) = ({count},)"
+        per_sequence = "; for one per sequence give cu_seqlens or sequence_ids, too"
+        if count is not None:
+            per_sequence = f", or ({count},), one per sequence"
         raise ValueError(
-            f"{where}: advantages has shape {tuple(advantages.shape)}; it needs {tuple(shape)} or {per_sequence}"
+            f"{where}: advantages has shape {tuple(advantages.shape)}; it needs {tuple(shape)}, one per token{per_sequence}"
         )
     per_sequence_values = form.flat("advantages", advantages, shape=advantages.shape)
     return per_sequence_values[:, None].expand(shape) if sequences is None else per_sequence_values[sequences.of_row]

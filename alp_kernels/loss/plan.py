@@ -15,13 +15,13 @@ from .split import Shard
 CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 5 << 29
 """Default memory for a chunk of logits; on a device, 8704 rows of a vocabulary of 151936 in bfloat16.
 
-A second chunk reads the weight twice more, and writes, reads, writes and reads dW in float32 before rounding it; one chunk
-writes dW already rounded. With D 4096 that moves 12 GB more, a tenth of the time of three products of 8192 rows. The last 512
-of the 8704 rows are for batches a little above a power of two and take 148 MiB.
+Each further chunk reads the weight twice more. With several chunks dW is summed in float32 and then rounded; a single chunk
+writes it once, already rounded. With D 4096 that moves 12 GB more, a tenth of the time of three products of 8192 rows. The
+last 512 of the 8704 rows are for batches a little above a power of two and take 148 MiB.
 """
 
 BLOCK_ROWS = 256
-"""On a device all chunks but the last are multiples of it: matrix products have whole tiles, and sizes repeat."""
+"""On a device chunk sizes are multiples of this, except the last: products get whole tiles, and the same sizes recur."""
 
 
 class Needs(NamedTuple):

@@ -109,9 +109,14 @@ def _perturb(
     return Perturb.apply(hidden, log_sigma, Draw(pick(engine, hidden.device), stream, sigma, 0, scale, rounding))
 
 
-def check_tensor(where: str, name: str, value: object) -> None:
+def check_tensor(where: str, name: str, value: object, of_module: str = "") -> None:
+    """of_module: what to give in place of a module; by default its weight."""
     if not isinstance(value, Tensor):
-        hint = f" (give {name}.weight)" if isinstance(value, torch.nn.Module) else ""
+        hint = ""
+        if isinstance(value, torch.nn.Module):
+            hint = f" (give {of_module or f'{name}.weight'})"
+        elif hasattr(value, "last_hidden_state"):
+            hint = " (give its last_hidden_state)"
         raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor{hint}")
 
 

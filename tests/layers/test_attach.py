@@ -87,7 +87,8 @@ def test_layers_that_stay_without_noise_are_named_once(caplog):
         for step in range(2):
             with handle.perturbed(step=step):
                 model(x)
-    assert [record.getMessage()[:22] for record in caplog.records] == ["layers [1] did not run"]
+    ours = [record for record in caplog.records if record.name == "alp_kernels"]  # libraries log when they are imported
+    assert [record.getMessage()[:22] for record in ours] == ["layers [1] did not run"]
 
 
 @pytest.mark.parametrize("lr", [-1, True, None, "a", float("nan")])
@@ -282,7 +283,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch):
         monkeypatch.undo()
     with attach(toy, capturable=True) as handle, handle.perturbed(step=0):
         toy(ids())
-        with pytest.raises(RuntimeError, match="take their coordinates from the host"):
+        with pytest.raises(RuntimeError, match=r"is for CUDA graphs and does not work with torch\.compile"):
             torch.compile(toy, fullgraph=True, backend="eager")(ids())
     with (
         attach(make_model(), layers="logits", capturable=True) as handle,
@@ -350,7 +351,7 @@ def test_realised_noise_is_reported_and_warned_of_once(caplog):
             first, again = handle.realised(), handle.realised()
         assert first == again
         assert all(0.9 < r < 1.1 for r in first["rms_over_nominal"]) is survives
-        assert len(caplog.records) == (0 if survives else 1)
+        assert sum(record.name == "alp_kernels" for record in caplog.records) == (0 if survives else 1)
         if not survives:
             assert "rounded away" in caplog.text
             assert max(first["changed_frac"]) < 0.05
@@ -375,6 +376,8 @@ def test_a_dropped_handle_and_model_are_freed():
         ({"layers": [3]}, r"layers=\[3\]; it needs indices in \[-3, 3\)"),
         ({"layers": [0, -3]}, "names a layer twice"),
         ({"layers": "some"}, "layers='some'"),
+        ({"layers": 0}, "layers=0; it needs 'all', 'final', 'logits' or a list of indices"),
+        ({"engine": "cuda"}, "engine='cuda'; the engines are"),
         ({"scale": "relative"}, "scale='relative'"),
         ({"rounding": "up"}, "rounding='up'"),
         ({"seed": -1}, "seed=-1"),
@@ -384,7 +387,7 @@ def test_a_dropped_handle_and_model_are_freed():
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         attach(make_model(), **{"sigma": 0.1, **change})
 
 
@@ -511,5 +514,7 @@ def test_a_scope_of_inference_leaves_a_capturable_handle_usable():
         with handle.perturbed(step=1):
             model(x).logits.sum().backward()
         assert handle.log_sigma.grad.abs().min() > 0
+        with pytest.raises(TypeError, match=r"row_ids is torch\.float32"), handle.perturbed(2, row_ids=torch.zeros(2)):
+            pass
         with pytest.raises(TypeError, match="row_ids is a list"), handle.perturbed(step=2, row_ids=[0, 1]):
             pass

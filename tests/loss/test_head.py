@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -436,6 +437,11 @@ BAD = [
     ({"bias": torch.zeros(36, dtype=torch.float64)}, ValueError, r"bias is torch.float64 \(36,\)"),
     ({"targets": torch.zeros(4, 8, dtype=torch.int64)}, ValueError, r"targets has shape \(4, 8\); .* needs \(4, 9\)"),
     ({"targets": torch.zeros(4, 9)}, TypeError, "targets is torch.float32"),
+    (
+        {"hidden": SimpleNamespace(last_hidden_state=0)},
+        TypeError,
+        "it needs a torch.Tensor .give its last_hidden_state",
+    ),
     ({"targets": torch.full((4, 9), 37)}, ValueError, r"outside the vocabulary \[0, 37\), first 37 at \(0, "),
     (
         {"targets": torch.full((4, 9), -100)},

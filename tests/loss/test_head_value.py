@@ -78,7 +78,8 @@ def test_a_split_without_ranks_is_refused(batch):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [(nn.Linear(2, 2), r"is a Linear; .*give weight.weight"), (None, "NoneType")]
+    ("wrong", "message"),
+    [(nn.Linear(2, 2), r"is a Linear; .*give output_head\(model\), which has its adapters, too"), (None, "NoneType")],
 )
 def test_a_weight_that_is_no_tensor_is_named(batch, wrong, message):
     hidden, _, targets, _ = batch

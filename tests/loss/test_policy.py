@@ -182,6 +182,7 @@ def test_nonfinite_rollout_logp_raises_or_is_masked_and_counted():
 
 BAD = [
     ({"logp": torch.zeros(4, 9, dtype=torch.bfloat16)}, TypeError, "logp is torch.bfloat16"),
+    ({"logp": torch.zeros(4, 9, 5)}, ValueError, r"the batch has shape \(4, 9, 5\); it needs \(B, T\) or \(N,\)"),
     (
         {"rollout_logp": torch.zeros(4, 9, dtype=torch.bfloat16)},
         TypeError,
@@ -189,7 +190,11 @@ BAD = [
     ),
     ({"rollout_logp": torch.zeros(4, 8)}, ValueError, r"rollout_logp has shape \(4, 8\); it needs \(4, 9\)"),
     ({"mask": torch.full((4, 9), 0.5)}, ValueError, "mask holds 36 values other than 0 and 1"),
-    ({"advantages": torch.zeros(5)}, ValueError, r"advantages has shape \(5,\); it needs \(4, 9\) or \(B,\) = \(4,\)"),
+    (
+        {"advantages": torch.zeros(5)},
+        ValueError,
+        r"advantages has shape \(5,\); it needs \(4, 9\), one per token, or \(4,\), one per sequence",
+    ),
     ({"advantages": torch.full((4,), float("nan"))}, ValueError, "advantages is NaN or inf"),
     ({"objective": Objective("cum-turn"), "turn_ends": None}, ValueError, "level 'cum-turn' needs turn_ends"),
     ({"objective": PRESETS["grpo"], "old_logp": None}, ValueError, "denominator 'old' needs old_logp"),
