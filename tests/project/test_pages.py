@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
 from alp import cli
+from alp.study.grid import load_grid
+from alp.study.summary import is_collapsed
 from alp_kernels import Objective, fused_alp_loss, policy_loss
 from tests.support import processes
 from tests.support.pages import DOCS, PAGES, README, ROOT, anchors, blocks, commands, links, needs_gpu, script
@@ -119,9 +122,11 @@ def test_readme_is_short():
 # ------------------------------------------------------------------ the guide
 
 
-def table(heading: str) -> str:
+def table(heading: str, *, whole: bool = False) -> str:
+    """The first column of a section's tables, or all of their text."""
     (part,) = re.findall(rf"^## {heading}\n(.*?)^## ", (DOCS / "guide.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    return "\n".join(line.split("|")[1] for line in part.splitlines() if line.startswith("|"))
+    rows = [line for line in part.splitlines() if line.startswith("|")]
+    return "\n".join(rows if whole else [row.split("|")[1] for row in rows])
 
 
 def test_the_guide_explains_every_diagnostic():
@@ -139,3 +144,38 @@ def test_the_guide_explains_every_diagnostic():
 def test_the_guide_has_the_shape_of_every_argument(function):
     named = table("Shapes") + "`logp` `entropy`"
     assert [name for name in inspect.signature(function).parameters if f"`{name}`" not in named] == []
+
+
+def steps(names: tuple[str, ...], *, collapsed: bool) -> list[dict]:
+    """Of ALP and Bypass runs: the last ten of those that collapsed, or all of the others after the first ten."""
+    cells = [cell for name in names for cell in load_grid(DOCS / "evidence" / name).cells]
+    cells = [cell for cell in cells if cell.arm.startswith(("alp", "bypass")) and is_collapsed(cell) == collapsed]
+    assert len(cells) == (11 if collapsed else 40)
+    return [metrics for cell in cells for metrics in (cell.metrics[-10:] if collapsed else cell.metrics[10:])]
+
+
+def test_the_guides_ranges_are_what_the_committed_runs_had():
+    stable = steps(("lag", "mismatch"), collapsed=False)
+    lost = steps(("search-fresh", "search-fresh-sequence", "replication"), collapsed=True)
+    rows = re.findall(
+        r"^\| `(\S+)` \|.*\| (\S+) to (\S+) \| (\S+) to (\S+) \|$",
+        table("Reading the diagnostics", whole=True),
+        flags=re.M,
+    )
+    assert len(rows) == 16
+    for key, *shown in rows:
+        found = [
+            np.quantile([m[key] for m in part if m.get(key) is not None], q)
+            for part in (stable, lost)
+            for q in (0.05, 0.95)
+        ]
+        assert [float(x) for x in shown] == [float(f"{x:.2g}") for x in found], key
+
+
+def test_the_guide_quotes_messages_that_exist():
+    code = "".join(path.read_text() for path in (ROOT / "alp_kernels" / "layers").glob("*.py"))
+    quoted = re.findall(r'^\*\*"(.*?)"', (DOCS / "guide.md").read_text(), flags=re.MULTILINE)
+    assert len(quoted) == 2
+    for text in quoted:
+        for part in text.split(" ... "):
+            assert part.strip(". ") in code, part

@@ -97,7 +97,6 @@ def test_the_readme_claims_what_the_page_does() -> None:
     readme = (ROOT / "README.md").read_text()
     for names, key in (
         (("search-fresh", "replication"), "k3_mean"),
-        (("replication",), "k3_mean"),
         (("replication",), "final_accuracy"),
     ):
         size, _, _ = pooled("token", key, names).partition(", p")
