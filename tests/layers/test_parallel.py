@@ -161,7 +161,7 @@ def test_a_flat_shard_of_the_head_is_refused_with_what_to_do(size: int, ranks: d
 
 
 def test_a_sharded_log_sigma_is_not_summed_twice(ranks: dict[int, Any]) -> None:
-    assert all("keep the handle out of the module that is wrapped" in rank["sharded handle"] for rank in ranks[2])
+    assert all("keep the handle out of the wrapped module" in rank["sharded handle"] for rank in ranks[2])
 
 
 @pytest.mark.parametrize(("size", "average"), list(itertools.product((2, 4), (False, True))))
