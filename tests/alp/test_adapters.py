@@ -1,4 +1,4 @@
-"""Adapters as peft keeps them: what it wrote loads, what we write is what it writes, and what cannot be served is refused."""
+"""Adapters in peft's format: its files load, ours equal its own, and adapters that no sampler serves are refused."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def load(path: Path, **changes: Any) -> Policy:
 
 
 def write_with_peft(base: Path, folder: Path, config: Any = None) -> Any:
-    """peft's own model, its adapter written by peft, which notes the base as it was given."""
+    """Return peft's own model after peft has written its adapter, which names the base as given."""
     torch.manual_seed(3)
     config = config or peft.LoraConfig(target_modules=LAYERS, init_lora_weights=False, task_type="CAUSAL_LM")
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -55,7 +55,7 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_peft_wrote_loads_with_its_logits_and_takes_gradients(base: Path, tmp_path: Path, dtype: str) -> None:
     theirs = write_with_peft(base, tmp_path)
-    policy = load(tmp_path, dtype=dtype)  # without a tokenizer of its own: the base's
+    policy = load(tmp_path, dtype=dtype)  # the folder has no tokenizer; the base's is loaded
     assert policy.encode_prompt("1+1") == load(base).encode_prompt("1+1")
     trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     assert trained == {n.removeprefix("base_model.model.") for n, p in theirs.named_parameters() if p.requires_grad}
@@ -63,7 +63,7 @@ def test_what_peft_wrote_loads_with_its_logits_and_takes_gradients(base: Path, t
         assert torch.equal(logits(policy.model), logits(theirs))
     assert {p.dtype for p in policy.model.parameters() if not p.requires_grad} == {getattr(torch, dtype)}
     for name, p in policy.model.named_parameters():
-        if p.requires_grad:  # all of their bits, whatever the base has
+        if p.requires_grad:  # in float32, whatever dtype the base has
             assert torch.equal(p, theirs.get_parameter(f"base_model.model.{name}")), name
 
 
@@ -87,7 +87,7 @@ def test_what_we_write_is_what_peft_writes_of_the_same_adapter(base: Path, tmp_p
     one, two = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("theirs", "ours"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     one, two = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("theirs", "ours"))
-    differing = {name for name in one if one[name] != two[name]} - {"target_modules"}  # a set, in no order
+    differing = {name for name in one if one[name] != two[name]} - {"target_modules"}  # a set: its order varies
     assert differing <= {"base_model_name_or_path"} and sorted(one["target_modules"]) == sorted(two["target_modules"])
     # transformers and peft both find the base, from any folder
     again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -95,7 +95,7 @@ def test_what_we_write_is_what_peft_writes_of_the_same_adapter(base: Path, tmp_p
 
 
 def test_weights_kept_transposed_are_served_as_peft_merges_them() -> None:
-    """GPT-2's square layers would take the wrong sum without a word."""
+    """GPT-2's square layers would accept the untransposed sum without an error."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32))
     add_lora(model, 3)
@@ -133,7 +133,7 @@ def test_adapters_that_would_not_be_served_whole_are_refused_by_name(base: Path,
 
 
 def test_an_adapter_on_a_tied_head_is_refused_and_on_an_untied_one_served(base: Path, tmp_path: Path) -> None:
-    """The head's weight is the embeddings': merged into it, the adapter would act on the inputs too."""
+    """The head shares its weight with the embeddings, so a merged adapter would act on the inputs, too."""
     config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
     tied = write_llama(tmp_path / "tied", tie_word_embeddings=True)
     write_with_peft(tied, tmp_path / "on_tied", config)

@@ -1,4 +1,4 @@
-"""Benchmarks: the estimators against brute force, and that no problem is dropped, whatever the chunks and ranks."""
+"""Benchmarks: the estimators equal brute force, and no number of chunks or ranks drops a problem."""
 
 import dataclasses
 import itertools
@@ -55,7 +55,7 @@ PROBLEMS = [Problem(f"{i}+{i * i}=", "", even_length) for i in range(11)]
 
 
 class Rank(World):
-    """One of several ranks that leaves its sums to the test."""
+    """One of several ranks; the test adds up their sums."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.device = rank, size, torch.device("cpu")

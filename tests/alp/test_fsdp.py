@@ -1,4 +1,4 @@
-"""Two gloo ranks, sharded by FSDP2 or under DDP, make the step of one process: gradients, norm, noise, weights, state."""
+"""Two gloo ranks with FSDP2 or DDP take the same step as one process: gradients, norm, noise, weights, state."""
 
 import dataclasses
 import socket
@@ -18,12 +18,12 @@ from tests.support import sharded
 from tests.support.compare import likely_order_bound
 from tests.support.sharded import CASES, RANKS
 
-BOUND = likely_order_bound(sharded.ROUNDINGS, torch.float32)  # of each tensor's largest element
+BOUND = likely_order_bound(sharded.ROUNDINGS, torch.float32)  # relative to each tensor's largest element
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank made of every case."""
+    """Each rank's results for every case."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -93,7 +93,7 @@ def test_bfloat16_compute_keeps_float32_weights_gradients_and_sigma(ranks: list[
         assert out["dtypes"] == {torch.float32} and out["log_sigma"].dtype == torch.float32
         assert out["noisy_input"].dtype == torch.bfloat16
         assert torch.equal(out["clean"], out["clean_of_plain"]), "the copy that is evaluated computes otherwise"
-        for name, value in one["gradient"].items():  # three layers' roundings of 2^-9
+        for name, value in one["gradient"].items():  # bfloat16 rounds by 2^-9, in three layers
             assert (out["gradient"][name] - value).norm() <= 0.1 * value.norm(), name
 
 

@@ -1,4 +1,4 @@
-"""Long runs: asked to stop they checkpoint and resume exactly, on any number of ranks; the best model stays; disk is bounded."""
+"""Long runs: on a signal they checkpoint; they resume exactly on any ranks, keep the best model, bound disk use."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def config(runs: Path, **changes: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a model to start from; until its tests are over, runs in this process score as long_run.py does."""
+    """A folder with a model to start from. During these tests, runs in this process score as long_run.py does."""
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     make_tiny(SMALL).save(folder / "start")
@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def launch(runs: Path, num_ranks: int, *arguments: str, signalled: str = "", draws: str = "draws") -> list[Any]:
-    """`alp train ARGUMENTS` on some ranks, as torchrun would start them; their exit codes and what they said."""
+    """Run `alp train ARGUMENTS` on some ranks, as torchrun would; return their exit codes and output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,7 +71,7 @@ def launch(runs: Path, num_ranks: int, *arguments: str, signalled: str = "", dra
 
 
 def arguments(runs: Path, name: str, **more: str) -> list[str]:
-    """Those of `config`."""
+    """Return the command-line arguments that make `config`."""
     options = {
         "model.path": str(runs / "start"),
         "rollout.prompts": "4",
@@ -107,7 +107,7 @@ def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank(runs: Path) -> Path:
-    """A run in this process that nothing interrupts."""
+    """An uninterrupted run in this process."""
     folder = train(config(runs, name="one-rank", checkpoint_every=1))
     assert all(m["grad_norm"] > 0.01 for m in read_metrics(folder / "metrics.jsonl")), "a run that learns nothing"
     return folder
@@ -123,7 +123,7 @@ def sharded(runs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(runs: Path) -> Path:
-    """The same, where rank 1 alone is sent SIGINT after the second step."""
+    """The same, but rank 1 alone gets SIGINT after the second step."""
     done = launch(runs, 2, *arguments(runs, "stopped", parallel="fsdp"), signalled="SIGINT 1", draws="parts")
     assert [code for code, _ in done] == [128 + signal.SIGINT] * 2, done
     assert "alp: stopped after step 2; continue with alp train --resume" in done[0][1]
@@ -187,7 +187,7 @@ def test_a_process_sent_sigterm_resumes_exactly(runs: Path, one_rank: Path) -> N
 
 
 def ask(*lines: str) -> subprocess.CompletedProcess[str]:
-    """Lines of Python in a process with a StopRequest open, which prints what it has noted at its end."""
+    """Run lines of Python in a process with an open StopRequest; return what it has recorded at the end."""
     program = ["import os, signal, time", "from alp.runs.signals import StopRequest"]
     program += ["signal.signal(signal.SIGINT, signal.default_int_handler)", "request = StopRequest()"]
     program += [*lines, "print(request.signum)"]
@@ -238,7 +238,7 @@ def test_handlers_are_put_back_and_other_threads_need_none() -> None:
 
 
 def test_best_is_the_model_of_the_best_evaluation(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, *values = [0.9, 0.1, 0.2, 0.4, 0.4]  # the model before the run is no candidate; of equals the first stays
+    before, *values = [0.9, 0.1, 0.2, 0.4, 0.4]  # the model before training does not count; a tie keeps the first
     made = iter([before, *values])
     monkeypatch.setattr("alp.train.evaluate", lambda *args, **kwargs: {"train": next(made), "rollout": 0.0})
     folder = train(config(runs, name="best", eval_every=1, checkpoint_every=1))
@@ -306,7 +306,7 @@ def test_what_a_kill_left_half_done_is_put_right(tmp_path: Path) -> None:
     run.save_checkpoint(1, {})
     (tmp_path / "checkpoints" / ".00000002.pt-123").write_bytes(b"torn")
     run.keep_best(1, 0.5, save_bytes(b"old"))
-    os.rename(tmp_path / "best", tmp_path / ".best-old")  # between the two renames
+    os.rename(tmp_path / "best", tmp_path / ".best-old")  # as if killed between the two renames
     save_bytes(b"new")(tmp_path / ".best")
     save_bytes(b"half")(tmp_path / ".model")
     run.tidy()

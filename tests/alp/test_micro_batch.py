@@ -1,4 +1,4 @@
-"""Gradient accumulation changes nothing: any micro-batch size, order and padding, for every method of the table."""
+"""For every method, micro-batch size, order of rows and padding change no gradient."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from alp_kernels import Stats, policy_loss
 from tests.support.compare import likely_order_bound
 from tests.support.sharded import NUM_ROWS, ROUNDINGS, Case, make_experience, sharded_model
 
-BOUND = likely_order_bound(ROUNDINGS, torch.float32)  # of each tensor's largest element
+BOUND = likely_order_bound(ROUNDINGS, torch.float32)  # relative to each tensor's largest element
 
 
 class Step(NamedTuple):
@@ -47,7 +47,7 @@ def whole(method: str) -> Step:
 
 
 def rearranged(experience: Experience, order: list[int], left: int, right: int) -> Experience:
-    """Rows in another order, with more padding on the left and on the right."""
+    """Return the rows in another order, with more padding on the left and on the right."""
     c = experience.completions
     assert experience.old_logp is not None
     return Experience(
@@ -66,7 +66,7 @@ def rearranged(experience: Experience, order: list[int], left: int, right: int) 
 
 
 def assert_same_figures(stats: Stats, expected: Stats) -> None:
-    """Counts and clips exactly; what a forward of other shapes rounds otherwise within rounding."""
+    """Assert equal counts and clips, and other figures within rounding: a forward of another shape rounds differently."""
     for name, value in expected.summary().items():
         exact = name.startswith("num_") or (name.endswith("_frac") and name != "ess_frac")
         assert stats.summary()[name] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-5)), name

@@ -1,4 +1,4 @@
-"""Hugging Face models and data as their owners keep them: chat templates, benchmark files, adapters, 16 bits."""
+"""Hugging Face models and data in their published formats: chat templates, benchmark files, adapters, 16 bits."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ from tests.support.tiny_models import CHAT, DROPS_SYSTEM, NO_SYSTEM, write_lines
 from tests.support.updates import step_gradients
 
 CPU = torch.device("cpu")
-train = functools.partial(loop.train, with_plots=False)  # they take most of a small run's time
+train = functools.partial(loop.train, with_plots=False)  # plots take most of a small run's time
 
 
 def load(folder: Path, **changes: Any) -> Policy:
@@ -75,7 +75,7 @@ def test_a_template_that_breaks_on_every_message_says_so(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("record", "answer"),
     [
-        # MATH-500: the owner's answer beside a solution whose box is written otherwise
+        # MATH-500: the answer field wins over the solution's box, which writes the same value differently
         ({"problem": "p", "solution": r"so \boxed{\frac12}", "answer": r"\frac{1}{2}", "level": 5}, r"\frac{1}{2}"),
         ({"problem": "p", "solution": r"so \boxed{7}", "answer": "", "subject": "Algebra"}, "7"),
         ({"problem": "p", "solution": r"first \boxed{1}, then \boxed{2}", "type": "Minerva"}, "2"),
@@ -144,7 +144,7 @@ def test_datasets_come_from_disk_by_split_and_by_file(tmp_path: Path) -> None:
         assert len(lines) == 6 and held_out is None
     task = make_task(TaskConfig(path=tmp_path / "dd"), seed=0)
     assert {task.problem("eval", i).question for i in range(4)} == {"4?", "5?"}
-    # an evaluation source with splits of its own is asked for its held-out one, and `split` is the training data's
+    # an evaluation source with its own splits gives its held-out one; `split` applies to the training data
     apart = TaskConfig(path=tmp_path / "one", eval_path=tmp_path / "dd", options=("split=train",))
     for task in (make_task(apart, seed=0), _problems(str(tmp_path / "dd"), TrainConfig(task=apart))[0]):
         assert {task.problem("eval", i).question for i in range(4)} == {"4?", "5?"}
@@ -172,7 +172,7 @@ def experience(policy: Policy) -> Experience:
 
 
 def stir(policy: Policy) -> None:
-    """Adapters as after some training: B is no longer zero."""
+    """Set the adapters as after some training: B is not zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in policy.model.named_parameters():
@@ -192,7 +192,7 @@ def test_adapters_and_sigma_are_trained_and_the_base_is_not(folder: Path) -> Non
     grads = gradients(policy)
     assert {name.split(".")[-3] for name in grads if name != "log_sigma"} == {"lora_A", "lora_B"}
     assert len(grads) == 2 * 7 * 2 + 1 and all(g.abs().max() > 0 for g in grads.values())
-    # the head is frozen: its product with the logits' gradient is left out
+    # the head is frozen, so its weight gradient is not computed
     assert policy.model.get_output_embeddings().weight.grad is None
 
 
@@ -315,7 +315,7 @@ def test_sixteen_bit_training_keeps_sigma_in_32_and_reports_the_noise_that_arriv
         state = Run(out).load_checkpoint(CPU)
         assert state is not None and state["noise"]["log_sigma"].dtype == torch.float32
         assert state["model"]["lm_head.weight"].dtype == torch.bfloat16
-    # a step of the residual stream's 8 bits is larger than 1e-4 of it: most of that noise is rounded away
+    # bfloat16's step is larger than noise of 1e-4 on the residual stream, so most of that noise is rounded away
     assert all(abs(value - 1) < 0.1 for value in realised["rms"])
     assert any(abs(value - 1) > 0.2 for value in realised["absolute"])
 
@@ -324,7 +324,7 @@ def test_eager_attention_makes_the_gradient_of_sdpa(folder: Path) -> None:
     found = [gradients(load(folder, attn_implementation=name)) for name in ("sdpa", "eager")]
     bound = likely_order_bound(
         2 * (2 * (4 * 32 + 3 * 64) + 100) + 6 * 20, torch.float32
-    )  # the layers' sums, and a weight's
+    )  # roundings of the layers' sums and of a weight gradient's
     for name, value in found[0].items():
         assert (found[1][name] - value).abs().max() <= bound * value.abs().max() + 1e-9, name
 

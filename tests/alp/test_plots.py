@@ -1,4 +1,4 @@
-"""A run's pictures: what was recorded is drawn, nothing else, on axes that a reader can trust."""
+"""A run's plots draw exactly what was recorded, with axes that fit the data."""
 
 import re
 from pathlib import Path

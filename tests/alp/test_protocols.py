@@ -1,4 +1,4 @@
-"""The loop, the warm-up and the measurements ask a task and a sampler for what their protocols say, and nothing else."""
+"""The loop, the warm-up and the measurements use only what the protocols of tasks and samplers define."""
 
 import copy
 import dataclasses
@@ -26,7 +26,7 @@ from tests.support.tiny_models import SMALL
 
 
 class Letters:
-    """Rewards depend on every character; notes what it was asked for."""
+    """A task whose rewards depend on every character. Records what it was asked for."""
 
     name, pieces, max_turns = "letters", ("aa",), 1
 
@@ -54,7 +54,7 @@ class Letters:
 
 
 class OnPolicy:
-    """Samples from a policy that is given, and keeps what it is told."""
+    """A sampler that samples from the given policy and records its calls."""
 
     def __init__(self, model: torch.nn.Module, config: RolloutConfig) -> None:
         self.history: deque[Weights] = deque([snapshot(model)], maxlen=1)
@@ -111,7 +111,7 @@ def test_a_task_and_a_sampler_by_protocol_alone_are_trained_and_measured() -> No
     )
     assert table["problems"] == 3 and own.requests[-1].top_p == 1.0
     other, _ = make_trainer()
-    other.load_state(copy.deepcopy(trainer.state()))  # as from a file: the optimisers share nothing
+    other.load_state(copy.deepcopy(trainer.state()))  # a copy, as from a file, so that the optimisers share no tensors
     later, resumed = trainer.step(), other.step()
     assert later["loss"] == resumed["loss"] and later["reward"] == resumed["reward"]
 

@@ -1,4 +1,4 @@
-"""Commands print what they are asked for: no library's warnings, notes on imports or names that are going away."""
+"""Commands print only their own output: no warnings, import notices or deprecations of libraries."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ for line in sys.stdin.read().splitlines():
 
 @pytest.mark.parametrize("adapters", [True, False])
 def test_every_command_prints_its_own_lines_alone(tmp_path: Path, adapters: bool) -> None:
-    """A process of its own, with warnings as Python shows them; each line on stderr is progress."""
+    """Run in a separate process with Python's default warnings; every line on stderr is progress."""
     sums = write_sums(tmp_path / "sums.jsonl")
     if adapters:
         model = (

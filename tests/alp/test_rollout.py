@@ -1,4 +1,4 @@
-"""Sampling, its log-probabilities, and the numerical paths it runs on."""
+"""Sampling, its log-probabilities and its numerical paths."""
 
 from pathlib import Path
 from typing import Literal
@@ -41,7 +41,7 @@ def test_sampled_logp_is_that_of_the_sampling_sampler(
         hidden = hidden_states(sampler.model, out.tokens, out.attention_mask, keep)
         logits = sampler.model.get_output_embeddings()(hidden).float() / temperature
     expected = logits.log_softmax(-1).gather(-1, out.targets[..., None]).squeeze(-1)
-    # another order of the same sums; on the coarse paths a sum that lands across a rounding boundary moves by a step
+    # the sums run in another order; on coarse paths, a sum near a rounding boundary may move by a whole step
     assert (out.logp - expected)[out.mask].abs().max() < bound
     assert (out.logp[~out.mask] == 0).all()
 
@@ -93,7 +93,7 @@ def test_quantised_weights_are_integers_of_so_many_bits_and_products_are_exact(b
     a, a_scale = quantise(x, 127)
     exact = a.long() @ layer.weight.long().T
     assert torch.equal(integer_matmul(a, layer.weight, 127 * top).long(), exact)
-    # largest magnitudes, so that every sum is as large as it can be
+    # the largest magnitudes give the largest possible sums
     extreme = torch.full((1, 1500), 127.0)
     assert integer_matmul(extreme, torch.full((1, 1500), top, dtype=torch.int8), 127 * top).item() == 127 * top * 1500
     y = exact.float() * (a_scale * layer.scale) + linear.bias

@@ -1,4 +1,4 @@
-"""Whole runs, small: they learn, resume bit for bit after a kill, agree over ranks, and end in words, not tracebacks."""
+"""Small whole runs: they learn, resume bit for bit after a kill, agree over ranks, and fail with messages, not tracebacks."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs share a folder, so that the small model is warmed up once."""
+    """A folder for all runs, so that the small model is warmed up once."""
     return tmp_path_factory.mktemp("runs")
 
 
@@ -59,7 +59,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def reference(runs: Path) -> Path:
-    """A run of six steps that nothing interrupted."""
+    """An uninterrupted run of six steps."""
     return train(small(runs, name="reference"))
 
 
@@ -83,7 +83,7 @@ def test_a_run_folder_holds_what_a_reader_needs(reference: Path) -> None:
         "sigma.svg",
         "envelope.svg",
     }
-    assert not (reference / "plots" / "tools.svg").exists()  # it has none
+    assert not (reference / "plots" / "tools.svg").exists()  # the run uses no tools
     assert list((reference / "tensorboard").iterdir()) and (reference / "model" / "config.json").is_file()
     metrics = read_metrics(reference / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
@@ -111,7 +111,7 @@ def test_a_killed_run_resumes_bit_for_bit(runs: Path, reference: Path) -> None:
     process.wait()
     assert len(read_metrics(folder / "metrics.jsonl")) < 6, "it was killed too late to show anything"
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "rewa')  # as a kill in the middle of a line leaves it
+        file.write('{"step": 4, "rewa')  # what a kill in the middle of a line leaves
     train(config, resume=folder)
     assert without_times(folder) == without_times(reference)
     for name, value in weights(reference).items():
@@ -301,7 +301,7 @@ def test_draws_of_an_older_run_are_read_and_more_than_one_is_not_resumed(tmp_pat
             assert TrainConfig.load(path, to_resume=True) == config
     with pytest.raises(UserError, match=r"update\.draws=2 is from an older version; .* update\.draws=1"):
         train(config, tmp_path)
-    path.write_text(config.to_json().replace('"prompts"', '"draws": 1, "prompts"', 1))  # no group but `update` had it
+    path.write_text(config.to_json().replace('"prompts"', '"draws": 1, "prompts"', 1))  # only `update` had `draws`
     with pytest.raises(UserError, match="unknown key 'draws'"):
         TrainConfig.load(path)
 

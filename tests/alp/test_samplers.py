@@ -1,4 +1,4 @@
-"""Samplers: torchao's numerics, vLLM over a loopback server, and the mismatch measured before training."""
+"""Samplers: torchao's numerics, vLLM on a loopback server, and the mismatch measured before training."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ from tests.support.tiny_models import write_llama, write_sums
 
 CPU = torch.device("cpu")
 WEIGHT_ONLY = ("ao-int8-weights", "ao-fp8-weights", "ao-int4-weights")
-train = functools.partial(loop.train, with_plots=False)  # they take most of a small run's time
+train = functools.partial(loop.train, with_plots=False)  # plots take most of a small run's time
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def prompts(policy: Policy) -> list[list[int]]:
 
 
 def scores(model: Any, completions: Completions, temperature: float = 1.0) -> torch.Tensor:
-    """(B, T) log-probabilities by a plain forward."""
+    """(B, T) log-probabilities from a plain forward."""
     with torch.no_grad():
         hidden = hidden_states(model, completions.tokens, completions.attention_mask, completions.mask.shape[1])
         logits = (hidden @ output_head(model).weight.T).float() / temperature
@@ -65,7 +65,7 @@ def scores(model: Any, completions: Completions, temperature: float = 1.0) -> to
 def test_sampled_logp_is_that_of_the_quantised_model(policy: Policy, path: Any) -> None:
     sampler = InProcessSampler(policy.model, RolloutConfig(path=path, lag=0))
     out = sampler.sample(policy, Request(prompts(policy), 3, 7, u=uniforms(9, 7, 1, 2), temperature=0.7))
-    # activations on a grid of their own may round across a boundary in another order of sums
+    # quantised activations may round across a boundary if sums are in another order
     bound = 0.1 if path == "ao-int8" else 1e-4
     assert (out.logp - scores(sampler.model, out, 0.7))[out.mask].abs().max() < bound
     apart = (out.logp - scores(policy.model, out, 0.7))[out.mask].abs().mean()
@@ -151,7 +151,7 @@ def test_a_mismatch_that_rounding_cannot_explain_is_questioned() -> None:
 
 
 class FakeVllm:
-    """What the sampler asks of vLLM, answered by a real model: prompts by token id, weights from a folder."""
+    """Answers the sampler's requests to vLLM with a real model: prompts are token ids, weights come from a folder."""
 
     def __init__(self, folder: Path, served_temperature: float | None = None) -> None:
         self.policy = load_policy(ModelConfig(path=str(folder)), CPU)

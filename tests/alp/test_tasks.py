@@ -1,4 +1,4 @@
-"""Problems and their verifiers: what is right, wrong or unreadable, and which errors name the line."""
+"""Problems and their verifiers: right, wrong and unparsed answers, and errors that name the line."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_demonstration_goes_wrong_as_often_as_asked_and_reads_on_from_what_was_w
         for step, digit in enumerate(answer):
             expected = mod_chain.apply(question[1 + 2 * step], value, int(question[2 + 2 * step]))
             wrong, total, value = wrong + (expected != int(digit)), total + 1, int(digit)
-    # 3600 independent faults: four standard deviations are 0.022
+    # 3600 independent steps: four standard deviations of the error rate are 0.022
     assert abs(wrong / total - 0.12) < 0.022
 
 
@@ -111,7 +111,7 @@ def test_an_unreadable_line_is_named_by_file_and_number(tmp_path: Path, line: ob
 
 def test_math_verify_compares_values_not_texts() -> None:
     assert verify("1,072", "so we get\n#### 1072").correct
-    assert verify("5", "so \\boxed{5}\n#### Check\n2+3 is 7 - 2").correct  # a heading
+    assert verify("5", "so \\boxed{5}\n#### Check\n2+3 is 7 - 2").correct  # here #### is a heading, not the answer
     assert verify(r"\frac{1}{2}", r"Therefore \boxed{0.5}").correct
     assert verify("42", "The answer is 41.") == (0.0, True)
     assert verify("42", "no idea") == (0.0, False)

@@ -1,4 +1,4 @@
-"""The sandbox under attack, the pool under fire, and what a result says."""
+"""The sandbox under attack, the pool when workers die, and the text of a result."""
 
 import os
 import signal
@@ -33,12 +33,12 @@ def one(tool: MontyTool, code: str) -> ToolResult:
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return False
 
 
 def workers(parent: int | None = None) -> list[int]:
-    """Processes that this one, or `parent`, has started to run scripts."""
+    """Return the processes that this one, or `parent`, has started to run scripts."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -70,7 +70,7 @@ def test_a_script_prints_the_same_every_time(tool: MontyTool) -> None:
     assert len({r.stdout for r in tool.run([code] * 8)}) == 1
 
 
-# what a script must not reach, and the words of the refusal
+# what a script must not reach: (code, start of the error)
 FORBIDDEN = {
     "fork": ("import os\nos.fork()", "AttributeError"),
     "fork by name": ("from os import fork", "ImportError"),
@@ -106,7 +106,7 @@ def test_nothing_of_the_host_is_reached(
     assert list(tmp_path.iterdir()) == [] and result.seconds < 1
 
 
-# what a script must not use up: (code, statuses it may end with)
+# resources that a script must not exhaust: (code, statuses it may end with)
 HUNGRY = {
     "endless loop": ("while True: pass", {"timeout"}),
     "endless loop that catches": (
@@ -181,7 +181,7 @@ def test_a_thousand_calls_survive_workers_killed_from_outside() -> None:
     def kill() -> None:
         nonlocal killed
         while not is_over.wait(0.01):
-            for pid in workers()[::10]:  # one of ten
+            for pid in workers()[::10]:  # every tenth
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
 

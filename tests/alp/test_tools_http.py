@@ -1,4 +1,4 @@
-"""The client of a code service, against a small one on the loopback interface."""
+"""The client of a code service, tested against a small server on the loopback interface."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ Answer = tuple[int, bytes]
 
 
 class Service(ThreadingHTTPServer):
-    """Answers what `answer` returns for a request; notes requests, headers and how many came at once."""
+    """Answers a request with what `answer` returns; records requests, headers and how many came at once."""
 
     daemon_threads = True
 

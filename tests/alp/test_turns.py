@@ -1,4 +1,4 @@
-"""Rollouts of several turns: what ends a turn, what is read back, where every token's log-probability stands."""
+"""Rollouts of several turns: what ends a turn, what is read back, and the place of every token's log-probability."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ LIMIT, MAX_TURNS, OBSERVATION = 48, 4, 12
 
 
 class Echo:
-    """Results of all kinds and lengths, each a function of the code; notes what it was asked."""
+    """A tool whose results have all kinds and lengths and depend on the code alone; records its calls."""
 
     def __init__(self) -> None:
         self.codes: list[str] = []
@@ -57,7 +57,7 @@ def result_of(code: str) -> ToolResult:
 
 
 def babbler(seed: int = 0) -> Policy:
-    """A random model that often writes code, answers and end tokens: a bias on the output head prefers them."""
+    """A random model with an output bias that makes code, answers and end tokens frequent."""
     torch.manual_seed(seed)
     policy = make_tiny(SMALL, PIECES)
     head = policy.model.get_output_embeddings()
@@ -84,7 +84,7 @@ def roll_out(
 
 
 def segments(completions: Completions, row: int) -> list[tuple[bool, list[int]]]:
-    """A response as runs of sampled tokens, one a turn, and of tokens that were read."""
+    """Split a response into runs of sampled tokens, one per turn, and of tokens that were read."""
     width = completions.tokens.shape[1] - completions.mask.shape[1]
     count = int(completions.attention_mask[row, width:].sum())
     assert completions.turns is not None
@@ -131,7 +131,7 @@ def test_what_is_read_is_what_was_printed_or_the_last_line_of_the_error() -> Non
 
 
 def byte_pairs() -> PreTrainedTokenizerFast:
-    """A byte-level BPE, as large models have: fences fall apart into tokens that hold other text as well."""
+    """A byte-level BPE, as large models have: its tokens split code fences and join them with other text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -232,7 +232,7 @@ def test_a_response_is_turns_and_what_the_tool_said_of_their_code() -> None:
         has_ended = turns[-1][-1] in policy.eos_ids
         assert bool(out.truncated[row]) == (not has_ended and not (found is not None and has_answer))
         assert parts[-1][0], "nothing is read that nothing follows"
-        # where the random number alone decides, a row's tokens end before the limit or at it
+        # sampled and observed tokens together stay within the limit
         assert sum(len(ids) for _, ids in parts) <= LIMIT
     calls = int(out.turns.figures["calls"].sum())
     assert calls == len(tool.codes) and set(asked) <= set(tool.codes)
@@ -267,7 +267,7 @@ def test_trajectories_do_not_depend_on_chunks_padding_or_company() -> None:
 
 
 def test_random_numbers_belong_to_places_in_the_response() -> None:
-    # greedy is another path; here a row is sampled in one go from the same numbers and agrees up to its first turn's end
+    # a row sampled in one go from the same random numbers agrees up to the end of its first turn
     policy = babbler()
     out = roll_out(policy)
     prompts = [policy.encode_prompt(question) for question in QUESTIONS]

@@ -28,7 +28,7 @@ CALM = UpdateConfig(grad_clip=1e9, sigma=0.05)
 
 
 def make_experience(policy: Policy) -> Experience:
-    """Six completions of three prompts of different lengths, with made-up advantages and off-policy log-probabilities."""
+    """Six completions of three prompts of different lengths, with fixed advantages and off-policy log-probabilities."""
     prompts = [policy.encode_prompt(text) for text in ("1+2=", "12345*6=", "7=")]
     completions = sample(policy, Request(prompts, 2, 9, u=uniforms(6, 9, seed=1, batch=2)))
     generator = torch.Generator().manual_seed(4)

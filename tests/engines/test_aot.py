@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for the GPUs we name, without one, and fits their registers and shared memory."""
+"""Every Triton kernel compiles, without a GPU, for each target and fits its registers and shared memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARED_LIMIT = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "cuda:100": 227 << 1
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, dict[str, float]]]:
-    """{target: {"case: kernel": measurements}}, in processes of their own: here kernels may be interpreted."""
+    """{target: {"case: kernel": measurements}}, from separate processes: kernels may be interpreted in this one."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
     def build(target: str) -> dict[str, dict[str, int]]:
@@ -93,7 +93,7 @@ def test_shared_memory_fits(measured, target):
 
 @each_target
 def test_no_kernel_computes_in_double_precision(measured, target):
-    """But for one number of a row, the head's log-sum-exp."""
+    """The one exception is a number per row: the head's log-sum-exp."""
     few = {name: 24 if name.startswith("head_") else 0 for name in measured[target]}
     assert not [name for name, row in measured[target].items() if row["float64"] > few[name]]
 

@@ -1,4 +1,4 @@
-"""The engine asked for serves or says why; the choice is the best one and is logged once."""
+"""A requested engine serves or gives the reason; the automatic choice is the best one and is logged once."""
 
 import logging
 import os

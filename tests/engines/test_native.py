@@ -1,4 +1,4 @@
-"""The native engine: the reference's words bit for bit, its normals within the bound, and bits that depend on nothing else."""
+"""The native engine: the reference's words bit for bit, normals within the bound, and bits that ignore threads and CPU."""
 
 import math
 
@@ -20,7 +20,7 @@ native = pytest.importorskip("alp_kernels.native.engine", exc_type=ImportError)
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STREAM = Stream(0xFEDCBA9876543210, 0xFFFFFFFF, 0x7FFD, row_start=(7 << 32) - 5)  # rows cross the 32-bit border
-CHANNELS = (1, 2, 3, 5, 7, 64, 1023, 1536)  # below, at and past a quarter, a prime-like odd, a real width
+CHANNELS = (1, 2, 3, 5, 7, 64, 1023, 1536)  # fewer than 4; not divisible by 4; divisible by 4 (1536: a real width)
 SIGMA = torch.tensor(0.01)
 
 
@@ -29,7 +29,7 @@ SIGMA = torch.tensor(0.01)
 
 @pytest.mark.parametrize(("counter", "key", "words"), PUBLISHED)
 def test_philox_matches_published_vectors(native_case, counter, key, words):
-    for count in (1, 8, 19):  # less than a vector, a vector, a vector and a rest
+    for count in (1, 8, 19):  # less than a vector, whole vectors, whole vectors and a rest
         out = native.philox(tuple(torch.full((count,), c) for c in counter), key)
         assert [w.unique().tolist() for w in out] == [[w] for w in words]
 
@@ -59,7 +59,7 @@ def test_extreme_words_give_normals_within_the_bound(native_case):
     for a, e in zip(actual, exact_normals(pairs[:, 0], pairs[:, 1]), strict=True):
         assert torch.isfinite(a).all()
         assert (a.double() - e).abs().max() <= NORMAL_BOUND
-    assert torch.cat(actual).abs().max() > 6.7  # word 0 is the tail's end: 6.764
+    assert torch.cat(actual).abs().max() > 6.7  # word 0 gives the largest radius: 6.764
     assert not torch.cat(native.normals_of(torch.tensor([ONES]), torch.tensor([0]))).any()  # u = 1: exactly 0
 
 
@@ -82,7 +82,7 @@ def test_far_tail_stays_within_the_bound(native_case):
 
 
 def test_normals_ignore_instruction_set():
-    """Also where a build without fused multiply-add must watch for ties: sums of a word and 1/2 are full of them."""
+    """A build without fused multiply-add must handle ties, and sums of a word and 1/2 are full of them."""
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(0, 1 << 32, (2, 1 << 19), generator=generator)
     words[0, ::2] >>= torch.randint(0, 32, (1 << 18,), generator=generator)
@@ -94,13 +94,13 @@ def test_normals_ignore_instruction_set():
 
 def hidden(rows, channels, dtype):
     h = torch.randn(rows, channels, generator=torch.Generator().manual_seed(channels)) * 3
-    if h.numel() > 8:  # signed zeros, both float16 grids, the largest finite numbers, and what is not finite
+    if h.numel() > 8:  # signed zeros, float16 subnormals, the largest finite numbers, inf and NaN
         h.view(-1)[:9] = torch.tensor([0.0, -0.0, 3e-6, -4e-5, 6.1e-5, 65504.0, 3e38, math.inf, math.nan])
     return h.to(dtype)
 
 
 def same_bits(a, b):
-    """Equal, NaN where NaN, and zeros of one sign."""
+    """Whether both are equal, NaN in the same places, and their zeros have the same sign."""
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(
         *(x.masked_fill(x.isnan(), 0).view(torch.int16 if x.element_size() == 2 else torch.int32) for x in (a, b))
     )
@@ -110,7 +110,7 @@ def same_bits(a, b):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_perturb_is_the_references_sum_of_its_own_noise(native_case, dtype, rounding, channels):
-    rows = 17  # of the widest two, more than a single thread gets
+    rows = 17  # for the two widest, more than one thread's share
     h = hidden(rows, channels, dtype)
     sums = h.float() + SIGMA * native.normal(rows, channels, STREAM, CPU)
     stochastic = rounding == "stochastic" and dtype != torch.float32
@@ -142,7 +142,7 @@ def test_dsigma_agrees_with_float64(native_case, dtype, channels, scale):
     terms = du.double() * reference.normal(33, channels, STREAM, CPU).double()
     terms = terms if rms is None else terms * rms[:, None]
     actual = native.perturb_bwd(du, STREAM, rms)
-    # the sum is nearly exact: what is left is the normals' own bound (times rms, at most 1.5) and the last rounding
+    # the sum is nearly exact, so the error is the normals' bound (times rms, at most 1.5) and the last rounding
     bound = 1.5 * NORMAL_BOUND * du.double().abs().sum() + 1e-7 * terms.sum().abs()
     assert (actual.double() - terms.sum()).abs() <= bound
 
@@ -184,7 +184,7 @@ def test_perturb_ignores_thread_count():
 
 def norm_outputs(rows=37, channels=1023, dtype=torch.bfloat16):
     h, du, dy = (hidden(rows, channels, dtype).nan_to_num(1.0, 2.0).roll(n) for n in range(3))
-    h = h.clamp(-9, 9)  # squares of the largest numbers would leave nothing but zeros to compare
+    h = h.clamp(-9, 9)  # squares of the largest numbers would leave only zeros to compare
     norm = Norm(torch.linspace(-1, 2, channels).to(dtype), 1e-5, 1.0)
     u, y, rstd, rms = native.perturb_rms_norm_fwd(h, SIGMA, STREAM, "rms", "stochastic", norm)
     du, dy = du.clamp(-9, 9), dy.clamp(-9, 9)
@@ -250,7 +250,7 @@ HEADS = {
     ),
 }
 HEADS["all"] = LogitTransform(0.9, 8.0, HEADS["temperature"].temperature, HEADS["noise"].sigma, HEADS["noise"].stream)
-VOCABULARIES = (1, 2, 15, 257, 5003)  # certain, fewer than four streams, no whole block, some; a real one comes below
+VOCABULARIES = (1, 2, 15, 257, 5003)  # 1: certain; 2: fewer than four streams; 15: no whole block; a real size: below
 
 
 def logits(vocabulary, dtype, rows=5):
@@ -271,7 +271,7 @@ def in_float64(head):
 
 
 def check_head(x, targets, head, dentropy):
-    """Within the budget, with the same bits on every instruction set and on one thread and two."""
+    """Assert the error budget, and the same bits on every instruction set, on one thread and on two."""
     dtype, rows = x.dtype, len(x)
     dlogp = torch.linspace(-1, 1, rows) + 0.1
     dent = torch.linspace(0.3, -0.2, rows) if dentropy else None
@@ -325,7 +325,7 @@ def test_near_certain_tokens_keep_relative_precision(native_case):
 
 
 def test_a_row_near_certain_of_another_token_keeps_its_entropy(native_case):
-    """In whichever block its largest logit comes, and however often the maximum rose before."""
+    """The block of the largest logit, and how often the maximum rose before it, make no difference."""
     for certain in (0, 700, 1999):
         x = torch.linspace(-50, -30, 2000)[None].clone()
         x[0, certain] = 0.0
@@ -421,7 +421,7 @@ def test_an_unknown_instruction_set_is_refused_by_name(monkeypatch):
 
 def test_an_instruction_set_this_cpu_lacks_is_refused_with_its_best(monkeypatch):
     class Lacking:
-        """A CPU that has the portable build alone."""
+        """A CPU that can run only the portable build."""
 
         @staticmethod
         def alp_choose_isa(name):

@@ -1,4 +1,4 @@
-"""Runs triton_cases.py in a process of its own: Triton decides at import, once, whether kernels are interpreted."""
+"""Run triton_cases.py in a subprocess: Triton decides once, at import, whether kernels are interpreted."""
 
 import os
 import subprocess

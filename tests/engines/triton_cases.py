@@ -1,4 +1,4 @@
-"""What the Triton engine must do; test_triton.py runs this file, in Triton's interpreter where there is no GPU."""
+"""What the Triton engine must do. test_triton.py runs this file, in Triton's interpreter if there is no GPU."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_normals_stay_within_their_bound_at_extreme_words():
 
 
 def test_normals_stay_within_their_bound_if_the_approximate_units_are_at_their_worst():
-    """The kernel's operations in float32, with log2 and the square root off by what NVIDIA publishes as their worst."""
+    """The kernel's float32 operations, with log2 and the square root off by the largest errors that NVIDIA publishes."""
     rng, real, f = np.random.default_rng(0), np.float64, np.float32
     gamma = math.sqrt(0.48215556 / (2 * math.log(2)))
 
@@ -137,7 +137,7 @@ def test_normals_stay_within_their_bound_if_the_approximate_units_are_at_their_w
     for side in (1, -1):
         root = np.sqrt(squared_radius(u, (log2_u - side * log2_error).astype(f)).astype(real))
         radius = (root + side * np.where(root > 0, np.spacing(root.astype(f)), 0)).astype(f)
-        # the radius alone, then every 10th with the angles
+        # all radii alone, then every tenth with the angles
         assert np.abs(radius.astype(real) / gamma - exact).max() < 1.8e-6
         for r, e in zip(radius[::10], exact[::10], strict=True):
             cos, sin = on_circle(np.full(angles.shape, r, f), angles)
@@ -210,7 +210,7 @@ def test_row_ids_and_row_start_name_the_same_rows():
 
 
 class Recording(TorchDispatchMode):
-    """A CUDA graph's part on a CPU: every operation and launch inside, to be done again with the same tensors."""
+    """Stands in for a CUDA graph on a CPU: records every operation and launch, and repeats them on the same tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Recording(TorchDispatchMode):
     @staticmethod
     def repeat(function, args, kwargs, made):
         for old, new in zip(*(tree_leaves(part) for part in (made, function(*args, **kwargs))), strict=True):
-            if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # no view, not in place
+            if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
                 old.copy_(new)
 
     def __enter__(self):
@@ -250,7 +250,7 @@ class Recording(TorchDispatchMode):
 
 
 def captured(update: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-    """What `update` returns, and how to do it again into the same tensors: by a CUDA graph where there are any."""
+    """Return what `update` returns, and a replay into the same tensors: of a CUDA graph, or of a Recording."""
     if DEVICE.type != "cuda":
         with Recording() as recording:
             return update(), recording.replay
@@ -356,14 +356,14 @@ def test_perturb_fwd_agrees_with_the_reference(dtype, scale, rounding_mode):
     assert ours.dtype == dtype
     if dtype == torch.float32:
         torch.testing.assert_close(ours, theirs, rtol=2.4e-7, atol=NORMAL_BOUND)
-    else:  # the same random bits round both; one in 2^16 or 2^13 sums lies where 1e-6 turns the rounding over
+    else:  # both round with the same random bits; an error of 1e-6 flips the rounding of one in 2^16 or 2^13 sums
         assert int((ours != theirs).sum()) <= 6
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("block_n", [1, 4])
 def test_a_launch_with_the_same_arguments_draws_what_the_pointer_says(monkeypatch, block_n):
-    """As when a CUDA graph is replayed: every argument is as it was, the numbers at the pointer are new."""
+    """A replayed CUDA graph has the same arguments, and new numbers at the pointer."""
     set_tile(monkeypatch, block_n, 16)
     h, sigma, rms = randn(5, 203).bfloat16(), torch.tensor(0.3, device=DEVICE), randn(5, seed=1).abs()
     at = torch.zeros(2, dtype=torch.int64, device=DEVICE)
@@ -402,7 +402,7 @@ def _round_kernel(x_ptr, words_ptr, out_ptr, BLOCK: tl.constexpr, IS_STOCHASTIC:
 
 
 def wide_values(dtype: torch.dtype) -> Tensor:
-    """4096 float32: every magnitude that `dtype` can hold, ties, both infinities, NaN."""
+    """4096 float32 values: every magnitude that `dtype` can hold, ties, both infinities, NaN."""
     x = randn(4096) * torch.logspace(-9, 4.8, 4096, device=DEVICE)
     ties = 1 + torch.arange(64, device=DEVICE) * torch.finfo(dtype).eps / 2
     x[:64] = ties
@@ -453,7 +453,7 @@ def test_measured_noise_stays_within_the_error_budget(dtype):
         assert_within_budget(found[:, column], ordinary[:, column], exact[:, column], torch.float32)
 
 
-@pytest.mark.parametrize("block", [16, 2048])  # rows in pieces, and whole
+@pytest.mark.parametrize("block", [16, 2048])  # 16: rows in pieces; 2048: whole rows
 @pytest.mark.parametrize(("scale", "rounding_mode"), [("absolute", "nearest"), ("rms", "stochastic")])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_perturb_rms_norm_agrees_with_the_reference(monkeypatch, dtype, scale, rounding_mode, block):
@@ -531,7 +531,7 @@ def make_logits(num_rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Ten
     return x.to(dtype), targets
 
 
-@pytest.mark.parametrize("tile", [16, 1024])  # whole tiles and a last one; the last one alone
+@pytest.mark.parametrize("tile", [16, 1024])  # 16: whole tiles and a partial last one; 1024: only a partial one
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_stays_within_the_error_budget(monkeypatch, kind, dtype, tile):
@@ -553,7 +553,7 @@ def test_head_stays_within_the_error_budget(monkeypatch, kind, dtype, tile):
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 5, 4096, 4099])
 def test_odd_vocabularies_agree_with_the_reference(monkeypatch, vocabulary):
-    # 4096: whole tiles of a quarter of that, no last one; 4099: past them
+    # 4096: its quarter is whole tiles, without a partial last one; 4099: with one
     monkeypatch.setattr(head, "ROWS_A_MULTIPROCESSOR", 1)
     x, targets = make_logits(2, vocabulary, torch.float16)
     rows, ordinary = (module.head_fwd(x, targets, LogitTransform()) for module in (engine, reference))
@@ -611,7 +611,7 @@ def test_a_nan_logit_shows_in_its_row_alone():
 def test_rows_without_a_distribution_become_nan_and_no_other(monkeypatch, bad):
     monkeypatch.setattr(head, "MAX_TILE", 4)
     x, targets = make_logits(4, 50, torch.float32)
-    x[1, 30] = x[2, targets[2]] = bad  # another token's, and the target's
+    x[1, 30] = x[2, targets[2]] = bad  # the logit of another token in row 1, of the target in row 2
     if bad < 0:
         x[1:3] = bad
     for rows in (engine.head_fwd(x, targets, LogitTransform()), engine.head_exp(x, targets, LogitTransform())[0]):
@@ -619,14 +619,14 @@ def test_rows_without_a_distribution_become_nan_and_no_other(monkeypatch, bad):
 
 
 def exp_gradient(module, x, targets, part, dlogp):
-    """The rows and the gradient of x by what head_exp leaves of a copy of it."""
+    """Return the rows, and the gradient of x from what head_exp writes into a copy of x."""
     x = x.clone()
     rows, whole = module.head_exp(x, targets, part)
     return *rows, reference.exp_coefficient(dlogp, part, whole)[:, None] * x
 
 
 def two_pass_gradient(x, targets, part, dlogp):
-    """The same by the reference's head_fwd and head_bwd."""
+    """Return the same from the reference's head_fwd and head_bwd."""
     x = x.clone()
     rows = reference.head_fwd(x, targets, part)
     reference.head_bwd(x, targets, part, rows, dlogp, None)
@@ -710,7 +710,7 @@ def _dsurrogate_kernel(ell_ptr, advantage_ptr, out_ptr, clip_min, clip_max, dual
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_surrogate_derivative_is_autograds(clip_low, clip_high, dual_clip):
     objective = Objective(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    # 0: on a bound where a clip width is 0; +-20: on the clamp
+    # 0 is on a bound if a clip width is 0; +-20 is on the clamp
     points = torch.tensor(
         [0.0, 20.0, -20.0, 20.1, -20.1, 1.0, 1.5, -0.5, -1.0, 3.0, *torch.linspace(-5, 5, 22).tolist()]
     )
@@ -736,7 +736,7 @@ OBJECTIVES = {
 
 
 def token_gradient(module, x, targets, part, rows, objective):
-    """head_token_loss on a copy of x: what it returns of the rows, dsigma, and the gradient of x."""
+    """Run head_token_loss on a copy of x; return its rows, dsigma, and the gradient of x."""
     x = x.clone()
     out, dsigma, c = module.head_token_loss(x, targets, part, rows, objective)
     return out, dsigma, x if c is None else c[:, None] * x
@@ -764,7 +764,7 @@ def test_token_loss_stays_within_the_error_budget(kind):
             (reference, x.double(), double(settings), double(rows)),
         )
     )
-    for row in range(8):  # each by itself: a large row hides none
+    for row in range(8):  # each row by itself, so that a large one hides no other
         assert_within_budget(ours[row], ordinary[row], exact[row], torch.float32, f"row {row}")
     if kind == "everything":
         assert_within_budget(dsigma, ordinary_dsigma, exact_dsigma, torch.float32, "dsigma")
@@ -873,7 +873,7 @@ def test_empty_chunks_launch_nothing():
 
 @pytest.mark.parametrize("largest", [50.123, 3000.0, 30000.0])
 def test_backward_knows_a_large_log_sum_exp_to_the_last_digit(largest):
-    """Rounded to float32 it would move every probability by |lse| 2^-24: the gradients of a row's logits would not cancel."""
+    """A float32 log-sum-exp would move every probability by |lse| 2^-24, and a row's gradients would not sum to zero."""
     weight = torch.tensor([[largest], [0.0], [1.0]], device=DEVICE, requires_grad=True)
     hidden, target = torch.ones(1, 1, device=DEVICE), torch.ones(1, dtype=torch.int64, device=DEVICE)
     logp, entropy = linear_logprob(hidden, weight, target, engine="triton", temperature=0.7)

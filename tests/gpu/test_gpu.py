@@ -1,6 +1,6 @@
-"""On a GPU: real shapes against float64, bits that repeat, streams, graphs, strides, and the decoder's noise.
+"""On a GPU: real shapes against float64, repeatable bits, streams, graphs, strides, and the decoder's noise.
 
-What needs no CUDA also runs in Triton's interpreter (TRITON_INTERPRET=1), at small shapes.
+Tests that need no CUDA also run in Triton's interpreter (TRITON_INTERPRET=1), at small shapes.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ CALLS = {
     "perturb_rms_norm": noisy_and_normed,
     "token": functools.partial(policy_gradients, "token"),
     "sequence": functools.partial(policy_gradients, "sequence"),
-    # chunks of a fifth of the rows: sums over chunks, and a sequence that is passed twice
+    # chunks of a fifth of the rows: sums over chunks, and a sequence with logits computed twice
     "token, chunks": functools.partial(policy_gradients, "token", chunk_bytes=N * V * 2 // 5),
     "sequence, chunks": functools.partial(policy_gradients, "sequence", chunk_bytes=N * V * 2 // 5),
 }
@@ -123,7 +123,7 @@ CALLS = {
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_a_second_run_repeats_every_bit(call, dtype):
     first = CALLS[call](dtype)
-    elsewhere = torch.full((3 * N, D), torch.nan, device=DEVICE)  # other addresses, and what was freed is no zero
+    elsewhere = torch.full((3 * N, D), torch.nan, device=DEVICE)  # other addresses, and freed memory that is not zero
     second = CALLS[call](dtype)
     del elsewhere
     for one, two in zip(first, second, strict=True):
@@ -134,13 +134,13 @@ def test_a_second_run_repeats_every_bit(call, dtype):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_chunks_change_results_by_rounding_alone(dtype, level):
-    """On CUDA the sum over chunks is a product of 16-bit tensors into a float32 one."""
+    """On CUDA, 16-bit chunks are multiplied and added into a float32 sum."""
     whole = policy_gradients(level, dtype)
     parts = policy_gradients(level, dtype, chunk_bytes=N * V * dtype.itemsize // 7)
     rounding = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     for one, two in zip(whole, parts, strict=True):
         error = float((one.double() - two.double()).norm() / one.double().norm())
-        assert error < rounding * (1 if one.dim() else 10)  # sums over the batch cancel
+        assert error < rounding * (1 if one.dim() else 10)  # scalars are sums over the batch, whose terms cancel
 
 
 # ------------------------------------------------------------------ strides
@@ -186,7 +186,7 @@ def test_kernels_run_on_the_current_stream(call):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        torch.cuda._sleep(100_000_000)  # what was drawn after it is not there yet on any other stream
+        torch.cuda._sleep(100_000_000)  # noise drawn after it is not there yet for any other stream
         found = CALLS[call](torch.bfloat16)
     side.synchronize()
     for one, two in zip(found, expected, strict=True):
@@ -200,7 +200,7 @@ def test_perturb_is_captured_in_a_graph_and_replayed(scale):
 
     stream, sigma = Stream(**HERE), torch.tensor(0.3, device=DEVICE)
     h = draw(N, D, dtype=torch.bfloat16)
-    engine.perturb_fwd(h, sigma, stream, scale, "nearest")  # compiled before the capture
+    engine.perturb_fwd(h, sigma, stream, scale, "nearest")  # compiles before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""Tensors of more than 2^31 elements: rows past that are computed from the right places.   Needs a GPU with room."""
+"""Tensors of more than 2^31 elements: rows past that have the right addresses. Needs a GPU with enough memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _room(request: pytest.FixtureRequest):
-    """Skips a test whose `gib` parameter is more than the device has free."""
+    """Skip a test whose `gib` parameter exceeds the device's free memory."""
     torch.cuda.empty_cache()
     needed, free = request.getfixturevalue("gib"), torch.cuda.mem_get_info(DEVICE)[0] / 2**30
     if free < needed:
@@ -39,13 +39,13 @@ def _room(request: pytest.FixtureRequest):
 
 
 def filled(num_rows: int, num_columns: int) -> Tensor:
-    """Normal bfloat16, another row everywhere."""
+    """Return normal bfloat16 numbers; all rows differ."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     return torch.empty(num_rows, num_columns, dtype=BF16, device=DEVICE).normal_(generator=generator)
 
 
 def samples(num_rows: int, num_columns: int) -> list[slice]:
-    """First rows, those about element 2^31 (where an int32 turns negative), last rows."""
+    """Return the first rows, the rows around element 2^31 (where an int32 turns negative), and the last rows."""
     edge = EDGE // num_columns
     return [slice(0, 3), slice(edge - 2, edge + 3), slice(num_rows - 3, num_rows)]
 
@@ -90,7 +90,7 @@ def test_perturb_rms_norm_reaches_rows_past_two_to_the_31_elements(gib):
             h[part], sigma, at(part), "absolute", "nearest", norm
         )
         torch.testing.assert_close(u[part], theirs, rtol=2 * torch.finfo(BF16).eps, atol=NORMAL_BOUND)
-        torch.testing.assert_close(rstd[part], rstd_theirs, rtol=1e-4, atol=0)  # a tie of u may round the other way
+        torch.testing.assert_close(rstd[part], rstd_theirs, rtol=1e-4, atol=0)  # a tie in u may round either way
         torch.testing.assert_close(y[part], y_theirs, rtol=4 * torch.finfo(BF16).eps, atol=1e-4)
     del y, h
     du = torch.zeros_like(u)

@@ -1,4 +1,4 @@
-"""scripts/gpu.py without a GPU: its table tells met from missed from not measured, and it ends when it must."""
+"""scripts/gpu.py without a GPU: its table separates met, missed and not measured, and it ends in time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALONE = """
 torch functorch torchgen triton numpy pytest _pytest py pluggy iniconfig packaging pygments setuptools pkg_resources
 _distutils_hack typing_extensions sympy isympy mpmath networkx jinja2 markupsafe filelock fsspec alp_kernels alp
 """
-"""PyTorch, Triton, NumPy, which alp_kernels needs, pytest, and what these need themselves."""
+"""The packages that alp_kernels needs (PyTorch, Triton, NumPy), pytest, and their dependencies."""
 BLOCKER = f"""
 import sys
 from importlib.metadata import packages_distributions
@@ -64,7 +64,7 @@ def count(what, value, **details):
 
 
 def verdicts(records):
-    """What each target's line says, by what it is about."""
+    """Return the verdict of each target's line, by the target's name."""
     lines = gpu_table.targets(records)
     return {line[32:].strip(): line[:12].strip() for line in lines}
 
@@ -129,7 +129,7 @@ def test_times_of_a_cpu_and_wrong_results_meet_no_target():
 
 
 def test_targets_name_ops_and_variants_that_the_benchmarks_have(monkeypatch):
-    """A renamed variant would otherwise turn up as one that was not measured, on a GPU, when it is too late."""
+    """Otherwise a renamed variant would show up as not measured, and only on a GPU."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     pytest.importorskip("pytest_benchmark")
@@ -143,7 +143,7 @@ def test_targets_name_ops_and_variants_that_the_benchmarks_have(monkeypatch):
     records += [count(what, 0) for what, _ in counts.calls(counts.make_sample(torch.device("cpu"), True))]
     found = verdicts(records)
     assert {what for what, verdict in found.items() if verdict == "not measured"} == {
-        "update: kernels a layer launches for its noise",  # counted where it is named, below
+        "update: kernels a layer launches for its noise",  # bench/counts.py counts these two, see below
         "update: syncs of its noise",
     }
     text = (ROOT / "bench" / "counts.py").read_text()
@@ -152,7 +152,7 @@ def test_targets_name_ops_and_variants_that_the_benchmarks_have(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name, step in gpu.STEPS.items() if isinstance(step, gpu.Bench)])
 def test_a_step_of_the_benchmarks_selects_cases_and_variants_of_a_gpu(name):
-    """Without a GPU the cases are others: a word that no case has would leave a step with nothing to time."""
+    """Without a GPU the cases differ. A word that no GPU case has would leave a step with nothing to time."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     pytest.importorskip("pytest_benchmark")
@@ -225,7 +225,7 @@ perturb: launched
 
 
 def test_the_profilers_table_is_read_between_its_messages():
-    """The numbers are invented, the layout is ncu's: names, units, and a row for each launch."""
+    """The numbers are made up, but the layout is ncu's: names, units, and a row for each launch."""
     first, second = gpu_profile.read(NCU)
     line = (
         "_a_kernel: 1.0 us, 2.0 MB read, 3.5 MB written, issue active 0.50, 40 registers; stalls: long scoreboard 2.5"
@@ -363,7 +363,7 @@ def test_a_full_table_stays_short(session):
 
 @pytest.mark.slow
 def test_both_runs_pass_in_the_interpreter(tmp_path):
-    """Every step of both, but for those that run again, without a GPU, what another has run; counts runs the update."""
+    """Every step of both runs, except those that would repeat another step if there is no GPU. `counts` runs the update."""
     pytest.importorskip("triton")
     pytest.importorskip("transformers")
     pytest.importorskip("pytest_benchmark")

@@ -1,4 +1,4 @@
-"""QLoRA proper: a base of four or eight bits by bitsandbytes, adapters and sigma on top; needs bitsandbytes, which few have."""
+"""QLoRA: adapters and sigma train on a base that bitsandbytes holds in four or eight bits. Needs bitsandbytes."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from tests.support.decoders import ids, make_model  # noqa: E402
 
 
 def quantised(bits, names):
-    """The linear layers with these endings replaced, as transformers does on loading."""
-    model = make_model(hidden_size=64, intermediate_size=128)  # blocks of 64
+    """A model with the linear layers of these name endings replaced, as transformers does on loading."""
+    model = make_model(hidden_size=64, intermediate_size=128)  # bitsandbytes quantises in blocks of 64
     for path, module in list(model.named_modules()):
         if path.endswith(tuple(names)):
             parent, _, name = path.rpartition(".")

@@ -1,6 +1,6 @@
-"""OpenRLHF 0.11.2: its real PolicyLoss, aggregation and ActorPPOTrainer.training_step beside ours.
+"""OpenRLHF 0.11.2: its real PolicyLoss, aggregation and ActorPPOTrainer.training_step, compared with ours.
 
-What OpenRLHF imports and does not use here (DeepSpeed, flash-attn, vLLM's server) is stood in for while it is imported.
+Stand-ins replace what OpenRLHF imports but does not use here (DeepSpeed, flash-attn, vLLM's server) during its import.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STANDINS = ("aiohttp", "deepspeed", "fastapi", "flash_attn", "pylatexenc", "torc
 
 
 class _Standins(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """The last finder asked, so what is installed wins."""
+    """Import finder for stand-ins. It is asked last, so installed packages win."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in STANDINS:
@@ -139,7 +139,7 @@ class Actor(nn.Module):
 
 
 class Strategy:
-    """Accumulates two micro-batches, as DeepSpeed would, and keeps the log-probabilities each backward came from."""
+    """Accumulates the gradients of two micro-batches for each optimizer step, as DeepSpeed would."""
 
     ring_attn_group = None
 
@@ -185,7 +185,7 @@ class Strategy:
 
 def test_training_steps_alone_are_perturbed_and_sigma_steps_with_deepspeed(monkeypatch):
     monkeypatch.setattr(ppo_actor, "torch_dist_barrier_and_cuda_sync", lambda: None)
-    monkeypatch.setattr(ppo_actor, "NaiveReplayBuffer", MagicMock())  # asks for a CUDA device
+    monkeypatch.setattr(ppo_actor, "NaiveReplayBuffer", MagicMock())  # it would need a CUDA device
     monkeypatch.setattr(ppo_actor, "PolicyLoss", ppo_actor.PolicyLoss)
     monkeypatch.setattr(ppo_actor, "ActorPPOTrainer", ppo_actor.ActorPPOTrainer)
     ours.install("alp-sequence", sigma=0.1, sigma_lr=0.05)

@@ -1,4 +1,4 @@
-"""NeMo-RL, prime-rl, slime and miles: their calling conventions, written down from their sources; none is installed here."""
+"""NeMo-RL, prime-rl, slime and miles: the calling conventions in their sources. None of them is installed here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alp_kernels import Objective, attach, policy_loss
 
 @pytest.fixture
 def module(monkeypatch):
-    """Puts a stand-in for a trainer's module, with its parents, where an import finds it."""
+    """Make a stand-in for a trainer's module, and its parents, importable."""
 
     def put(name: str, **contents) -> None:
         parts = name.split(".")
@@ -51,7 +51,7 @@ def noise():
 
 
 def samples(lengths=(5, 3, 4), seed=0):
-    """A list of samples: logp (differentiable), rollout logp, advantages, mask; the second row of the first is a tool's."""
+    """A list of samples: logp (differentiable), rollout logp, advantages, mask. Each second token is a tool's."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for n in lengths:
@@ -114,7 +114,7 @@ def test_prime_rl_sums_samples_and_divides(module, noise, preset):
     from alp_kernels.integrations.prime_rl import single_ratio_loss
 
     batch = samples()
-    scale = sum(int(s[3].sum()) for s in batch)  # prime-rl: the batch's tokens
+    scale = sum(int(s[3].sum()) for s in batch)  # prime-rl divides by the batch's number of tokens
     outputs = [single_ratio_loss(LossInputs(p, q, None, a, m), preset=preset) for p, q, a, m in batch]
     assert_same_loss(sum(o.loss for o in outputs) / scale, expected(batch, preset), batch)
     assert len(torch.cat([o.metrics["alp_token_ratio"] for o in outputs])) == scale
@@ -152,7 +152,7 @@ def nemo(module):
 
 
 def nemo_batch(batch, S=8):
-    """next_token_logprobs (B, S - 1) and the data of NeMo-RL, whose columns are (B, S) with the prompt's first token."""
+    """NeMo-RL's next_token_logprobs (B, S - 1) and its data, which are (B, S) and include the prompt's first token."""
 
     def pad(values):
         return torch.stack([torch.cat([v.new_zeros(1), v, v.new_zeros(S - 1 - len(v))]) for v in values])

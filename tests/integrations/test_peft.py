@@ -1,4 +1,4 @@
-"""Adapters of PEFT: what head the fused loss is given, sigma trained beside them, and an export without a trace of it."""
+"""Adapters of PEFT: the head that the fused loss gets, sigma trained with the adapters, and an export without sigma."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ KINDS = [("Qwen2", False), ("Qwen2", True), ("Gemma2", True), ("Cohere", False),
 
 
 def adapted(kind="Qwen2", tied=False, **changes):
-    """A model with random adapters: PEFT's own begin as no change at all."""
+    """Return a model with random adapters: PEFT initialises them so that they change nothing."""
     model = make_model(kind, tie_word_embeddings=tied)
     torch.manual_seed(1)
     settings = {"r": 4, "task_type": "CAUSAL_LM", "init_lora_weights": False} | changes
@@ -37,7 +37,7 @@ def adapted(kind="Qwen2", tied=False, **changes):
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
 @pytest.mark.parametrize("head", HEADS)
 def test_loss_and_gradients_are_those_of_the_models_own_logits(head, kind, tied):
-    model = adapted(kind, tied, **HEADS[head]).eval().double()  # where another order of a sum is far from any fault
+    model = adapted(kind, tied, **HEADS[head]).eval().double()  # faults far exceed float64's rounding
     targets, *rest = (value.double() if value.is_floating_point() else value for value in batch())
     objective = Objective.preset("alp-token")
     logp = model(ids()).logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
@@ -77,7 +77,7 @@ def test_dropout_of_an_adapter_on_the_head_falls_on_its_input_alone():
 
 
 def test_a_small_adapter_is_not_rounded_away_in_bfloat16():
-    """s B A added to a weight of 8 bits would vanish; beside it, it moves the logits by what it is."""
+    """Added to a weight with 8 bits, s B A would vanish; kept beside it, it changes the logits in full."""
     model = adapted(target_modules=["lm_head"])
     layer = model.base_model.model.lm_head
     layer.base_layer.bfloat16()
@@ -138,7 +138,7 @@ def test_a_head_that_does_more_is_found_by_the_check():
 
 
 class Largest(TorchDispatchMode):
-    """The most bytes that any tensor made inside takes."""
+    """Records the size in bytes of the largest tensor created inside."""
 
     size = 0
 
@@ -267,7 +267,7 @@ def needs_adapters_on_torchao():
 
 
 def quantised(bits, *, names):
-    """A model whose linear layers with these endings hold weights of so many bits, by torchao."""
+    """Return a model whose linear layers with these name endings hold `bits`-bit weights, by torchao."""
     quantization = pytest.importorskip("torchao.quantization")
     model = make_model()
     if bits == 8:

@@ -1,4 +1,4 @@
-"""ALPGRPOTrainer in the real TRL: what it adds to GRPOTrainer, and that it changes nothing else."""
+"""ALPGRPOTrainer with the real TRL: what it adds to GRPOTrainer, and that it changes nothing else."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from tests.support.trl_cases import (
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collection() -> Iterator[None]:
-    """Trainer.train collects garbage, half a second each time with all that a test session has imported."""
+    """Freeze what the tests have imported: Trainer.train's garbage collection would take half a second each time."""
     gc.collect()
     gc.freeze()
     yield
@@ -57,7 +57,7 @@ def _quick_collection() -> Iterator[None]:
 
 
 def assert_same_training(actual: GRPOTrainer, expected: GRPOTrainer) -> None:
-    """Of trainers with SGD."""
+    """Assert that two trainers with SGD made the same steps."""
     a, b = weights(actual), weights(expected)
     assert a.keys() - {"log_sigma"} == b.keys() - {"log_sigma"}
     assert_same_weights(a, expected)
@@ -69,7 +69,7 @@ def assert_same_training(actual: GRPOTrainer, expected: GRPOTrainer) -> None:
 
 
 class RolloutRatio(GRPOTrainer):
-    """TRL's loss over the rollout's log-probabilities: what ALP is without noise."""
+    """TRL's loss with the rollout's log-probabilities as denominator: ALP without noise."""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         return super()._compute_loss(model, {**inputs, "old_per_token_logps": inputs["sampling_per_token_logps"]})
@@ -98,7 +98,7 @@ def test_without_noise_ten_steps_are_those_of_a_plain_trainer(loss_type: str, fu
 
 def test_kl_to_the_reference_and_entropy_are_those_of_a_plain_trainer(tmp_path: Path) -> None:
     path = str(write_llama(tmp_path / "llama", initializer_range=0.1))
-    # TRL averages entropy over a micro-batch whatever the loss_type; bnpo averages the loss so, too
+    # TRL averages entropy over a micro-batch for every loss_type; bnpo averages the loss the same way
     shared: dict[str, Any] = {
         "beta": 0.2,
         "entropy_coef": 0.05,
@@ -120,7 +120,7 @@ def test_kl_to_the_reference_and_entropy_are_those_of_a_plain_trainer(tmp_path: 
 def test_presets_over_the_old_policy_are_those_of_a_plain_trainer(objective: str, tmp_path: Path) -> None:
     preset = Objective.preset(objective)
     level = {"importance_sampling_level": "sequence"} if objective == "gspo" else {"delta": preset.dual_clip}
-    # generation is out of step with the updates, so TRL scores the samples itself
+    # generation and updates do not coincide, so TRL computes old log-probabilities itself
     shared: dict[str, Any] = {"steps_per_generation": 2, "max_steps": 6, "loss_type": "grpo", **SGD}
     ours = rolled(tmp_path, alp_objective=objective, **shared)
     clips = {"epsilon": preset.clip_low, "epsilon_high": preset.clip_high}
@@ -171,7 +171,7 @@ def test_every_update_forward_is_perturbed_and_no_other(tmp_path: Path, monkeypa
     assert calls["perturbed"] == updates
     assert calls["in_training_mode"] > updates and calls["forwards"] > calls["in_training_mode"]
     assert len(logged(trainer, "eval_alp/token_ratio/mean")) == 2
-    assert logged(trainer, "eval_alp/token_ratio/std") == pytest.approx([0.0, 0.0], abs=1e-5)  # clean over clean
+    assert logged(trainer, "eval_alp/token_ratio/std") == pytest.approx([0.0, 0.0], abs=1e-5)  # evaluation is clean
     assert min(logged(trainer, "alp/token_ratio/std")) > 1e-3
 
 
@@ -181,7 +181,7 @@ def test_statistics_of_a_step_are_those_of_its_whole_batch(tmp_path: Path) -> No
     names = [name for name in whole.state.log_history[0] if name.startswith("alp/")]
     assert len(names) > 30 and "alp/token_ratio/q99.9" in names and "alp/sigma/layer_1" in names
     for name in names:
-        if "realised" not in name:  # of the step's first forward
+        if "realised" not in name:  # it is measured in the step's first forward only
             assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-4, abs=1e-5), name
     assert logged(whole, "alp/num_sequences") == [8.0]
     assert 0.9 < logged(whole, "alp/realised_noise/min")[0] <= logged(whole, "alp/realised_noise/max")[0] < 1.1
@@ -218,7 +218,7 @@ def test_several_generations_in_one_step_never_share_noise(tmp_path: Path) -> No
 
 
 class Noted(ALPGRPOTrainer):
-    """Notes the weights that sampled, and each micro-batch's inputs with the weights at that moment."""
+    """Records a copy of the model at each generation, and each micro-batch's inputs with the latest copy."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -248,7 +248,7 @@ def logp_under(model: PreTrainedModel, batch: dict[str, Any], temperature: float
 
 
 def qwen2_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    out: Tensor = type(model).forward(model, input_ids=ids, attention_mask=mask).logits  # past every patched forward
+    out: Tensor = type(model).forward(model, input_ids=ids, attention_mask=mask).logits  # bypasses patched forwards
     return out
 
 
@@ -264,7 +264,7 @@ def test_the_denominator_is_the_policy_that_sampled(timing: dict[str, int], tmp_
         q = batch["sampling_per_token_logps"][mask]
         torch.testing.assert_close(q, logp_under(sampler, batch, 0.7)[mask], rtol=0, atol=1e-5)
         later = max(later, float((q - logp_under(trainer.model, batch, 0.7)[mask]).abs().max()))
-    assert later > 0.01  # and not that of the weights that are trained
+    assert later > 0.01  # the trained weights give other log-probabilities
 
 
 def test_the_ratio_without_noise_is_one_only_where_the_weights_sampled(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_rollouts_with_log_probabilities_cost_no_clean_forward(tmp_path: Path) -
                 forwards += 1
             return super()._get_per_token_logps_and_entropies(model, *args, **named)
 
-    trainer = rolled(tmp_path, Counted, steps_per_generation=2, max_steps=4)  # where plain TRL scores every generation
+    trainer = rolled(tmp_path, Counted, steps_per_generation=2, max_steps=4)  # plain TRL scores every generation here
     assert forwards == 4 and trainer.scored == 0
     for batch, _ in trainer.batches:
         assert (batch["sampling_per_token_logps"][batch["completion_mask"].bool()] + 4.6).abs().mean() > 0.1
@@ -327,7 +327,7 @@ def test_nan_log_probabilities_are_an_error_where_asked_for_or_where_all_are(tmp
 
 
 class VLLM:
-    """In VLLMGeneration's place: what the trainer calls of it."""
+    """Stands in for VLLMGeneration: has what the trainer calls."""
 
     pushed: list[str]
 
@@ -335,7 +335,7 @@ class VLLM:
         self.model = model
 
     def sync_weights(self) -> None:
-        self.pushed = [name for name, _ in self.model.named_parameters()]  # as VLLMGeneration walks them
+        self.pushed = [name for name, _ in self.model.named_parameters()]  # VLLMGeneration iterates over these
 
     def generate(self, prompts: list[list[int]], num_generations: int, **_: Any) -> Any:
         completions = [[5 + (sum(ids) + i + t) % 60 for t in range(4)] for i, ids in enumerate(prompts)]
@@ -371,7 +371,7 @@ def test_fused_head_and_log_probabilities_give_one_loss(objective: str, tmp_path
 
 
 def other_model(name: str) -> PreTrainedModel:
-    """Models whose logits are not just the head's product."""
+    """A model that scales, caps or biases the head's product to get its logits."""
     tokenizer = character_tokenizer()
     options: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -389,7 +389,7 @@ def other_model(name: str) -> PreTrainedModel:
         "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8},
         "Granite": {"logits_scaling": 0.3},
         "Cohere": {"logit_scale": 0.3},
-        "Phi": {},  # a bias
+        "Phi": {},  # its head has a bias
     }
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**options | special[name])
@@ -563,7 +563,7 @@ def test_a_checkpoint_of_another_perturbation_is_refused(changes: dict[str, Any]
 def test_a_sigma_that_no_optimizer_holds_is_an_error(tmp_path: Path) -> None:
     trainer = make(tmp_path, max_steps=2)
     trainer.create_optimizer_and_scheduler(2)
-    trainer.create_scheduler = lambda *_, **__: None  # a subclass that builds its own, without sigma
+    trainer.create_scheduler = lambda *_, **__: None  # as in a subclass that builds its own optimizer without sigma
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-3)
     trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
     with pytest.raises(RuntimeError, match="sigma is in none of the optimizer's groups"):

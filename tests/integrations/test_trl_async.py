@@ -1,5 +1,5 @@
-"""ALPAsyncGRPOTrainer with TRL's own packer, a worker that made its samples beforehand, and attention in plain PyTorch in
-place of the FlashAttention kernel that TRL would download. No vLLM runs here."""
+"""ALPAsyncGRPOTrainer with TRL's own packer, a worker with prepared samples, and attention in plain PyTorch instead of
+the FlashAttention kernel that TRL would download. No vLLM runs here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MASK = [0, 0, 0, 1, 1, 0, 0, 1, 1, 1]  # prompt, turn, tool, turn
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *_: Any, softmax_scale: float, **__: Any
 ) -> Tensor:
-    """What flash_attn_varlen_func computes: each segment's queries see the keys up to themselves."""
+    """Compute what flash_attn_varlen_func does: causal attention in each segment; queries are its last positions."""
     out = torch.empty_like(query)
     repeats = query.shape[1] // key.shape[1]
     for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
@@ -46,7 +46,7 @@ def varlen_attention(
 
 
 class Worker:
-    """Holds its samples before the training begins; one group of two samples that share their prompt for each pair."""
+    """Holds all samples before training begins, in groups of two that share a prompt."""
 
     def __init__(self, count: int, nan: bool = False) -> None:
         self.rollout_buffer: queue.Queue[RolloutSample] = queue.Queue()
@@ -69,7 +69,7 @@ class Worker:
 
 
 class Transfer:
-    """Notes what would be pushed to vLLM."""
+    """Records the names of the weights that would be sent to vLLM."""
 
     def __init__(self) -> None:
         self.pushed: list[str] = []
@@ -87,7 +87,7 @@ def trained(
 ) -> Any:
     kernel = SimpleNamespace(flash_attn_varlen_func=varlen_attention)
     monkeypatch.setattr("trl.experimental.async_grpo.packing._flash_attn", lambda: kernel)
-    monkeypatch.setattr(f"{AsyncGRPOTrainer.__module__}.get_peak_flops_per_device", lambda *_: None)  # asks CUDA
+    monkeypatch.setattr(f"{AsyncGRPOTrainer.__module__}.get_peak_flops_per_device", lambda *_: None)  # it needs CUDA
     monkeypatch.setattr(f"{AsyncGRPOTrainer.__module__}.VLLMClient", lambda *_: None)
     options: dict[str, Any] = {
         "use_cpu": True,
@@ -119,7 +119,7 @@ def trained(
 
 
 def test_without_noise_the_steps_are_those_of_trls_own_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # clips that TRL's loss has, too; it has no dual clip, and none of these ratios reaches 10
+    # TRL's loss has these clips but no dual clip; no ratio here reaches the dual clip of 10
     clips = {"epsilon": 0.2, "epsilon_high": 0.3}
     ours = trained(tmp_path, monkeypatch, alp_objective="bypass-token", **clips)
     plain = trained(tmp_path, monkeypatch, AsyncGRPOTrainer, **clips)

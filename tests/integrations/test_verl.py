@@ -1,4 +1,4 @@
-"""verl 0.9.1, the real package: the losses under its own configs and aggregation, and its own FSDP engine, on the CPU."""
+"""The real verl 0.9.1: the losses with its own configs and aggregation, and its own FSDP engine on the CPU."""
 # ruff: noqa: E402 (verl may be missing, and asks for the platform when its engines are imported)
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def call(loss_mode, batch, config, loss_agg_mode="token-mean", **more):
 
 
 def reference(loss_mode, batch, config, loss_agg_mode):
-    """policy_loss with its own aggregation, and verl's counts where it has them."""
+    """Return policy_loss with its own aggregation, and with verl's counts if there are any."""
     old, log_prob, advantages, mask = batch
     info = config.global_batch_info
     norm = info.get("loss_scale_factor") or mask.shape[1]
@@ -103,7 +103,7 @@ def gradient(loss, log_prob):
 
 @pytest.fixture
 def noise():
-    """Some perturbed model whose scope is open, as the engine's is while verl computes its loss."""
+    """Open the scope of some perturbed model, as the engine does while verl computes its loss."""
     config = Qwen2Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     config.num_key_value_heads = 1
     model = Qwen2ForCausalLM(config)
@@ -151,7 +151,7 @@ def test_splitting_into_micro_batches_and_ranks_changes_nothing(noise, loss_mode
     counts = {"batch_num_tokens": int(mask.sum()), "global_batch_size": len(mask), "loss_scale_factor": 7}
     loss, _ = call(loss_mode, whole, actor_config(global_batch_info={"dp_size": 1, **counts}), loss_agg_mode)
     split = actor_config(global_batch_info={"dp_size": 2, **counts})
-    rows = [[0, 1], [2], [3], [4]]  # two ranks of two micro-batches; the last one is padding alone
+    rows = [[0, 1], [2], [3], [4]]  # two ranks of two micro-batches; the last is only padding
     parts = [call(loss_mode, tuple(tensor[i] for tensor in whole), split, loss_agg_mode)[0] for i in rows]
     averaged = sum(parts) / 2  # as FSDP averages gradients over ranks
     torch.testing.assert_close(averaged, loss, rtol=2e-6, atol=1e-6)
@@ -268,7 +268,7 @@ def model_path(tmp_path_factory):
 
 
 def full(engine):
-    """The engine's weights by name, as it gives them to a rollout."""
+    """The engine's weights by name, as it sends them to a rollout."""
     return {name: value.detach().clone() for name, value in engine.get_per_tensor_param()[0]}
 
 
@@ -299,7 +299,7 @@ def test_an_update_is_the_one_made_by_hand(one_rank, model_path):
     assert metrics["alp/noise/rms_over_nominal"].aggregate() == pytest.approx(1, abs=0.1)
     assert metrics["alp/sigma/max"].aggregate() == pytest.approx(engine.alp.sigma.max().item())
     assert metrics["alp/token_ratio/max"].aggregate() > 1 > metrics["alp/token_ratio/min"].aggregate()
-    assert len(metrics["actor/pg_clipfrac"].values) == 2  # micro-batches
+    assert len(metrics["actor/pg_clipfrac"].values) == 2  # one for each micro-batch
 
 
 def test_every_forward_but_the_updates_is_that_of_verls_engine(one_rank, model_path):

@@ -1,4 +1,4 @@
-"""attach on tiny random models of the decoder architectures of transformers; examine.py does the work, once a model."""
+"""attach on tiny random models of transformers' decoder architectures; examine.py examines each model once."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_with_the_noise_off_logits_are_bit_equal_to_the_untouched_models(name, f
 
 @each
 def test_the_gradient_of_log_sigma_is_the_central_difference_in_float64(name, found):
-    """Experts are chosen alike on both sides: the step moves a layer's input by 1e-5 of its size."""
+    """The step changes a layer's input by 1e-5 of its size, so both sides choose the same experts."""
     for layer, (gradient, difference) in enumerate(zip(found.gradient, found.differences, strict=True)):
         assert gradient == pytest.approx(difference, rel=1e-4)
         assert (gradient == 0.0) == (layer in ARCHITECTURES[name].idle)

@@ -1,4 +1,4 @@
-"""attach: noise where and when it was asked for, and nothing left behind."""
+"""attach adds noise only where and when asked, and detach leaves nothing behind."""
 
 import copy
 import gc
@@ -43,7 +43,7 @@ def test_layer_input_is_h_plus_sigma_eps():
     model, x = make_model(), ids()
     seen = {}
     handle = attach(model, sigma=[0.1, 0.2, 0.3], seed=77, layers=[0, 1, -1])
-    for i, layer in enumerate(model.model.layers):  # registered after attach, so it sees what the layer reads
+    for i, layer in enumerate(model.model.layers):  # registered after attach, so it sees the layer's noisy input
         layer.register_forward_pre_hook(lambda m, a, k, i=i: seen.__setitem__(i, a[0]), with_kwargs=True)
     with handle.perturbed(step=4), torch.no_grad():
         model(x)
@@ -82,7 +82,7 @@ def test_subset_final_and_logits_add_noise_there_alone():
 def test_layers_that_stay_without_noise_are_named_once(caplog):
     model, x = make_model("Llama"), ids()
     handle = attach(model, sigma=0.05)
-    model.model.layers[1] = copy.deepcopy(model.model.layers[1])  # surgery after attach
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])  # a layer replaced after attach
     with caplog.at_level(logging.WARNING, logger="alp_kernels"):
         for step in range(2):
             with handle.perturbed(step=step):
@@ -102,7 +102,7 @@ def test_a_scope_without_a_perturbed_layer_is_an_error():
     handle = attach(model)
     with pytest.raises(RuntimeError, match=r"no layer of .* was perturbed inside the scope"), handle.perturbed(step=0):
         copy.deepcopy(model)(x)
-    with pytest.raises(KeyError), handle.perturbed(step=0):  # an error inside is not hidden by ours
+    with pytest.raises(KeyError), handle.perturbed(step=0):  # our error does not hide one raised inside
         raise KeyError
     handle.detach()
     with pytest.raises(RuntimeError, match="was detached"), handle.perturbed(step=0):
@@ -159,7 +159,7 @@ SPLIT, WHOLE = [slice(0, 1), slice(1, 4)], [slice(0, 4)]
 
 
 def test_row_ids_make_noise_independent_of_the_micro_batch_split():
-    """Where the stream is zero, a layer reads the noise itself: no product of another shape comes before it."""
+    """With zero hidden states a layer reads only the noise, which no matrix product of another shape has touched."""
     model, x = make_model(), ids(4, 6)
     handle, seen = attach(model, sigma=[0.1, 0.2, 0.3], seed=3), []
     model.model.embed_tokens.weight.data.zero_()
@@ -220,7 +220,7 @@ def test_state_continues_the_stream():
 
 
 def steps_of(toy, handle, row_ids=None):
-    """Two steps of two forwards before one backward, and the state between them."""
+    """Run two steps of two forwards and one backward; return each step's loss, next row and gradients."""
     found = []
     for step in (3, 4):
         toy.zero_grad(), handle.zero_grad()
@@ -263,7 +263,7 @@ def test_a_scope_of_replays_alone_asks_the_device_whether_there_were_any():
     with pytest.raises(RuntimeError, match="no layer of"), handle.perturbed(step=0):
         pass
     with handle.perturbed(step=1):
-        handle._rows.position[2] += 1  # as a graph does that was captured here
+        handle._rows.position[2] += 1  # as a graph captured here does
     with pytest.raises(RuntimeError, match="no layer of"), handle.perturbed(step=1):
         pass
 
@@ -434,7 +434,7 @@ def test_logit_noise_takes_the_scopes_row_ids():
 
 
 def test_ranks_are_asked_for_when_noise_is_drawn(tmp_path):
-    """attach may come before torch.distributed starts; sigma's gradient is summed over ranks on request."""
+    """attach may run before torch.distributed starts; sigma's gradient is summed over ranks on request."""
     toy = Toy()
     handle = attach(toy, sigma=0.3)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -491,7 +491,7 @@ def test_a_layer_that_runs_twice_in_a_forward_is_an_error():
     handle = attach(model)
     with handle.perturbed(step=0), pytest.raises(RuntimeError, match="layer 0 ran twice in one forward of its decoder"):
         model(ids())
-    model(ids())  # a clean forward may
+    model(ids())  # allowed in a clean forward
     model.rounds = 1
     with handle.perturbed(step=0):
         assert not torch.equal(model(ids()), model(ids())), "two forwards have noise of their own"

@@ -1,4 +1,4 @@
-"""torch.compile: the operators are what their fakes say, and a compiled model is perturbed as the eager one, call after call."""
+"""torch.compile: operators match their fakes, and a compiled model is perturbed like the eager one at every call."""
 
 import copy
 import functools
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class Decoder(Toy):
-    """A Toy whose layers Dynamo does not skip, as it skips nn.Sequential."""
+    """A Toy whose layers Dynamo traces; it skips those of nn.Sequential."""
 
     def __init__(self, reentrant=None):
         super().__init__(reentrant)
@@ -112,7 +112,7 @@ def test_fake_and_meta_tensors_have_the_shape_dtype_and_strides_of_real_ones():
 
 
 def test_a_compiled_function_draws_the_noise_of_its_arguments_and_compiles_once():
-    """The step and the first row come as tensors, so that no number of theirs is part of a graph."""
+    """The step and the first row are tensors, so their values are not part of a graph."""
 
     def loss(hidden, log_sigma, step, row_start):
         u = perturb(hidden * 2, log_sigma, seed=2**64 - 3, step=step, layer=5, row_start=row_start)
@@ -129,7 +129,7 @@ def test_a_compiled_function_draws_the_noise_of_its_arguments_and_compiles_once(
             results.append((u.detach(), hidden.grad, log_sigma.grad))
         for a, e in zip(*results, strict=True):
             assert torch.equal(a, e)
-    assert num_graphs() == 2  # one size, then any
+    assert num_graphs() == 2  # one size, then any size
 
 
 def test_exported_programs_hold_the_operator():
@@ -173,7 +173,7 @@ def test_inductor_makes_the_same_noise():
 
 
 def head(seed=0, time=5, dtype=torch.float32, vocab=19):
-    """Leaves (hidden, weight, bias, log_sigma), targets, and what a policy loss takes."""
+    """Leaves (hidden, weight, bias, log_sigma), targets, and the other inputs of a policy loss."""
     g = torch.Generator().manual_seed(seed)
     hidden, weight, bias = (torch.randn(*size, generator=g).to(dtype) for size in ((3, time, 8), (vocab, 8), (vocab,)))
     real = torch.float64 if dtype == torch.float64 else torch.float32
@@ -192,7 +192,7 @@ OBJECTIVE = Objective("sequence", kl="k3", kl_coef=0.1, entropy_coef=0.05)
 
 
 def flat(*inputs):
-    """As an operator takes them."""
+    """Return the inputs in the operator's order."""
     values = (value for part in inputs for value in part)
     return tuple(value.spec if isinstance(value, Objective) else value for value in values)
 
@@ -248,7 +248,7 @@ def losses(kind, leaves, targets, batch, step, objective):
 @pytest.mark.parametrize("kind", ["fused_alp_loss", "linear_logprob"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_compiled_training_step_has_the_eager_ones_loss_gradients_and_statistics(kind, dtype):
-    """One graph whatever the mask, the counts, the step; a new objective is another graph."""
+    """Mask, counts and step do not change the graph; a new objective makes another."""
     compiled = torch.compile(losses, **EAGER)
     for step, time, objective in ((0, 5, OBJECTIVE), (1, 6, OBJECTIVE), (2, 9, OBJECTIVE), (3, 7, OBJECTIVE)):
         leaves, targets, batch = head(step, time, dtype)
@@ -284,7 +284,7 @@ def test_compiled_gradients_of_16_bit_heads_are_rounded_at_most_twice(dtype):
         torch.testing.assert_close(a, e, rtol=1.5 * torch.finfo(dtype).eps, atol=1e-7)
 
 
-@torch._functorch.config.patch(donated_buffer=False)  # torch.compile's own condition for a second backward
+@torch._functorch.config.patch(donated_buffer=False)  # torch.compile needs this for a second backward
 def test_two_backwards_through_a_compiled_loss_are_equal():
     leaves, targets, batch = head()
     inputs = graded(leaves)[:2]
@@ -360,7 +360,7 @@ def whole_compiled(model):
 
 
 def record(model, call, handle, steps=3, in_scope=False):
-    """Two forwards and one backward a step, of lengths that change, and a clean forward between."""
+    """Each step: two forwards, one of a length that changes, one backward, and a clean forward."""
     out = []
     for step in range(steps):
         model.zero_grad(), handle.zero_grad()
@@ -390,7 +390,7 @@ def test_a_compiled_decoder_is_perturbed_bit_for_bit_as_the_eager_one(compile_it
         results.append(record(toy, compile_it(toy) if compiled else toy, handle))
     for a, e in zip(*results, strict=True):
         assert torch.equal(a, e)
-    # whole: perturbed and clean, one size and any; the decoder's own hooks come apart from its forward, as Dynamo has it
+    # whole: perturbed and clean, for one size and for any; Dynamo puts the decoder's own hooks into separate graphs
     assert num_graphs() <= 8
 
 
@@ -437,7 +437,7 @@ def test_a_transformers_model_compiles_as_one_graph(checkpointing):
 
 
 def test_compiled_layers_of_a_transformers_model_share_their_graphs():
-    """Layer numbers are no part of them: a deep model compiles as often as a shallow one."""
+    """Layer numbers are not part of a graph: a deep model compiles as often as a shallow one."""
     results = []
     for compiled in (False, True):
         model = make_model("Llama").train()
@@ -451,7 +451,7 @@ def test_compiled_layers_of_a_transformers_model_share_their_graphs():
             assert_same_sums(a, e, LENGTH)
         else:  # numbers of rows and forwards
             assert torch.equal(a, e)
-    assert num_graphs() <= 6  # hooks, perturbed and not, and layers: one size and any
+    assert num_graphs() <= 6  # perturbed hooks, clean hooks, layers: each for one size and any
 
 
 @pytest.mark.parametrize("kind", ["whole", "layers", "function"])
@@ -484,7 +484,7 @@ def test_noise_comes_and_goes_with_hooks_and_scopes_on_what_was_compiled_before(
 
 
 def test_the_graphs_of_a_clean_model_of_the_same_class_are_not_taken():
-    """A reference model beside the policy, compiled before it or in between: Dynamo's cache belongs to the class."""
+    """A reference model of the policy's class shares Dynamo's cache with it, which belongs to the class."""
     toy, other, x = Decoder(), Decoder(), ids()
     handle = attach(toy, sigma=0.3)
     call, call_other = whole_compiled(toy), whole_compiled(other)

@@ -1,4 +1,4 @@
-"""DDP, FSDP1 and FSDP2 around a decoder with ALP, on two and four gloo ranks: the update of one process."""
+"""DDP, FSDP1 and FSDP2 around a decoder with ALP, on two and four gloo ranks, make the update of one process."""
 
 import dataclasses
 import functools
@@ -23,9 +23,11 @@ pytestmark = pytest.mark.slow
 
 
 def bfloat16_bound(size: int) -> float:
-    """Of a gradient's norm: bfloat16 keeps 8 bits, so each of `size` shares, and the one of one process, is rounded by up
-    to 2^-9 of its norm. Shares of different sequences are about orthogonal: their norms are the sum's over sqrt(size) each,
-    sqrt(size) together. The forward's rounded values are those of one process.
+    """Bound on the difference of two gradients, relative to the norm.
+
+    bfloat16 keeps 8 bits, so each of `size` shares, and the gradient of one process, is rounded by up to 2^-9 of its norm.
+    Shares of different sequences are about orthogonal: each has the sum's norm over sqrt(size), so together they add
+    sqrt(size). The forward rounds the same values as in one process.
     """
     return (1 + size**0.5) * 2.0**-9
 
@@ -36,7 +38,7 @@ TWO = [
     *(Case(w, loss=loss) for w, loss in itertools.product(WRAPS, ("inside", "logits", "hidden"))),
     *(Case(w, "after") for w in WRAPS),
     *(Case(w, checkpoint=c) for w, c in itertools.product(WRAPS, ("hf", "hf-reentrant"))),
-    # the layers that are hooked are inside the wrapper, or the wrapper itself
+    # the hooked layers are inside the wrapper, or are the wrapper itself
     *(
         Case(w, a, checkpoint=c)
         for w, a, c in itertools.product(WRAPS, ("before", "after"), ("wrapper", "wrapper-reentrant"))
@@ -69,7 +71,7 @@ LAYOUTS = {2: TWO, 4: FOUR}
 
 
 def work(folder: str) -> dict[str, Any]:
-    """Everything that one rank makes."""
+    """Return all results of one rank."""
     size = dist.get_world_size()
     alone = [dist.new_group([rank]) for rank in range(size)][dist.get_rank()]
     out: dict[str, Any] = {"case": {case: wrapped.one_update(case) for case in [*LAYOUTS[size], *SINGLE]}}
@@ -103,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> dict[int, list[dict[str, Any]]]:
-    """What each rank of two and of four made; the four go on from the two's checkpoints."""
+    """The results of two ranks and of four; the four resume from the two's checkpoints."""
     return {size: processes.run(work, size, str(folder)) for size in (2, 4)}
 
 
@@ -113,7 +115,7 @@ def one_process_of(dtype: torch.dtype, tied: bool) -> dict[str, Any]:
 
 
 def one_process(case: Case) -> dict[str, Any]:
-    """The same update without anything around the model, plain autograd through the whole batch."""
+    """The same update with the bare model: plain autograd through the whole batch."""
     return one_process_of(case.dtype, case.tied)
 
 
@@ -133,7 +135,7 @@ def test_float32_gradients_of_ranks_are_as_exact_as_those_of_one_process(
     one, exact = one_process(case), one_process(dataclasses.replace(case, dtype=torch.float64))
     for rank in ranks[size]:
         for name, value in exact["gradient"].items():
-            if not name.endswith("k_proj.bias"):  # 0 but for rounding: a shift of all keys changes no softmax
+            if not name.endswith("k_proj.bias"):  # 0 up to rounding: shifting all keys changes no softmax
                 actual, ordinary = rank["case"][case]["gradient"][name], one["gradient"][name]
                 assert_within_budget(actual, ordinary, value, torch.float32, name)
 
@@ -195,7 +197,7 @@ def uninterrupted() -> dict[str, Tensor]:
     return run.weights()
 
 
-# AdamW divides a gradient by its size: the 1e-17 that the order of a sum leaves of a gradient of 0 becomes 1e-9 of a step
+# AdamW divides a gradient by its size: a gradient of 0 that summation leaves at 1e-17 becomes 1e-9 of a step
 RESUME_BOUND = 1e-10
 
 

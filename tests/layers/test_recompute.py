@@ -1,4 +1,4 @@
-"""A layer that is run again in backward meets the noise of its own forward, whatever ran in between."""
+"""A layer that backward recomputes gets the noise of its own forward, whatever ran in between."""
 
 import functools
 
@@ -61,7 +61,7 @@ def test_checkpointing_of_the_call_as_in_older_transformers_changes_no_gradient(
 
 
 class Old(nn.Module):
-    """Checkpoints another module's __call__, hooks included."""
+    """Checkpoints another module's __call__, including its hooks."""
 
     def __init__(self, layer):
         super().__init__()
@@ -99,7 +99,7 @@ class Segments(Toy):
 
 
 def one_then_two(toy, handle):
-    """Forward and backward, twice, with a clean forward between."""
+    """Run forward and backward twice, each time with a clean forward in between."""
     with handle.perturbed(step=0):
         for seed in (1, 2):
             loss = toy(ids(2, 5, seed)).square().mean()
@@ -132,7 +132,7 @@ def backward_in_the_next_scope(toy, handle):
 
 
 def moved_inputs(toy, handle):
-    """Saved tensors are copied away and back, as offloading does."""
+    """Copies saved tensors away and back, as offloading does."""
     with handle.perturbed(step=0), torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
         (toy(ids(2, 5)).square().mean() + toy(ids(3, 4, 1)).pow(3).mean()).backward()
 
@@ -155,7 +155,7 @@ def test_whatever_the_flow_a_recompute_meets_its_own_noise(flow, reentrant):
 def test_a_recompute_whose_forward_cannot_be_told_is_an_error():
     toy = Segments(reentrant=False, depth=2)
     handle = attach(toy, sigma=0.3)
-    with handle.perturbed(step=0):  # reentrant, around the decoder: its first run leaves no graph to hook
+    with handle.perturbed(step=0):  # a reentrant checkpoint around the decoder: its first run makes no graph to hook
         loss = checkpoint(toy, toy.embed(ids()), use_reentrant=True).sum()
         with pytest.raises(RuntimeError, match="did not come through its decoder's output"):
             loss.backward()

@@ -1,4 +1,4 @@
-"""The fused head is the plain one: linear, log-softmax, gather, policy_loss; with its gradients and without the logits."""
+"""The fused head equals linear, log-softmax, gather and policy_loss, with gradients, and stores no logits."""
 
 import dataclasses
 import math
@@ -60,7 +60,7 @@ def plain_loss(
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("chunk_rows", [None, 5])
 def test_reference_equals_the_plain_head_in_float64(level, extra, chunk_rows):
-    """In chunks of all rows and of five, which no sequence of nine fits: the level's sum is then taken in two passes."""
+    """In one chunk, and in chunks of five rows: a sequence of nine does not fit, so its sum takes two passes."""
     hidden, weight, targets, rest = make_head(0, 4, 9)
     extras = dict(EXTRAS[extra])
     objective = Objective(level, kl="k3", kl_coef=0.1, entropy_coef=0.05, dual_clip=3.0)
@@ -124,7 +124,7 @@ def test_reference_passes_gradcheck_in_float64():
 def test_every_engine_is_as_exact_as_pytorch(engine, dtype, vocab, level):
     hidden, weight, targets, rest = make_head(1, 3, 11, channels=24, vocab=vocab, dtype=dtype)
     objective = Objective(level, clip_high=1e6, dual_clip=None, kl="k2", kl_coef=0.1, entropy_coef=0.05)
-    # clip_high: a rounded ratio must not cross a clip boundary that the exact one does not
+    # wide clips: a rounded ratio must not cross a clip boundary that the exact ratio does not cross
     objective = dataclasses.replace(objective, clip_low=1.0)
     narrow = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
 
@@ -151,7 +151,7 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, vocab, level):
 
 
 def tiled(extra, entropy_coef, chunk_rows=None, vocab=1031, dtype=torch.float32):
-    """The fused loss of the native engine, its inputs, and the plain one in any arithmetic."""
+    """Return the native engine's fused loss, its inputs, and a function for the plain loss in any arithmetic."""
     hidden, weight, targets, rest = make_head(1, 3, 11, channels=24, vocab=vocab, dtype=dtype)
     targets[0, :4] = torch.tensor([0, 63, 64, vocab - 1])  # ends of tiles
     targets[0, 4:] = 65  # one token many times
@@ -162,7 +162,7 @@ def tiled(extra, entropy_coef, chunk_rows=None, vocab=1031, dtype=torch.float32)
     leaves = {"dhidden": hidden, "dweight": weight}
     if extras.pop("bias", False):
         leaves["bias"] = torch.linspace(-1, 1, vocab).to(dtype)
-    if extras.pop("logit_noise", False):  # noise needs whole rows: these stay right too
+    if extras.pop("logit_noise", False):  # noise needs whole rows, not tiles: they must be right, too
         leaves["log_sigma"] = torch.tensor(math.log(0.3))
     names = list(leaves)[2:]
     chunk_bytes = None if chunk_rows is None else chunk_rows * vocab * dtype.itemsize
@@ -210,7 +210,7 @@ def test_tiles_of_the_vocabulary_cost_no_exactness(monkeypatch, extra, tile, chu
 @pytest.mark.parametrize("tile", [64, 1000])
 @pytest.mark.parametrize("threads", THREADS)
 def test_tiles_ignore_the_instruction_set(monkeypatch, extra, tile, threads):
-    """On one number of threads at a time: PyTorch's own products may differ between two."""
+    """Compares runs on the same number of threads: PyTorch's products may depend on it."""
     from alp_kernels.native import engine as native
 
     monkeypatch.setattr(native.tiles, "WIDTH", tile)
@@ -230,7 +230,7 @@ def test_a_tile_hands_on_what_is_not_finite(native_case, monkeypatch, bad):
 
     monkeypatch.setattr(native.tiles, "WIDTH", 16)
     hidden, weight = torch.eye(3, 4), torch.randn(70, 4, generator=generator())
-    weight[33, 1] = bad  # row 1 meets it in its third tile
+    weight[33, 1] = bad  # a logit of row 1, in the third tile
     targets = torch.tensor([3, 40, 69])
     logp, entropy = linear_logprob(hidden, weight, targets, engine="native")
     whole = linear_logprob(hidden, weight, targets, engine="reference")
@@ -275,7 +275,7 @@ def test_chunks_packing_and_batch_splits_leave_the_gradient_alone(seed, level, r
 def test_outputs_are_shaped_detached_and_zero_off_the_mask(engine):
     hidden, weight, targets, rest = make_head(2, 4, 9, dtype=torch.float32)
     rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
-    targets = torch.where(rest["mask"].bool(), targets, -100)  # off the mask targets are free
+    targets = torch.where(rest["mask"].bool(), targets, -100)  # targets outside the mask may be anything
     out = fused_alp_loss(
         hidden.requires_grad_(), weight, targets, **rest, objective=Objective("sequence"), engine=engine
     )
@@ -308,7 +308,7 @@ def test_backward_scales_by_the_gradient_that_arrives(engine):
     loss = fused_alp_loss(*leaves, targets, **rest, objective=Objective(), engine=engine).loss
     once = torch.autograd.grad(loss, leaves, retain_graph=True)
     twice = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
-    for parameter in leaves:  # as a trainer does it: accumulated over two backward calls
+    for parameter in leaves:  # accumulated over two backward calls, as a trainer does
         parameter.grad = None
     loss.backward(retain_graph=True)
     loss.backward()
@@ -327,7 +327,7 @@ def test_a_frozen_head_gets_no_gradient(engine):
 
 
 def test_confident_tokens_keep_relative_precision(engine):
-    """At a margin of 30 nats ln p = -(V - 1) e^-30; x_t - logsumexp would round it to zero."""
+    """At a margin of 30 nats, ln p = -(V - 1) e^-30; x_t - logsumexp would round to zero."""
     vocab, margin = 8, 30.0
     weight = torch.zeros(vocab, 1, device=DEVICE)
     weight[3] = margin
@@ -367,7 +367,7 @@ def test_a_temperature_for_each_token(engine):
 
 
 def test_float16_gradients_survive_a_large_batch(engine):
-    """Weights of 1 / num_tokens must not push float16 gradients below its smallest number."""
+    """Weights of 1 / num_tokens must not push gradients below float16's smallest number."""
     hidden, weight, targets, rest = make_head(0, 4, 9, dtype=torch.float16)
     rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
     results = []

@@ -1,4 +1,4 @@
-"""What the fused head costs: matrix products are counted, and one chunk of logits is alive at a time."""
+"""The cost of the fused head: the number of matrix products, and one chunk of logits in memory at a time."""
 
 import weakref
 
@@ -16,7 +16,7 @@ from tests.support.multiplications import Multiplications
 
 
 def products(level, chunk_rows, mask=None, advantages=None):
-    """How many N x V x D products a loss with its gradients takes."""
+    """Count the N x V x D products of a loss with its gradients."""
     num_rows, channels, vocab = 64, 8, 512
     hidden, weight, targets, rest = make_head(0, 4, 16, channels, vocab, torch.float32)
     rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
@@ -35,8 +35,8 @@ def products(level, chunk_rows, mask=None, advantages=None):
 @pytest.mark.parametrize("level", LEVELS)
 def test_loss_and_gradients_take_three_products(level):
     assert products(level, 64) == 3
-    assert products(level, 16) == 3  # one sequence to a chunk
-    assert products(level, 5) == (3 if level == "token" else 3 + 15 / 16)  # a sequence's last row is passed once
+    assert products(level, 16) == 3  # one sequence a chunk
+    assert products(level, 5) == (3 if level == "token" else 3 + 15 / 16)  # a sequence's last row takes one pass
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -103,7 +103,7 @@ def test_chunks_on_a_device_are_multiples_of_256_rows(num_rows):
     ("vocab", "channels", "dtype", "num_rows"),
     [
         (151936, 1536, torch.bfloat16, 8704),
-        (151936, 8192, torch.bfloat16, 16384),  # as many as a float32 dW takes
+        (151936, 8192, torch.bfloat16, 16384),  # as much memory as a float32 dW
         (151936, 1536, torch.float32, 4352),
         (32000, 1536, torch.bfloat16, 41728),
     ],
@@ -124,7 +124,7 @@ def test_the_default_chunk_of_a_device(vocab, channels, dtype, num_rows):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize(("num_rows", "room"), [(24, 0), (48, 24 * 20000)])
 def test_the_first_chunk_of_logits_lies_in_the_memory_of_dweight(level, num_rows, room, monkeypatch):
-    """With D = 24 channels 24 rows need no memory for logits but two tiles', and 48 rows that of 24 more."""
+    """With D = 24 channels, 24 rows need only two tiles' memory for logits, and 48 rows the memory of 24 more."""
     channels, vocab = 24, 20000
     hidden, weight, targets, rest = make_head(0, num_rows // 4, 4, channels, vocab, torch.float32)
     rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}

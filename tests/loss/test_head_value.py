@@ -1,4 +1,4 @@
-"""Head: one value in place of a weight and its keywords, with the same bits."""
+"""A Head replaces the weight and its keywords and gives the same bits."""
 
 import inspect
 
@@ -23,7 +23,7 @@ def noise(hidden):
 
 
 def results(hidden, weight, targets, rest, **keywords):
-    """Loss, log-probabilities, entropies, and gradients in the hidden states."""
+    """Loss, log-probabilities, entropies, and the gradients of the hidden states."""
     hidden = hidden.clone().requires_grad_()
     out = fused_alp_loss(hidden, weight, targets, **rest, objective=OBJECTIVE, **keywords)
     logp, entropy = linear_logprob(hidden, weight, targets, **keywords)
@@ -38,7 +38,7 @@ def test_a_head_has_the_bits_of_its_keywords(batch, is_compiled):
     keywords = {"bias": bias, "temperature": 0.7, "softcap": 3.0, "logit_scale": 0.8, "logit_noise": noise(hidden)}
     of_head = torch.compile(results, backend="aot_eager") if is_compiled else results
     expected = results(hidden, weight, targets, rest, **keywords)
-    for name in keywords:  # each may stand beside the Head that leaves it out
+    for name in keywords:  # each keyword may come with a Head that lacks it
         head = Head(weight, **{k: v for k, v in keywords.items() if k != name})
         given = of_head(hidden, head, targets, rest, **{name: keywords[name]})
         assert all(torch.equal(a, e) for a, e in zip(given, expected, strict=True))

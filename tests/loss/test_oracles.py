@@ -1,4 +1,4 @@
-"""Our loss equals Liger's and TRL's where they define the same thing: token and geometric-sequence levels, beta 0."""
+"""Our loss equals Liger's and TRL's where the definitions agree: token and geometric-sequence levels, beta 0."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def float_head(seed):
 
 def ours(hidden, weight, targets, rest, objective):
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    # both peers count masked-out sequences too
+    # Liger and TRL count masked-out sequences, too
     counts = {} if objective.aggregation == "token-mean" else {"num_sequences": len(hidden)}
     loss = fused_alp_loss(h, w, targets, **rest, objective=objective, **counts).loss
     return loss, *torch.autograd.grad(loss, (h, w))

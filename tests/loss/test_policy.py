@@ -1,4 +1,4 @@
-"""policy_loss is the objective's definition, for every level, clip, weight, penalty and aggregation."""
+"""policy_loss equals the objective's definition for every level, clip, weight, penalty and aggregation."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ def objectives():
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_on_its_bounds_the_surrogate_has_the_gradient_of_within(advantage):
-    """Whatever PyTorch's own clamp does there, which changed in 2.14: the log-ratio's clamp, and clips of no width."""
+    """On the log-ratio's clamp, and on clips of width 0. PyTorch's own clamp has another gradient there from 2.14 on."""
     wide = Objective(clip_low=1.0, clip_high=1e12, dual_clip=None)
     none = Objective(clip_low=0.0, clip_high=0.0, dual_clip=None)
     for objective, at in ((wide, 20.0), (wide, -20.0), (none, 0.0)):
@@ -170,7 +170,7 @@ def test_nonfinite_rollout_logp_raises_or_is_masked_and_counted():
     b = make_batch(0)
     b["mask"][0], b["mask"][3] = 1, 1
     b["rollout_logp"][0, 4], b["rollout_logp"][3, 2] = float("nan"), float("-inf")
-    b["rollout_logp"][1, 0] = float("nan")  # off the mask: free
+    b["rollout_logp"][1, 0] = float("nan")  # outside the mask: ignored
     with pytest.raises(ValueError, match=r"rollout_logp is NaN or inf at 2 tokens of the mask, first at \(0, 4\)"):
         policy_loss(**b, objective=Objective())
     out = policy_loss(**b, objective=Objective("sequence"), nonfinite="mask")
@@ -265,7 +265,7 @@ def test_an_impossible_token_stays_in_its_sequence(level):
 
 
 def test_probabilities_in_place_of_logarithms_are_refused():
-    """Rounding may bring the log-probability of a certain token a little above 0."""
+    """A little above 0 is allowed: rounding can put the log-probability of a certain token there."""
     b = make_batch(0)
     policy_loss(**{**b, "rollout_logp": b["rollout_logp"].clamp(min=5e-4)}, objective=Objective())
     with pytest.raises(ValueError, match=r"rollout_logp is > 0 at \d+ tokens of the mask, .* not probabilities"):

@@ -1,4 +1,4 @@
-"""The head with its vocabulary over two and four gloo ranks: the unsplit head's loss, log-probabilities and gradients."""
+"""Split over two and four gloo ranks, the vocabulary's head has the unsplit loss, log-probabilities and gradients."""
 
 import functools
 import itertools
@@ -55,7 +55,7 @@ def ranks() -> dict[int, list[dict[str, Any]]]:
 
 
 def joined(ranks: list[dict[str, Any]], case: tuple[HeadCase, str | None]) -> dict[str, Tensor]:
-    """The ranks' shards of gradients put together; what should be the same on all ranks is."""
+    """Join the ranks' shards of gradients, and assert that the rest is the same on all ranks."""
     parts = [rank["heads"][[*EXACT, *BUDGETED, CERTAIN].index(case)] for rank in ranks]
     out = {}
     for name, value in parts[0].items():
@@ -92,7 +92,7 @@ def test_errors_stay_within_twice_those_of_the_unsplit_head(size: int, case: Any
     exact = split.head_case(head, preset, is_split=False, exact=True)
     for name, value in actual.items():
         assert value.dtype == ordinary[name].dtype
-        # logp, entropy and loss are float32 for 16-bit inputs, but their logits are rounded: the inputs' dtype counts
+        # logp, entropy and loss are float32 for 16-bit inputs, but come from rounded logits: budget of the inputs' dtype
         assert_within_budget(value, ordinary[name], exact[name], head.dtype, name)
 
 
@@ -101,7 +101,7 @@ def test_near_certain_tokens_keep_their_digits(size: int, ranks: dict[int, Any])
     actual, exact = joined(ranks[size], CERTAIN)["logp"], split.head_case(*CERTAIN, is_split=False, exact=True)["logp"]
     live = exact != 0
     assert live.sum() == 11 and -1e-6 < exact[live].min() < 0
-    # float32 logits near 100 are off by some 2^-17, and so are their exponentials in proportion
+    # float32 logits near 100 have errors of about 2^-17, which become relative errors of their exponentials
     assert ((actual[live] - exact[live]) / exact[live]).abs().max() < 1e-4
 
 
@@ -135,7 +135,7 @@ def test_mistakes_are_said_on_every_rank(size: int, ranks: dict[int, Any]) -> No
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_split_head_in_compiled_code_is_the_eager_one(size: int, ranks: dict[int, Any]) -> None:
-    """It breaks the graph: Dynamo traces none of its collective calls."""
+    """The head breaks the graph, because Dynamo does not trace its collective calls."""
     for rank in ranks[size]:
         assert rank["compiled"] == {"fused": 0.0, "logprob": 0.0}
         assert "give perturbed(row_ids=...), or attach(data_rank=...)" in rank["noise that differs"]

@@ -1,6 +1,6 @@
-"""How often a device would make the host wait, and how many small operations a call starts: counted on a CPU.
+"""Count on a CPU how often a device would make the host wait, and how many small operations a call starts.
 
-The host waits where a value reaches Python and where a shape depends on values. test_gpu.py asks CUDA itself.
+The host waits if a value reaches Python and if a shape depends on values. test_gpu.py asks CUDA itself.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ ENGINE = [name for name, value in vars(reference).items() if callable(value) and
 
 
 class Counter(TorchDispatchMode):
-    """Waits, and operations that start something on a device: no views, no allocations, an engine's function as one."""
+    """Counts waits, and operations that start work on a device: views and allocations do not, an engine's function is one."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counted(monkeypatch):
-    """As on a device: an engine like Triton's serves, and what is done for CPU tensors alone is not done."""
+    """Count as on a device: with an engine like Triton's, and without the code that only CPU tensors take."""
     counter = Counter()
 
     def launched(function):
@@ -92,7 +92,7 @@ def counted(monkeypatch):
 
 
 def make_inputs(dtype=torch.float32):
-    """hidden, weight, targets of float32, and the rest of a padded batch."""
+    """hidden and weight of `dtype`, targets, and the rest of a padded batch in float32."""
     hidden, weight, targets, rest = make_head(0, 4, 16, channels=8, vocab=64, dtype=dtype)
     rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
     return hidden.requires_grad_(), weight.requires_grad_(), targets, rest

@@ -1,4 +1,4 @@
-"""The noise is Philox4x32-10 made normal, and a pure function of its coordinates."""
+"""The noise is Philox4x32-10 turned into normals, a pure function of its coordinates."""
 
 import math
 
@@ -113,6 +113,6 @@ def test_a_step_tensor_is_refused():
 
 def test_row_identities_hold_pass_sample_and_position():
     samples, positions = torch.tensor([[5], [(1 << 24) - 1]]), torch.tensor([[0, 7], [3, (1 << 20) - 1]])
-    ids = row_ids(samples, positions, passes=17)  # of 16: passes count modulo 16
+    ids = row_ids(samples, positions, passes=17)  # passes count modulo 16: 17 is 1
     assert torch.equal(ids, samples * 2**20 + positions + 2**44)
     assert ids.max() <= MAX_ROW

@@ -20,7 +20,7 @@ HERE = {"seed": 11, "step": 3, "layer": 2}
 def test_reference_passes_gradcheck_in_float64(scale):
     h = draw(5, 7, dtype=torch.float64).requires_grad_()
     log_sigma = log(0.3, torch.float64).requires_grad_()
-    # scale="rms" holds the rms constant for the gradient by definition, so there dh is left out of the numeric check
+    # scale="rms" treats the rms as constant in backward, by definition: the numeric check leaves dh out
     inputs = (h, log_sigma) if scale == "absolute" else (h.detach(), log_sigma)
     check = lambda x, s: perturb(x, s, **HERE, scale=scale, engine="reference")  # noqa: E731
     assert torch.autograd.gradcheck(check, inputs)
@@ -55,7 +55,7 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, shape, scale):
     ]
     ordinary = gradients(weighted(lambda x, s: by_hand(x, s, torch.float32)), (h, log_sigma))
     assert_within_budget(actual[0], ordinary[0], exact[0], dtype, "dh")
-    size = (du.double().abs() * eps.double().abs() * 0.05).sum()  # what cancels in the sum, as in any summation bound
+    size = (du.double().abs() * eps.double().abs() * 0.05).sum()  # of magnitudes: terms of the sum cancel
     assert abs(actual[1].double() - exact[1]) <= 2 * abs(ordinary[1].double() - exact[1]) + 1e-6 * size
 
 
@@ -143,7 +143,7 @@ def test_tiny_sigma_vanishes_under_nearest_rounding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (2, 3, 64), (3, 2050)])
 def test_measured_noise_stays_within_the_error_budget(engine, dtype, shape):
-    """sum (u - h)^2 and sum h^2 of each of the first rows; which elements differ is counted exactly."""
+    """sum (u - h)^2 and sum h^2 of each of the first rows; the count of changed elements is exact."""
     h = draw(*shape, dtype=dtype)
     u = torch.where(draw(*shape, seed=1) > 0, h, h + draw(*shape, dtype=dtype, seed=2) / 8)
     rows = max(1, h[..., 0].numel() - 1)

@@ -1,4 +1,4 @@
-"""perturb_rms_norm: perturb's own bits, the norm of what was stored, and gradients through both."""
+"""perturb_rms_norm: the bits of perturb, the norm of the stored u, and gradients through both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPS = 1e-5
 
 
 def by_hand(h, weight, log_sigma, noise, offset, real, dtype):
-    """u and y in `real` arithmetic, u rounded to dtype on the way with a straight-through gradient; noise: rms * eps."""
+    """Return u and y in `real` arithmetic; u is rounded to dtype with a straight-through gradient. noise: rms * eps."""
     u = h.to(real) + log_sigma.to(real).exp() * noise.to(real)
     u = u + (u.detach().to(dtype).to(real) - u.detach())
     y = u * (u.square().mean(-1, keepdim=True) + EPS).rsqrt() * (weight.to(real) + offset)
@@ -49,10 +49,10 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, shape, scale, offset
     results = {}
     for real in (torch.float32, torch.float64):
         exact = [x.to(real).requires_grad_() for x in (h, weight, log_sigma)]
-        # the stored u of this engine, so that a tie that rounds the other way is not counted as an error of the norm
+        # takes this engine's stored u, so that a tie rounded the other way does not count as an error of the norm
         shift = (u.detach().to(real) - h.to(real)) / log_sigma.to(real).exp()
         outs = by_hand(*exact, noise=shift, offset=offset, real=real, dtype=dtype)
-        # gradient by the noise that was drawn, not by what its sum was rounded to
+        # the gradient follows the noise that was drawn, not the rounded sum
         dh, dweight = torch.autograd.grad(outs, exact[:2], (du.to(real), dy.to(real)))
         dsigma = (dh * noise.to(real)).sum() * log_sigma.to(real).exp()
         results[real] = (outs[1].detach(), dh, dweight, dsigma)
@@ -60,7 +60,7 @@ def test_every_engine_is_as_exact_as_pytorch(engine, dtype, shape, scale, offset
     assert_within_budget(y, ordinary[0].to(dtype), exact[0], dtype, "y")
     assert_within_budget(found[0], ordinary[1].to(dtype), exact[1], dtype, "dh")
     assert_within_budget(found[1], ordinary[2].to(dtype), exact[2], dtype, "dweight")
-    size = (exact[1].abs() * noise.abs() * 0.05).sum()  # what cancels in the sum, as in any summation bound
+    size = (exact[1].abs() * noise.abs() * 0.05).sum()  # of magnitudes: terms of the sum cancel
     assert abs(found[2].double() - exact[3]) <= 2 * abs(ordinary[3].double() - exact[3]) + 4e-6 * size
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's own parts: what it counts, refuses, restores and prints."""
+"""The parts of the benchmark: what it counts, refuses, restores and prints."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ HEAD = HeadCase("tiny", 4, 16, 32, 256, torch.float32, masked=0.6)
 
 
 class Pedantic:
-    """pytest-benchmark's fixture, as far as a contest uses it."""
+    """The part of pytest-benchmark's fixture that a contest uses."""
 
     group = ""
 
@@ -45,7 +45,7 @@ def group_of(*variants, **options):
 
 
 def play(group):
-    """Plays every variant once; returns the contest and the outcome of each."""
+    """Run every variant once; return the contest and each outcome."""
     contest = Contest(CPU)
     outcomes = []
     for variant in group.variants:

@@ -1,4 +1,4 @@
-"""scripts/environment.py: what it installs where there is a lock and where there is none, and what it does not print."""
+"""scripts/environment.py: what it installs with and without a lock for the machine, and what it does not print."""
 
 import shutil
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script for a checkout in tmp_path; its commands are written down in `commands` and not run."""
+    """The script for a checkout in tmp_path; it records its commands in `commands` and runs none."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.delitem(sys.modules, "environment", raising=False)
     import environment
@@ -25,7 +25,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(environment, "LOCK", tmp_path / "requirements" / "locked.txt")
     commands: list[str] = []
     monkeypatch.setattr(environment, "run", lambda *command: commands.append(" ".join(map(str, command))) or True)
-    monkeypatch.setattr(environment, "succeeds", lambda *command: False)  # nothing is there yet
+    monkeypatch.setattr(environment, "succeeds", lambda *command: False)  # nothing is installed yet
     monkeypatch.setattr(environment, "output_of", lambda *command: "")
     monkeypatch.setattr(environment, "has_gpu", lambda: False)
     monkeypatch.setattr(environment.venv, "create", lambda folder, **_: Path(folder).mkdir(exist_ok=True))

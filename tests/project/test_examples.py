@@ -1,4 +1,4 @@
-"""The examples run as a user runs them, in a process of their own, offline."""
+"""The examples run as a user runs them, each in a separate process, offline."""
 
 import os
 import re

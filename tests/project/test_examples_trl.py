@@ -1,4 +1,4 @@
-"""examples/trl_arithmetic.py runs, with a small batch and a model that is not warmed up."""
+"""examples/trl_arithmetic.py runs with a small batch and a model that is not warmed up."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def test_the_arithmetic_example_trains_with_either_trainer(tmp_path: Path) -> No
     alp = example.main(["--trainer", "alp", *shared])
     grpo = example.main(["--trainer", "grpo", *shared])
     assert len(alp["reward"]) == len(grpo["reward"]) == 2
-    assert alp["before"] == grpo["before"]  # one model, and evaluations that draw the same numbers
+    assert alp["before"] == grpo["before"]  # same model, same random numbers in the evaluation
     assert alp["last"]["alp/token_ratio/std"] > 0 and grpo["last"] == {}

@@ -1,4 +1,4 @@
-"""The packages stand on floors: every import, wherever it is written, goes down, and none closes a circle."""
+"""The packages are layered in floors: every import, also inside functions, goes to a lower floor, without cycles."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ FLOORS = {
         {"setup"},
         {"measures"},
         {"train"},  # the loop
-        {"study", "preloaded"},  # its guests
+        {"study", "preloaded"},  # these use the loop
         {"cli", "evidence"},
         {"__main__", ""},
     ],
 }
-"""From the ground up. Rooms of one floor do not know one another."""
+"""From the lowest floor up. Modules on the same floor do not import each other."""
 
 
 def modules(package: str) -> dict[str, Path]:
-    """Dotted name below `package` ("" for itself) -> file."""
+    """Map dotted names below `package` ("" for itself) to files."""
     found = {}
     for path in sorted((ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT / package).with_suffix("").parts
@@ -53,7 +53,7 @@ def modules(package: str) -> dict[str, Path]:
 
 
 def imported(path: Path, name: str, package: str, known: set[str], at_once: bool) -> Iterator[str]:
-    """What a module imports of its own package: anywhere, or (at_once) as soon as it is imported itself."""
+    """Yield what a module imports from its own package: anywhere, or (at_once) only when it is imported."""
     folder = name.split(".") if name else []
     if path.name != "__init__.py":
         folder = folder[:-1]
@@ -85,7 +85,7 @@ def graph(package: str, at_once: bool = False) -> dict[str, set[str]]:
 
 
 def reach(package: str, name: str, at_once: bool = False) -> set[str]:
-    """What a module needs, directly or not, itself included."""
+    """Return all modules that a module needs, directly or not, itself included."""
     edges, seen, ahead = graph(package, at_once), set(), [name]
     while ahead:
         if (one := ahead.pop()) not in seen:
@@ -100,7 +100,7 @@ def lines(package: str, names: set[str]) -> int:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """The modules of each circle (Tarjan's strongly connected components)."""
+    """Return the modules of each cycle (Tarjan's strongly connected components)."""
     number: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -149,7 +149,7 @@ def test_imports_go_down(package):
 
 
 def test_the_loop_knows_tasks_samplers_and_tools_by_their_protocols():
-    """Who builds them is imported where a run begins; of the loop's own code one can hold all in mind."""
+    """Constructors are imported only where a run begins, and the loop's own code stays small."""
     at_once = reach("alp", "train", at_once=True)
     kinds = {name for name in at_once if name.partition(".")[0] in {"tasks", "sampling", "tools"}}
     assert kinds <= {"tasks", "tasks.task"}
@@ -163,13 +163,13 @@ def test_the_library_does_not_know_the_loop():
 
 
 def test_operators_are_called_where_they_are_made():
-    """torch.ops.alp_kernels.NAME is an import by string."""
+    """torch.ops.alp_kernels.NAME would be an import by string."""
     callers = [name for name, path in modules("alp_kernels").items() if "torch.ops.alp_kernels" in _code(path)]
     assert sorted(callers) == ["layers.operators", "operators"]
 
 
 def _code(path: Path) -> str:
-    """Without docstrings."""
+    """The file's code without docstrings."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:

@@ -1,4 +1,4 @@
-"""The locks fit pyproject.toml: exact versions, within its ranges, of everything that an environment needs."""
+"""The locks fit pyproject.toml: they pin exact versions within its ranges for everything an environment needs."""
 
 import importlib.metadata
 import re
@@ -16,11 +16,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCKS = {path.stem: path for path in sorted(REQUIREMENTS.glob("*.txt"))}
 MAIN_EXTRAS = ("test", "bench", "docs", "dev")
 UNLOCKED = {"alp-kernels", "torch", "triton"}
-"""PyTorch's build follows the machine, and some builds bring a Triton of their own."""
+"""PyTorch's build depends on the machine, and some builds come with their own Triton."""
 
 
 def read_lock(path: Path) -> dict[str, str]:
-    """Versions by name, of the lines that are for this machine."""
+    """Return versions by name, from the lines that apply to this machine."""
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     found = {}
     for line in map(Requirement, lines):
@@ -33,7 +33,7 @@ def read_lock(path: Path) -> dict[str, str]:
 
 
 def requirements_of(*extras: str) -> list[Requirement]:
-    """What pyproject.toml asks for on this machine, the extras that an extra names included."""
+    """Return what pyproject.toml requires on this machine, including extras named by an extra."""
     found = list(map(Requirement, PROJECT["dependencies"]))
     for extra in extras:
         for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
@@ -88,7 +88,7 @@ def test_a_lock_names_no_place_and_no_build_of_torch(name: str) -> None:
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not .venv: its versions are not those of locked.txt")
 def test_what_is_installed_is_what_is_locked() -> None:
-    """All that the extra `test` brings here, followed from package to package."""
+    """Checks everything that the extra `test` installs, from package to package."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         from environment import is_locked_for_this_machine

@@ -1,4 +1,4 @@
-"""One wheel from this checkout: what is in it, that it imports where nothing else is, and that it builds without a compiler."""
+"""A wheel of this checkout: its contents, its import in a new environment, and its build without a compiler."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ LIBRARY = "alp_kernels/native/_native.so"
 
 
 def build(kind: str, destination: Path, **environment: str) -> tuple[Path, str]:
-    """The wheel or sdist, and what the build printed. Built where pip would: a backend call in a fresh process."""
+    """Return the wheel or sdist, and the build's output. Calls the backend in a fresh process, as pip does."""
     script = f"import sys; from scikit_build_core.build import build_{kind}; print(build_{kind}(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", script, str(destination)],
@@ -47,14 +47,14 @@ def wheel_without_compiler(tmp_path_factory):
 
 
 def run_installed(wheel: Path, folder: Path, code: str) -> str:
-    """What `code` prints in a new environment that holds the wheel and this one's torch, and nothing else by intent."""
+    """Return what `code` prints in a new environment with only the wheel and this environment's torch."""
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     paths = sysconfig.get_paths("venv", vars={"base": str(folder), "platbase": str(folder)})
     site = Path(paths["purelib"])
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     (site / "torch_from_outside.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
-    # transformers must not be needed: make it impossible
+    # the library must not need these: block their import
     blocked = "import sys; sys.modules['transformers'] = None; sys.modules['tyro'] = None\n"
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "ALP_KERNELS_ENGINE")}
     done = subprocess.run(

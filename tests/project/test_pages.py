@@ -1,4 +1,4 @@
-"""What the pages print runs: Python blocks, `alp` commands; and what they link to is there."""
+"""The pages' Python blocks and `alp` commands run, and their links lead to files and headings that exist."""
 
 import inspect
 import os
@@ -27,17 +27,17 @@ RUN = [page for page in PAGES if blocks(page, "python")]
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_python_runs_as_printed(page, tmp_path):
-    """Block after block, in one namespace; on two ranks where the page is about several."""
+    """Run a page's blocks in order in one namespace; on the ranks of RANKS if the page is about several."""
     if page.name in NEEDS:
         pytest.importorskip(NEEDS[page.name])
     for start, block in blocks(page, "python"):
         compile(block, f"{page.name}, line {start}", "exec")
-    path = tmp_path / f"page_{page.stem}.py"  # no module has that name
+    path = tmp_path / f"page_{page.stem}.py"  # a name that no module has
     path.write_text(script(page, has_gpu=torch.cuda.is_available()))
     if page.name in RANKS:
         processes.run_script(path, RANKS[page.name], tmp_path)
         return
-    write_hub_copy(tmp_path / "hub", "Qwen/Qwen2.5-0.5B-Instruct")  # offline: what the hub would give, small
+    write_hub_copy(tmp_path / "hub", "Qwen/Qwen2.5-0.5B-Instruct")  # a small model in the hub's cache, for offline use
     place = {
         "PYTHONPATH": str(ROOT),
         "HF_HUB_CACHE": str(tmp_path / "hub"),
@@ -70,7 +70,7 @@ with attach(alone, sigma=1e-2) as alone_handle:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_the_ddp_block_makes_the_gradient_of_one_process(num_ranks, tmp_path):
-    """The first block of parallel.md against its whole batch at once, without DDP."""
+    """Compare the first block of parallel.md with one process that takes the whole batch without DDP."""
     _, block = blocks(DOCS / "parallel.md", "python")[0]
     path = tmp_path / "ddp.py"
     path.write_text(block + ONE_PROCESS.replace("OUT", str(tmp_path / "out.pt")))
@@ -88,7 +88,7 @@ def test_the_ddp_block_makes_the_gradient_of_one_process(num_ranks, tmp_path):
     ids=lambda x: getattr(x, "name", None),
 )
 def test_alp_commands_are_understood(page, words, tmp_path, monkeypatch):
-    """Each reaches the function that does the work; options and values are those of the command line."""
+    """Each command parses its options and reaches the function that does the work."""
     reached = []
 
     def instead(*arguments, **options):
@@ -106,7 +106,7 @@ def test_alp_commands_are_understood(page, words, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    """Files exist, and headings; the site's own build checks the pages' links once more, and not README's."""
+    """Linked files and headings exist. The site's build checks the pages' links, too, but not README's."""
     for path, anchor in links(page):
         target = page.parent / path if path else page
         assert target.exists(), path

@@ -1,4 +1,4 @@
-"""A comparison: equal terms, faults and divergence told apart, resumed after a kill as if never stopped."""
+"""A comparison: equal terms, faults distinguished from divergence, resumed after a kill as if never stopped."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def steps(folder: Path, cell: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """Two methods, two seeds, two cells at a time, nothing in the way."""
+    """An undisturbed comparison: two methods, two seeds, two cells at a time."""
     folder = tmp_path_factory.mktemp("grids") / "whole"
     assert compare(grid(folder, base(cache)), jobs=2) == []
     return folder
@@ -106,14 +106,14 @@ def test_a_comparison_killed_in_the_middle_ends_as_if_never_stopped(whole: Path,
     )
     middle = folder / "runs" / "bypass-sequence-s0" / "metrics.jsonl"
     wait_until(lambda: len(read_metrics(middle)) >= 3)
-    os.kill(process.pid, signal.SIGKILL)  # the command alone: its workers must notice
+    os.kill(process.pid, signal.SIGKILL)  # kills the command alone; its workers must stop by themselves
     process.wait(timeout=60)
     with pytest.raises(UserError, match="is running on it"), locked(whole), locked(whole):
         pass
     time.sleep(1.0)
     done = len(read_metrics(middle))
     time.sleep(1.0)
-    assert len(read_metrics(middle)) == done  # nobody goes on in the background
+    assert len(read_metrics(middle)) == done  # no worker continues in the background
     assert compare(grid(folder, base(cache)), jobs=2) == []
     for arm in ARMS:
         for seed in (0, 1):
@@ -129,7 +129,7 @@ def wait_until(holds: Any, seconds: float = 300) -> None:
 
 def test_divergence_is_an_outcome_and_a_fault_is_not(cache: Path, tmp_path: Path) -> None:
     diverging = {"update.method": "bypass-token", "update.lr": 1e30}
-    faulty = {"update.method": "alp-token", "update.layers": "7"}  # there are two
+    faulty = {"update.method": "alp-token", "update.layers": "7"}  # the model has two layers
     arms = {"diverging": diverging, "faulty": faulty, **arms_of(("bypass-sequence",))}
     comparison = grid(tmp_path / "grid", base(cache), arms, seeds=(0,))
     assert compare(comparison, jobs=1) == ["faulty-s0"]
@@ -138,7 +138,10 @@ def test_divergence_is_an_outcome_and_a_fault_is_not(cache: Path, tmp_path: Path
     cells = {cell.arm: cell for cell in load_grid(tmp_path / "grid").cells}
     other = cells["bypass-sequence"].outcome
     assert other is not None
-    assert accuracies(cells["diverging"]) == ([0], [other["before"]["train"]])  # judged by what it was evaluated at
+    assert accuracies(cells["diverging"]) == (
+        [0],
+        [other["before"]["train"]],
+    )  # it has only the evaluation before training
     assert not (runs / "faulty-s0" / "outcome.json").exists()
     assert "update.layers" in (tmp_path / "grid" / "logs" / "faulty-s0.log").read_text()
     assert (runs / "bypass-sequence-s0" / "outcome.json").is_file()

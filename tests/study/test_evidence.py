@@ -1,4 +1,4 @@
-"""The evidence page: what the committed exports give, and pictures that are files of their own."""
+"""The evidence page: it shows what the committed exports give, and its pictures are standalone files."""
 
 import math
 import re

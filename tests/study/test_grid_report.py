@@ -1,4 +1,4 @@
-"""A grid's page, tables, export and evidence, on synthetic grids with known effects and on run folders of a tiny model."""
+"""A grid's page, tables, export and evidence, for synthetic grids with known effects and runs of a tiny model."""
 
 import csv
 import dataclasses
@@ -40,7 +40,7 @@ BROKEN = {("gspo", 1): "failed", ("mis", 2): "unfinished", ("bypass-token", 3): 
 
 @pytest.fixture(scope="module")
 def grid() -> Grid:
-    """alp-sequence is better by 0.1; a run failed, one collapsed, one is not done."""
+    """A grid in which alp-sequence is better by 0.1, one run failed, one collapsed and one is unfinished."""
     return make_grid(effects={"alp-sequence": 0.1}, broken=BROKEN)
 
 
@@ -63,7 +63,7 @@ def found(where: Grid | list[Contrast], arm: str, key: str) -> Contrast:
 
 
 def tiny(accuracy: dict[str, list[float]], contrasts: list[tuple[str, str]]) -> Grid:
-    """Final accuracies by arm and seed, and nothing else."""
+    """Return a grid with only final accuracies, by arm and seed."""
     cells = [
         Cell(arm, seed, [{"step": 1}], {"before": {"train": 0.1}, "after": {"train": value}}, None)
         for arm, values in accuracy.items()
@@ -278,7 +278,7 @@ def test_quotients_are_used_only_where_all_is_positive() -> None:
 
 
 class Tags(html.parser.HTMLParser):
-    """Open tags must close; counts what there is."""
+    """Asserts that open tags close, and counts tags."""
 
     def __init__(self) -> None:
         super().__init__()

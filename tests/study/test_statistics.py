@@ -1,4 +1,4 @@
-"""The comparison's statistics against scipy, closed forms and their own symmetries."""
+"""The comparison's statistics against scipy, closed forms and symmetries."""
 
 import math
 from itertools import pairwise
@@ -67,7 +67,7 @@ def test_the_bootstrap_interval_is_scipys_at_the_expanded_level() -> None:
     expected = stats.bootstrap(
         (d,), np.mean, confidence_level=1 - 2 * tail, method="percentile", n_resamples=20_000, rng=1
     ).confidence_interval
-    # the quantile's error over 10000 resamples, about a twentieth of the spread of the means so far out
+    # so far in the tail, a quantile of 10000 resamples has an error of about 0.05 standard deviations of the mean
     assert bootstrap_interval(d) == pytest.approx(tuple(expected), abs=0.12 * d.std() / math.sqrt(n))
 
 
@@ -78,7 +78,7 @@ def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> 
         for _ in range(600):
             low, high = bootstrap_interval(rng.normal(1.0, 1.0, n))
             covered[n] += low <= 1.0 <= high
-    # of five pairs, the interval cannot pass the extremes: 1 - 2 / 2^5 = 0.9375 at most; binomial sd 0.01
+    # with five pairs, the interval cannot pass the extremes: it covers at most 1 - 2 / 2^5 = 0.9375; binomial sd 0.01
     assert 0.90 < covered[5] / 600 < 0.965
     assert 0.92 < covered[10] / 600 < 0.98
 

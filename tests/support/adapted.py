@@ -1,4 +1,4 @@
-"""What tests of adapters share."""
+"""Shared by the tests of adapters."""
 
 import torch
 

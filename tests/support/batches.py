@@ -1,4 +1,4 @@
-"""Random policy-gradient batches, and the loss written out token by token in Python floats: a second opinion."""
+"""Random policy-gradient batches, and the loss written out token by token in Python floats to check ours against."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far an update over ranks may lie from that of one process."""
+"""How far an update over several ranks may differ from the update of one process."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import torch
 
 from tests.support.compare import order_bound
 
-# of each tensor's largest element: roundings through two layers of six products of 32 and one of 48, a head of 32 and a
+# relative to each tensor's largest element: roundings through two layers of six products of 32 and one of 48, a head of 32 and a
 # softmax over 61 tokens, and back, and a sum over 8 rows of 7 tokens
 BOUND = order_bound(2 * (2 * (6 * 32 + 48) + 32 + 61) + 8 * 7, torch.float64)
-# log_sigma is float32 whatever the model: its parts, one a rank and micro-batch, are rounded and summed, at most 8 roundings
+# log_sigma is float32 for every model; its parts (one for each rank and micro-batch) are rounded and summed: at most 8 roundings
 SIGMA_BOUND = 8 * 2.0**-24
 
 

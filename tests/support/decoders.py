@@ -1,4 +1,4 @@
-"""Small decoders to perturb, from transformers and of our own, and how their gradients are compared."""
+"""Small decoders to perturb, from transformers and our own, and a comparison of their gradients."""
 
 import pytest
 import torch
@@ -68,19 +68,19 @@ def all_gradients(model, handle):
 
 
 def in_float64(model, handle):
-    """The handle; model and sigma are in float64 now, where another order of a sum is far from any fault."""
+    """Convert model and sigma to float64, so that a sum's order changes far less than a fault would; return the handle."""
     model.double()
     handle.log_sigma.data = handle.log_sigma.data.double()
     return handle
 
 
-# roundings on the way to a gradient: through three layers of four products in a row, of 48 terms at most, a head of 32,
+# successive roundings of a gradient: through three layers of four products in a row, of 48 terms at most, a head of 32,
 # and back, and a sum over some forty rows
 LENGTH = 2 * (3 * 4 * 48 + 32) + 40
 
 
 def assert_equal_gradients(actual, expected):
-    """Of float64 models: equal up to the order of the sums."""
+    """Assert that gradients of float64 models are equal up to the order of their sums."""
     assert len(actual) == len(expected)
     for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert e.dtype == torch.float64

@@ -31,30 +31,30 @@ from tests.support.architectures import ARCHITECTURES, Architecture
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 MARK = "<!-- python -m tests.support.examine --write -->"
-SIGMA, STEP = 0.05, 1e-4  # of the noise; of the central difference in log_sigma
+SIGMA, STEP = 0.05, 1e-4  # the noise's sigma; the central difference's step in log_sigma
 VARIANTS = {"reentrant": True, "non-reentrant": False}
 
 
 class Checkpointed(NamedTuple):
     recomputed: bool  # a layer's forward ran again in backward
-    difference: float  # of the gradients from those without checkpointing, relative to each tensor's largest
+    difference: float  # from gradients without checkpointing, relative to each tensor's largest
 
 
 class Findings(NamedTuple):
     path: str
     num_layers: int
-    runs: list[int]  # of each layer in one forward
-    changed: bool  # by the noise, and finite
+    runs: list[int]  # of each layer, in one forward
+    changed: bool  # the noise changes the logits, and they are finite
     clean: bool  # attached and switched off, before and after a scope: the untouched model's bits
-    restored: bool  # after detach: its bits, and no hook more
+    restored: bool  # after detach: the untouched model's bits and hooks
     head: str  # what the fused loss needs of the model's head, or "no"
     gradient: list[float]  # of log_sigma, by layer
-    differences: list[float]  # what central differences give in its place
+    differences: list[float]  # the same by central differences
     checkpointing: dict[str, Checkpointed | str]  # by variant; a reason where the model has none
 
 
 class Double(TorchFunctionMode):
-    """Computes in float64 what models force into float32: norms, softmaxes, rotary angles, states."""
+    """Compute in float64 what models force into float32: norms, softmaxes, rotary angles, states."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
@@ -64,7 +64,7 @@ class Double(TorchFunctionMode):
 
 
 def available(name: str) -> bool:
-    """Whether the installed transformers knows the architecture, and trains it."""
+    """Whether the installed transformers has the architecture and can train it."""
     architecture = ARCHITECTURES[name]
     return architecture.model_type in CONFIG_MAPPING and Version(transformers.__version__) >= Version(
         architecture.since
@@ -72,7 +72,7 @@ def available(name: str) -> bool:
 
 
 def make(architecture: Architecture) -> nn.Module:
-    """The model with random weights, in training mode, nothing random in its forward."""
+    """The model with random weights, in training mode, with a deterministic forward."""
     config = copy.deepcopy(architecture.config)  # transformers writes into nested ones
     config = CONFIG_MAPPING[config.pop("model_type")](**config)
     parts = [config, *(part for part in vars(config).values() if isinstance(part, transformers.PretrainedConfig))]
@@ -169,14 +169,14 @@ def _checkpointing(model: Any, handle: Perturbation, inputs: dict[str, Any]) -> 
             results[variant] = Checkpointed(runs.total() > 0, _distance(gradients, plain))
         finally:
             model.gradient_checkpointing_disable()
-            if hasattr(model, "_require_grads_hook"):  # newer versions set it with the reentrant kind
+            if hasattr(model, "_require_grads_hook"):  # newer versions set it for reentrant checkpoints
                 model.disable_input_require_grads()
     return results
 
 
 @contextmanager
 def _counted(modules: Iterable[nn.Module], in_backward: bool = False) -> Iterator[Counter[nn.Module]]:
-    """How often each module runs in forward, or in backward: there it is made again."""
+    """Count how often each module runs in forward or, with `in_backward`, is recomputed in backward."""
     runs: Counter[nn.Module] = Counter()
 
     def note(module: nn.Module, args: Any) -> None:
@@ -208,10 +208,10 @@ def _distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def _differences(model: nn.Module, inputs: dict[str, Any], path: str | None) -> tuple[list[float], list[float]]:
-    """The gradient of log_sigma and its central differences, all of the model in float64."""
+    """The gradient of log_sigma and its central differences, with the whole model in float64."""
     model.double().requires_grad_(False)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the others have no float64
+        model.set_experts_implementation("eager")  # the others do not support float64
     inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     handle = attach(model, sigma=SIGMA, path=path)
     handle.log_sigma.data = handle.log_sigma.data.double()

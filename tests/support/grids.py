@@ -12,7 +12,7 @@ ARMS = arms_of(("bypass-sequence", "alp-sequence"))
 
 
 def base(cache: Path, **changes: Any) -> TrainConfig:
-    """One addition modulo 10: a cell takes a second."""
+    """The task is one addition modulo 10: a cell takes a second."""
     config = TrainConfig(
         task=TaskConfig(options=("num_steps=1", "operators=+")),
         model=ModelConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2),

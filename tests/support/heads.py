@@ -13,7 +13,7 @@ LEVELS = get_args(Level)
 
 
 def make_head(seed, batch, time, channels=16, vocab=37, dtype=torch.float64):
-    """A head and a batch whose rollout log-probabilities lie around the head's own."""
+    """A head and a batch with rollout log-probabilities around the head's own."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batch, time, channels, generator=g, dtype=torch.float64)
     weight = torch.randn(vocab, channels, generator=g, dtype=torch.float64) / math.sqrt(channels) * 2

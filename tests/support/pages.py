@@ -1,4 +1,4 @@
-"""README and docs as a reader meets them: their Python blocks, their `alp` commands, their links."""
+"""Read README and docs: their Python blocks, their `alp` commands, their links."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """The fenced blocks in `language`: the line of the page that each one's first line is, and its text."""
+    """The fenced blocks in `language`, each as the number of its first line on the page and its text."""
     text = page.read_text()
     return [(text[: m.start()].count("\n") + 2, m[2]) for m in _BLOCK.finditer(text) if m[1] == language]
 
@@ -25,7 +25,7 @@ def needs_gpu(block: str) -> bool:
 
 
 def script(page: Path, *, has_gpu: bool) -> str:
-    """A page's Python blocks in order, at the page's own line numbers; without a GPU those that need one are left out."""
+    """A page's Python blocks in order, at the page's line numbers; without a GPU, blocks that need one are left out."""
     lines: list[str] = []
     for start, block in blocks(page, "python"):
         if has_gpu or not needs_gpu(block):
@@ -52,6 +52,6 @@ def links(page: Path) -> list[tuple[str, str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a page's headings can be linked by."""
+    """The anchors of a page's headings."""
     titles = re.findall(r"^#+ (.*)$", _BLOCK.sub("", page.read_text()), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}

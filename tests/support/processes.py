@@ -1,7 +1,7 @@
-"""Runs a function on several gloo ranks of this machine and returns what each made.
+"""Run a function on several gloo ranks of this machine and return each rank's result.
 
 Ranks are forked from a server that has imported torch and transformers once: a rank then costs a tenth of a second of
-imports, not five. A rank that fails, or hangs for longer than the time limit, fails the call.
+imports, not five. The call fails if a rank fails or hangs for longer than the time limit.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ PRELOAD = [
 
 
 def leave() -> NoReturn:
-    """End this rank, whose results are on disk, without taking its process group apart.
+    """End this rank without destroying its process group; its results are on disk already.
 
-    PyTorch joins a gloo thread with the GIL held; where that thread still has to let go of a tensor it waits for the GIL, and
-    neither ends (seen with DDP, torch 2.13.0).
+    PyTorch holds the GIL while it joins a gloo thread. If that thread still has to free a tensor, it waits for the GIL, and
+    both hang (seen with DDP, torch 2.13.0).
     """
     os._exit(0)
 
@@ -58,7 +58,7 @@ def _script(rank: int, path: str, num_ranks: int, folder: str, port: int) -> Non
 
 
 def run_script(path: Path, num_ranks: int, folder: Path) -> list[str]:
-    """What each rank of a script prints that torchrun would start."""
+    """Run a script as torchrun does and return what each rank prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,7 +68,7 @@ def run_script(path: Path, num_ranks: int, folder: Path) -> list[str]:
 
 
 def run(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
-    """[function(*args) on rank 0, on rank 1, ...]; the function is importable, and its result can be saved by torch."""
+    """[function(*args) on rank 0, on rank 1, ...]; function must be importable and its result fit for torch.save."""
     mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_work, (function, num_ranks, folder, args), nprocs=num_ranks, start_method="forkserver")

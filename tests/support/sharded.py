@@ -24,7 +24,7 @@ from alp.update import Experience, Updater, score_clean
 RANKS = 2
 NUM_ROWS, WIDTH, LENGTH, VOCAB = 8, 5, 6, 61  # 61: rows of the embedding do not divide by two ranks
 ROUNDINGS = 2 * (3 * (4 * 32 + 3 * 48) + 61) + NUM_ROWS * (WIDTH + LENGTH)
-"""One after another in a gradient: each layer's products and the head's, forward and backward, and a weight's tokens."""
+"""Successive roundings of a gradient: the layers' and the head's products, forward and backward, and the sum over tokens."""
 STEP = 3
 
 
@@ -34,10 +34,10 @@ class Case:
 
     tied: bool = False
     checkpointing: bool = False
-    idle_rank: bool = False  # no advantage on rank 1: nothing of its rows has a gradient
+    idle_rank: bool = False  # advantages are 0 on rank 1: its rows have no gradient
     compute_dtype: torch.dtype | None = None
     lora: bool = False
-    path: str = "same"  # of the sampler
+    path: str = "same"  # the sampler's
     update: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -116,10 +116,10 @@ def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
     result = updater.step(STEP, experience)
     num_parts = -(-per_rank // (config.micro_batch or per_rank))
     sampler.push(model)
-    sampler.push(model)  # twice: a lag of one
+    sampler.push(model)  # pushed twice because of the lag of one
     out: dict[str, Any] = {
         "clean": clean,
-        "noisy_input": torch.cat(seen[:num_parts]),  # a recompute would come after
+        "noisy_input": torch.cat(seen[:num_parts]),  # recomputes, which come later, are cut off
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "weight": {name: full(p.detach()) for name, p in model.named_parameters()},
@@ -146,11 +146,11 @@ def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
 
 
 def restores(model: torch.nn.Module, updater: Updater) -> bool:
-    """Whether a state made whole and spoilt here is, sharded again, what it was."""
+    """Gather the state, zero it here, load it again in shards; return whether everything is as before."""
     state = full_tree(
         {"model": model.state_dict(keep_vars=True), "optimiser": updater.optimiser.state_dict()}, keep=True
     )
-    state = copy.deepcopy(state)  # as a file would: what was whole already is not copied by `gather`
+    state = copy.deepcopy(state)  # as saving does: `full_tree` does not copy tensors that are whole already
     before = [p.detach().clone() for p in model.parameters()]
     moments = [updater.optimiser.state[p]["exp_avg"].clone() for p in updater.parameters]
     with torch.no_grad():
@@ -166,7 +166,7 @@ def restores(model: torch.nn.Module, updater: Updater) -> bool:
 
 
 def accumulate(world: World) -> dict[str, Any]:
-    """Two micro-batches by hand, the first without communication (set_requires_gradient_sync)."""
+    """Run two micro-batches by hand, the first without communication (set_requires_gradient_sync)."""
     case = Case(tied=True)
     model = sharded_model(case)
     experience = make_experience(case)
@@ -189,7 +189,7 @@ def accumulate(world: World) -> dict[str, Any]:
 
 
 def work(rank: int, folder: str, port: int) -> None:
-    """One of the ranks: every case, written to a file."""
+    """Run every case on one rank and write the results to a file."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = World("cpu")

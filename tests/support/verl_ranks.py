@@ -1,4 +1,4 @@
-"""Two gloo processes, one update by verl's engine; rank 0 writes what came of it. Run by test_verl.py."""
+"""One update by verl's engine in two gloo processes; rank 0 writes the result. Run by test_verl.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def work(rank: int, path: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    fork = multiprocessing.get_context("fork")  # importing verl is most of the time: once, then two processes
+    fork = multiprocessing.get_context("fork")  # importing verl takes most of the time: import once, then fork
     workers = [fork.Process(target=work, args=(rank, *sys.argv[1:3])) for rank in range(2)]
     for worker in workers:
         worker.start()

@@ -33,12 +33,12 @@ OBJECTIVE = Objective.preset("alp-sequence")
 class Case:
     wrap: str = "none"  # "ddp", "fsdp1-orig", "fsdp1-flat", "fsdp2", "fsdp2-sum" (divide factor 1)
     attach: str = "before"  # or "after" wrapping
-    loss: str = "inside"  # the wrapped forward; outside it "logits" (policy_loss) or "hidden" (the head read outside)
+    loss: str = "inside"  # in the wrapped forward; outside it "logits" (policy_loss) or "hidden" (fused head)
     checkpoint: str = "none"  # "hf", "hf-reentrant", "wrapper", "wrapper-reentrant"
     dtype: torch.dtype = torch.float64
     policy: torch.dtype | None = None  # dtype of forward and backward in mixed precision
     tied: bool = False
-    head: str = "root"  # where fsdp2 keeps the head: in the root's group, or "unshard", "gather": in one of its own
+    head: str = "root"  # fsdp2 has the head in the root's group; "unshard", "gather": in a group of its own
     micro_batches: int = 1
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Case:
 
 
 class Policy(nn.Module):
-    """What is wrapped: the model, and the loss where it is taken inside."""
+    """The module to wrap: the model and, with loss "inside", the fused loss."""
 
     def __init__(self, model: Qwen2ForCausalLM) -> None:
         super().__init__()
@@ -74,11 +74,11 @@ def wrapped_model(case: Case) -> Qwen2ForCausalLM:
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=8,
-        num_key_value_heads=4,  # as many ranks split them
+        num_key_value_heads=4,  # up to four ranks split them
         initializer_range=0.1,
         tie_word_embeddings=case.tied,
         pad_token_id=0,
-        use_cache=False,  # checkpoint_wrapper's reentrant recompute would fill it again: wrong gradients, ALP or not
+        use_cache=False,  # checkpoint_wrapper's reentrant recompute would fill it twice: wrong gradients even without ALP
     )
     return Qwen2ForCausalLM(config).to(case.dtype).train()
 
@@ -116,7 +116,7 @@ def checkpointed(model: Qwen2ForCausalLM, kind: str) -> None:
 
 
 def wrapped(policy: Policy, case: Case, group: dist.ProcessGroup | None) -> nn.Module:
-    """`policy` over `group`'s ranks; None: over all."""
+    """Wrap `policy` over `group`'s ranks, or over all ranks if it is None."""
     if case.wrap == "none":
         return policy
     if case.wrap == "ddp":
@@ -137,7 +137,7 @@ def wrapped(policy: Policy, case: Case, group: dist.ProcessGroup | None) -> nn.M
         fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(case.policy, real))
     if case.head != "root":
         fully_shard(policy.model.lm_head, mesh=mesh, mp_policy=MixedPrecisionPolicy(case.policy, real))
-    # rollout log-probabilities go through the root's forward: they must stay as they are
+    # the root's forward takes rollout log-probabilities, too: they must not be cast
     fully_shard(policy, mesh=mesh, mp_policy=MixedPrecisionPolicy(case.policy, real, cast_forward_inputs=False))
     if case.wrap == "fsdp2-sum":
         for module in policy.modules():
@@ -148,7 +148,7 @@ def wrapped(policy: Policy, case: Case, group: dist.ProcessGroup | None) -> nn.M
 
 
 def head_outside(policy: Policy, case: Case) -> Tensor:
-    """The head's weight, whole, outside every forward."""
+    """Return the whole weight of the head, outside every forward."""
     if case.head == "unshard":
         policy.model.lm_head.unshard()
     weight = policy.model.lm_head.weight
@@ -176,8 +176,8 @@ def clean_name(name: str) -> str:
 
 
 def gradients(module: nn.Module, case: Case) -> dict[str, Tensor]:
-    """Every parameter's gradient, whole; a collective call."""
-    if case.wrap == "fsdp1-flat":  # its flat gradients have no names: put them where the weights are, and gather those
+    """Return every parameter's whole gradient. All ranks must call this."""
+    if case.wrap == "fsdp1-flat":  # flat gradients have no names: copy them into the weights and gather those
         with torch.no_grad():
             for p in module.parameters():
                 p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -200,7 +200,7 @@ def precision(case: Case) -> Iterator[None]:
 
 
 def one_update(case: Case, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
-    """Gradients and noisy first input after one batch; `group` of one rank: the whole batch on it."""
+    """Return gradients and loss after one batch; a `group` of one rank takes the whole batch."""
     model = wrapped_model(case)
     checkpointed(model, case.checkpoint)
     policy = Policy(model)
