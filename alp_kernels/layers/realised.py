@@ -53,8 +53,7 @@ class Realised:
             self._warned = True
             logger.warning(
                 "the noise in layers %s is %.2g to %.2g times the requested size: sigma is too small for the dtype of the "
-                'hidden states, so the noise is rounded away or up. Use a larger sigma, scale="rms", '
-                'rounding="stochastic", or float32.',
+                'hidden states, so the noise is rounded away or up. Use scale="rms", a larger sigma, or float32.',
                 off,
                 min(ratio),
                 max(ratio),
