@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from alp_kernels import Objective, attach, fused_alp_loss
-
 peft = pytest.importorskip("peft", minversion="0.19")
 bnb = pytest.importorskip("bitsandbytes")
 
-from alp_kernels.integrations.hugging_face import backbone, output_head  # noqa: E402
-from tests.support.adapted import LAYERS, batch, gradients  # noqa: E402
-from tests.support.decoders import ids, make_model  # noqa: E402
+from alp_kernels.integrations.hugging_face import output_head  # noqa: E402
+from tests.support.adapted import LAYERS, assert_adapters_and_sigma_train  # noqa: E402
+from tests.support.decoders import make_model  # noqa: E402
 
 
 def quantised(bits, names):
@@ -39,16 +37,7 @@ def test_adapters_and_sigma_train_on_a_quantised_base(bits, adapters):
     base = quantised(bits, LAYERS)
     assert base.model.layers[0].self_attn.q_proj.weight.dtype == (torch.uint8 if bits == 4 else torch.int8)
     config = peft.LoraConfig(r=4, target_modules=LAYERS, init_lora_weights=False, **adapters)
-    model = peft.get_peft_model(base, config)
-    handle = attach(model, sigma=0.05)
-    targets, *rest = batch()
-    with handle.perturbed(step=0):
-        hidden = backbone(model)(ids()).last_hidden_state
-        head = output_head(model)
-        fused_alp_loss(hidden, head, targets, *rest, objective=Objective.preset("alp-token")).loss.backward()
-    assert set(gradients(model)) == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all(g.abs().max() > 0 for g in gradients(model).values())
-    assert (handle.log_sigma.grad != 0).all()
+    assert_adapters_and_sigma_train(peft.get_peft_model(base, config))
 
 
 def test_a_quantised_head_is_refused():
