@@ -17,6 +17,7 @@ from alp.study.grid import load_grid
 from alp.study.summary import is_collapsed
 from alp_kernels import Objective, fused_alp_loss, policy_loss
 from tests.support import processes
+from tests.support.compare import likely_order_bound
 from tests.support.pages import DOCS, PAGES, README, ROOT, anchors, blocks, commands, links, needs_gpu, script
 from tests.support.tiny_models import write_hub_copy
 
@@ -54,6 +55,8 @@ def test_only_one_block_waits_for_a_gpu():
     assert waiting == ["compile.md"]
 
 
+# roundings in a gradient: two layers' products and the head's, forward and backward, and the sum over all tokens
+BOUND = likely_order_bound(2 * (2 * (4 * 32 + 3 * 64) + 64) + 8 * 16, torch.float32)
 ONE_PROCESS = """
 def gradients(module, handle):
     return {name: p.grad for name, p in module.named_parameters()} | {"log_sigma": handle.log_sigma.grad}
@@ -79,7 +82,7 @@ def test_the_ddp_block_makes_the_gradient_of_one_process(num_ranks, tmp_path):
     assert split.keys() == whole.keys()
     for name, gradient in whole.items():
         assert 0 < gradient.abs().max() < 10
-        assert (split[name] - gradient).abs().max() <= 2e-5 * gradient.abs().max(), name
+        assert (split[name] - gradient).abs().max() <= BOUND * gradient.abs().max(), name
 
 
 @pytest.mark.parametrize(

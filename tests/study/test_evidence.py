@@ -98,6 +98,7 @@ def test_the_readme_claims_what_the_page_does() -> None:
     for names, key in (
         (("replication",), "k3_mean"),
         (("replication",), "final_accuracy"),
+        (("settle-fresh",), "k3_mean"),
     ):
         size, _, _ = pooled("token", key, names).partition(", p")
         assert size in readme, size
