@@ -48,6 +48,7 @@ LIMIT, OURS, EAGER, COMPILED, OTHERS = (
     "best other kernel",
 )
 """The columns of the short table. OTHERS holds the fastest of several."""
+_SINGLE = (LIMIT, OURS, EAGER, COMPILED)
 
 LAYOUTS = (
     Layout(
@@ -129,7 +130,8 @@ def read(paths: Iterable[Path]) -> list[Record]:
 
 def markdown(records: Sequence[Record], *, in_short: bool = False) -> str:
     """Return each device's tables, or with `in_short` one of four rows, and the provenance of its numbers."""
-    kept = [r for r in records if r["op"] not in DRAWN]
+    ops = dict(SHORT)
+    kept = [r for r in records if (r["op"] in ops if in_short else r["op"] not in DRAWN)]
     part = _short if in_short else _device
     return "\n".join(line for device in dict.fromkeys(r["device_type"] for r in kept) for line in part(kept, device))
 
@@ -154,9 +156,6 @@ def _short(records: Sequence[Record], device: str) -> Iterator[str]:
             yield _line([f"{name}, {_case(next(iter(row.values())))}", *cells, last])
     yield ""
     yield from _origin(shown)
-
-
-_SINGLE = (LIMIT, OURS, EAGER, COMPILED)
 
 
 def _fastest(chosen: list[tuple[Column, Record]], row: list[tuple[Column, Record]]) -> str:

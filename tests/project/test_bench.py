@@ -344,6 +344,13 @@ def test_a_run_saves_records_that_become_tables_and_plots(tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_a_device_without_the_short_tables_ops_is_left_out_of_it():
+    records = table.read(table.newest())
+    other = [r | {"device_type": "cuda", "op": "update forward + backward"} for r in records[:2]]
+    assert table.markdown(records + other, in_short=True) == table.markdown(records, in_short=True)
+    assert table.markdown(other, in_short=True) == ""
+
+
 def test_a_tie_is_not_bold():
     """Bold needs a fifth less time than each rival that computes the same; our two levels are no rivals of each other."""
     layout = table.LAYOUTS[0]
