@@ -2,10 +2,11 @@
 
     ell       log-ratio at the level (loss/levels.py)               rho = exp(clamp(ell, -20, 20)), no gradient outside the clamp
     surrogate max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)); if A < 0: min(that, -A dual_clip)
-    row loss  is_weight * surrogate + kl_coef * kl - entropy_coef * H
+    row loss  is_weight * surrogate + kl_coef * kl - entropy_coef * H       kl_bias_correction: rho * kl in place of kl
 
 Sources: PPO clip (arXiv 1707.06347), dual clip (1912.09729), asymmetric clip (2503.14476), KL estimators
-(Schulman, "Approximating KL divergence", 2020), one ratio against the rollout policy (ALP, 2603.19470).
+(Schulman, "Approximating KL divergence", 2020) and their bias correction (DeepSeek-V3.2, 2512.02556), one ratio against
+the rollout policy (ALP, 2603.19470).
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_flag, check_number, check_size
+
 LOG_RATIO_CLAMP = 20.0
+"""Where exp of a log-ratio (nats) is guarded against overflow. Terms that cannot overflow are not clamped."""
 
 Level = Literal["token", "sequence", "cum-token", "cum-turn"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -46,7 +50,11 @@ class Objective:
         aggregation: how token losses become one number; it divides by counts over the whole optimiser batch.
         norm_length: the fixed length (tokens) that "seq-mean-token-sum-norm" divides by.
         kl, kl_coef: estimator and coefficient of the KL to a reference policy; "k3+" has k3's value and k2's gradient.
+        kl_bias_correction: multiply the KL estimate by the ratio at the level, and differentiate both: at token level,
+            with k3, the gradient's expectation is then that of the KL under the current policy.
         entropy_coef: coefficient of the entropy bonus (nats).
+        entropy_aggregation: None: the bonus is aggregated like the loss. "token-mean": it is the mean over num_tokens
+            tokens, whatever `aggregation` is.
     """
 
     level: Level = "token"
@@ -62,7 +70,9 @@ class Objective:
     norm_length: int | None = None
     kl: KL | None = None
     kl_coef: float = 0.0
+    kl_bias_correction: bool = False
     entropy_coef: float = 0.0
+    entropy_aggregation: Literal["token-mean"] | None = None
 
     spec: ClassVar[str]
     """The fields as text, which fits an operator's schema; `objective_of` parses it."""
@@ -75,15 +85,17 @@ class Objective:
             "weight_level": ("token", "sequence"),
             "aggregation": get_args(Aggregation),
             "kl": (None, *get_args(KL)),
+            "entropy_aggregation": (None, "token-mean"),
         }
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"Objective: {field}={getattr(self, field)!r}; it needs one of {allowed}")
+            check_choice("Objective", field, getattr(self, field), allowed)
+        for field in ("geometric", "kl_bias_correction"):
+            check_flag("Objective", field, getattr(self, field))
         for field in ("clip_low", "clip_high", "dual_clip", "weight_cap", "kl_coef", "entropy_coef"):
-            value = getattr(self, field)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number and not (field == "dual_clip" and value is None):
-                raise ValueError(f"Objective: {field}={value!r}; it needs a finite number")
+            if field != "dual_clip" or self.dual_clip is not None:
+                check_number("Objective", field, getattr(self, field))
+        if self.norm_length is not None:
+            check_size("Objective", "norm_length", self.norm_length, "a length > 0, or None")
         claims = [
             ("clip_low", 0 <= self.clip_low <= 1, "a number in [0, 1]"),
             ("clip_high", self.clip_high >= 0, "a number >= 0"),
@@ -91,12 +103,12 @@ class Objective:
             ("weight_cap", self.weight_cap > 1, "a number > 1"),
             ("kl_coef", self.kl_coef >= 0, "a number >= 0"),
             ("kl", self.kl is not None or self.kl_coef == 0, f"an estimator, since kl_coef={self.kl_coef}"),
+            ("kl_bias_correction", not self.kl_bias_correction or self.kl is not None, "an estimator: kl='k3'"),
             ("geometric", not (self.geometric and self.level == "token"), "False if level is 'token'"),
             ("weight", self.weight is None or self.denominator == "old", "denominator='old'"),
             (
                 "norm_length",
-                (self.aggregation == "seq-mean-token-sum-norm") == (self.norm_length is not None)
-                and (self.norm_length is None or self.norm_length > 0),
+                (self.aggregation == "seq-mean-token-sum-norm") == (self.norm_length is not None),
                 "a length > 0 if aggregation is 'seq-mean-token-sum-norm', else None",
             ),
         ]
@@ -163,6 +175,7 @@ class LossRows(NamedTuple):
     weight: Tensor  # aggregation weight: the loss is sum_n weight_n * row_loss_n
     is_weight: Tensor | None = None  # importance weight, multiplies only the surrogate
     ref_logp: Tensor | None = None  # needed if kl_coef > 0
+    entropy_weight: Tensor | None = None  # aggregation weight of the entropy bonus; None: `weight`
 
 
 def _clamp(x: Tensor, low: float, high: float) -> Tensor:
@@ -184,8 +197,13 @@ def surrogate(ell: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """(e^r - 1) - r for r = ln(p / q): an unbiased, nonnegative estimate of KL(q || p) on samples of q (Schulman 2020)."""
-    return torch.expm1(log_ratio) - log_ratio
+    """(e^r - 1) - r for r = ln(p / q): an unbiased, nonnegative estimate of KL(q || p) on samples of q (Schulman 2020).
+
+    Above 20 nats e^r follows its tangent, so value and gradient stay finite; -r keeps its value and gradient everywhere.
+    """
+    below = _clamp(log_ratio, -math.inf, LOG_RATIO_CLAMP)
+    above = torch.relu(log_ratio - LOG_RATIO_CLAMP)
+    return torch.expm1(below) - below + math.expm1(LOG_RATIO_CLAMP) * above
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: KL) -> Tensor:
@@ -195,53 +213,60 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: KL) -> Tensor:
         return log_ratio
     if kl == "k2":
         return log_ratio.square() / 2
-    away = _clamp(-log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    value = k3(away)
     if kl == "k3":
-        return value
+        return k3(-log_ratio)
     k2 = log_ratio.square() / 2
-    return value.detach() + (k2 - k2.detach())
+    return k3(-log_ratio).detach() + (k2 - k2.detach())
 
 
-def row_loss(ell: Tensor, logp: Tensor, entropy: Tensor | None, rows: LossRows, objective: Objective) -> Tensor:
-    """Each row's loss before its aggregation weight: surrogate, KL and entropy terms."""
+def _kl_gradient(log_ratio: Tensor, kl: KL) -> Tensor:
+    """The derivative of kl_estimate with respect to logp, for log_ratio = logp - ref_logp."""
+    if kl == "k1":
+        return torch.ones_like(log_ratio)
+    return -torch.expm1((-log_ratio).clamp(max=LOG_RATIO_CLAMP)) if kl == "k3" else log_ratio
+
+
+def weighted_loss(ell: Tensor, logp: Tensor, entropy: Tensor | None, rows: LossRows, objective: Objective) -> Tensor:
+    """Each row's share of the loss: surrogate, KL and entropy terms times their aggregation weights."""
     loss = surrogate(ell, rows.advantages, objective)
     if rows.is_weight is not None:
         loss = rows.is_weight * loss
     if objective.kl_coef > 0:
         assert rows.ref_logp is not None and objective.kl is not None
-        loss = loss + objective.kl_coef * kl_estimate(logp, rows.ref_logp, objective.kl)
+        kl = kl_estimate(logp, rows.ref_logp, objective.kl)
+        if objective.kl_bias_correction:
+            kl = kl * _clamp(ell, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+        loss = loss + objective.kl_coef * kl
+    loss = rows.weight * loss
     if objective.entropy_coef != 0:
         assert entropy is not None
-        loss = loss - objective.entropy_coef * entropy
+        weight = rows.weight if rows.entropy_weight is None else rows.entropy_weight
+        loss = loss - objective.entropy_coef * weight * entropy
     return loss
 
 
 def row_gradient(ell: Tensor, logp: Tensor, rows: LossRows, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """Derivatives of weight * row_loss with respect to logp and, if entropy_coef != 0, the entropy, each (n,).
+    """Derivatives of weighted_loss with respect to logp and, if entropy_coef != 0, the entropy, each (n,).
 
     d ell / d logp = 1 at every level (docs/math.md, section 2). Computed in closed form, because autograd does
     not run inside an operator. A NaN loss has a NaN gradient.
     """
     rho = ell.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    follows = (ell.abs() <= LOG_RATIO_CLAMP) & ~logp.isinf()  # the ratio has a gradient
     slope = -rows.advantages * rho
     counts = slope >= -rows.advantages * rho.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     if objective.dual_clip is not None:
         counts &= (rows.advantages >= 0) | (rho <= objective.dual_clip)
-    counts &= (ell.abs() <= LOG_RATIO_CLAMP) & ~logp.isinf()
-    dlogp = torch.where(counts, slope, 0.0)
+    dlogp = torch.where(counts & follows, slope, 0.0)
     if rows.is_weight is not None:
         dlogp = rows.is_weight * dlogp
     if objective.kl_coef > 0:
-        assert rows.ref_logp is not None
-        log_ratio = logp - rows.ref_logp
-        if objective.kl == "k1":
-            dkl = torch.ones_like(log_ratio)
-        elif objective.kl == "k3":
-            away = (-log_ratio).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-            dkl = torch.where(log_ratio.abs() <= LOG_RATIO_CLAMP, -torch.expm1(away), 0.0)
-        else:
-            dkl = log_ratio
+        assert rows.ref_logp is not None and objective.kl is not None
+        dkl = _kl_gradient(logp - rows.ref_logp, objective.kl)
+        if objective.kl_bias_correction:
+            dkl = rho * (dkl + torch.where(follows, kl_estimate(logp, rows.ref_logp, objective.kl), 0.0))
         dlogp = dlogp + objective.kl_coef * dkl
     dlogp = torch.where(logp.isnan() | ell.isnan(), torch.nan, rows.weight * dlogp)
-    return dlogp, -objective.entropy_coef * rows.weight if objective.entropy_coef != 0 else None
+    if objective.entropy_coef == 0:
+        return dlogp, None
+    return dlogp, -objective.entropy_coef * (rows.weight if rows.entropy_weight is None else rows.entropy_weight)

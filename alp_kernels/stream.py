@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_integer, check_tensor, refuse_type
+
 NORMAL_BOUND = 2e-6
 """Largest |eps(engine) - eps(float64)| allowed for any engine, over the whole range |eps| <= 6.77."""
 
@@ -105,7 +107,7 @@ def check_stream(where: str, stream: Stream, num_rows: int, device: torch.device
 
 
 class Coordinates(NamedTuple):
-    """The noise coordinates as the caller passes them, not yet checked."""
+    """The noise coordinates as the caller passes them."""
 
     seed: int
     step: int | Tensor
@@ -113,11 +115,30 @@ class Coordinates(NamedTuple):
     row_ids: Tensor | None = None
     row_start: int | Tensor = 0
 
+    def check(self, where: str, prefix: str = "") -> None:
+        """Check the types; `stream` checks values. prefix: what messages put before a coordinate's name."""
+        limits = {
+            "seed": MAX_SEED,
+            "step": MAX_STEP,
+            "layer": LOGITS_LAYER,
+            "row_start": MAX_ROW,
+        }  # check_stream adds N
+        for name, top in limits.items():
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or name in ("seed", "layer"):
+                check_integer(where, prefix + name, value, 0, None if name == "row_start" else top)
+            elif value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                refuse_type(where, prefix + name, value, f"an int in [0, {top}], or a one-element tensor of integers")
+        if self.row_ids is not None:
+            check_tensor(where, f"{prefix}row_ids", self.row_ids)
+            if self.row_ids.dtype != torch.int64:
+                raise TypeError(f"{where}: {prefix}row_ids is {self.row_ids.dtype}; it needs torch.int64")
+
     def stream(self, where: str, num_rows: int, device: torch.device) -> Stream:
         """The checked stream, with step and row_start as ints. Raises like `check_stream`."""
-        step, row_start = (int(x) if isinstance(x, Tensor) else x for x in (self.step, self.row_start))
+        seed, step, layer, row_start = (int(x) for x in (self.seed, self.step, self.layer, self.row_start))
         row_ids = None if self.row_ids is None else self.row_ids.reshape(-1)
-        stream = Stream(self.seed, step, self.layer, row_start, row_ids)
+        stream = Stream(seed, step, layer, row_start, row_ids)
         check_stream(where, stream, num_rows, device)
         return stream
 

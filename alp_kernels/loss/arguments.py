@@ -5,22 +5,27 @@ All checks run before any kernel; one transfer brings the values to the host.
 
 from __future__ import annotations
 
-import math
-from types import NoneType
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..checks import (
+    LARGEST,
+    SMALLEST,
+    check_integer,
+    check_number,
+    check_size,
+    check_tensor,
+    refuse_type,
+    refuse_value,
+)
 from ..dtypes import DTYPES, real
-from ..engine import pick
-from ..noise.perturb import check_tensor
+from ..engine import check_name, pick
 from ..reference import LogitTransform
 from ..stream import LogitNoise
 from .gather import local_rows
 from .head import Head, VocabSplit, hint_at_mask
-from .inputs import NUMBERS
 from .plan import Needs, Operands, make_plan
 from .split import agree, sum_gradient
 from .transfer import Transfer
@@ -48,13 +53,14 @@ class HeadInputs(NamedTuple):
         engine: str | None,
     ) -> HeadInputs:
         """Apply the adapters, take this rank's rows of DTensors, and cast all to one dtype as autocast does."""
-        for name, value in (("hidden", hidden), ("targets", targets)):
-            check_tensor(where, name, value)
-        whole = "output_head(model), which has its adapters, too: alp_kernels.integrations.hugging_face"
-        check_tensor(where, "weight", head.weight, of_module=whole)
-        if head.bias is not None:
-            check_tensor(where, "bias", head.bias)
-        _check_fields(where, head)
+        check_tensor(where, "hidden", hidden)
+        check_tensor(where, "targets", targets)
+        if mask is not None:
+            check_tensor(where, "mask", mask)
+        _check_head(where, head)
+        check_name(engine)
+        if chunk_bytes is not None:
+            check_integer(where, "chunk_bytes", chunk_bytes, 1, fits="a number of bytes > 0, or None")
         if head.split is not None:
             head = _local(where, head)
         hidden, weight, bias = _in_one_dtype(head.inputs(hidden), head.weight, head.bias)
@@ -78,20 +84,35 @@ def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
     return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
-def _check_fields(where: str, head: Head) -> None:
-    """Check the types of the head's options."""
-    kinds: dict[str, tuple[type, ...]] = {
-        "temperature": (*NUMBERS, Tensor),
-        "logit_scale": NUMBERS,
-        "softcap": (*NUMBERS, NoneType),
-        "logit_noise": (LogitNoise, NoneType),
-        "split": (VocabSplit, NoneType),
-    }
-    for name, fits in kinds.items():
-        value = getattr(head, name)
-        if not isinstance(value, fits) or isinstance(value, bool):
-            names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in fits)
-            raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs {names}")
+def _check_head(where: str, head: Head) -> None:
+    """Check the head's fields, each by its kind, apart from shapes and the values of tensors."""
+    whole = "output_head(model), which has its adapters, too: alp_kernels.integrations.hugging_face"
+    check_tensor(where, "weight", head.weight, of_module=whole)
+    if head.bias is not None:
+        check_tensor(where, "bias", head.bias)
+    check_number(where, "logit_scale", head.logit_scale, "a finite number other than 0")
+    if abs(head.logit_scale) < SMALLEST:
+        refuse_value(where, "logit_scale", head.logit_scale, "a finite number other than 0, at least 1.2e-38 in size")
+    if head.softcap is not None:
+        check_size(where, "softcap", head.softcap, "a number > 0, or None")
+    if not isinstance(head.temperature, Tensor):
+        check_size(where, "temperature", head.temperature, "a number > 0, or a tensor of them")
+    else:
+        check_tensor(where, "temperature", head.temperature)
+        if head.temperature.requires_grad:
+            raise ValueError(f"{where}: temperature requires grad but gets no gradient; give temperature.detach()")
+        if head.temperature.dtype == torch.bool:
+            refuse_type(where, "temperature", head.temperature, "numbers > 0")
+    for name, kind in (("logit_noise", LogitNoise), ("split", VocabSplit)):
+        if not isinstance(getattr(head, name), kind | None):
+            refuse_type(where, name, getattr(head, name), f"a {kind.__name__}, or None")
+    if not isinstance(head.adapters, tuple) or not all(isinstance(adapter, nn.Module) for adapter in head.adapters):
+        refuse_type(where, "adapters", head.adapters, "a tuple of modules")
+    if head.split is not None and head.split.start is not None:
+        check_integer(where, "split.start", head.split.start, 0)
+    if head.logit_noise is not None:
+        head.logit_noise.coordinates.check(where, "logit_noise.")
+        check_tensor(where, "logit_noise.log_sigma", head.logit_noise.log_sigma)
 
 
 def check_head(where: str, inputs: HeadInputs, transfer: Transfer) -> Operands:
@@ -102,11 +123,13 @@ def check_head(where: str, inputs: HeadInputs, transfer: Transfer) -> Operands:
     hidden, head, targets, mask = inputs.hidden, inputs.head, inputs.targets, inputs.mask
     _check_tensors(where, inputs)
     _check_shapes(where, inputs)
-    flat_targets = (targets if mask is None else targets * (mask != 0)).reshape(-1).long()  # off the mask: any value
+    live = None if mask is None else (mask != 0).reshape(-1)
+    flat_targets = targets.reshape(-1).long()
+    if live is not None:
+        flat_targets = torch.where(live, flat_targets, 0)  # off the mask: any value
     if head.split is None:
         _check_targets(where, flat_targets, targets.shape, len(head.weight), transfer)
-    _check_options(where, inputs)
-    transform = _transform(where, inputs, transfer)
+    transform = _transform(where, inputs, live, transfer)
     flat = hidden.reshape(-1, hidden.shape[-1])
     plan = make_plan(
         pick(inputs.engine, hidden.device),
@@ -159,8 +182,6 @@ def _check_tensors(where: str, inputs: HeadInputs) -> None:
         "mask": inputs.mask,
     }
     for name, value in tensors.items():
-        if value is not None or name == "targets":
-            check_tensor(where, name, value)
         if hasattr(value, "full_tensor"):
             fits = "gather_weight(weight), or Head(weight, split=VocabSplit()) if tensor-parallel ranks split the vocabulary"
             fits = fits if name == "weight" else f"{name}.full_tensor()"
@@ -234,22 +255,10 @@ def _check_targets(where: str, flat: Tensor, shape: torch.Size, vocab: int, tran
     transfer.check(check)
 
 
-def _check_options(where: str, inputs: HeadInputs) -> None:
-    scale, softcap, chunk_bytes = inputs.head.logit_scale, inputs.head.softcap, inputs.chunk_bytes
-    if not (math.isfinite(scale) and scale != 0):
-        raise ValueError(f"{where}: logit_scale={scale}; it needs a finite number other than 0")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{where}: softcap={softcap}; it needs a number > 0, or None")
-    if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int | np.integer)):
-        raise TypeError(f"{where}: chunk_bytes is a {type(chunk_bytes).__name__}; it needs an int, or None")
-    if chunk_bytes is not None and chunk_bytes <= 0:
-        raise ValueError(f"{where}: chunk_bytes={chunk_bytes}; it needs a number of bytes > 0, or None")
-
-
-def _transform(where: str, inputs: HeadInputs, transfer: Transfer) -> LogitTransform:
+def _transform(where: str, inputs: HeadInputs, live: Tensor | None, transfer: Transfer) -> LogitTransform:
     hidden, head, targets = inputs.hidden, inputs.head, inputs.targets
     softcap = None if head.softcap is None else float(head.softcap)
-    transform = LogitTransform(float(head.logit_scale), softcap, _temperatures(where, inputs, transfer))
+    transform = LogitTransform(float(head.logit_scale), softcap, _temperatures(where, inputs, live, transfer))
     if head.logit_noise is None:
         return transform
     log_sigma = head.logit_noise.log_sigma
@@ -263,23 +272,26 @@ def _transform(where: str, inputs: HeadInputs, transfer: Transfer) -> LogitTrans
     return transform._replace(sigma=log_sigma.detach().reshape(()).exp(), stream=stream)
 
 
-def _temperatures(where: str, inputs: HeadInputs, transfer: Transfer) -> Tensor | None:
-    """Return each row's temperature, (N,), or None if it is 1."""
+def _temperatures(where: str, inputs: HeadInputs, live: Tensor | None, transfer: Transfer) -> Tensor | None:
+    """Return each row's temperature, (N,), or None if it is 1. Rows off the mask (`live`) may have any."""
     temperature, hidden, shape = inputs.head.temperature, inputs.hidden, inputs.targets.shape
     if not isinstance(temperature, Tensor):
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"{where}: temperature={temperature}; it needs a number > 0")
         if temperature == 1:
             return None
         return torch.full((shape.numel(),), temperature, dtype=real(hidden), device=hidden.device)
     if temperature.numel() != 1 and temperature.shape != shape:
         raise ValueError(f"{where}: temperature has shape {tuple(temperature.shape)}; it needs () or {tuple(shape)}")
-    tau = temperature.detach().to(hidden.device, real(hidden), non_blocking=True)
-    lowest = transfer.ask(tau.amin())
+    tau = temperature.to(hidden.device, real(hidden), non_blocking=True)
+    tau = (tau.reshape(()) if tau.numel() == 1 else tau).expand(shape).reshape(-1)
+    if live is not None:
+        tau = torch.where(live, tau, 1.0)
+    lowest, highest = (transfer.ask(value) for value in tau.aminmax())
 
     def check() -> None:
-        if not lowest.numbers[0] > 0:
-            raise ValueError(f"{where}: temperature has values <= 0; it needs positive ones")
+        if not SMALLEST <= lowest.numbers[0] <= highest.numbers[0] <= LARGEST:
+            raise ValueError(
+                f"{where}: temperature has values from {lowest.numbers[0]} to {highest.numbers[0]}; it needs finite numbers > 0"
+            )
 
     transfer.check(check)
-    return (tau.reshape(()) if tau.numel() == 1 else tau).expand(shape).reshape(-1)
+    return tau

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..objective import LOG_RATIO_CLAMP, LossRows, Objective
-from .inputs import Count, LossInputs, check_count, check_objective
+from .inputs import LOG_PROBABILITIES, Count, LossInputs
 from .segments import Sequences, first_and_last, read_sequences, segment_sum, sequence_of
 from .transfer import Asked, Transfer
 
-_ROUNDING = 2.0**-10
+ROUNDING = 2.0**-10
 """How far above 0 an engine's rounding may lift the log-probability of a token of probability 1."""
 
 
@@ -40,9 +40,8 @@ class Numbers:
         return self[self.denominator_name]
 
     def loss_rows(self) -> LossRows:
-        return LossRows(
-            self.denominator, self["advantages"], self["weight"], self.get("is_weight"), self.get("ref_logp")
-        )
+        optional = (self.get(name) for name in ("is_weight", "ref_logp", "entropy_weight"))
+        return LossRows(self.denominator, self["advantages"], self["weight"], *optional)
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,14 @@ class Batch:
         return Rows(self.numbers.select(index), sequence_of(index, self.shape, self.sequence), turn)
 
 
-def _count(where: str, name: str, value: Count, default: float | Tensor) -> Tensor:
-    """Return the count `name` to divide by, () float64.
+def _count(value: Count, default: float | Tensor) -> Tensor:
+    """Return the count to divide by, () float64.
 
     Tensors and defaults count as at least 1, so that an empty batch has loss 0, not 0 / 0. A number becomes a float64 tensor
     on the CPU: every device accepts it as a scalar, and the default dtype does not narrow it.
     """
     if value is None:
         value = default if isinstance(default, Tensor) else max(default, 1)
-    elif not isinstance(value, Tensor):
-        check_count(where, name, value)
     if isinstance(value, Tensor):
         return value.detach().reshape(()).double().clamp(min=1)
     return torch.tensor(value, dtype=torch.float64, device="cpu")
@@ -127,6 +124,8 @@ class Unread:
             w = _weights(numbers["old_logp"], numbers["rollout_logp"], self.mask, self.sequence(), objective)
             numbers["is_weight"].mul_(w)
         self._aggregate(numbers["weight"])
+        if objective.entropy_aggregation == "token-mean":
+            torch.div(self.mask, self._num_tokens(), out=numbers["entropy_weight"])
         return Batch(
             shape=self.shape,
             mask=self.mask,
@@ -140,31 +139,43 @@ class Unread:
             num_nonfinite=self.num_nonfinite,
         )
 
+    def _num_tokens(self) -> Tensor:
+        return _count(self.inputs.num_tokens, self.counts.numbers[0])
+
     def _aggregate(self, weight: Tensor) -> None:
         """Write the aggregation weights, 0 off the mask, into `weight` (N,)."""
         kind = self.objective.aggregation
-        counted, other = ("tokens", "sequences") if kind == "token-mean" else ("sequences", "tokens")
-        given = {"tokens": self.inputs.num_tokens, "sequences": self.inputs.num_sequences}
-        if given[counted] is None and given[other] is not None:
-            raise ValueError(
-                f"{self.where}: num_{other} was given without num_{counted}; aggregation={kind!r} divides by the number of "
-                f"{counted}: give num_{counted} of the whole optimiser batch"
-            )
         if kind == "token-mean":
-            num_tokens = _count(self.where, "num_tokens", self.inputs.num_tokens, self.counts.numbers[0])
-            torch.div(self.mask, num_tokens, out=weight)
+            torch.div(self.mask, self._num_tokens(), out=weight)
             return
         sequence = self.sequence()
         first, last = first_and_last(sequence)
         tokens = segment_sum(self.mask, first, last)
         at_start = torch.arange(len(sequence), device=sequence.device) == first
         num_sequences = (at_start & (tokens > 0)).sum()
-        torch.div(self.mask, _count(self.where, "num_sequences", self.inputs.num_sequences, num_sequences), out=weight)
+        torch.div(self.mask, _count(self.inputs.num_sequences, num_sequences), out=weight)
         if kind == "seq-mean-token-mean":
             weight.div_(tokens.clamp(min=1).to(weight.dtype))
         if kind == "seq-mean-token-sum-norm":
             assert self.objective.norm_length is not None
             weight.div_(self.objective.norm_length)
+
+
+def _check_counts(where: str, inputs: LossInputs) -> None:
+    """Raise if a count of the whole optimiser batch is given and another one is needed, too."""
+    objective = inputs.objective
+    of_loss = "tokens" if objective.aggregation == "token-mean" else "sequences"
+    given = {"tokens": inputs.num_tokens, "sequences": inputs.num_sequences}
+    needed = {of_loss: f"aggregation={objective.aggregation!r}"}
+    if objective.entropy_coef != 0 and objective.entropy_aggregation == "token-mean":
+        needed = {"tokens": "entropy_aggregation='token-mean'"} | needed
+    for counted, by in needed.items():
+        other = "sequences" if counted == "tokens" else "tokens"
+        if given[counted] is None and given[other] is not None:
+            raise ValueError(
+                f"{where}: num_{other} was given without num_{counted}; {by} divides by the number of {counted}: give "
+                f"num_{counted} of the whole optimiser batch"
+            )
 
 
 class _Form(NamedTuple):
@@ -180,20 +191,10 @@ class _Form(NamedTuple):
     ) -> Tensor:
         """Check a per-token tensor, and return it flat (N,) and detached."""
         where, shape = self.where, self.shape if shape is None else shape
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor of shape {tuple(shape)}"
-            )
         if value.shape != shape:
             raise ValueError(f"{where}: {name} has shape {tuple(value.shape)}; it needs {tuple(shape)}")
         if value.device != self.device:
             raise ValueError(f"{where}: {name} is on {value.device}; the other inputs are on {self.device}")
-        if value.is_complex():
-            raise TypeError(f"{where}: {name} is {value.dtype}; it needs a float dtype")
-        if name.endswith("logp") and value.dtype in (torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"{where}: {name} is {value.dtype}; it needs torch.float32 (16 bits change ratios by several per cent)"
-            )
         return value.detach().reshape(-1).to(self.dtype if dtype is None else dtype)
 
 
@@ -205,19 +206,21 @@ def flatten(
     shape: of the targets. dtype: of log-probabilities, float32 (float64 for float64).
     """
     form, objective = _Form(where, shape, dtype, device), inputs.objective
-    _check_kinds(form, inputs)
+    if len(shape) not in (1, 2) or 0 in shape:
+        raise ValueError(
+            f"{where}: the batch has shape {tuple(shape)}; it needs (B, T) or (N,), one value per token, not empty"
+        )
+    _check_counts(where, inputs)
     q = form.flat("rollout_logp", inputs.rollout_logp)
-    mask_dtype = inputs.mask.dtype if isinstance(inputs.mask, Tensor) else dtype
-    mask_values = form.flat("mask", inputs.mask, dtype=mask_dtype)
-    sequences = read_sequences(where, shape, device, inputs.cu_seqlens, inputs.sequence_ids, transfer)
-    advantages = _advantages_by_token(form, inputs.advantages, sequences)
+    live, wrong_mask, graded = flags = torch.empty(3, q.numel(), dtype=torch.bool, device=device)
+    mask_values = form.flat("mask", inputs.mask, dtype=inputs.mask.dtype)
+    torch.ne(mask_values, 0, out=live)
+    torch.ne(mask_values, live, out=wrong_mask)
+    sequences, advantages = _of_sequences(form, inputs, live, transfer)
     _check_needs(form, inputs, knows_sequences=len(shape) == 2 or sequences is not None)
     optional = {"old_logp": inputs.old_logp, "ref_logp": inputs.ref_logp, "token_weight": inputs.token_weight}
     extra = {name: form.flat(name, value) for name, value in optional.items() if value is not None}
 
-    live, wrong_mask, graded = flags = torch.empty(3, q.numel(), dtype=torch.bool, device=device)
-    torch.ne(mask_values, 0, out=live)
-    torch.ne(mask_values, live, out=wrong_mask)
     num_nonfinite = None
     if inputs.nonfinite == "mask":
         is_bad = live & ~q.isfinite()
@@ -227,13 +230,15 @@ def flatten(
     columns = ["is_weight" if name == "token_weight" else name for name in checked]
     if objective.weight is not None and inputs.token_weight is None:
         columns.append("is_weight")
+    if objective.entropy_coef != 0 and objective.entropy_aggregation is not None:
+        columns.append("entropy_weight")
     columns.append("weight")
     numbers = torch.zeros(len(columns), q.numel(), dtype=dtype, device=device)
     zero = numbers[-1, 0]  # from the last row, the weights', which is still 0
     for value, row in zip(checked.values(), numbers[: len(checked)], strict=True):
         torch.where(live.view(value.shape), value, zero, out=row.view(value.shape))
-    if len(columns) > len(checked) + 1:  # the importance weight's row; `Unread.batch` multiplies it
-        numbers[-2] = 1.0
+    if objective.weight is not None and inputs.token_weight is None:
+        numbers[len(checked)] = 1.0  # `Unread.batch` multiplies it by the importance weight
     if objective.has_penalty:
         graded.copy_(live)
     else:
@@ -243,13 +248,15 @@ def flatten(
 
     def check() -> None:
         finite = all(map(math.isfinite, (*low.numbers, *high.numbers)))
-        if counts.numbers[1] or not finite or high.numbers[0] > _ROUNDING:
+        largest = dict(zip(checked, high.numbers, strict=True))
+        is_log = all(largest.get(name, 0.0) <= ROUNDING for name in LOG_PROBABILITIES)
+        if counts.numbers[1] or not finite or not is_log:
             _raise_fault(where, shape, dict(zip(checked, numbers, strict=False)), wrong_mask)
 
     transfer.check(check)
     for name in ("num_tokens", "num_sequences"):
         _check_count_later(where, name, getattr(inputs, name), transfer)
-    turn = _turns(form, inputs, sequences) if objective.level == "cum-turn" else None
+    turn = _turns(form, inputs, sequences, live, transfer) if objective.level == "cum-turn" else None
     return Unread(
         where=where,
         inputs=inputs,
@@ -266,11 +273,9 @@ def flatten(
 
 
 def _check_count_later(where: str, name: str, value: Count, transfer: Transfer) -> None:
-    """Check a count given as a tensor: 0 counts as 1, since a batch may be empty; a negative count raises."""
+    """Check the value of a count given as a tensor: 0 counts as 1, since a batch may be empty; a negative count raises."""
     if not isinstance(value, Tensor):
         return
-    if value.numel() != 1 or value.dtype == torch.bool:
-        raise ValueError(f"{where}: {name} is {value.dtype} {tuple(value.shape)}; it needs one number")
     asked = transfer.ask(value)
 
     def check() -> None:
@@ -282,26 +287,14 @@ def _check_count_later(where: str, name: str, value: Count, transfer: Transfer) 
     transfer.check(check)
 
 
-def _check_kinds(form: _Form, inputs: LossInputs) -> None:
-    where, shape = form.where, form.shape
-    if len(shape) not in (1, 2) or 0 in shape:
-        raise ValueError(
-            f"{where}: the batch has shape {tuple(shape)}; it needs (B, T) or (N,), one value per token, not empty"
-        )
-    if inputs.nonfinite not in ("raise", "mask"):
-        raise ValueError(f"{where}: nonfinite={inputs.nonfinite!r}; it needs 'raise' or 'mask'")
-    check_objective(where, inputs.objective)
-    for name in ("advantages", "cu_seqlens", "sequence_ids"):
-        value = getattr(inputs, name)
-        if not isinstance(value, Tensor) and (value is not None or name == "advantages"):
-            raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor")
-
-
-def _advantages_by_token(form: _Form, advantages: Tensor, sequences: Sequences | None) -> Tensor:
-    """Return one advantage per token: (N,), or (B, T) if a padded batch has one per sequence."""
-    where, shape = form.where, form.shape
+def _of_sequences(form: _Form, inputs: LossInputs, live: Tensor, transfer: Transfer) -> tuple[Sequences | None, Tensor]:
+    """Return a packed batch's sequences, and one advantage per token: (N,), or (B, T) if a padded batch has (B,)."""
+    where, shape, advantages = form.where, form.shape, inputs.advantages
+    sequences = read_sequences(
+        where, shape, form.device, inputs.cu_seqlens, inputs.sequence_ids, live, len(advantages), transfer
+    )
     if advantages.shape == shape and not (sequences is not None and sequences.has_empty):
-        return form.flat("advantages", advantages)
+        return sequences, form.flat("advantages", advantages)
     count = shape[0] if len(shape) == 2 else None if sequences is None else sequences.count
     if count is None or advantages.shape != (count,):
         per_sequence = "; for one per sequence give cu_seqlens or sequence_ids, too"
@@ -310,8 +303,8 @@ def _advantages_by_token(form: _Form, advantages: Tensor, sequences: Sequences |
         raise ValueError(
             f"{where}: advantages has shape {tuple(advantages.shape)}; it needs {tuple(shape)}, one per token{per_sequence}"
         )
-    per_sequence_values = form.flat("advantages", advantages, shape=advantages.shape)
-    return per_sequence_values[:, None].expand(shape) if sequences is None else per_sequence_values[sequences.of_row]
+    values = form.flat("advantages", advantages, shape=advantages.shape)
+    return sequences, values[:, None].expand(shape) if sequences is None else values[sequences.of_row]
 
 
 def _check_needs(form: _Form, inputs: LossInputs, *, knows_sequences: bool) -> None:
@@ -329,10 +322,21 @@ def _check_needs(form: _Form, inputs: LossInputs, *, knows_sequences: bool) -> N
         raise ValueError(f"{where}: kl_coef={objective.kl_coef} needs ref_logp {shape}")
 
 
-def _turns(form: _Form, inputs: LossInputs, sequences: Sequences | None) -> Tensor:
+def _turns(form: _Form, inputs: LossInputs, sequences: Sequences | None, live: Tensor, transfer: Transfer) -> Tensor:
     """Return each row's turn, (N,) int64, non-decreasing; it increases where a turn or sequence starts."""
     assert inputs.turn_ends is not None
-    ends = form.flat("turn_ends", inputs.turn_ends, dtype=torch.bool)
+    values = form.flat("turn_ends", inputs.turn_ends, dtype=inputs.turn_ends.dtype)
+    ends = values != 0
+    wrong = transfer.ask(((values != ends) & live).sum())
+
+    def check() -> None:
+        if wrong.numbers[0]:
+            raise ValueError(
+                f"{form.where}: turn_ends holds {wrong.numbers[0]} values other than 0 and 1; it needs 1 at each turn's last "
+                "token, not the turns' numbers"
+            )
+
+    transfer.check(check)
     index = torch.arange(len(ends), device=form.device)
     sequence = sequence_of(index, form.shape, None if sequences is None else sequences.of_row)
     starts = torch.ones_like(ends)
@@ -340,29 +344,27 @@ def _turns(form: _Form, inputs: LossInputs, sequences: Sequences | None) -> Tens
     return starts.long().cumsum(0)
 
 
+def place_of(flags: Tensor, shape: torch.Size) -> tuple[int, tuple[int, ...]]:
+    """How many of the flags (N,) are set, and the index of the first one in a batch of `shape`; for messages."""
+    count, first = int(flags.sum()), int(flags.to(torch.uint8).argmax())
+    return count, (first,) if len(shape) == 1 else divmod(first, shape[1])
+
+
 def _raise_fault(where: str, shape: torch.Size, values: dict[str, Tensor], wrong_mask: Tensor) -> NoReturn:
     """Raise an error that names the first fault; every tensor is (N,), and values are 0 off the mask."""
-    faults = {name: ~value.isfinite() for name, value in values.items()}
-    faults = {
-        "rollout_logp": faults.pop("rollout_logp"),
-        "mask": wrong_mask,
-        **faults,
-        "positive": values["rollout_logp"] > _ROUNDING,
-    }
-    name, flags = next((name, flags) for name, flags in faults.items() if bool(flags.any()))
-    count, first = int(flags.sum()), int(flags.to(torch.uint8).argmax())
-    at = (first,) if len(shape) == 1 else divmod(first, shape[1])
-    if name == "positive":
-        raise ValueError(
-            f"{where}: rollout_logp is > 0 at {count} tokens of the mask, first at {at}; it needs natural logarithms, "
-            "not probabilities"
-        )
-    if name == "mask":
-        raise ValueError(
-            f"{where}: mask holds {count} values other than 0 and 1, first at {at}; weights go into token_weight"
-        )
-    hint = "; nonfinite='mask' takes such tokens out of the loss and counts them" if name == "rollout_logp" else ""
-    raise ValueError(f"{where}: {name} is NaN or inf at {count} tokens of the mask, first at {at}{hint}")
+    infinite = " is NaN or inf at {} tokens of the mask, first at {}"
+    positive = " is > 0 at {} tokens of the mask, first at {}; it needs natural logarithms, not probabilities"
+    wrong = "mask holds {} values other than 0 and 1, first at {}; weights go into token_weight"
+    hint = "; nonfinite='mask' takes such tokens out of the loss and counts them"
+    logp = {name: value for name, value in values.items() if name in LOG_PROBABILITIES}
+    faults = [
+        ("rollout_logp" + infinite + hint, ~values["rollout_logp"].isfinite()),
+        (wrong, wrong_mask),
+        *((name + infinite, ~value.isfinite()) for name, value in values.items()),
+        *((name + positive, value > ROUNDING) for name, value in logp.items()),
+    ]
+    text, flags = next((text, flags) for text, flags in faults if bool(flags.any()))
+    raise ValueError(f"{where}: " + text.format(*place_of(flags, shape)))
 
 
 def _weights(old: Tensor, q: Tensor, live: Tensor, sequence: Tensor, objective: Objective) -> Tensor:

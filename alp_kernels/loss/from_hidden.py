@@ -91,14 +91,14 @@ def fused_alp_loss(
         num_tokens=num_tokens,
         num_sequences=num_sequences,
         nonfinite=nonfinite,
-    )
+    ).check(where)
     return _fused_alp_loss(HeadInputs.of(where, hidden, head, targets, mask, chunk_bytes, engine), inputs)
 
 
 def _fused_in_graph(head: HeadInputs, loss: LossInputs) -> LossOutput:
     if head.head.split is not None:
         return _fused_outside(head, loss)
-    out = fused_alp_loss_operator(Wire.of(head), loss.for_graph("fused_alp_loss", head.hidden.device))
+    out = fused_alp_loss_operator(Wire.of(head), loss.for_graph(head.hidden.device))
     knows_sequences = loss.knows_sequences(head.targets.shape)
     stats = out.stats_rows.stats(loss.objective, knows_sequences=knows_sequences, has_entropy=True)
     return LossOutput(out.loss, out.logp, out.entropy, stats)
@@ -158,10 +158,11 @@ def _logprob_in_graph(head: HeadInputs) -> tuple[Tensor, Tensor]:
 
 
 def _logprob_eager(head: HeadInputs) -> tuple[Tensor, Tensor]:
-    transfer, noise = Transfer(), head.head.logit_noise
-    hidden, weight, bias, plan = check_head("linear_logprob", head, transfer)
+    where, transfer, noise = "linear_logprob", Transfer(), head.head.logit_noise
+    hidden, weight, bias, plan = check_head(where, head, transfer)
     log_sigma = None if noise is None else noise.log_sigma
-    logp, entropy = LinearLogprob.apply(hidden, weight, bias, log_sigma, plan, row_order(hidden, head.mask, transfer))
+    order = row_order(where, hidden, head.mask, transfer)
+    logp, entropy = LinearLogprob.apply(hidden, weight, bias, log_sigma, plan, order)
     return logp.view(head.targets.shape), entropy.view(head.targets.shape)
 
 

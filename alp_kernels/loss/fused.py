@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..dtypes import real
-from ..objective import row_gradient, row_loss
+from ..objective import row_gradient, weighted_loss
 from ..reference import HeadRows
-from .batch import Batch, Unread, flatten
+from .batch import Batch, Unread, flatten, place_of
 from .inputs import LossInputs
 from .levels import level_log_ratio
 from .plan import Gradients, Needs, Operands, Plan, even_sizes
@@ -118,7 +118,7 @@ def _fused_head(operands: Operands, batch: Batch, order: Order, needs: Needs) ->
     index = order.rows.sort().values  # sequences in order again
     live, p, h = batch.select(index), logp[index], entropy[index]
     ell = level_log_ratio(p, live, objective)
-    loss = (live.numbers["weight"] * row_loss(ell, p, h, live.numbers.loss_rows(), objective)).sum()
+    loss = weighted_loss(ell, p, h, live.numbers.loss_rows(), objective).sum()
     return Fused(loss, logp, entropy, products.gradients(), index, Stats.measure(p, h, ell, live, batch))
 
 
@@ -213,15 +213,23 @@ class LinearLogprob(torch.autograd.Function):
         return grads.hidden, grads.weight, grads.bias, dlog_sigma, None, None
 
 
-def row_order(hidden: Tensor, mask: Tensor | None, transfer: Transfer) -> Tensor:
-    """Return the rows of hidden (N, D) to compute, (n,) int64; runs the transfer."""
+def row_order(where: str, hidden: Tensor, mask: Tensor | None, transfer: Transfer) -> Tensor:
+    """Return the rows of hidden (N, D) to compute, (n,) int64; checks the mask's values and runs the transfer."""
     if mask is None:
         transfer.bring()
         return torch.arange(len(hidden), device=hidden.device)
     live = mask.reshape(-1) != 0
-    count = transfer.ask(live.sum())
+    wrong = mask.reshape(-1) != live
+    asked = transfer.ask(torch.stack([live, wrong]).sum(1))
+
+    def check() -> None:
+        if asked.numbers[1]:
+            number, first = place_of(wrong, mask.shape)
+            raise ValueError(f"{where}: mask holds {number} values other than 0 and 1, first at {first}")
+
+    transfer.check(check)
     transfer.bring()
-    return highest_first(live)[: int(count.numbers[0])]
+    return highest_first(live)[: int(asked.numbers[0])]
 
 
 def logprob_rows(operands: Operands, order: Tensor) -> HeadRows:

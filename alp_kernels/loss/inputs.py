@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_logp, check_tensor, is_number, refuse_type, refuse_value, shown
 from ..objective import Objective
-
-NUMBERS = (int, float, np.integer, np.floating)
 
 Count: TypeAlias = int | float | Tensor | None
 """A count over a whole optimiser batch, > 0. A one-element tensor counts as at least 1, None as this call's own count."""
+
+LOG_PROBABILITIES = ("rollout_logp", "old_logp", "ref_logp")
 
 
 class LossInputs(NamedTuple):
@@ -34,16 +34,34 @@ class LossInputs(NamedTuple):
     num_sequences: Count = None
     nonfinite: str = "raise"
 
+    def check(self, where: str) -> LossInputs:
+        """Check what needs neither shapes nor values: types and dtypes, by kind of argument. Returns itself."""
+        check_objective(where, self.objective)
+        check_choice(where, "nonfinite", self.nonfinite, ("raise", "mask"))
+        for name in ("rollout_logp", "advantages", "mask", "old_logp", "ref_logp", "token_weight", "turn_ends"):
+            value = getattr(self, name)
+            if value is None and name in self._field_defaults:
+                continue
+            (check_logp if name in LOG_PROBABILITIES else check_tensor)(where, name, value)
+            if name in ("advantages", "token_weight") and value.dtype == torch.bool:
+                raise TypeError(f"{where}: {name} is torch.bool; it needs numbers")
+        for name in ("cu_seqlens", "sequence_ids"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            check_tensor(where, name, value)
+            if value.is_floating_point() or value.dtype == torch.bool:
+                raise TypeError(f"{where}: {name} is {value.dtype}; it needs integers")
+        for name in ("num_tokens", "num_sequences"):
+            _check_count(where, name, getattr(self, name))
+        return self
+
     def knows_sequences(self, shape: torch.Size) -> bool:
         """Whether the batch defines its sequences. shape: of the targets."""
         return len(shape) == 2 or self.cu_seqlens is not None or self.sequence_ids is not None
 
-    def for_graph(self, where: str, device: torch.device) -> LossInputs:
+    def for_graph(self, device: torch.device) -> LossInputs:
         """Turn counts into tensors, so that no graph is specialised on them. The operator checks the rest when it runs."""
-        check_objective(where, self.objective)
-        for name in ("num_tokens", "num_sequences"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), Tensor):
-                check_count(where, name, getattr(self, name))
         return self._replace(
             num_tokens=_tensor(self.num_tokens, device), num_sequences=_tensor(self.num_sequences, device)
         )
@@ -56,12 +74,20 @@ def _tensor(count: Count, device: torch.device) -> Tensor | None:
 def check_objective(where: str, objective: Objective) -> None:
     if not isinstance(objective, Objective):
         raise TypeError(
-            f"{where}: objective is {objective!r}; it needs an Objective, e.g. Objective.preset('alp-sequence')"
+            f"{where}: objective is {shown(objective)}; it needs an Objective, e.g. Objective.preset('alp-sequence')"
         )
 
 
-def check_count(where: str, name: str, value: float) -> None:
-    """Check a count given as a number, which may be symbolic in a graph."""
-    is_number = isinstance(value, (*NUMBERS, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise ValueError(f"{where}: {name}={value!r}; it needs a count > 0 over the whole optimiser batch")
+def _check_count(where: str, name: str, value: Count) -> None:
+    """Check a count; one given as a number may be symbolic in a graph, the value of a tensor is checked later."""
+    fits = "a count > 0 over the whole optimiser batch"
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        check_tensor(where, name, value)
+        if value.numel() != 1 or value.dtype == torch.bool:
+            raise ValueError(f"{where}: {name} is {value.dtype} {tuple(value.shape)}; it needs one number")
+    elif not is_number(value):
+        refuse_type(where, name, value, fits)
+    elif not 0 < value < math.inf:
+        refuse_value(where, name, value, fits)

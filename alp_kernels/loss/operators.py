@@ -138,7 +138,7 @@ def _linear_logprob(wire: Wire) -> LogprobRows:
     inputs, transfer = wire.inputs(), Transfer()
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         operands = check_head("linear_logprob", inputs, transfer)
-        rows = logprob_rows(operands, row_order(operands.hidden, inputs.mask, transfer))
+        rows = logprob_rows(operands, row_order("linear_logprob", operands.hidden, inputs.mask, transfer))
     return LogprobRows(*(v.view(inputs.targets.shape) for v in rows))
 
 
@@ -152,7 +152,7 @@ def _linear_logprob_backward(wire: Wire, given: _LogprobBackward) -> WireGradien
     logp, entropy, lse, dlogp, dentropy = (v.reshape(-1) for v in given)
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         operands = check_head("linear_logprob", inputs, transfer)
-        order = row_order(operands.hidden, inputs.mask, transfer)
+        order = row_order("linear_logprob", operands.hidden, inputs.mask, transfer)
         grads = logprob_gradients(operands, order, HeadRows(logp, entropy, lse), dlogp, dentropy, inputs.needs)
     return wire.gradients(grads)
 

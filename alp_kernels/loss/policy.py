@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..noise.perturb import check_tensor
-from ..objective import Objective, row_gradient, row_loss
+from ..checks import check_logp
+from ..objective import Objective, row_gradient, weighted_loss
 from ..operators import Operator, gate
-from .batch import Batch, flatten
-from .inputs import Count, LossInputs
+from .batch import ROUNDING, Batch, flatten, place_of
+from .inputs import Count, LossInputs, check_objective
 from .levels import level_log_ratio
 from .segments import highest_first
 from .stats import LossOutput, Stats, StatsRows
@@ -61,7 +61,10 @@ def policy_loss(
     Raises:
         ValueError, TypeError: the message names the argument, its value and what it needs. Compiled code raises when it runs.
     """
-    check_tensor("policy_loss", "logp", logp)
+    where = "policy_loss"
+    check_logp(where, "logp", logp)
+    if entropy is not None:
+        check_logp(where, "entropy", entropy)
     inputs = LossInputs(
         rollout_logp=rollout_logp,
         advantages=advantages,
@@ -77,7 +80,7 @@ def policy_loss(
         num_sequences=num_sequences,
         nonfinite=nonfinite,
     )
-    return _policy_loss(logp, entropy, inputs)
+    return _policy_loss(logp, entropy, inputs.check(where))
 
 
 class _Value(NamedTuple):
@@ -99,7 +102,7 @@ def _value(logp: Tensor, entropy: Tensor | None, inputs: LossInputs, needs_gradi
     live, p = batch.select(index), logp.detach().reshape(-1)[index]
     h = None if entropy is None else entropy.detach().reshape(-1)[index]
     ell, rows = level_log_ratio(p, live, objective), live.numbers.loss_rows()
-    loss = (live.numbers["weight"] * row_loss(ell, p, h, rows, objective)).sum()
+    loss = weighted_loss(ell, p, h, rows, objective).sum()
 
     def of_all(values: Tensor | None) -> Tensor | None:
         if values is None:
@@ -118,17 +121,26 @@ def _value(logp: Tensor, entropy: Tensor | None, inputs: LossInputs, needs_gradi
 
 def check_loss(logp: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Batch:
     """Check the arguments of `policy_loss` and flatten them."""
-    where = "policy_loss"
-    if logp.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{where}: logp is {logp.dtype}; it needs torch.float32 (a 16-bit log-probability is too coarse)"
-        )
-    transfer = Transfer()
+    where, transfer = "policy_loss", Transfer()
     unread = flatten(where, inputs, transfer, shape=logp.shape, dtype=logp.dtype, device=logp.device)
     if inputs.objective.entropy_coef != 0 and entropy is None:
         raise ValueError(f"{where}: entropy_coef={inputs.objective.entropy_coef} needs entropy {tuple(logp.shape)}")
     if entropy is not None and entropy.shape != logp.shape:
         raise ValueError(f"{where}: entropy has shape {tuple(entropy.shape)}; it needs {tuple(logp.shape)}")
+    if entropy is not None and entropy.device != logp.device:
+        raise ValueError(f"{where}: entropy is on {entropy.device}; the other inputs are on {logp.device}")
+    positive = (logp.detach().reshape(-1) > ROUNDING) & unread.mask
+    count = transfer.ask(positive.sum())
+
+    def check() -> None:
+        if count.numbers[0]:
+            number, first = place_of(positive, logp.shape)
+            raise ValueError(
+                f"{where}: logp is > 0 at {number} tokens of the mask, first at {first}; it needs natural logarithms, not "
+                "probabilities"
+            )
+
+    transfer.check(check)
     transfer.bring()
     return unread.batch()
 
@@ -191,7 +203,7 @@ _operator = Operator(
 
 
 def _in_graph(logp: Tensor, entropy: Tensor | None, inputs: LossInputs) -> LossOutput:
-    out = _operator(_LogProbabilities(logp, entropy), inputs.for_graph("policy_loss", logp.device))
+    out = _operator(_LogProbabilities(logp, entropy), inputs.for_graph(logp.device))
     stats = StatsRows(out.numbers, out.flags, out.num_nonfinite).stats(
         inputs.objective, knows_sequences=inputs.knows_sequences(logp.shape), has_entropy=entropy is not None
     )
@@ -261,12 +273,11 @@ def importance_weight(
     w = exp(old - rollout) per token, or the product over each sequence. "truncate" gives min(w, cap); "mask" gives 0 outside
     [1 / cap, cap], with cap = objective.weight_cap (sources: docs/math.md, section 3). Log-ratios are clamped to +-20.
     """
+    where = "importance_weight"
+    check_objective(where, objective)
     if objective.weight is None:
-        raise ValueError(
-            "importance_weight: objective.weight is None; presets 'tis-token', 'tis-sequence', 'mis' have one"
-        )
-    if old_logp.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"importance_weight: old_logp is {old_logp.dtype}; it needs torch.float32")
+        raise ValueError(f"{where}: objective.weight is None; presets 'tis-token', 'tis-sequence', 'mis' have one")
+    check_logp(where, "old_logp", old_logp)
     of_weight = Objective(
         denominator="old",
         weight=objective.weight,
@@ -281,8 +292,8 @@ def importance_weight(
         old_logp,
         cu_seqlens=cu_seqlens,
         sequence_ids=sequence_ids,
-    )
+    ).check(where)
     transfer, shape = Transfer(), old_logp.shape
-    unread = flatten("importance_weight", inputs, transfer, shape=shape, dtype=old_logp.dtype, device=old_logp.device)
+    unread = flatten(where, inputs, transfer, shape=shape, dtype=old_logp.dtype, device=old_logp.device)
     transfer.bring()
     return unread.batch().numbers["is_weight"].view(shape)

@@ -16,16 +16,23 @@ def highest_first(rank: Tensor) -> Tensor:
     return torch.argsort(rank.view(torch.uint8), descending=True, stable=True)
 
 
-def segment_sum(values: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """Sum values[first..last] (both included) for each row, float64, exact to 1e-12 per value.
+_LARGEST = 2.0**38  # nats; 2^24 such values in a segment sum to less than 2^63
 
-    It sums integers, in steps of 2^-40: the result does not depend on what else is in the batch, no device needs an
-    ordered sum, and an infinite value affects only its own segment. Values are clamped to +-1000; a segment with more than
-    8000 values of that size may overflow.
+
+def segment_sum(values: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Sum values[first..last] (both included) for each row, float64, exact to 1e-12 per value; NaN if one is NaN.
+
+    It sums integers, whole nats and steps of 2^-40 apart: the result does not depend on what else is in the batch, no device
+    needs an ordered sum, and an infinite or NaN value affects only its own segment. Values beyond +-2^38 count as +-2^38.
     """
-    steps = (values.double().clamp(-1e3, 1e3) * 2.0**40).round_().long()
-    before = steps.cumsum(0).sub_(steps)  # for each row, the sum of all rows before it
-    return (before[last] - before[first]).add_(steps[last]).double().mul_(2.0**-40)
+    wide = values.double()
+    is_nan = wide.isnan()
+    wide = torch.where(is_nan, 0.0, wide).clamp_(-_LARGEST, _LARGEST)
+    whole = wide.round()
+    parts = torch.stack([whole, (wide - whole).mul_(2.0**40).round_(), is_nan]).long()
+    until = parts.cumsum(1)
+    sums = (until[:, last] - (until - parts)[:, first]).double()
+    return torch.where(sums[2] > 0, torch.nan, sums[1].mul_(2.0**-40).add_(sums[0]))
 
 
 def first_and_last(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,9 +62,14 @@ def read_sequences(
     device: torch.device,
     cu_seqlens: Tensor | None,
     sequence_ids: Tensor | None,
+    live: Tensor,
+    num_advantages: int,
     transfer: Transfer,
 ) -> Sequences | None:
-    """Return a packed batch's sequences; None if it defines none, or if the batch is padded: its shape defines them."""
+    """Return a packed batch's sequences; None if it defines none, or if the batch is padded: its shape defines them.
+
+    live: (N,) bool, the mask. num_advantages: how many the caller gives, which tells whether masked rows have ids.
+    """
     if len(shape) == 2:
         if cu_seqlens is not None or sequence_ids is not None:
             raise ValueError(
@@ -69,38 +81,54 @@ def read_sequences(
         raise ValueError(f"{where}: cu_seqlens and sequence_ids were both given; it needs one of them")
     if cu_seqlens is not None:
         return _of_cu_seqlens(where, shape[0], device, cu_seqlens, transfer)
-    return None if sequence_ids is None else _of_ids(where, shape, device, sequence_ids)
+    return None if sequence_ids is None else _of_ids(where, shape, device, sequence_ids, live, num_advantages)
 
 
-def _of_ids(where: str, shape: torch.Size, device: torch.device, sequence_ids: Tensor) -> Sequences:
+def _of_ids(
+    where: str, shape: torch.Size, device: torch.device, sequence_ids: Tensor, live: Tensor, num_advantages: int
+) -> Sequences:
+    """Return the sequences of ids (N,). Rows off the mask may carry any id, such as padding's.
+
+    If every run of equal ids, masked ones included, is a sequence and the advantages fit their number, the masked rows' ids
+    count, too: a sequence may be masked as a whole. Else a masked row belongs to the sequence of the row before it.
+    """
     if sequence_ids.shape != shape or sequence_ids.device != device:
         raise ValueError(
             f"{where}: sequence_ids is {tuple(sequence_ids.shape)} on {sequence_ids.device}; "
             f"it needs {tuple(shape)} on {device}"
         )
-    starts, distinct = torch.ones(2, shape[0], dtype=torch.bool, device=device)
-    torch.ne(sequence_ids[1:], sequence_ids[:-1], out=starts[1:])
-    ordered = sequence_ids.sort().values
-    torch.ne(ordered[1:], ordered[:-1], out=distinct[1:])
-    of_row = starts.cumsum(0)
+    rows = torch.arange(shape[0], device=device)
+    before = torch.where(live, rows, -1).cummax(0).values  # each row's last live row up to it, -1 before the first
+    of_live = sequence_ids[torch.where(before < 0, live.to(torch.uint8).argmax(), before)]
+    runs, counts = zip(*map(_runs, (sequence_ids, of_live)), strict=True)
     first = Transfer()  # shapes depend on the number of sequences
-    asked = first.ask(torch.stack([of_row[-1], distinct.sum()]))
+    asked = first.ask(torch.stack(counts))
     first.bring()
-    count, num_distinct = map(int, asked.numbers)
-    if count != num_distinct:
+    num_all, num_distinct, num_live, num_live_distinct = map(int, asked.numbers)
+    if num_live != num_live_distinct:
         raise ValueError(
             f"{where}: sequence_ids return after another sequence; the rows of a sequence must be adjacent"
         )
-    return Sequences(of_row - 1, count, False)
+    if num_all == num_distinct and not (num_advantages == num_live != num_all):
+        return Sequences(runs[0], num_all, False)
+    return Sequences(runs[1], num_live, False)
+
+
+def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's run of equal ids, counted from 0, and how many runs and how many distinct ids there are, (2,)."""
+    starts, distinct = torch.ones(2, len(ids), dtype=torch.bool, device=ids.device)
+    torch.ne(ids[1:], ids[:-1], out=starts[1:])
+    ordered = ids.sort().values
+    torch.ne(ordered[1:], ordered[:-1], out=distinct[1:])
+    until = starts.cumsum(0)
+    return until - 1, torch.stack([until[-1], distinct.sum()])
 
 
 def _of_cu_seqlens(
     where: str, num_rows: int, device: torch.device, cu_seqlens: Tensor, transfer: Transfer
 ) -> Sequences:
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.is_complex():
-        raise ValueError(
-            f"{where}: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it needs integers (B + 1,)"
-        )
+    if cu_seqlens.dim() != 1:
+        raise ValueError(f"{where}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; it needs (B + 1,)")
     count = len(cu_seqlens) - 1
     is_ambiguous = count == num_rows  # (N,) advantages are per sequence if one is empty, else per token
     first = Transfer() if is_ambiguous else transfer

@@ -6,6 +6,7 @@ the device (a few numbers per token), micro-batches and ranks are concatenated, 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -16,11 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..objective import LOG_RATIO_CLAMP, Objective
+from ..checks import check_integer, refuse_type
+from ..objective import LOG_RATIO_CLAMP, Objective, k3
 from .batch import Batch, Rows
 from .segments import first_and_last, segment_sum
 
+logger = logging.getLogger("alp_kernels")
+
 QUANTILES = {"q01": 0.01, "q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "q99": 0.99, "q99.9": 0.999}
+
+_warned: list[bool] = []
+"""Not empty once `Stats.warn_if_nothing_learns` has warned in this process."""
 
 _NUMBERS = ("log_ratio", "rollout_log_ratio", "rollout_logp", "entropy", "level_log_ratio", "advantages")
 
@@ -132,6 +139,11 @@ class Stats:
         return self._clipped(-1, -math.inf, math.inf if self.objective.dual_clip is None else self.objective.dual_clip)
 
     @property
+    def clamped(self) -> Tensor:
+        """(n,) bool: the log-ratio at the level is beyond +-20 nats: no gradient through the ratio."""
+        return self.live().level_log_ratio.abs() > LOG_RATIO_CLAMP
+
+    @property
     def sequence_log_ratio(self) -> Tensor:
         """(n,) sum (mean if geometric) of log_ratio over the token's sequence; over all tokens if sequences are unknown."""
         return self._of_sequence("log_ratio", self.objective.geometric)
@@ -163,6 +175,10 @@ class Stats:
     @staticmethod
     def cat(parts: Iterable[Stats]) -> Stats:
         """Concatenate the statistics of several micro-batches, exactly."""
+        parts = list(parts)
+        for part in parts:
+            if not isinstance(part, Stats):
+                refuse_type("Stats.cat", "parts", part, "an iterable of Stats")
         parts = [part.live() for part in parts]
         if not parts:
             raise ValueError("Stats.cat: no parts were given; it needs at least one")
@@ -200,9 +216,12 @@ class Stats:
         """Copy the values to the CPU and reduce them once. Ratios are exp of log-ratios clamped to +-20, as in the loss.
 
         Keys: token_ratio/ and sequence_ratio/ with mean, std, min, max and q01 .. q99.9 (over the loss's denominator);
-        clip_low_frac, clip_high_frac, dual_clip_frac; k1_kl and k3_kl from rollout to current policy, per token;
-        ess_frac (effective sample size over n) and chi2_token, chi2_sequence of current over rollout; entropy (nats);
-        num_tokens, num_sequences, num_nonfinite. Without tokens: only the counts. Without sequences: no per-sequence values.
+        clip_low_frac, clip_high_frac, dual_clip_frac, clamp_frac; k1_kl and k3_kl from rollout to current policy, per token
+        (not clamped, but an infinite log-ratio counts as 20 nats); ess_frac (effective sample size over n) and chi2_token, chi2_sequence of current
+        over rollout; entropy (nats); num_tokens, num_sequences, num_nonfinite. Without tokens: only the counts. Without
+        sequences: no per-sequence values.
+
+        Warns once a process if every token that has an advantage lost its gradient to a clip or to the clamp.
         """
         host = self.cpu()
         values = {name: value.double().numpy() for name, value in host._tensors().items()}
@@ -237,17 +256,39 @@ class Stats:
             out["dual_clip_frac" if clip == "dual" else f"clip_{clip}_frac"] = (
                 getattr(host, f"clipped_{clip}").double().mean()
             )
-        r = np.clip(values["rollout_log_ratio"], -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-        w = np.exp(r)
-        out["k1_kl"] = -r.mean()
-        out["k3_kl"] = (np.expm1(r) - r).mean()
+        out["clamp_frac"] = host.clamped.double().mean()
+        r = host.rollout_log_ratio.double().nan_to_num(math.nan, LOG_RATIO_CLAMP, -LOG_RATIO_CLAMP)
+        w = ratio(values["rollout_log_ratio"])
+        out["k1_kl"], out["k3_kl"] = -r.mean(), k3(r).mean()
         out["ess_frac"] = w.sum() ** 2 / (len(w) * np.square(w).sum())
         out["chi2_token"] = np.square(w).mean() - 1
         if is_last.any():
             out["chi2_sequence"] = np.square(ratio(of_sequence["rollout_sequence_log_ratio"][is_last])).mean() - 1
         if "entropy" in values:
             out["entropy"] = values["entropy"].mean()
+        host.warn_if_nothing_learns()
         return {key: float(value) for key, value in out.items()}
+
+    def warn_if_nothing_learns(self) -> None:
+        """Warn, once a process, if every token with a nonzero advantage lost its gradient; waits for the device."""
+        host = self.live()
+        clipped = host.clipped_low | host.clipped_high | host.clipped_dual
+        has_advantage = host.advantages != 0
+        count = int(has_advantage.sum())
+        if _warned or count == 0 or bool((has_advantage & ~(host.clamped | clipped)).any()):
+            return
+        _warned.append(True)
+        clamped = int((has_advantage & host.clamped).sum())
+        logger.warning(
+            "nothing is learned from this step's advantages: of %d tokens that have one, %d have a log-ratio beyond +-%g nats at "
+            "level %r and the others are clipped (mean token log-ratio %.3g nats). The rollout's log-probabilities may be "
+            "those of other weights, another temperature or other tokens, or the sequences too long for this level",
+            count,
+            clamped,
+            LOG_RATIO_CLAMP,
+            host.objective.level,
+            float(host.log_ratio.mean()),
+        )
 
     def envelope(self, num_bins: int = 20) -> dict[str, list[float]]:
         """Return the token log-ratio's spread by rollout log-probability: the paper's tail figure, as numbers.
@@ -255,6 +296,7 @@ class Stats:
         Bins are equally wide between the smallest and the largest rollout log-probability; empty bins are left out.
         The lists have equal length: rollout_logp (bin mean), p2, p50, p98, count.
         """
+        check_integer("Stats.envelope", "num_bins", num_bins, 1)
         host = self.cpu()
         log_q, log_ratio = host.rollout_logp.double().numpy(), host.log_ratio.double().numpy()
         columns: dict[str, list[float]] = {key: [] for key in ("rollout_logp", "p2", "p50", "p98", "count")}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_device, check_integer
 from ..engine import pick
-from ..stream import Stream, check_stream
+from ..stream import MAX_STEP, Coordinates
 
 
 def normal(
@@ -28,7 +29,11 @@ def normal(
         row_ids: (num_rows,) int64 global row ids, 48 bits; without them rows are row_start, row_start + 1, ...
         engine: "triton", "native", "reference" or None for the automatic choice.
     """
-    stream = Stream(seed, step, layer, row_start, row_ids)
-    device = torch.device(device)
-    check_stream("normal", stream, num_rows, device)
-    return pick(engine, device).normal(num_rows, num_channels, stream, device)
+    where = "normal"
+    num_rows = check_integer(where, "num_rows", num_rows, 0)
+    num_channels = check_integer(where, "num_channels", num_channels, 1)
+    step = check_integer(where, "step", step, 0, MAX_STEP)
+    coordinates = Coordinates(seed, step, layer, row_ids, row_start)
+    coordinates.check(where)
+    device = check_device(where, "device", device)
+    return pick(engine, device).normal(num_rows, num_channels, coordinates.stream(where, num_rows, device), device)

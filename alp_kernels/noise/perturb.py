@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_tensor
 from ..dtypes import DTYPES, real
-from ..engine import Engine, pick
+from ..engine import Engine, check_name, pick
 from ..operators import gate
 from ..stream import Coordinates, Stream
 from .operators import PerturbInputs, in_tensors, perturb_operator
@@ -89,7 +90,10 @@ def perturb(
         TypeError, ValueError: an argument does not fit; raised before any kernel runs. EngineUnavailable: see engine.pick.
     """
     check_perturb("perturb", hidden, log_sigma, scale, rounding)
-    return _perturb(hidden, log_sigma, Coordinates(seed, step, layer, row_ids, row_start), scale, rounding, engine)
+    check_name(engine)
+    coordinates = Coordinates(seed, step, layer, row_ids, row_start)
+    coordinates.check("perturb")
+    return _perturb(hidden, log_sigma, coordinates, scale, rounding, engine)
 
 
 def _perturb_in_graph(
@@ -109,17 +113,6 @@ def _perturb(
     return Perturb.apply(hidden, log_sigma, Draw(pick(engine, hidden.device), stream, sigma, 0, scale, rounding))
 
 
-def check_tensor(where: str, name: str, value: object, of_module: str = "") -> None:
-    """of_module: what to give in place of a module; by default its weight."""
-    if not isinstance(value, Tensor):
-        hint = ""
-        if isinstance(value, torch.nn.Module):
-            hint = f" (give {of_module or f'{name}.weight'})"
-        elif hasattr(value, "last_hidden_state"):
-            hint = " (give its last_hidden_state)"
-        raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor{hint}")
-
-
 def check_perturb(where: str, hidden: Tensor, log_sigma: Tensor, scale: str, rounding: str) -> None:
     """Raise if an argument does not fit `perturb`; messages begin with `where`."""
     for name, value in (("hidden", hidden), ("log_sigma", log_sigma)):
@@ -137,7 +130,5 @@ def check_perturb(where: str, hidden: Tensor, log_sigma: Tensor, scale: str, rou
         raise ValueError(f"{where}: log_sigma has shape {tuple(log_sigma.shape)}; it needs () or (1,)")
     if log_sigma.device != hidden.device:
         raise ValueError(f"{where}: log_sigma is on {log_sigma.device}; it needs hidden's device, {hidden.device}")
-    if scale not in SCALES:
-        raise ValueError(f"{where}: scale={scale!r}; it needs one of {SCALES}")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"{where}: rounding={rounding!r}; it needs one of {ROUNDINGS}")
+    check_choice(where, "scale", scale, SCALES)
+    check_choice(where, "rounding", rounding, ROUNDINGS)

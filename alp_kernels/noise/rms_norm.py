@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_number, check_rate, check_tensor
 from ..dtypes import DTYPES
-from ..engine import pick
+from ..engine import check_name, pick
 from ..operators import gate
 from ..reference import Norm
 from ..stream import Coordinates
 from .operators import NormInputs, in_tensors, perturb_rms_norm_operator
-from .perturb import Draw, check_perturb, check_tensor
+from .perturb import Draw, check_perturb
 
 
 class PerturbRMSNorm(torch.autograd.Function):
@@ -95,12 +96,13 @@ def perturb_rms_norm(
         )
     if weight.device != hidden.device:
         raise ValueError(f"{where}: weight is on {weight.device}; it needs hidden's device, {hidden.device}")
-    if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
-        raise ValueError(f"{where}: eps={eps}; it needs a number >= 0")
-    if not abs(offset) < float("inf"):
-        raise ValueError(f"{where}: offset={offset}; it needs a finite number")
+    check_rate(where, "eps", eps)
+    check_number(where, "offset", offset)
+    check_name(engine)
+    coordinates = Coordinates(seed, step, layer, row_ids, row_start)
+    coordinates.check(where)
     options = _Options(float(eps), float(offset), scale, rounding, engine)
-    return _perturb_rms_norm(hidden, weight, log_sigma, Coordinates(seed, step, layer, row_ids, row_start), options)
+    return _perturb_rms_norm(hidden, weight, log_sigma, coordinates, options)
 
 
 class _Options(NamedTuple):

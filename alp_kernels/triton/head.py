@@ -11,6 +11,8 @@ too large. Sums exclude the target, so that 1 - p of a near-certain target keeps
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +37,7 @@ from .noise import (
 from .rounding import round_nearest, widen
 
 LOG_RATIO_MAX = tl.constexpr(LOG_RATIO_CLAMP)
+EXPM1_MAX = tl.constexpr(math.expm1(LOG_RATIO_CLAMP))
 LOG2E = tl.constexpr(1.4426950408889634)
 ABSENT = tl.constexpr(-1e30)
 """Replaces -inf, the target and lanes outside the row. 2^ABSENT = 0, and ABSENT is finite, so 0 * ABSENT is 0."""
@@ -498,14 +501,26 @@ def _dsurrogate(ell, advantage, clip_min, clip_max, dual_clip):
 
 
 @triton.jit
+def _kl(log_ratio, KL: tl.constexpr):
+    """objective.kl_estimate for log_ratio = logp - ref_logp."""
+    value = log_ratio  # k1
+    if KL == "k2":
+        value = 0.5 * log_ratio * log_ratio
+    elif KL != "k1":  # k3, and k3+, which has k3's value
+        below = tl.where(-log_ratio > LOG_RATIO_MAX, LOG_RATIO_MAX, -log_ratio)
+        above = tl.where(-log_ratio > LOG_RATIO_MAX, -log_ratio - LOG_RATIO_MAX, 0.0)
+        value = _expm1(below) - below + EXPM1_MAX * above
+    return value
+
+
+@triton.jit
 def _dkl(log_ratio, KL: tl.constexpr):
     """The derivative of objective.kl_estimate with respect to logp."""
     slope = log_ratio  # k2, and k3+, which has k2's gradient
     if KL == "k1":
         slope = log_ratio * 0.0 + 1.0
     elif KL == "k3":
-        is_outside = (log_ratio < -LOG_RATIO_MAX) | (log_ratio > LOG_RATIO_MAX)
-        slope = tl.where(is_outside, 0.0, -_expm1(-_clamp(log_ratio, -LOG_RATIO_MAX, LOG_RATIO_MAX)))
+        slope = -_expm1(tl.where(-log_ratio > LOG_RATIO_MAX, LOG_RATIO_MAX, -log_ratio))
     return slope
 
 
@@ -514,13 +529,15 @@ def _head_token_loss_kernel(
     x_ptr, targets_ptr, temperature_ptr,  # (n, V), (n,) int64, (n,) float32 or None
     logp_ptr, entropy_ptr, lse_ptr,  # (n,) float32, the last float64
     coefficient_ptr, dsigma_ptr,  # (n,) float32 or None
-    denominator_ptr, advantages_ptr, weight_ptr, is_weight_ptr, ref_logp_ptr,  # (n,) float32, the last two may be None
+    denominator_ptr, advantages_ptr, weight_ptr,  # (n,) float32
+    is_weight_ptr, ref_logp_ptr, entropy_weight_ptr,  # (n,) float32 or None
     clip_min, clip_max, dual_clip, kl_coef, entropy_coef,  # the last three: None, or a float
     sigma_ptr, row_ids_ptr,
     row_start: tl.int64, seed_lo: tl.uint32, seed_hi: tl.uint32, step: tl.uint32, layer: tl.uint32,
     logit_scale, softcap,
     V, Q, BLOCK_Q: tl.constexpr,
     KL: tl.constexpr,  # Objective.kl
+    KL_CORRECTED: tl.constexpr,  # Objective.kl_bias_correction
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     gain, inner, sigma, row, scale, over_temperature = _row_settings(
@@ -542,14 +559,23 @@ def _head_token_loss_kernel(
     if is_weight_ptr is not None:
         dlogp *= tl.load(is_weight_ptr + n)
     if kl_coef is not None:
-        dlogp += tl.cast(kl_coef, tl.float32) * _dkl(logp - tl.load(ref_logp_ptr + n), KL)
+        log_ratio = logp - tl.load(ref_logp_ptr + n)
+        dkl = _dkl(log_ratio, KL)
+        if KL_CORRECTED:
+            is_outside = (ell < -LOG_RATIO_MAX) | (ell > LOG_RATIO_MAX)
+            rho = tl.exp(_clamp(ell, -LOG_RATIO_MAX, LOG_RATIO_MAX))
+            dkl = rho * (dkl + tl.where(is_outside, 0.0, _kl(log_ratio, KL)))
+        dlogp += tl.cast(kl_coef, tl.float32) * dkl
     dlogp *= weight
     if coefficient_ptr is not None:
         tl.store(coefficient_ptr + n, -dlogp * scale * over_temperature / whole)
     else:
         dentropy = 0.0
         if entropy_coef is not None:
-            dentropy = -tl.cast(entropy_coef, tl.float32) * weight
+            entropy_weight = weight
+            if entropy_weight_ptr is not None:
+                entropy_weight = tl.load(entropy_weight_ptr + n)
+            dentropy = -tl.cast(entropy_coef, tl.float32) * entropy_weight
         dsigma = _row_bwd(
             x_ptr + n * V, target, head, noise, scale, over_temperature, logp, entropy, lse, dlogp,
             dentropy, entropy_coef is not None, V, Q, BLOCK_Q,
@@ -574,12 +600,12 @@ def head_token_loss(
             _head_token_loss_kernel[(len(x),)](
                 x, *_contiguous(targets, transform.temperature), *out, coefficient, dsigma,
                 *_contiguous(rows.denominator, rows.advantages, rows.weight, rows.is_weight),
-                *_contiguous(rows.ref_logp if kl_coef > 0 else None),
+                *_contiguous(rows.ref_logp if kl_coef > 0 else None, rows.entropy_weight),
                 float(1 - objective.clip_low), float(1 + objective.clip_high),
                 None if dual_clip is None else float(dual_clip),
                 float(kl_coef) if kl_coef > 0 else None,
                 float(entropy_coef) if entropy_coef != 0 else None,
-                *args, objective.kl, **options,
+                *args, objective.kl, objective.kl_bias_correction, **options,
             )  # fmt: skip
     return out, None if dsigma is None else dsigma.sum(), coefficient
 

@@ -730,7 +730,11 @@ OBJECTIVES = {
     "weighted": PRESETS["tis-token"],
     "no dual clip": Objective(clip_low=0.2, clip_high=0.28, dual_clip=None),
     **{f"KL {kl}": Objective(dual_clip=2.0, kl=kl, kl_coef=0.3) for kl in ("k1", "k2", "k3", "k3+")},
+    **{
+        f"corrected KL {kl}": Objective(kl=kl, kl_coef=0.3, kl_bias_correction=True) for kl in ("k1", "k2", "k3", "k3+")
+    },
     "entropy": Objective(entropy_coef=0.1),
+    "entropy by tokens": Objective("token", entropy_coef=0.1, entropy_aggregation="token-mean"),
     "everything": Objective(denominator="old", weight="mask", kl="k3", kl_coef=0.1, entropy_coef=-0.2),
 }
 
@@ -743,7 +747,8 @@ def token_gradient(module, x, targets, part, rows, objective):
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
-def test_token_loss_stays_within_the_error_budget(kind):
+@pytest.mark.parametrize("far", [1.0, 30.0])  # of the reference policy, in nats
+def test_token_loss_stays_within_the_error_budget(kind, far):
     objective = OBJECTIVES[kind]
     x, targets = make_logits(8, 37, torch.float32)
     settings = make_head(8, **HEADS["all" if kind == "everything" else "plain"])
@@ -754,7 +759,10 @@ def test_token_loss_stays_within_the_error_budget(kind):
         advantages=torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, 0.0, -1.0, -0.3], device=DEVICE),
         weight=torch.rand(8, generator=generator(6)).to(DEVICE),
         is_weight=None if objective.weight is None else torch.rand(8, generator=generator(7)).to(DEVICE),
-        ref_logp=None if objective.kl is None else logp + randn(8, seed=8),
+        ref_logp=None if objective.kl is None else logp + far * randn(8, seed=8),
+        entropy_weight=None
+        if objective.entropy_aggregation is None
+        else torch.rand(8, generator=generator(9)).to(DEVICE),
     )
     (out, dsigma, ours), (_, ordinary_dsigma, ordinary), (_, exact_dsigma, exact) = (
         token_gradient(module, y, targets, part, numbers, objective)

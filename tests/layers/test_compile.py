@@ -202,7 +202,7 @@ def test_policy_loss_is_a_sound_operator():
     logp, entropy = graded([b.pop("logp"), b.pop("entropy")])
     inputs = LossInputs(**b, objective=OBJECTIVE, num_tokens=7.0)
     for value, given in ((entropy, inputs), (None, inputs._replace(objective=Objective("cum-turn"), nonfinite="mask"))):
-        arguments = flat((logp, value), given.for_graph("", logp.device))
+        arguments = flat((logp, value), given.for_graph(logp.device))
         torch.library.opcheck(torch.ops.alp_kernels.policy_loss.default, arguments)
 
 
@@ -213,7 +213,7 @@ def test_the_heads_operators_are_sound(dtype, noise):
     hidden, weight, bias, log_sigma = graded(leaves)
     whole = Head(weight, bias, 0.7, 3.0, 1.0, LogitNoise(log_sigma, 5, 3) if noise else None)
     frozen = whole._replace(weight=weight.detach(), bias=None)
-    loss = LossInputs(**batch, objective=OBJECTIVE).for_graph("", hidden.device)
+    loss = LossInputs(**batch, objective=OBJECTIVE).for_graph(hidden.device)
     operators = torch.ops.alp_kernels
     for some in (whole, frozen):
         wire = Wire.of(HeadInputs.of("", hidden, some, targets, batch["mask"], None, None))

@@ -96,13 +96,13 @@ def test_the_public_functions_have_no_more_parameters_than_they_had():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("temperature", "x", "temperature is a str; it needs int or float"),
-        ("temperature", True, "temperature is a bool"),
-        ("logit_scale", None, "logit_scale is a NoneType"),
-        ("softcap", "x", "softcap is a str"),
-        ("logit_noise", 1.0, "logit_noise is a float; it needs LogitNoise or None"),
-        ("split", True, "split is a bool; it needs VocabSplit or None"),
-        ("split", VocabSplit, "split is a type; it needs VocabSplit or None"),
+        ("temperature", "x", "temperature='x'; it needs a number > 0, or a tensor of them"),
+        ("temperature", True, "temperature=True; it needs a number > 0"),
+        ("logit_scale", None, "logit_scale=None; it needs a finite number other than 0"),
+        ("softcap", "x", "softcap='x'; it needs a number > 0, or None"),
+        ("logit_noise", 1.0, "logit_noise=1.0; it needs a LogitNoise, or None"),
+        ("split", True, "split=True; it needs a VocabSplit, or None"),
+        ("split", VocabSplit, "split=<class .*VocabSplit'>; it needs a VocabSplit, or None"),
     ],
 )
 def test_a_field_of_another_type_is_named(batch, field, value, message):

@@ -14,7 +14,7 @@ from alp_kernels import PRESETS, Objective, Stats, importance_weight, policy_los
 from alp_kernels.loss.inputs import LossInputs
 from alp_kernels.loss.levels import level_log_ratio
 from alp_kernels.loss.policy import check_loss
-from alp_kernels.objective import KL, Aggregation, Level, row_gradient, row_loss, surrogate
+from alp_kernels.objective import KL, Aggregation, Level, row_gradient, surrogate, weighted_loss
 from tests.support.batches import by_hand, make_batch, pack
 
 
@@ -24,8 +24,14 @@ def objectives():
             yield Objective(level, geometric, dual_clip=3.0)
     for aggregation in get_args(Aggregation):
         yield Objective(aggregation=aggregation, norm_length=7 if aggregation.endswith("norm") else None)
+        yield dataclasses.replace(
+            Objective(aggregation=aggregation, norm_length=7 if aggregation.endswith("norm") else None),
+            entropy_coef=0.3, entropy_aggregation="token-mean",
+        )  # fmt: skip
     for kl in get_args(KL):
         yield Objective("sequence", kl=kl, kl_coef=0.1, entropy_coef=0.01)
+        for level in get_args(Level):
+            yield Objective(level, kl=kl, kl_coef=0.1, kl_bias_correction=True)
     for weight, at in itertools.product(("truncate", "mask"), ("token", "sequence")):
         yield Objective(denominator="old", weight=weight, weight_level=at)
     yield Objective(clip_low=1.0, clip_high=0.0, dual_clip=None)
@@ -203,9 +209,9 @@ BAD = [
     ({"objective": "alp-sequence"}, TypeError, "objective is 'alp-sequence'; it needs an Objective"),
     ({"advantages": [1.0, 2.0]}, TypeError, "advantages is a list; it needs a torch.Tensor"),
     ({"mask": None}, TypeError, "mask is a NoneType; it needs a torch.Tensor"),
-    ({"num_tokens": True}, ValueError, "num_tokens=True; it needs a count > 0"),
+    ({"num_tokens": True}, TypeError, "num_tokens=True; it needs a count > 0"),
     ({"num_tokens": 0}, ValueError, "num_tokens=0; it needs a count > 0"),
-    ({"num_tokens": "3"}, ValueError, "num_tokens='3'; it needs a count > 0"),
+    ({"num_tokens": "3"}, TypeError, "num_tokens='3'; it needs a count > 0"),
     (
         {"num_sequences": 3},
         ValueError,
@@ -226,7 +232,7 @@ PACKED_BAD = [
     ({"cu_seqlens": torch.tensor([0, 4, 11])}, r"cu_seqlens is \[0, 4, 11\]; it needs to rise from 0 to N = 12"),
     ({"sequence_ids": torch.tensor([0] * 4 + [1] * 4 + [0] * 4)}, "sequence_ids return after another sequence"),
     ({}, "give cu_seqlens or sequence_ids"),
-    ({"cu_seqlens": torch.tensor([0, 12]), "sequence_ids": torch.zeros(12)}, "were both given"),
+    ({"cu_seqlens": torch.tensor([0, 12]), "sequence_ids": torch.zeros(12).long()}, "were both given"),
 ]
 
 
@@ -235,6 +241,28 @@ def test_bad_packing_is_named(extra, message):
     b = {k: torch.zeros(12) for k in ("logp", "rollout_logp", "advantages")}
     with pytest.raises(ValueError, match=message):
         policy_loss(**b, mask=torch.ones(12), objective=Objective("sequence"), **extra)
+
+
+@pytest.mark.parametrize("level", get_args(Level))
+def test_rows_off_the_mask_may_carry_any_sequence_id(level):
+    """Padding between and after the sequences, tool output, and a sequence that is masked as a whole."""
+    ids = torch.tensor([7, 7, 7, 7, 3, 3, 3, 9, 9, 9])
+    mask = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1, 1, 0])
+    g = torch.Generator().manual_seed(4)
+    b = {k: -torch.rand(10, generator=g) for k in ("logp", "rollout_logp")} | {"mask": mask, "turn_ends": mask}
+    advantages = torch.tensor([1.0, -2.0, 0.5])
+    objective = Objective(level, aggregation="seq-mean-token-mean")
+    right = policy_loss(**b, advantages=advantages, sequence_ids=ids, objective=objective)
+    for junk in (-1, 0, 7, 9, 1 << 40):
+        given = torch.where(mask == 0, junk, ids)
+        out = policy_loss(**b, advantages=advantages, sequence_ids=given, objective=objective)
+        assert torch.equal(out.loss, right.loss)
+    b["mask"] = torch.where(ids == 3, 0, mask)
+    out = policy_loss(**b, advantages=advantages, sequence_ids=ids, objective=objective)
+    left = policy_loss(
+        **b, advantages=advantages[[0, 2]], sequence_ids=torch.where(ids == 3, 7, ids), objective=objective
+    )
+    assert torch.equal(out.loss, left.loss)
 
 
 def test_advantages_by_sequence_count_empty_sequences():
@@ -276,9 +304,11 @@ def test_probabilities_in_place_of_logarithms_are_refused():
 
 @pytest.mark.parametrize("level", get_args(Level))
 @pytest.mark.parametrize("kl", get_args(KL))
-def test_the_closed_form_of_the_gradient_is_autograds(level, kl):
+@pytest.mark.parametrize("far", [1.0, 30.0])  # nats
+def test_the_closed_form_of_the_gradient_is_autograds(level, kl, far):
     b = make_batch(3)
-    objective = Objective(level, kl=kl, kl_coef=0.1, entropy_coef=0.05)
+    b["ref_logp"], b["rollout_logp"] = (far * b[name] for name in ("ref_logp", "rollout_logp"))
+    objective = Objective(level, kl=kl, kl_coef=0.1, kl_bias_correction=far == 1.0, entropy_coef=0.05)
     inputs = LossInputs(**{k: v for k, v in b.items() if k not in ("logp", "entropy")}, objective=objective)
     batch = check_loss(b["logp"], b["entropy"], inputs)
     index = batch.mask.nonzero().squeeze(1)
@@ -286,12 +316,32 @@ def test_the_closed_form_of_the_gradient_is_autograds(level, kl):
     rows = live.numbers.loss_rows()
     p, h = (b[name].view(-1)[index].requires_grad_() for name in ("logp", "entropy"))
     ell = level_log_ratio(p, live, objective)
-    expected = torch.autograd.grad((rows.weight * row_loss(ell, p, h, rows, objective)).sum(), (p, h))
+    expected = torch.autograd.grad(weighted_loss(ell, p, h, rows, objective).sum(), (p, h))
     closed = row_gradient(ell.detach(), p.detach(), rows, objective)
     _, *ours = differentiated(b, objective)
     for one, two, of_all in zip(closed, expected, ours, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-15)
         assert torch.equal(of_all.view(-1)[index], one)
+
+
+@pytest.mark.parametrize("level", get_args(Level))
+def test_the_bias_correction_of_the_kl_multiplies_it_by_the_ratio(level):
+    """On one weight the corrected loss is autograd's of ratio times k3, both differentiated."""
+    b = make_batch(2)
+    b["advantages"][:] = 0
+    objective = Objective(level, kl="k3", kl_coef=0.7, kl_bias_correction=True)
+    _, dlogp, _ = differentiated(b, objective, num_tokens=1)
+    _, inputs = (
+        b["entropy"],
+        LossInputs(**{k: v for k, v in b.items() if k not in ("logp", "entropy")}, objective=objective),
+    )
+    batch = check_loss(b["logp"], None, inputs)
+    live = batch.select(batch.mask.nonzero().squeeze(1))
+    p = b["logp"].view(-1)[batch.mask].requires_grad_()
+    x = p - b["ref_logp"].view(-1)[batch.mask]
+    ratio = level_log_ratio(p, live, objective).clamp(-20, 20).exp()
+    (expected,) = torch.autograd.grad((0.7 * ratio * (torch.exp(-x) - 1 + x)).sum(), p)
+    torch.testing.assert_close(dlogp.view(-1)[batch.mask], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_masking_nonfinite_rollout_logp_hides_nothing_else():
@@ -343,7 +393,7 @@ def test_an_empty_batch_is_refused():
     ],
 )
 def test_a_bad_objective_is_named(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if fields == {"clip_low": "0.2"} else ValueError, match=message):
         Objective(**fields)
 
 
@@ -360,7 +410,7 @@ def test_values_come_to_the_host_whatever_their_strides():
     for cu_seqlens in (bounds[:, 0], bounds[:, 0].int(), bounds[:, 0].contiguous()):
         out = policy_loss(q, q, a, a, objective=Objective("sequence"), cu_seqlens=cu_seqlens)
         assert float(out.loss) == -1.0
-    with pytest.raises(ValueError, match=r"cu_seqlens is torch.complex64 .* needs integers"):
+    with pytest.raises(TypeError, match=r"cu_seqlens is torch\.complex64; it needs plain real numbers"):
         policy_loss(q, q, a, a, objective=Objective("sequence"), cu_seqlens=bounds[:, 0].to(torch.complex64))
 
 

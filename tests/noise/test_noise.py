@@ -102,12 +102,12 @@ def test_every_engine_agrees_with_float64_within_the_bound(engine, channels):
     ],
 )
 def test_a_coordinate_that_does_not_fit_is_named(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if "float" in message else ValueError, match=message):
         normal(2, 8, **{"seed": 0, "step": 0, "layer": 0, **change})
 
 
 def test_a_step_tensor_is_refused():
-    with pytest.raises(TypeError, match="step is a Tensor"):
+    with pytest.raises(TypeError, match="step=a Tensor"):
         normal(2, 8, seed=0, step=torch.tensor(1), layer=0)
 
 

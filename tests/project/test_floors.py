@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = {
     "alp_kernels": [
-        {"dtypes", "objective", "stream"},
+        {"checks", "dtypes"},
+        {"objective", "stream"},
         {"reference", "operators"},
         {"protocol"},
         {"native", "triton"},

@@ -26,8 +26,8 @@ def make_batch(seed: int, batch: int = 4, time: int = 9, dtype: torch.dtype = to
         "rollout_logp": (logp + rand(batch, time)).clamp(max=0),
         "advantages": advantages,
         "mask": mask,
-        "old_logp": logp + 0.3 * rand(batch, time),
-        "ref_logp": logp + 0.5 * rand(batch, time),
+        "old_logp": (logp + 0.3 * rand(batch, time)).clamp(max=0),
+        "ref_logp": (logp + 0.5 * rand(batch, time)).clamp(max=0),
         "entropy": rand(batch, time).abs(),
         "turn_ends": torch.rand(batch, time, generator=g) < 0.3,
         "token_weight": rand(batch, time).abs(),
@@ -77,6 +77,8 @@ def by_hand(
                 kl, dkl = {"k1": (x, 1.0), "k2": (x * x / 2, x), "k3": (k3, 1 - math.exp(-x)), "k3+": (k3, x)}[
                     str(o.kl)
                 ]
+                if o.kl_bias_correction:
+                    kl, dkl = rho * kl, rho * (dkl + (kl if inside else 0.0))
                 value, slope = value + o.kl_coef * kl, slope + o.kl_coef * dkl
             share = {
                 "token-mean": 1 / num_tokens,
@@ -84,10 +86,10 @@ def by_hand(
                 "seq-mean-token-mean": 1 / (num_sequences * len(live)),
                 "seq-mean-token-sum-norm": 1 / (num_sequences * (o.norm_length or 1)),
             }[o.aggregation]
-            value -= o.entropy_coef * float(b["entropy"][i, t])
-            loss += share * value
+            of_entropy = 1 / num_tokens if o.entropy_aggregation == "token-mean" else share
+            loss += share * value - of_entropy * o.entropy_coef * float(b["entropy"][i, t])
             dlogp[i, t] += share * slope
-            dentropy[i, t] -= share * o.entropy_coef
+            dentropy[i, t] -= of_entropy * o.entropy_coef
     return loss, dlogp, dentropy
 
 

@@ -1,0 +1,125 @@
+"""One check for each kind of argument. Every message names the argument, what came and what fits.
+
+size     a number > 0: sigma, temperature, softcap, a cap
+rate     a number >= 0: a learning rate, a coefficient
+number   any finite number
+integer  an int, or what Python can use as one (NumPy's integers)
+flag     True or False
+choice   one of some strings, or None
+device   a torch.device or its name
+tensor   a dense torch.Tensor
+
+A number must also be finite in float32, and a size > 0 there: the kernels compute in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+"""The range of sizes: float32's largest number, and its smallest one that no processor flushes to 0."""
+
+NUMBERS = (int, float, np.integer, np.floating)
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it, in one short line."""
+    if isinstance(value, Tensor):
+        return f"a Tensor of {value.dtype} {tuple(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} {value.shape}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def refuse_type(where: str, name: str, value: object, fits: str) -> NoReturn:
+    raise TypeError(f"{where}: {name}={shown(value)}; it needs {fits}")
+
+
+def refuse_value(where: str, name: str, value: object, fits: str) -> NoReturn:
+    raise ValueError(f"{where}: {name}={shown(value)}; it needs {fits}")
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a Python or NumPy number, also a symbolic one of a graph; a bool is none."""
+    return isinstance(value, (*NUMBERS, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def check_number(where: str, name: str, value: Any, fits: str = "a finite number") -> None:
+    if not is_number(value):
+        refuse_type(where, name, value, fits)
+    if not -LARGEST <= value <= LARGEST:
+        refuse_value(where, name, value, f"{fits}, below 3.4e38 in size (float32)" if math.isfinite(value) else fits)
+
+
+def check_size(where: str, name: str, value: Any, fits: str = "a number > 0") -> None:
+    check_number(where, name, value, fits)
+    if not value >= SMALLEST:
+        refuse_value(where, name, value, f"{fits}, at least 1.2e-38 (float32)" if value > 0 else fits)
+
+
+def check_rate(where: str, name: str, value: Any, fits: str = "a number >= 0") -> None:
+    check_number(where, name, value, fits)
+    if not value >= 0:
+        refuse_value(where, name, value, fits)
+
+
+def check_integer(where: str, name: str, value: Any, low: int, high: int | None = None, fits: str = "") -> int:
+    """Return `value` as an int in [low, high]; high=None: no upper bound. fits: in place of the range in messages."""
+    fits = fits or (f"an int >= {low}" if high is None else f"an int in [{low}, {high}]")
+    if isinstance(value, bool | np.bool_ | Tensor | np.ndarray) or not hasattr(value, "__index__"):
+        refuse_type(where, name, value, fits)
+    number = operator.index(value)
+    if number < low or (high is not None and number > high):
+        refuse_value(where, name, value, fits)
+    return number
+
+
+def check_flag(where: str, name: str, value: object) -> None:
+    if not isinstance(value, bool | np.bool_):
+        refuse_type(where, name, value, "True or False")
+
+
+def check_choice(where: str, name: str, value: object, choices: Sequence[object]) -> None:
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        refuse_value(where, name, value, f"one of {tuple(choices)}")
+
+
+def check_tensor(where: str, name: str, value: object, of_module: str = "") -> None:
+    """of_module: what to give in place of a module; by default its weight."""
+    if not isinstance(value, Tensor):
+        hint = ""
+        if isinstance(value, torch.nn.Module):
+            hint = f" (give {of_module or f'{name}.weight'})"
+        elif hasattr(value, "last_hidden_state"):
+            hint = " (give its last_hidden_state)"
+        raise TypeError(f"{where}: {name} is a {type(value).__name__}; it needs a torch.Tensor{hint}")
+    if value.is_nested:
+        raise TypeError(f"{where}: {name} is a nested tensor; give it padded, or packed ({name}.values())")
+    if value.layout != torch.strided:
+        raise TypeError(f"{where}: {name} is sparse ({value.layout}); give {name}.to_dense()")
+    if value.is_complex() or value.is_quantized:
+        raise TypeError(f"{where}: {name} is {value.dtype}; it needs plain real numbers")
+
+
+def check_logp(where: str, name: str, value: object) -> None:
+    """Check a tensor of log-probabilities, apart from its values."""
+    check_tensor(where, name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype not in (torch.float32, torch.float64):
+        why = " (16 bits change ratios by several per cent)" if value.dtype.is_floating_point else ""
+        raise TypeError(f"{where}: {name} is {value.dtype}; it needs torch.float32{why}")
+
+
+def check_device(where: str, name: str, value: Any) -> torch.device:
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError, ValueError):
+        refuse_value(where, name, value, "a torch.device, such as 'cuda:0'")
