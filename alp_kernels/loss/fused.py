@@ -44,7 +44,7 @@ class Fused:
     loss: Tensor  # ()
     logp: Tensor  # (N,), 0 off the mask
     entropy: Tensor  # (N,)
-    gradients: Gradients  # of loss / gradient_scale, not yet rounded
+    gradients: Gradients  # not yet rounded to the tensors' dtypes
     index: Tensor  # (n,) the rows in the loss, in order
     stats: Stats
 
@@ -90,16 +90,13 @@ def _fused_head(operands: Operands, batch: Batch, order: Order, needs: Needs) ->
         logp[index], entropy[index] = out.logp, out.entropy
         return out
 
-    scale = gradient_scale(batch, hidden.dtype)
     num_graded = len(order.rows) - order.num_plain if any(needs) else 0
     for index in products.parts(order.rows[num_graded:]):
         noted(index, products.logprob(index))
     groups = order.rows[:num_graded].split([sum(sizes) for sizes in order.groups]) if num_graded else ()
     for group, sizes in zip(groups, order.groups, strict=False):
         rows = batch.numbers.select(group).loss_rows()
-        if scale is not None:
-            rows = rows._replace(weight=rows.weight / scale)
-        if isinstance(products, Whole) and objective.level == "token" and plan.fuses_token_loss:
+        if isinstance(products, Whole) and objective.level == "token" and plan.fuses_token_loss(hidden.dtype):
             noted(group, products.token_loss(group, rows, objective))
             continue
         *before, last = group.split(sizes)  # one part, unless a sequence is longer than a chunk
@@ -153,11 +150,10 @@ class FusedLoss(torch.autograd.Function):
         grads, ctx.gradients = ctx.gradients, None
         if grads is None:
             grads = fused_head(given).gradients
-        plan, scale = ctx.plan, gradient_scale(given.batch, hidden.dtype)
-        by = dloss if scale is None else dloss * scale
+        plan = ctx.plan
         dhidden, dweight, dbias, dsigma = (
-            None if g is None or like is None else _rounded(g, like.dtype, by, plan)
-            for g, like in zip(grads, (hidden, weight, bias, by), strict=True)
+            None if g is None or like is None else _rounded(g, like.dtype, dloss, plan)
+            for g, like in zip(grads, (hidden, weight, bias, dloss), strict=True)
         )
         sigma = plan.transform.sigma
         dlog_sigma = None if dsigma is None or sigma is None else (dsigma * sigma).reshape(ctx.log_sigma_shape)
@@ -169,19 +165,6 @@ def _rounded(gradient: Tensor, dtype: torch.dtype, by: Tensor, plan: Plan) -> Te
     if gradient.dtype == dtype:
         return plan.engine.scale_(gradient, by)
     return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
-
-
-def gradient_scale(batch: Batch, dtype: torch.dtype) -> Tensor | None:
-    """Return the divisor () of gradients while they are computed; None unless float16, the only dtype that would underflow.
-
-    It is the largest aggregation weight, rounded up to the next power of two. A caller's loss scale (GradScaler) comes too
-    late, since the gradients are computed with the loss.
-    """
-    if dtype != torch.float16:
-        return None
-    weight = batch.numbers["weight"]
-    _, exponent = torch.frexp(weight.amax())
-    return torch.ldexp(torch.ones_like(weight[0]), exponent)
 
 
 class LinearLogprob(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """linear_logprob and fused_alp_loss as operators of a compiled graph; they contain the checks, chunks and row selection.
 
-`linear_logprob` recomputes its logits in backward. `fused_alp_loss` returns the gradients with the loss, already in their
-tensors' dtypes (and divided by `scale`, for float16); backward multiplies them by the loss's gradient and `scale`.
+`linear_logprob` recomputes its logits in backward. `fused_alp_loss` returns the gradients with the loss, in their tensors'
+dtypes (float32 for float16, whose range is small); backward multiplies them by the loss's gradient.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from ..operators import Operator
 from ..reference import HeadRows
 from ..stream import LOGITS_LAYER, LogitNoise
 from .arguments import HeadInputs, check_head
-from .fused import fused_head, gradient_scale, logprob_gradients, logprob_rows, prepare, row_order
+from .fused import fused_head, logprob_gradients, logprob_rows, prepare, row_order
 from .head import Head
 from .inputs import LossInputs
 from .plan import Gradients, Needs
+from .products import gradient_dtype
 from .stats import StatsRows
 from .transfer import Transfer
 
@@ -84,13 +85,13 @@ class Wire(NamedTuple):
         return HeadInputs(self.hidden.detach(), head, *rest)
 
     def gradients(self, grads: Gradients) -> WireGradients:
-        """Return each gradient in its tensor's dtype and shape, contiguous; (0,) if it is not needed."""
+        """Return each gradient in its tensor's shape and `gradient_dtype`, contiguous; (0,) if it is not needed."""
         likes = (self.hidden, self.weight, self.bias, self.log_sigma)
         return WireGradients(
             *(
                 self.hidden.new_empty(0)
                 if grad is None or like is None
-                else grad.to(like.dtype).reshape(like.shape).contiguous()
+                else grad.to(gradient_dtype(like)).reshape(like.shape).contiguous()
                 for grad, like in zip(grads, likes, strict=True)
             )
         )
@@ -98,7 +99,9 @@ class Wire(NamedTuple):
     def empty_gradients(self) -> WireGradients:
         likes = zip((self.hidden, self.weight, self.bias, self.log_sigma), self.needs, strict=True)
         empty = (
-            like.new_empty(like.shape) if needed and like is not None else self.hidden.new_empty(0)
+            like.new_empty(like.shape, dtype=gradient_dtype(like))
+            if needed and like is not None
+            else self.hidden.new_empty(0)
             for like, needed in likes
         )
         return WireGradients(*empty)
@@ -110,9 +113,10 @@ class WireGradients(NamedTuple):
     bias: Tensor
     log_sigma: Tensor
 
-    def needed(self, needs: list[bool]) -> dict[str, Tensor | None]:
-        """Return the needed gradients by their field names in Wire."""
-        return {name: grad for name, grad, need in zip(self._fields, self, needs, strict=True) if need}
+    def needed(self, needs: list[bool], dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """Return the needed gradients by their field names in Wire. dtype: of hidden, weight and bias."""
+        found = {name: grad for name, grad, need in zip(self._fields, self, needs, strict=True) if need}
+        return {name: grad if name == "log_sigma" else grad.to(dtype) for name, grad in found.items()}
 
 
 # ------------------------------------------------------------------ linear_logprob
@@ -174,7 +178,7 @@ def _linear_gradient(ctx: Any, grads: LogprobRows) -> dict[str, Tensor | None]:
     *tensors, logp, entropy, lse = ctx.saved_tensors
     wire = Wire(**ctx.others, **dict(zip(ctx.names, tensors, strict=True)))
     given = _LogprobBackward(logp, entropy, lse, grads.logp, grads.entropy)
-    return _linear_logprob_backward_operator(wire, given).needed(wire.needs)
+    return _linear_logprob_backward_operator(wire, given).needed(wire.needs, wire.hidden.dtype)
 
 
 linear_logprob_operator = Operator(
@@ -194,11 +198,10 @@ class FusedOutput(NamedTuple):
     loss: Tensor  # ()
     logp: Tensor  # like targets, and so is entropy
     entropy: Tensor
-    dhidden: Tensor  # this and the next three as in WireGradients, of loss / scale
+    dhidden: Tensor  # this and the next three as in WireGradients
     dweight: Tensor
     dbias: Tensor
     dlog_sigma: Tensor
-    scale: Tensor  # ()
     numbers: Tensor  # this and the next two as in StatsRows
     flags: Tensor
     num_nonfinite: Tensor
@@ -222,36 +225,33 @@ def _fused(wire: Wire, loss: LossInputs) -> FusedOutput:
     grads = fused.gradients
     if grads.sigma is not None and sigma is not None:
         grads = grads._replace(sigma=grads.sigma * sigma)
-    scale = gradient_scale(given.batch, operands.hidden.dtype)
     return FusedOutput(
         fused.loss,
         fused.logp.view(shape),
         fused.entropy.view(shape),
         *wire.gradients(grads),
-        torch.ones_like(fused.loss) if scale is None else scale,
         *fused.stats.rows(fused.index, shape.numel()),
     )
 
 
 def _fused_fake(wire: Wire, loss: LossInputs) -> FusedOutput:
-    value, scale = (wire.hidden.new_empty((), dtype=real(wire.hidden)) for _ in range(2))
+    value = wire.hidden.new_empty((), dtype=real(wire.hidden))
     logp, entropy = (
         torch.empty_like(wire.targets, dtype=value.dtype, memory_format=torch.contiguous_format) for _ in range(2)
     )
     stats = StatsRows.empty_like(value, wire.targets.numel())
-    return FusedOutput(value, logp, entropy, *wire.empty_gradients(), scale, *stats)
+    return FusedOutput(value, logp, entropy, *wire.empty_gradients(), *stats)
 
 
 def _fused_setup(ctx: Any, wire: Wire, loss: LossInputs, out: FusedOutput) -> None:
     ctx.mark_non_differentiable(*out[1:])
-    ctx.save_for_backward(*out.gradients, out.scale)
-    ctx.needs = wire.needs
+    ctx.save_for_backward(*out.gradients)
+    ctx.needs, ctx.dtype = wire.needs, wire.hidden.dtype
 
 
 def _fused_gradient(ctx: Any, grads: FusedOutput) -> dict[str, Tensor | None]:
-    *formed, scale = ctx.saved_tensors
-    by = grads.loss * scale
-    return WireGradients(*((grad * by).to(grad.dtype) for grad in formed)).needed(ctx.needs)
+    formed = (grad * grads.loss for grad in ctx.saved_tensors)
+    return WireGradients(*formed).needed(ctx.needs, ctx.dtype)
 
 
 fused_alp_loss_operator = Operator(

@@ -66,9 +66,9 @@ class Plan:
     def keeps_exponentials(self) -> bool:
         return self.engine.KEEPS_EXPONENTIALS and self.shard is None
 
-    @property
-    def fuses_token_loss(self) -> bool:
-        return self.engine.FUSES_TOKEN_LOSS and self.shard is None
+    def fuses_token_loss(self, dtype: torch.dtype) -> bool:
+        """float16 logits need their gradient's size before it is written (products.py), so they take two launches."""
+        return self.engine.FUSES_TOKEN_LOSS and self.shard is None and dtype != torch.float16
 
     def for_shard(self, shard: Shard, targets: Tensor, chunk_rows: int) -> Plan:
         """Return the plan for a shard. Each chunk is a collective call, so chunk_rows is the same on all ranks."""

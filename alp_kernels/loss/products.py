@@ -41,7 +41,7 @@ class Sums:
         self.hidden, self.weight, self.bias, self.plan = operands
         self.needs_dweight, self.num_parts = needs.weight, num_parts
         total = real(self.weight)
-        self.dhidden = torch.zeros_like(self.hidden) if needs.hidden else None
+        self.dhidden = torch.zeros_like(self.hidden, dtype=gradient_dtype(self.hidden)) if needs.hidden else None
         self.dbias = torch.zeros_like(self.bias, dtype=total) if self.bias is not None and needs.bias else None
         sigma = self.plan.transform.sigma
         self.dsigma = torch.zeros_like(sigma) if sigma is not None and needs.log_sigma else None
@@ -98,12 +98,15 @@ class Whole(Sums):
                 whole = None if whole is None else whole[keep]
         if len(index) == 0:
             return
-        transform = self.plan.transform.rows(index)
+        transform, c = self.plan.transform.rows(index), None
         if whole is not None:
             self._add(index, rows, x, exp_coefficient(dlogp, transform, whole), None)
-        else:
-            dsigma = self._head_bwd(x, self.plan.targets[index], transform, out, dlogp, dentropy)
-            self._add(index, rows, x, None, dsigma)
+            return
+        if x.dtype == torch.float16:
+            c = _units(dlogp, dentropy, transform)
+            dlogp, dentropy = dlogp / c, None if dentropy is None else dentropy / c
+        dsigma = self._head_bwd(x, self.plan.targets[index], transform, out, dlogp, dentropy)
+        self._add(index, rows, x, c, dsigma if c is None or dsigma is None else dsigma * c[0])
 
     def _head_fwd(self, x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
         """As reference.head_fwd, for whole rows even if this rank holds only some of their columns."""
@@ -142,17 +145,27 @@ class Whole(Sums):
     def _add(self, index: Tensor, rows: Tensor, dx: Tensor, c: Tensor | None, dsigma: Tensor | None) -> None:
         """Add the contribution of rows `index`, given the gradient of their logits: dx, or c dx with one coefficient per row."""
         if self.dhidden is not None:
-            self.dhidden[index] = dx @ self.weight if c is None else _scaled(_product(dx, self.weight), c, rows.dtype)
+            product = dx @ self.weight if c is None else _product(dx, self.weight)
+            self.dhidden[index] = product if c is None else _scaled(product, c, self.dhidden.dtype)
         if self.needs_dweight:
-            self._add_weight(dx.t(), rows if c is None else _scaled(rows, c, rows.dtype))
+            self._add_weight(dx.t(), rows, c)
         if self.dbias is not None:
             self.dbias += dx.sum(dim=0, dtype=self.dbias.dtype) if c is None else _summed(dx, c)
         if self.dsigma is not None and dsigma is not None:
             self.dsigma += dsigma
 
-    def _add_weight(self, a: Tensor, b: Tensor) -> None:
-        """dW += a @ b. A single product is rounded once whatever its dtype; several are added in float32 or wider."""
-        is_exact = a.dtype in (torch.float32, torch.float64)
+    def _add_weight(self, a: Tensor, rows: Tensor, c: Tensor | None) -> None:
+        """dW += a @ (c rows). A single product is rounded once whatever its dtype; several are added in float32 or wider.
+
+        float16 products are always added in float32: their sum may leave float16's range where dW does not.
+        """
+        if a.dtype == torch.float16:
+            if self.dweight is None:
+                self.dweight = torch.zeros_like(self.weight, dtype=torch.float32)
+            assert c is not None
+            _add_scaled_product(self.dweight, a, rows, c)
+            return
+        b, is_exact = rows if c is None else _scaled(rows, c, rows.dtype), a.dtype in (torch.float32, torch.float64)
         if self.dweight is None and (is_exact or self.num_parts == 1):
             self.dweight = a @ b
         elif is_exact:
@@ -164,6 +177,29 @@ class Whole(Sums):
             if self.dweight is None:
                 self.dweight = torch.zeros_like(self.weight, dtype=torch.float32)
             _add_product(self.dweight, a, b)
+
+
+def gradient_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which gradients of `tensor` are formed: float32 for float16, whose range is small, else its own."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+_UNIT_BITS = 7
+
+
+def _units(dlogp: Tensor, dentropy: Tensor | None, transform: LogitTransform) -> Tensor:
+    """Return each row's unit for its logits' gradient in float16, (n,): a power of two.
+
+    Divided by it, the row's largest possible gradient at one logit is in [64, 128): small probabilities do not underflow, and
+    sums over the vocabulary do not overflow. Noise on the logits has one gradient for all rows, so they share a unit.
+    """
+    size = dlogp.abs() if dentropy is None else torch.maximum(dlogp.abs(), dentropy.abs())
+    size = size * abs(transform.logit_scale)
+    if transform.temperature is not None:
+        size = size / transform.temperature
+    if transform.sigma is not None:
+        size = size.amax().expand(len(size))
+    return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - _UNIT_BITS)
 
 
 def _has_mixed_products(a: Tensor) -> bool:
@@ -185,6 +221,13 @@ def _summed(e: Tensor, c: Tensor) -> Tensor:
     """sum_n c_n e_n, (V,) float32 or wider."""
     if e.itemsize > 2:
         return c @ e
+    if e.dtype == torch.float16:  # c may be below its range
+        largest = c.amax()
+        return _summed_parts(e, c / largest) * largest
+    return _summed_parts(e, c)
+
+
+def _summed_parts(e: Tensor, c: Tensor) -> Tensor:
     high = c.to(e.dtype)
     middle = (c - high).to(e.dtype)
     low = (c - high - middle).to(e.dtype)  # the three sum to c
@@ -204,6 +247,18 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             total[block] += torch.mm(a[block], b, out_dtype=torch.float32)
         else:
             total[block].addmm_(a[block].float(), b.float())
+
+
+def _add_scaled_product(total: Tensor, a: Tensor, rows: Tensor, c: Tensor) -> None:
+    """total (float32) += a @ (c rows) of float16 matrices; c (n,) float32: powers of two, which change no digit of a row."""
+    is_mixed, largest = _has_mixed_products(a), c.amax()
+    b = _scaled(rows, c / largest, rows.dtype) if is_mixed else _scaled(rows, c, total.dtype)
+    for start in range(0, len(a), 16384):
+        block = slice(start, start + 16384)
+        if is_mixed:
+            total[block].addcmul_(torch.mm(a[block], b, out_dtype=torch.float32), largest)
+        else:
+            total[block].addmm_(a[block].float(), b)
 
 
 @functools.cache

@@ -217,9 +217,9 @@ class Stats:
 
         Keys: token_ratio/ and sequence_ratio/ with mean, std, min, max and q01 .. q99.9 (over the loss's denominator);
         clip_low_frac, clip_high_frac, dual_clip_frac, clamp_frac; k1_kl and k3_kl from rollout to current policy, per token
-        (not clamped, but an infinite log-ratio counts as 20 nats); ess_frac (effective sample size over n) and chi2_token, chi2_sequence of current
-        over rollout; entropy (nats); num_tokens, num_sequences, num_nonfinite. Without tokens: only the counts. Without
-        sequences: no per-sequence values.
+        (not clamped, but an infinite log-ratio counts as 20 nats); ess_frac (effective sample size over n) and chi2_token,
+        chi2_sequence of current over rollout; entropy (nats); num_tokens, num_sequences, num_nonfinite. Without tokens: only
+        the counts. Without sequences: no per-sequence values.
 
         Warns once a process if every token that has an advantage lost its gradient to a clip or to the clamp.
         """
@@ -256,10 +256,10 @@ class Stats:
             out["dual_clip_frac" if clip == "dual" else f"clip_{clip}_frac"] = (
                 getattr(host, f"clipped_{clip}").double().mean()
             )
-        out["clamp_frac"] = host.clamped.double().mean()
+        out["clamp_frac"] = float(host.clamped.double().mean())
         r = host.rollout_log_ratio.double().nan_to_num(math.nan, LOG_RATIO_CLAMP, -LOG_RATIO_CLAMP)
         w = ratio(values["rollout_log_ratio"])
-        out["k1_kl"], out["k3_kl"] = -r.mean(), k3(r).mean()
+        out["k1_kl"], out["k3_kl"] = float(-r.mean()), float(k3(r).mean())
         out["ess_frac"] = w.sum() ** 2 / (len(w) * np.square(w).sum())
         out["chi2_token"] = np.square(w).mean() - 1
         if is_last.any():

@@ -379,6 +379,70 @@ def test_float16_gradients_survive_a_large_batch(engine):
         assert (half.double() - exact).norm() < 3e-3 * exact.norm()
 
 
+def half_and_exact(engine, inputs, rest, scale, **options):
+    """Gradients of `scale` times the loss: from float16 inputs, and from the same numbers in float64."""
+    for convert in (torch.Tensor.half, torch.Tensor.double):
+        dtype = torch.float32 if convert is torch.Tensor.half else torch.float64
+        hidden, weight, bias, targets = inputs
+        leaves = [convert(x.detach().half()).requires_grad_() for x in (hidden, weight, bias)]
+        numbers = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in rest.items()}
+        noise = options.get("logit_noise")
+        log_sigma = None if noise is None else noise.log_sigma.to(dtype).detach().requires_grad_()
+        given = options if noise is None else options | {"logit_noise": noise._replace(log_sigma=log_sigma)}
+        out = fused_alp_loss(*leaves[:2], targets, bias=leaves[2], **numbers, **given, engine=engine)
+        leaves += [] if log_sigma is None else [log_sigma]
+        yield torch.autograd.grad(out.loss * scale, leaves)
+
+
+@pytest.mark.parametrize("has_noise", [False, True])
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+@pytest.mark.parametrize("power", [-16, 0, 16])
+def test_float16_gradients_are_formed_at_the_size_of_their_coefficients(engine, power, entropy, has_noise):
+    """Coefficients far below and above float16's range come from token_weight, and the loss is scaled back."""
+    hidden, weight, targets, rest = make_head(0, 4, 9, dtype=torch.float32)
+    weights = rest["token_weight"] + 0.1
+    rest |= {"token_weight": weights * 2.0**power, "num_tokens": 1}
+    objective = Objective(clip_low=1.0, clip_high=1e9, dual_clip=None, entropy_coef=entropy * 2.0**power)
+    noise = LogitNoise(torch.tensor(-3.0, device=DEVICE), seed=1, step=2) if has_noise else None
+    inputs = hidden, weight, torch.randn(len(weight), generator=torch.Generator().manual_seed(1)).to(DEVICE), targets
+    options = {"objective": objective, "temperature": 0.5, "logit_noise": noise}
+    for half, exact in zip(*half_and_exact(engine, inputs, rest, 2.0**-power, **options), strict=True):
+        assert (half.double() - exact).norm() < 3e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 1 << 17])
+def test_many_float16_rows_of_one_target_stay_in_range(engine, chunk_bytes):
+    """Their sum before the division by their number would leave float16's range; dW does not."""
+    rows, channels, vocab = 16384, 4, 32
+    g = torch.Generator().manual_seed(0)
+    hidden = (10 + torch.rand(rows, channels, generator=g)).to(DEVICE)
+    weight = (torch.randn(vocab, channels, generator=g) * 0.02).to(DEVICE)
+    rest = {
+        "rollout_logp": torch.full((rows,), -3.5, device=DEVICE),
+        "advantages": torch.ones(rows, device=DEVICE),
+        "mask": torch.ones(rows, device=DEVICE),
+    }
+    inputs = hidden, weight, torch.zeros(vocab, device=DEVICE), torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    options = {"objective": Objective(clip_high=1e9), "chunk_bytes": chunk_bytes}
+    for half, exact in zip(*half_and_exact(engine, inputs, rest, 2.0**10, **options), strict=True):
+        assert (half.double() - exact).norm() < 3e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("power", [-20, 12])
+def test_float16_gradients_of_log_probabilities_of_any_size(engine, power):
+    hidden, weight, targets, _ = make_head(3, 4, 9, dtype=torch.float16)
+    upstream = torch.randn(4, 9, generator=torch.Generator().manual_seed(2)).to(DEVICE) * 2.0**power
+    results = []
+    for h, w in ((hidden, weight), (hidden.double(), weight.double())):
+        leaves = h.detach().requires_grad_(), w.detach().requires_grad_()
+        logp, _ = linear_logprob(*leaves, targets, engine=engine)
+        # float16 holds the sums of dW and dh, not those of their parts
+        results.append(torch.autograd.grad(logp, leaves, upstream.to(logp.dtype)))
+    for half, exact in zip(*results, strict=True):
+        step = 2.0**-25  # half of float16's smallest number
+        assert (half.double() - exact).norm() < 3e-3 * exact.norm() + step * exact.numel() ** 0.5
+
+
 def test_a_nan_loss_comes_with_a_nan_gradient(engine):
     hidden, weight, targets, rest = make_head(0, 4, 9, dtype=torch.float32)
     rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()}
