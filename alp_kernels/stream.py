@@ -106,6 +106,16 @@ def check_stream(where: str, stream: Stream, num_rows: int, device: torch.device
         raise ValueError(f"{where}: row_ids spans [{int(ids.min())}, {int(ids.max())}]; it must lie in [0, {MAX_ROW}]")
 
 
+def check_row_ids(where: str, row_ids: object, name: str = "row_ids") -> None:
+    """Check the type of row ids, or None."""
+    if row_ids is None:
+        return
+    check_tensor(where, name, row_ids)
+    assert isinstance(row_ids, Tensor)
+    if row_ids.dtype != torch.int64:
+        raise TypeError(f"{where}: {name} is {row_ids.dtype}; it needs torch.int64")
+
+
 class Coordinates(NamedTuple):
     """The noise coordinates as the caller passes them."""
 
@@ -129,10 +139,7 @@ class Coordinates(NamedTuple):
                 check_integer(where, prefix + name, value, 0, None if name == "row_start" else top)
             elif value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
                 refuse_type(where, prefix + name, value, f"an int in [0, {top}], or a one-element tensor of integers")
-        if self.row_ids is not None:
-            check_tensor(where, f"{prefix}row_ids", self.row_ids)
-            if self.row_ids.dtype != torch.int64:
-                raise TypeError(f"{where}: {prefix}row_ids is {self.row_ids.dtype}; it needs torch.int64")
+        check_row_ids(where, self.row_ids, f"{prefix}row_ids")
 
     def stream(self, where: str, num_rows: int, device: torch.device) -> Stream:
         """The checked stream, with step and row_start as ints. Raises like `check_stream`."""

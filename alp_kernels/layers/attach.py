@@ -8,13 +8,15 @@ with handle.perturbed(step=step):
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..checks import check_choice, check_flag, check_integer, check_size, is_number, refuse_type, refuse_value
 from ..engine import check_name
 from ..noise.perturb import ROUNDINGS, SCALES
 from ..stream import FINAL_LAYER, LOGITS_LAYER, MAX_LAYER, MAX_SEED
@@ -63,18 +65,20 @@ def attach(
     Raises:
         ValueError: sigma <= 0, a layer index out of range, several lists of layers, a model that is perturbed already.
     """
-    if scale not in SCALES:
-        raise ValueError(f"attach: scale={scale!r}; it needs one of {SCALES}")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"attach: rounding={rounding!r}; it needs one of {ROUNDINGS}")
+    where = "attach"
+    check_choice(where, "scale", scale, SCALES)
+    check_choice(where, "rounding", rounding, ROUNDINGS)
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model is a {type(model).__name__}; it needs a torch.nn.Module")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"attach: seed={seed!r}; it needs an int in [0, {MAX_SEED}]")
-    if sigma_bounds is not None and not (
-        isinstance(sigma_bounds, tuple | list) and len(sigma_bounds) == 2 and 0 < sigma_bounds[0] < sigma_bounds[1]
-    ):
-        raise ValueError(f"attach: sigma_bounds={sigma_bounds!r}; it needs (low, high) with 0 < low < high")
+    seed = check_integer(where, "seed", seed, 0, MAX_SEED)
+    for name, flag in (("learnable", learnable), ("capturable", capturable)):
+        check_flag(where, name, flag)
+    if path is not None and not isinstance(path, str):
+        refuse_type(where, "path", path, 'the name of a ModuleList, such as "model.layers", or None')
+    if data_rank is not None:
+        data_rank = check_integer(where, "data_rank", data_rank, 0, MAX_RANK)
+    if sigma_bounds is not None:
+        _check_bounds(sigma_bounds)
     check_name(engine)
     found = find_layers(model, path)
     if found.parent in attached and (other := attached[found.parent]()) is not None and other.is_attached:
@@ -87,19 +91,7 @@ def attach(
             f"attach: {found.path} of {type(model).__name__} holds a layer twice; the two runs cannot be told apart"
         )
     chosen = _choose(model, found.layers, found.parent, layers)
-    try:
-        flat = torch.as_tensor(sigma, dtype=torch.float64).flatten().tolist()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"attach: sigma is {sigma!r}; it needs a number, or one for each layer") from None
-    values = flat * len(chosen) if len(flat) == 1 else flat
-    if data_rank is not None and (not isinstance(data_rank, int) or not 0 <= data_rank <= MAX_RANK):
-        raise ValueError(f"attach: data_rank={data_rank!r}; it needs an int in [0, {MAX_RANK}]")
-    if len(values) != len(chosen):
-        raise ValueError(
-            f"attach: sigma has {len(values)} values; it needs 1 or {len(chosen)}, one for each perturbed layer"
-        )
-    if not all(s > 0 and math.isfinite(s) for s in values):
-        raise ValueError(f"attach: sigma={sigma}; it needs numbers > 0 (for no noise, do not open the scope)")
+    values = _sigmas(sigma, len(chosen))
     device = next(found.layers[0].parameters()).device
     handle = Perturbation(
         chosen,
@@ -120,9 +112,36 @@ def attach(
 
 def detach(model: nn.Module, path: str | None = None) -> None:
     """Restore `model` without its handle; does nothing if the model is not perturbed. `path` is as in `attach`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"detach: model is a {type(model).__name__}; it needs the torch.nn.Module given to attach")
     parent = find_layers(model, path).parent
     if parent in attached and (handle := attached[parent]()) is not None:
         handle.detach()
+
+
+def _check_bounds(bounds: Any) -> None:
+    fits = "(low, high) with 0 < low < high"
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        refuse_value("attach", "sigma_bounds", bounds, fits)
+    for bound in bounds:
+        check_size("attach", "sigma_bounds", bound, f"{fits}: numbers > 0")
+    if not bounds[0] < bounds[1]:
+        refuse_value("attach", "sigma_bounds", bounds, fits)
+
+
+def _sigmas(sigma: Any, count: int) -> list[float]:
+    """Return sigma as one float for each of `count` layers."""
+    fits = "a number > 0, or one for each layer (for no noise, do not open the scope)"
+    if isinstance(sigma, Tensor | np.ndarray):
+        sigma = sigma.reshape(-1).tolist()
+    if isinstance(sigma, str) or not (is_number(sigma) or isinstance(sigma, Iterable)):
+        refuse_type("attach", "sigma", sigma, fits)
+    values = [sigma] if is_number(sigma) else list(sigma)
+    for value in values:
+        check_size("attach", "sigma", value, fits)
+    if len(values) not in (1, count):
+        raise ValueError(f"attach: sigma has {len(values)} values; it needs 1 or {count}, one for each perturbed layer")
+    return [float(value) for value in values] * (count if len(values) == 1 else 1)
 
 
 def _choose(
@@ -141,11 +160,12 @@ def _choose(
         raise TypeError(
             f"attach: layers={layers!r}; it needs 'all', 'final', 'logits' or a list of indices, such as [0]"
         )
-    indices = list(layers)
-    count = len(found)
+    count, indices = len(found), list(layers)
     assert count <= MAX_LAYER
-    if not indices or not all(isinstance(i, int) and -count <= i < count for i in indices):
-        raise ValueError(f"attach: layers={indices}; it needs indices in [{-count}, {count}), at least one")
+    fits = f"indices in [{-count}, {count}), at least one"
+    if not indices:
+        refuse_value("attach", "layers", indices, fits)
+    indices = [check_integer("attach", "layers", i, -count, count - 1, fits) for i in indices]
     resolved = sorted({i % count for i in indices})
     if len(resolved) != len(indices):
         raise ValueError(f"attach: layers={indices} names a layer twice")

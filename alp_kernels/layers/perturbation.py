@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..stream import FINAL_LAYER, LOGITS_LAYER, MAX_STEP, LogitNoise
+from ..checks import check_flag, check_integer, check_rate
+from ..stream import FINAL_LAYER, LOGITS_LAYER, MAX_SEED, MAX_STEP, LogitNoise, check_row_ids
 from .forwards import Forwards, is_captured
 from .hooks import Enter, LayerInput, Leave, Output, OwnForward
 from .realised import Realised
@@ -134,13 +134,8 @@ class Perturbation(nn.Module):
         Raises:
             RuntimeError: at the end, if no layer was perturbed, as the run would otherwise silently go without noise.
         """
-        if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= step <= MAX_STEP:
-            raise ValueError(f"perturbed: step={step!r}; it needs an int in [0, {MAX_STEP}]")
-        step = operator.index(step)
-        if row_ids is not None and not isinstance(row_ids, Tensor):
-            raise TypeError(f"perturbed: row_ids is a {type(row_ids).__name__}; it needs a torch.Tensor of int64")
-        if row_ids is not None and row_ids.dtype != torch.int64:
-            raise TypeError(f"perturbed: row_ids is {row_ids.dtype}; it needs torch.int64")
+        step = check_integer("perturbed", "step", step, 0, MAX_STEP)
+        check_row_ids("perturbed", row_ids)
         forwards, rows = self.forwards, self._rows
         if forwards.scope.is_open:
             raise RuntimeError("perturbed: this scope is already open; scopes do not nest")
@@ -190,6 +185,8 @@ class Perturbation(nn.Module):
             raise RuntimeError(
                 "logit_noise: the loss cannot read step and row number from the device; attach with capturable=False"
             )
+        num_rows = check_integer("logit_noise", "num_rows", num_rows, 1)
+        check_row_ids("logit_noise", row_ids)
         scope = self.forwards.scope
         if not scope.is_open:
             raise RuntimeError("logit_noise: open the scope first: with handle.perturbed(step=...)")
@@ -213,8 +210,10 @@ class Perturbation(nn.Module):
 
     def param_group(self, lr: float) -> dict[str, Any]:
         """Return a parameter group for any torch optimiser, with its own lr and no weight decay (decay pulls sigma to 1)."""
-        if isinstance(lr, bool) or not isinstance(lr, int | float | Tensor) or not lr >= 0:
-            raise ValueError(f"param_group: lr={lr!r}; it needs a number >= 0")
+        if isinstance(lr, Tensor) and lr.numel() == 1:
+            check_rate("param_group", "lr", lr.item())
+        else:
+            check_rate("param_group", "lr", lr)
         return {"params": list(self.parameters()), "lr": lr, "weight_decay": 0.0}
 
     def realised(self) -> dict[str, list[float]]:
@@ -231,6 +230,7 @@ class Perturbation(nn.Module):
         DDP and FSDP do not see log_sigma; without this call its values drift apart between ranks. Reduce it as the weights:
         by default DDP and FSDP divide the sum by the number of ranks, and average=True does the same.
         """
+        check_flag("sum_gradient", "average", average)
         if hasattr(self.log_sigma, "full_tensor"):
             raise RuntimeError(
                 "sum_gradient: log_sigma is a DTensor: fully_shard took it for a weight and reduces its gradient; keep the "
@@ -250,7 +250,26 @@ class Perturbation(nn.Module):
         of_noise = {"layers": list(self.layers), "scale": self.scale, "rounding": self.rounding}
         return {"seed": self.seed} | self._rows.state() | of_noise
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        saved = state_dict.get(f"{prefix}log_sigma")
+        if isinstance(saved, Tensor) and not bool(saved.isfinite().all()):
+            raise ValueError(f"load_state_dict: log_sigma is {saved.tolist()}; it needs finite numbers")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        needed = self.get_extra_state().keys()
+        if not isinstance(state, dict) or (missing := sorted(needed - state.keys())):
+            lacks = f"a state without {', '.join(missing)}" if isinstance(state, dict) else f"a {type(state).__name__}"
+            raise ValueError(
+                f"load_state_dict: {lacks} is no perturbation's; it needs what state_dict() of a handle returns"
+            )
+        for name, low, high in (
+            ("seed", 0, MAX_SEED),
+            ("step", -1, MAX_STEP),
+            ("next_row", 0, None),
+            ("forwards", 0, None),
+        ):
+            check_integer("load_state_dict", name, state[name], low, high)
         for name, own in (("layers", list(self.layers)), ("scale", self.scale), ("rounding", self.rounding)):
             if state[name] != own:
                 raise ValueError(f"load_state_dict: the state has {name}={state[name]!r}, this perturbation {own!r}")

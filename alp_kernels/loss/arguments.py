@@ -24,7 +24,7 @@ from ..dtypes import DTYPES, real
 from ..engine import check_name, pick
 from ..reference import LogitTransform
 from ..stream import LogitNoise
-from .gather import local_rows
+from .gather import check_group, local_rows
 from .head import Head, VocabSplit, hint_at_mask
 from .plan import Needs, Operands, make_plan
 from .split import agree, sum_gradient
@@ -108,8 +108,10 @@ def _check_head(where: str, head: Head) -> None:
             refuse_type(where, name, getattr(head, name), f"a {kind.__name__}, or None")
     if not isinstance(head.adapters, tuple) or not all(isinstance(adapter, nn.Module) for adapter in head.adapters):
         refuse_type(where, "adapters", head.adapters, "a tuple of modules")
-    if head.split is not None and head.split.start is not None:
-        check_integer(where, "split.start", head.split.start, 0)
+    if head.split is not None:
+        check_group(where, "split.group", head.split.group)
+        if head.split.start is not None:
+            check_integer(where, "split.start", head.split.start, 0)
     if head.logit_noise is not None:
         head.logit_noise.coordinates.check(where, "logit_noise.")
         check_tensor(where, "logit_noise.log_sigma", head.logit_noise.log_sigma)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import check_flag, check_integer, check_tensor, refuse_type
 from ..dtypes import real
 
 
@@ -83,12 +84,18 @@ def gather_weight(weight: Tensor, group: dist.ProcessGroup | None = None, *, ave
     Returns:
         (V, D), a plain tensor.
     """
+    where = "gather_weight"
+    check_tensor(where, "weight", weight)
+    check_group(where, "group", group)
+    check_flag(where, "average", average)
     if hasattr(weight, "full_tensor"):  # a DTensor
         if group is not None:
-            raise ValueError("gather_weight: weight is a DTensor, whose mesh names the ranks; group must be None")
-        group, weight = local_rows("gather_weight", "weight", weight)
+            raise ValueError(f"{where}: weight is a DTensor, whose mesh names the ranks; group must be None")
+        group, weight = local_rows(where, "weight", weight)
     elif not dist.is_initialized():
         return weight
+    if weight.dim() == 0:
+        raise ValueError(f"{where}: weight has shape (); it needs this rank's rows (V_r, D)")
     whole: Tensor = _Gather.apply(weight, 0, group, True)
     size = dist.get_world_size(group)
     if average and whole.requires_grad:
@@ -103,4 +110,14 @@ def gather_sequence(values: Tensor, group: dist.ProcessGroup | None = None, *, d
     compute the same loss of the whole sequences. Backward returns this rank's slice of the gradient without communication, so
     the *sum* of the weights' gradients over the group equals the gradient of the unsplit sequence.
     """
+    where = "gather_sequence"
+    check_tensor(where, "values", values)
+    check_group(where, "group", group)
+    rank = values.dim()
+    dim = check_integer(where, "dim", dim, -rank, rank - 1, f"an axis of values, {tuple(values.shape)}")
     return _Gather.apply(values, dim, group, False) if dist.is_initialized() else values
+
+
+def check_group(where: str, name: str, group: object) -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        refuse_type(where, name, group, "a ProcessGroup of torch.distributed, or None for all ranks")

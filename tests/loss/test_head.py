@@ -385,7 +385,9 @@ def half_and_exact(engine, inputs, rest, scale, **options):
         dtype = torch.float32 if convert is torch.Tensor.half else torch.float64
         hidden, weight, bias, targets = inputs
         leaves = [convert(x.detach().half()).requires_grad_() for x in (hidden, weight, bias)]
-        numbers = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in rest.items()}
+        numbers = {
+            k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in rest.items()
+        }
         noise = options.get("logit_noise")
         log_sigma = None if noise is None else noise.log_sigma.to(dtype).detach().requires_grad_()
         given = options if noise is None else options | {"logit_noise": noise._replace(log_sigma=log_sigma)}
