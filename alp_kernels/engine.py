@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from . import reference
+from .checks import shown
 from .protocol import Engine
 
 ENGINES = ("triton", "native", "reference")
@@ -76,8 +77,10 @@ def _choose(device_type: str) -> Engine:
 
 def check_name(name: str | None, asked_by: str = "engine") -> None:
     """Raises ValueError if no engine has that name; whether it can serve a device is a later question."""
-    if name is not None and name not in ENGINES:
-        raise ValueError(f"{asked_by}={name!r}; the engines are {', '.join(map(repr, ENGINES))}, or None to choose")
+    if name is not None and not (isinstance(name, str) and name in ENGINES):
+        raise ValueError(
+            f"{asked_by}={shown(name)}; the engines are {', '.join(map(repr, ENGINES))}, or None to choose"
+        )
 
 
 def pick(name: str | None, device: torch.device) -> Engine:

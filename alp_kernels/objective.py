@@ -22,7 +22,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_flag, check_number, check_size
+from .checks import check_choice, check_flag, check_number, check_size, refuse_type
 
 LOG_RATIO_CLAMP = 20.0
 """Where exp of a log-ratio (nats) is guarded against overflow. Terms that cannot overflow are not clamped."""
@@ -121,10 +121,12 @@ class Objective:
     @staticmethod
     def preset(name: str, **changes: object) -> Objective:
         """The published objective called `name` (see PRESETS), with some fields changed."""
+        if not isinstance(name, str):
+            refuse_type("Objective.preset", "name", name, f"one of {', '.join(PRESETS)}")
         if name not in PRESETS:
             near = difflib.get_close_matches(name, PRESETS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Objective.preset: {name!r} is not one of {', '.join(PRESETS)}{hint}")
+            raise ValueError(f"Objective.preset: name={name!r} is not one of {', '.join(PRESETS)}{hint}")
         fields = [field.name for field in dataclasses.fields(Objective)]
         if unknown := sorted(changes.keys() - set(fields)):
             raise ValueError(

@@ -79,7 +79,7 @@ def attach(
         data_rank = check_integer(where, "data_rank", data_rank, 0, MAX_RANK)
     if sigma_bounds is not None:
         _check_bounds(sigma_bounds)
-    check_name(engine)
+    check_name(engine, f"{where}: engine")
     found = find_layers(model, path)
     if found.parent in attached and (other := attached[found.parent]()) is not None and other.is_attached:
         raise ValueError(

@@ -58,7 +58,7 @@ class HeadInputs(NamedTuple):
         if mask is not None:
             check_tensor(where, "mask", mask)
         _check_head(where, head)
-        check_name(engine)
+        check_name(engine, f"{where}: engine")
         if chunk_bytes is not None:
             check_integer(where, "chunk_bytes", chunk_bytes, 1, fits="a number of bytes > 0, or None")
         if head.split is not None:
@@ -283,6 +283,8 @@ def _temperatures(where: str, inputs: HeadInputs, live: Tensor | None, transfer:
         return torch.full((shape.numel(),), temperature, dtype=real(hidden), device=hidden.device)
     if temperature.numel() != 1 and temperature.shape != shape:
         raise ValueError(f"{where}: temperature has shape {tuple(temperature.shape)}; it needs () or {tuple(shape)}")
+    if temperature.is_meta:
+        raise ValueError(f"{where}: temperature is on the meta device and holds no values")
     tau = temperature.to(hidden.device, real(hidden), non_blocking=True)
     tau = (tau.reshape(()) if tau.numel() == 1 else tau).expand(shape).reshape(-1)
     if live is not None:

@@ -299,7 +299,8 @@ def _of_sequences(form: _Form, inputs: LossInputs, live: Tensor, transfer: Trans
     if count is None or advantages.shape != (count,):
         per_sequence = "; for one per sequence give cu_seqlens or sequence_ids, too"
         if count is not None:
-            per_sequence = f", or ({count},), one per sequence"
+            of = "" if len(shape) == 2 else " of cu_seqlens" if inputs.sequence_ids is None else " of sequence_ids"
+            per_sequence = f", or ({count},), one per sequence{of}"
         raise ValueError(
             f"{where}: advantages has shape {tuple(advantages.shape)}; it needs {tuple(shape)}, one per token{per_sequence}"
         )

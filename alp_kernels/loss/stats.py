@@ -175,13 +175,15 @@ class Stats:
     @staticmethod
     def cat(parts: Iterable[Stats]) -> Stats:
         """Concatenate the statistics of several micro-batches, exactly."""
+        if not isinstance(parts, Iterable):
+            refuse_type("Stats.cat", "parts", parts, "an iterable of Stats")
         parts = list(parts)
         for part in parts:
             if not isinstance(part, Stats):
                 refuse_type("Stats.cat", "parts", part, "an iterable of Stats")
         parts = [part.live() for part in parts]
         if not parts:
-            raise ValueError("Stats.cat: no parts were given; it needs at least one")
+            raise ValueError("Stats.cat: parts has none; it needs at least one")
         for differ, values in (
             ("some parts have entropy and some have not", {part.entropy is None for part in parts}),
             ("some parts know their sequences and some do not", {part.knows_sequences for part in parts}),

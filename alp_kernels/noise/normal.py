@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device, check_integer
-from ..engine import pick
+from ..engine import check_name, pick
 from ..stream import MAX_STEP, Coordinates
 
 
@@ -35,5 +35,6 @@ def normal(
     step = check_integer(where, "step", step, 0, MAX_STEP)
     coordinates = Coordinates(seed, step, layer, row_ids, row_start)
     coordinates.check(where)
+    check_name(engine, f"{where}: engine")
     device = check_device(where, "device", device)
     return pick(engine, device).normal(num_rows, num_channels, coordinates.stream(where, num_rows, device), device)

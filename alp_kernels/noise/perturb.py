@@ -90,7 +90,7 @@ def perturb(
         TypeError, ValueError: an argument does not fit; raised before any kernel runs. EngineUnavailable: see engine.pick.
     """
     check_perturb("perturb", hidden, log_sigma, scale, rounding)
-    check_name(engine)
+    check_name(engine, "perturb: engine")
     coordinates = Coordinates(seed, step, layer, row_ids, row_start)
     coordinates.check("perturb")
     return _perturb(hidden, log_sigma, coordinates, scale, rounding, engine)

@@ -98,7 +98,7 @@ def perturb_rms_norm(
         raise ValueError(f"{where}: weight is on {weight.device}; it needs hidden's device, {hidden.device}")
     check_rate(where, "eps", eps)
     check_number(where, "offset", offset)
-    check_name(engine)
+    check_name(engine, f"{where}: engine")
     coordinates = Coordinates(seed, step, layer, row_ids, row_start)
     coordinates.check(where)
     options = _Options(float(eps), float(offset), scale, rounding, engine)
