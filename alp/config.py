@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from alp_kernels.checks import LARGEST, SMALLEST
+
 from .errors import UserError, nearest
 from .methods import METHODS
 from .plugins import load_plugins
@@ -314,6 +316,7 @@ class TrainConfig:
         for name, value, holds, fits in claims:
             if not holds:
                 raise UserError(f"{name}={value!r}; it needs {fits}")
+        _check_floats(self)
 
     def to_json(self) -> str:
         """The resolved configuration; `load` reads it back."""
@@ -365,6 +368,17 @@ class EvalConfig:
         ):
             if not holds:
                 raise UserError(f"{name}={getattr(self, name)!r}; it needs {fits}")
+        _check_floats(self)
+
+
+def _check_floats(config: Any, group: str = "") -> None:
+    """Raise a UserError for a number that is not finite in float32, or not 0 but 0 there."""
+    for field_ in dataclasses.fields(config):
+        name, value = group + field_.name, getattr(config, field_.name)
+        if dataclasses.is_dataclass(value):
+            _check_floats(value, f"{name}.")
+        elif isinstance(value, float) and value != 0 and not SMALLEST <= abs(value) <= LARGEST:
+            raise UserError(f"{name}={value!r}; it needs 0, or a number between 1.2e-38 and 3.4e38 in size (float32)")
 
 
 _GONE = {"update": {"draws": 1}}

@@ -520,26 +520,25 @@ def functions() -> Iterator[Function]:
             "forwards": integer(0),
         },
     )
-    fields: dict[str, tuple[Kind, Values]] = {
-        "level": (choice, {}),
-        "geometric": (flag, {}),
-        "clip_low": (rate, {}),
-        "clip_high": (rate, {}),
-        "dual_clip": (optional(size), {}),
-        "denominator": (choice, {}),
-        "weight": (optional(choice), {"denominator": "old"}),
-        "weight_level": (choice, {}),
-        "weight_cap": (size, {}),
-        "aggregation": (choice, {}),
-        "norm_length": (optional(size), {"aggregation": "seq-mean-token-sum-norm"}),
-        "kl": (optional(choice), {}),
-        "kl_coef": (rate, {"kl": "k3"}),
-        "kl_bias_correction": (flag, {"kl": "k3"}),
-        "entropy_coef": (number, {}),
-        "entropy_aggregation": (optional(choice), {}),
-    }
-    for field, (kind, others) in fields.items():
-        good = {**others, field: {"level": "token", "weight": "mask", "kl": "k3"}.get(field, 1.5)}
+    fields: list[tuple[str, Kind, Values]] = [
+        ("level", choice, {"level": "token"}),
+        ("geometric", flag, {"geometric": False}),
+        ("clip_low", rate, {"clip_low": 0.2}),
+        ("clip_high", rate, {"clip_high": 0.2}),
+        ("dual_clip", optional(size), {"dual_clip": 3.0}),
+        ("denominator", choice, {"denominator": "old"}),
+        ("weight", optional(choice), {"weight": "mask", "denominator": "old"}),
+        ("weight_level", choice, {"weight_level": "token"}),
+        ("weight_cap", size, {"weight_cap": 2.0}),
+        ("aggregation", choice, {"aggregation": "token-mean"}),
+        ("norm_length", optional(size), {"norm_length": 512, "aggregation": "seq-mean-token-sum-norm"}),
+        ("kl", optional(choice), {"kl": "k3"}),
+        ("kl_coef", rate, {"kl_coef": 0.1, "kl": "k3"}),
+        ("kl_bias_correction", flag, {"kl_bias_correction": True, "kl": "k3"}),
+        ("entropy_coef", number, {"entropy_coef": 0.1}),
+        ("entropy_aggregation", optional(choice), {"entropy_aggregation": "token-mean"}),
+    ]
+    for field, kind, good in fields:
         yield Function("Objective", Objective, lambda good=good: good, {field: kind})
     yield Function(
         "Objective.preset",
