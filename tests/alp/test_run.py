@@ -250,6 +250,8 @@ def test_eval_and_report_read_a_run(
     [
         (["train", "--rollout.lags", "3"], "--rollout.lag"),
         (["train", "--update.sigma", "0"], "update.sigma=0.0; it needs a number > 0"),
+        (["train", "--update.lr", "inf"], "update.lr=inf; it needs 0, or a number between 1.2e-38 and 3.4e38"),
+        (["train", "--rollout.temperature", "1e-40"], "rollout.temperature=1e-40; it needs 0, or a number"),
         (["train", "--update.dual-clip", "1"], "update.dual_clip=1.0; it needs a number > 1"),
         (["train", "--update.method", "alp-sequense"], "did you mean 'alp-sequence'"),
         (["train", "--update.minibatches", "5"], "a divisor of rollout.prompts"),
