@@ -99,10 +99,15 @@ def perturb_fwd(h: Tensor, sigma: Tensor, stream: Stream, scale: str, rounding: 
 
 
 def perturb_bwd(du: Tensor, stream: Stream, rms: Tensor | None) -> Tensor:
-    """dsigma = sum(du * rms * eps), () float32 (float64 for float64), for du like h; regenerates the noise. dh is du."""
+    """dsigma = sum(du * rms * eps), () float32 (float64 for float64), for du like h; regenerates the noise. dh is du.
+
+    A row whose du is zero adds nothing, even if its rms is NaN or inf: padding and rows off the loss may hold anything.
+    """
     work = du.to(real_of(du)).view(-1, du.shape[-1])
     per_row = (work * normal(work.shape[0], work.shape[1], stream, du.device)).sum(dim=1)
-    return (per_row if rms is None else per_row * rms).sum()
+    if rms is not None:
+        per_row = torch.where(per_row == 0, 0.0, per_row * rms)
+    return per_row.sum()
 
 
 def measure(h: Tensor, u: Tensor, num_rows: int) -> Tensor:
@@ -156,12 +161,15 @@ def perturb_rms_norm_bwd(
     """dh (N, D) like du, dsigma () float32, dweight (D,) like weight; the last two are None if not needed.
 
     g = dy (offset + weight),  x = u rstd,  dh = du + rstd (g - x mean_d(g x)),  dweight = sum_n dy x.  dsigma is
-    perturb_bwd of dh before dh is rounded, with regenerated noise.
+    perturb_bwd of dh before dh is rounded, with regenerated noise. A row whose dy is all zero has dh = du and adds nothing
+    to dweight, even if its u is NaN or inf.
     """
     real = real_of(u)
+    is_live = (dy != 0).any(dim=1, keepdim=True)
+    scale = torch.where(is_live, rstd[:, None], 0.0)
     g = dy.to(real) * (norm.weight.to(real) + norm.offset)
-    x = u.to(real) * rstd[:, None]
-    dh = du.to(real) + rstd[:, None] * (g - x * (g * x).mean(dim=1, keepdim=True))
+    x = torch.where(is_live, u.to(real) * scale, 0.0)
+    dh = du.to(real) + scale * (g - x * (g * x).mean(dim=1, keepdim=True))
     dweight = (dy.to(real) * x).sum(dim=0).to(norm.weight.dtype) if needs_dweight else None
     return dh.to(du.dtype), perturb_bwd(dh, stream, rms) if needs_dsigma else None, dweight
 

@@ -220,7 +220,8 @@ class Perturbation(nn.Module):
         """Report how much noise survived rounding to the dtype, by layer, in the last step's first forward (first 64 rows).
 
         "rms_over_nominal": rms of u - h, divided by sigma (by sigma * rms of h if scale="rms"). "changed_frac": fraction
-        of elements that changed. Synchronises with the device. Warns once if a layer's ratio is outside [0.7, 1.4].
+        of elements that changed. Rows that are NaN or inf, such as padding, are left out. Synchronises with the device.
+        Warns once if a layer's ratio is outside [0.7, 1.4].
         """
         return self._realised.report(self.layers, self.scale)
 

@@ -22,6 +22,11 @@ class _Measured(NamedTuple):
     num_channels: int
     sigma: Tensor  # ()
 
+    def means(self) -> Tensor:
+        """The sums over the elements' number, (3,); rows that are not finite, such as padding, are left out."""
+        sums = self.sums.cpu().double()
+        return sums[sums.isfinite().all(dim=1)].mean(dim=0) / self.num_channels
+
 
 class Realised:
     """Noise statistics of the last step's first forward, by layer position."""
@@ -41,14 +46,12 @@ class Realised:
         if not self._measured:
             return {"rms_over_nominal": [], "changed_frac": []}
         measured = [self._measured[p] for p in sorted(self._measured)]
-        counts = torch.tensor([len(m.sums) * m.num_channels for m in measured], dtype=torch.float64, device="cpu")
-        means = torch.stack([m.sums.cpu().double().sum(dim=0) for m in measured]) / counts[:, None]
-        noise, changed, size = means.unbind(dim=1)
+        noise, changed, size = torch.stack([m.means() for m in measured]).unbind(dim=1)
         nominal = torch.stack([m.sigma.cpu().double() for m in measured])
         if scale == "rms":
             nominal = nominal * size.sqrt()
         ratio = (noise.sqrt() / nominal.clamp(min=1e-30)).tolist()
-        off = [layers[p] for p, r in zip(sorted(self._measured), ratio, strict=True) if not 0.7 <= r <= 1.4]
+        off = [layers[p] for p, r in zip(sorted(self._measured), ratio, strict=True) if r < 0.7 or r > 1.4]
         if off and not self._warned:
             self._warned = True
             logger.warning(

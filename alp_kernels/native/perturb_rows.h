@@ -143,13 +143,17 @@ struct NoiseProduct {
     }
 };
 
+// A row's share of dsigma, from sum_d du_d eps_d. A row whose du is zero has none, even if its rms is NaN or inf.
+inline double dsigma_share(double product, const float* rms, int64_t n) {
+    return rms && product != 0 ? product * static_cast<double>(rms[n]) : product;
+}
+
 // Writes each row's share of dsigma.
 template <class T>
 void perturb_bwd_rows(const Stream& stream, const PerturbBwd& a, double* shares, int64_t begin, int64_t end) {
     NoiseProduct<T> product(stream, a.D);
     for (int64_t n = begin; n < end; ++n) {
-        const double share = product.row(n, static_cast<const typename T::Storage*>(a.du) + n * a.D);
-        shares[n] = a.rms ? share * static_cast<double>(a.rms[n]) : share;
+        shares[n] = dsigma_share(product.row(n, static_cast<const typename T::Storage*>(a.du) + n * a.D), a.rms, n);
     }
 }
 

@@ -42,6 +42,29 @@ void perturb_rms_norm_fwd_rows(const Stream& stream, const PerturbRmsNormFwd& a,
     }
 }
 
+// Whether a value of the row is not zero; few rows are read beyond their first tile.
+template <class T>
+bool has_nonzero(const typename T::Storage* row, int64_t D) {
+    F32 x[V];
+    const auto is_nonzero = [&] {
+        U32 found{};
+        for (int v = 0; v < V; ++v) found |= (U32)(x[v] != 0.0f);
+        bool any = false;
+        for (int i = 0; i < W; ++i) any |= found[i] != 0;
+        return any;
+    };
+    int64_t d = 0;
+    for (; d + TILE <= D; d += TILE) {
+        T::load_tile(row + d, x);
+        if (is_nonzero()) return true;
+    }
+    if (d == D) return false;
+    Edge<typename T::Storage> edge;
+    edge.load(row + d, D - d);
+    T::load_tile(edge.x, x);
+    return is_nonzero();
+}
+
 // sum_d dy_d scale_d u_d
 template <class T>
 double scaled_product(const typename T::Storage* dy, const float* scale, const typename T::Storage* u, int64_t D) {
@@ -70,11 +93,13 @@ double scaled_product(const typename T::Storage* dy, const float* scale, const t
     return sum.total();
 }
 
-// The gradient of one tile's four streams: total = du + rstd (g - x mean), g = dy scale, x = u rstd.
+// The gradient of one tile's four streams: total = du + rstd (g - x mean), g = dy scale, x = u rstd. In a row whose dy is
+// zero, is_live is false and rstd 0: total is du then, even if u is NaN or inf.
 template <class T>
 struct NormGradient {
     using Storage = typename T::Storage;
 
+    bool is_live;
     float rstd, mean;
     Streams<const Storage> du, dy, u;
     Streams<const float> scale;
@@ -87,7 +112,7 @@ struct NormGradient {
         T::load_tile(dy[j], g);
         T::load_tile(u[j], x);
         T::load_floats(scale[j], s);
-        for (int v = 0; v < V; ++v) x[v] *= rstd;
+        for (int v = 0; v < V; ++v) x[v] = is_live ? x[v] * rstd : F32{};
         if (dweight.at) {
             F32 sum[V];
             T::load_floats(dweight[j], sum);
@@ -125,8 +150,9 @@ void perturb_rms_norm_bwd_rows(
         const auto* dy = static_cast<const Storage*>(a.dy) + n * D;
         const auto* u = static_cast<const Storage*>(a.u) + n * D;
         auto* dh = static_cast<Storage*>(a.dh) + n * D;
-        const float rstd = a.rstd[n];
-        const double product = scaled_product<T>(dy, a.scale, u, D);
+        const bool is_live = has_nonzero<T>(dy, D);
+        const float rstd = is_live ? a.rstd[n] : 0.0f;
+        const double product = is_live ? scaled_product<T>(dy, a.scale, u, D) : 0.0;
         const float mean = static_cast<float>(product * static_cast<double>(rstd) / static_cast<double>(D));
         row_stream.to_row(stream, n);
         Counters counters = start;
@@ -134,7 +160,7 @@ void perturb_rms_norm_bwd_rows(
         int64_t q0 = 0;
         for (; q0 < whole; q0 += TILE, counters.advance()) {
             const NormGradient<T> gradient = {
-                rstd, mean, {du + q0, Q}, {dy + q0, Q}, {u + q0, Q}, {a.scale + q0, Q}, {dh + q0, Q},
+                is_live, rstd, mean, {du + q0, Q}, {dy + q0, Q}, {u + q0, Q}, {a.scale + q0, Q}, {dh + q0, Q},
                 {dweight ? dweight + q0 : nullptr, Q}};
             norm_gradient_tile<T>(noise, counters, gradient, sum);
             if ((q0 + TILE) % BLOCK == 0) sum.flush();
@@ -148,13 +174,13 @@ void perturb_rms_norm_bwd_rows(
             edge_scale.load(a.scale, q0, Q, D);
             if (dweight) edge_dweight.load(dweight, q0, Q, D);
             const NormGradient<T> gradient = {
-                rstd, mean, {edge_du.x[0], TILE}, {edge_dy.x[0], TILE}, {edge_u.x[0], TILE}, {edge_scale.x[0], TILE},
-                {edge_dh.x[0], TILE}, {dweight ? edge_dweight.x[0] : nullptr, TILE}};
+                is_live, rstd, mean, {edge_du.x[0], TILE}, {edge_dy.x[0], TILE}, {edge_u.x[0], TILE},
+                {edge_scale.x[0], TILE}, {edge_dh.x[0], TILE}, {dweight ? edge_dweight.x[0] : nullptr, TILE}};
             norm_gradient_tile<T>(noise, counters, gradient, sum);
             edge_dh.store(dh, q0, Q, D);
             if (dweight) edge_dweight.store(dweight, q0, Q, D);
         }
-        if (shares) shares[n] = sum.total() * (a.rms ? static_cast<double>(a.rms[n]) : 1.0);
+        if (shares) shares[n] = dsigma_share(sum.total(), a.rms, n);
     }
 }
 

@@ -4,6 +4,7 @@ g = dy (offset + weight);  x = u rstd;  dh = du + rstd (g - x mean(g x));  dsigm
 
 In the forward kernel a row of up to 4 * BLOCK_Q channels stays in registers; u of a longer row is read back twice. u is
 bitwise equal to perturb_fwd's. Each backward program owns consecutive rows and writes one partial sum of dsigma and dweight.
+A row whose dy is all zero has dh = du and adds nothing to dweight, even if its u is NaN or inf.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -130,11 +131,22 @@ def perturb_rms_norm_fwd(
 
 
 @triton.jit
-def _dot(u, dy, weight, rstd, offset, total):
-    """Adds g x to total."""
+def _dot(u, dy, weight, rstd, offset, total, is_live):
+    """Adds g x to total, and whether dy is not zero to is_live."""
     for j in tl.static_range(4):
         total = tl.fma(dy[j] * (weight[j] + offset), u[j] * rstd, total)
-    return total
+        is_live = is_live | (dy[j] != 0.0)
+    return total, is_live
+
+
+@triton.jit
+def _where(is_live, u):
+    """u, or zeros."""
+    u0 = tl.where(is_live, u[0], 0.0)
+    u1 = tl.where(is_live, u[1], 0.0)
+    u2 = tl.where(is_live, u[2], 0.0)
+    u3 = tl.where(is_live, u[3], 0.0)
+    return u0, u1, u2, u3
 
 
 @triton.jit
@@ -165,18 +177,22 @@ def _perturb_rms_norm_bwd_kernel(
         row = row_identity(n, row_ids_ptr, row_start, True)
         rstd = tl.load(rstd_ptr + n)
         dot = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        is_live = tl.zeros([BLOCK_Q], dtype=tl.int1)
         for start in range(0, (D + 3) // 4, BLOCK_Q):
             u = load_channels(u_ptr + n * D, n, start + lanes, N, D, 1, BLOCK_Q)
             dy = load_channels(dy_ptr + n * D, n, start + lanes, N, D, 1, BLOCK_Q)
             weight = load_channels(weight_ptr, n, start + lanes, N, D, 1, BLOCK_Q)
-            dot = _dot(u, dy, weight, rstd, offset, dot)
-        mean = tl.div_rn(tl.sum(dot, axis=0), tl.cast(D, tl.float32))
+            dot, is_live = _dot(u, dy, weight, rstd, offset, dot, is_live)
+        is_live = tl.max(is_live.to(tl.int32), axis=0) != 0
+        mean = tl.where(is_live, tl.div_rn(tl.sum(dot, axis=0), tl.cast(D, tl.float32)), 0.0)
+        rstd = tl.where(is_live, rstd, 0.0)
         of_row = tl.zeros([BLOCK_Q], dtype=tl.float32)
         for start in range(0, (D + 3) // 4, BLOCK_Q):
             q = start + lanes
             du = load_channels(du_ptr + n * D, n, q, N, D, 1, BLOCK_Q)
             dy = load_channels(dy_ptr + n * D, n, q, N, D, 1, BLOCK_Q)
             u = load_channels(u_ptr + n * D, n, q, N, D, 1, BLOCK_Q)
+            u = _where(is_live, u)
             weight = load_channels(weight_ptr, n, q, N, D, 1, BLOCK_Q)
             t0 = _total(du[0], dy[0], u[0], weight[0], rstd, offset, mean)
             t1 = _total(du[1], dy[1], u[1], weight[1], rstd, offset, mean)
@@ -201,7 +217,7 @@ def _perturb_rms_norm_bwd_kernel(
                 s3 = tl.fma(dy[3], u[3] * rstd, sums[3])
                 store_channels(dweight_ptr + p * D, (s0, s1, s2, s3), n, q, N, D, 1, BLOCK_Q)
         if rms_ptr is not None:
-            of_row = of_row * tl.load(rms_ptr + n)
+            of_row = tl.where(of_row == 0.0, 0.0, of_row * tl.load(rms_ptr + n))
         dsigma += of_row
     if dsigma_ptr is not None:
         tl.store(dsigma_ptr + p, tl.sum(dsigma, axis=0))

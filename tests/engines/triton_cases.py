@@ -24,6 +24,7 @@ from alp_kernels.reference import LogitTransform
 from alp_kernels.stream import LOGITS_LAYER, MAX_ROW, MAX_SEED, MAX_STEP, NORMAL_BOUND, Stream
 from alp_kernels.triton import engine, head, noise, perturb, rms_norm, rounding
 from tests.conftest import DEVICE
+from tests.support import off_the_loss
 from tests.support.compare import assert_within_budget, gradients
 from tests.support.philox_vectors import PUBLISHED
 
@@ -204,6 +205,14 @@ def test_row_ids_and_row_start_name_the_same_rows():
     assert torch.equal(engine.normal(3, 50, STREAM._replace(row_ids=ids.flip(0)), DEVICE), numbered.flip(0))
     strided = ids.repeat_interleave(2)[::2]
     assert torch.equal(engine.normal(3, 50, STREAM._replace(row_ids=strided), DEVICE), numbered)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [5, 64, 1023])
+@pytest.mark.parametrize("value", off_the_loss.VALUES)
+def test_rows_off_the_loss_add_nothing_to_gradients(value, channels, dtype):
+    off_the_loss.check_perturb_bwd(engine, value, channels, dtype)
+    off_the_loss.check_perturb_rms_norm_bwd(engine, value, channels, dtype)
 
 
 # ------------------------------------------------------------------ a captured update

@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import math
 import unittest.mock
 
 import pytest
@@ -356,6 +357,25 @@ def test_realised_noise_is_reported_and_warned_of_once(caplog):
         if not survives:
             assert "rounded away" in caplog.text
             assert max(first["changed_frac"]) < 0.05
+
+
+def test_realised_noise_and_gradients_ignore_rows_that_are_not_finite(caplog):
+    toy, gradients = Toy(), []
+    for block in toy.blocks:
+        block[1] = nn.Identity()  # tanh's derivative multiplies a gradient of 0 by NaN
+    handle = attach(toy, sigma=0.05, scale="rms")
+    for value in (0.0, math.nan, math.inf):
+        toy.embed.weight.data[0] = value  # the padding's row, which the loss does not read
+        toy.zero_grad(), handle.zero_grad()
+        rows = torch.arange(12).view(2, 6)
+        with handle.perturbed(step=0, row_ids=rows), caplog.at_level(logging.WARNING, "alp_kernels"):
+            toy(torch.cat([torch.zeros(2, 1, dtype=torch.int64), ids()], dim=1))[:, 1:].square().sum().backward()
+        gradients.append(handle.log_sigma.grad.clone())
+        assert all(0.7 < r < 1.4 for r in handle.realised()["rms_over_nominal"])
+    assert not caplog.records
+    assert gradients[0].isfinite().all()
+    for found in gradients[1:]:
+        assert torch.equal(found, gradients[0])
 
 
 def test_a_dropped_handle_and_model_are_freed():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from alp_kernels import normal, perturb
 from alp_kernels.engine import pick
 from tests.conftest import DEVICE
+from tests.support import off_the_loss
 from tests.support.compare import assert_within_budget, gradients
 from tests.support.noise import draw, log
 
@@ -156,6 +157,30 @@ def test_measured_noise_stays_within_the_error_budget(engine, dtype, shape):
     real = torch.promote_types(dtype, torch.float32)
     for column in (0, 2):
         assert_within_budget(found[:, column], ordinary[:, column], exact[:, column], real)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("channels", [1, 5, 64, 1023])
+@pytest.mark.parametrize("value", off_the_loss.VALUES)
+def test_a_row_off_the_loss_adds_nothing_to_sigmas_gradient_whatever_its_rms(engine, value, channels, dtype):
+    off_the_loss.check_perturb_bwd(pick(engine, DEVICE), value, channels, dtype)
+
+
+@pytest.mark.parametrize("scale", ["absolute", "rms"])
+@pytest.mark.parametrize("value", off_the_loss.VALUES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_ignore_hidden_states_off_the_loss(engine, compiled, value, scale):
+    """A selection takes the rows on the loss, as a masked loss does."""
+    log_sigma, mask = log(0.1).requires_grad_(), torch.tensor([True, False, True], device=DEVICE)
+
+    def loss(h, s):
+        return perturb(h, s, **HERE, scale=scale, engine=engine)[mask].square().sum()
+
+    function = torch.compile(loss, backend="aot_eager") if compiled else loss
+    h = draw(3, 16)
+    expected = torch.autograd.grad(loss(h, log_sigma), log_sigma)[0]
+    h[1] = value
+    assert torch.equal(torch.autograd.grad(function(h, log_sigma), log_sigma)[0], expected)
 
 
 def test_empty_rows_pass_through(engine):

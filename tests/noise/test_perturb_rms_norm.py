@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alp_kernels import normal, perturb, perturb_rms_norm
+from alp_kernels.engine import pick
 from tests.conftest import DEVICE
+from tests.support import off_the_loss
 from tests.support.compare import assert_within_budget
 from tests.support.noise import draw, log
 
@@ -98,6 +100,31 @@ def test_the_weight_may_be_float32_beside_bfloat16(engine):
     (dweight,) = torch.autograd.grad(y.sum(), weight)
     assert y.dtype == torch.bfloat16
     assert dweight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("channels", [1, 5, 64, 1023])
+@pytest.mark.parametrize("value", off_the_loss.VALUES)
+def test_a_row_off_the_loss_adds_nothing_whatever_its_hidden_states(engine, value, channels, dtype):
+    off_the_loss.check_perturb_rms_norm_bwd(pick(engine, DEVICE), value, channels, dtype)
+
+
+@pytest.mark.parametrize("scale", ["absolute", "rms"])
+@pytest.mark.parametrize("value", off_the_loss.VALUES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_ignore_hidden_states_off_the_loss(engine, compiled, value, scale):
+    h, weight, log_sigma = draw(3, 16), draw(16, seed=1).requires_grad_(), log(0.1).requires_grad_()
+    mask = torch.tensor([True, False, True], device=DEVICE)
+
+    def loss(h, w, s):
+        u, y = perturb_rms_norm(h, w, s, **HERE, scale=scale, engine=engine)
+        return u[mask].square().sum() + y[mask].pow(3).sum()
+
+    function = torch.compile(loss, backend="aot_eager") if compiled else loss
+    expected = torch.autograd.grad(loss(h, weight, log_sigma), (weight, log_sigma))
+    h[1] = value
+    for a, e in zip(torch.autograd.grad(function(h, weight, log_sigma), (weight, log_sigma)), expected, strict=True):
+        assert torch.equal(a, e)
 
 
 def test_empty_rows_pass_through(engine):
