@@ -141,8 +141,8 @@ class Updater:
         head = output_head(self.model)  # after the forward, which gathers a sharded model's head
         logit_noise = None
         if self.config.layers == "logits" and self.handle is not None:
-            ids = row_ids(part)[:, -keep:].reshape(-1)
-            logit_noise = self.handle.logit_noise(len(ids), ids)
+            ids = row_ids(part)[:, -keep:]
+            logit_noise = self.handle.logit_noise(ids.numel(), ids)
         return fused_alp_loss(
             hidden,
             head,

@@ -11,12 +11,14 @@ Every engine generates the same words bit for bit; the normals agree within `NOR
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import check_integer, check_tensor, refuse_type
+from .operators import in_graph
 
 NORMAL_BOUND = 2e-6
 """Largest |eps(engine) - eps(float64)| allowed for any engine, over the whole range |eps| <= 6.77."""
@@ -34,15 +36,58 @@ MAX_STEP = (1 << 32) - 1
 MAX_SEED = (1 << 64) - 1
 
 
-_POSITION_BITS, _PASS_BIT = 20, 44
+NUM_POSITIONS, NUM_SAMPLES, NUM_PASSES = 1 << 20, 1 << 24, 1 << 4
+"""What a row id of `row_ids` can tell apart: the bits of position, sample and pass, 48 together."""
 
 
 def row_ids(samples: Tensor, positions: Tensor, passes: int = 0) -> Tensor:
     """Row ids below 2^48: pass << 44 | sample << 20 | position, independent of padding, order, rank and micro-batch.
 
-    samples, positions: int64, broadcast together. passes: index of an update on the same samples in one step, modulo 16.
+    samples: int64 below 2^24, (B, 1) beside positions (B, T), or one for each position. positions: int64 below 2^20.
+    passes: index of an update on the same samples in one step, below 16. The ids have the broadcast shape.
+
+    Raises:
+        TypeError, ValueError: a value that would share its id with another. Values on a device are not read, as that would
+            wait for it: there the caller keeps them in range.
     """
-    return samples << _POSITION_BITS | positions | passes % (1 << 48 - _PASS_BIT) << _PASS_BIT
+    for name, value, end in (("samples", samples, NUM_SAMPLES), ("positions", positions, NUM_POSITIONS)):
+        if value.dtype != torch.int64:
+            raise TypeError(f"row_ids: {name} is {value.dtype}; it needs torch.int64")
+        if (
+            value.is_cpu
+            and not in_graph(value)
+            and value.numel()
+            and not 0 <= int(value.min()) <= int(value.max()) < end
+        ):
+            raise ValueError(
+                f"row_ids: {name} spans [{int(value.min())}, {int(value.max())}]; it must lie in [0, {end - 1}], or rows "
+                "share an id"
+            )
+    if 0 < samples.dim() < positions.dim():  # broadcasting would align samples with the last axis
+        raise ValueError(
+            f"row_ids: samples has shape {tuple(samples.shape)}; positions {tuple(positions.shape)} need it with as many axes, "
+            "such as samples[:, None]"
+        )
+    if not isinstance(passes, int) or not 0 <= passes < NUM_PASSES:
+        raise ValueError(f"row_ids: passes={passes!r}; it needs an int in [0, {NUM_PASSES - 1}]")
+    return samples << 20 | positions | passes << 44
+
+
+def is_shaped(row_ids: Tensor, shape: Sequence[int]) -> bool:
+    """Whether row_ids has the rows' shape, axes of length 1 aside. Of two flat ones `check_stream` compares the lengths."""
+    if row_ids.dim() == len(shape) == 1:
+        return True
+    return [n for n in row_ids.shape if n != 1] == [n for n in shape if n != 1]
+
+
+def misshaped(where: str, row_ids: Tensor, shape: Sequence[int], needed_by: str) -> ValueError:
+    """The error of row_ids that are not shaped like the rows. needed_by: "... need"."""
+    hint = ""
+    if row_ids.dim() == 2 and is_shaped(row_ids.t(), shape):
+        hint = ": give row_ids.t()"
+    elif row_ids.dim() == 1:
+        hint = "; flat ids are for packed rows"
+    return ValueError(f"{where}: row_ids has shape {tuple(row_ids.shape)}; {needed_by} {tuple(shape)}{hint}")
 
 
 class Stream(NamedTuple):
@@ -158,6 +203,17 @@ class LogitNoise(NamedTuple):
     step: int | Tensor
     row_ids: Tensor | None = None  # shaped like targets, int64; None: row_start, row_start + 1, ...
     row_start: int | Tensor = 0
+    num_rows: int | None = None  # of targets, where rows are numbered for that many; None: any number
+
+    def check_rows(self, where: str, shape: torch.Size) -> None:
+        """Raise a ValueError if the noise is not of targets of this shape."""
+        if self.row_ids is not None and not is_shaped(self.row_ids, shape):
+            raise misshaped(f"{where}: logit_noise", self.row_ids, shape, "targets need")
+        if self.num_rows is not None and self.num_rows != shape.numel():
+            raise ValueError(
+                f"{where}: logit_noise is of {self.num_rows} rows; targets {tuple(shape)} have {shape.numel()}: give "
+                "handle.logit_noise(targets.numel())"
+            )
 
     @property
     def coordinates(self) -> Coordinates:

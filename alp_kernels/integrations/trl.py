@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import Head, LossOutput, Objective, fused_alp_loss, policy_loss
 from ..objective import kl_estimate
-from ..stream import row_ids
+from ..stream import NUM_PASSES, row_ids
 from ._shared import turn_ends
 from .hugging_face import backbone, output_head
 from .trl_head import add_policy_loss_head
@@ -325,7 +325,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         attending = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         position = (attending.cumsum(dim=1) - 1).clamp(min=0)
         number = self._step // self.args.steps_per_generation % self.num_iterations
-        return row_ids(inputs["sample_ids"][:, None], position, number)
+        return row_ids(inputs["sample_ids"][:, None], position, number % NUM_PASSES)
 
 
 def check_logprobs_mode(server_info: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from ..noise.perturb import Draw
 from ..operators import integers
 from ..protocol import Engine
 from .operators import begin, finish, register
+from .positions import Streams
 from .realised import Realised
 from .rows import Rows
 
@@ -39,6 +40,13 @@ class Source(Protocol):
     seed: int
 
 
+class Draws(NamedTuple):
+    """How the layers' noise is drawn for one kind of hidden states."""
+
+    streams: Streams | None
+    by_layer: list[Draw]
+
+
 class Forward(NamedTuple):
     """One perturbed forward pass through the layers."""
 
@@ -50,7 +58,7 @@ class Forward(NamedTuple):
     at: Tensor  # coordinates for compiled layers: noise/operators.py
     log_sigma: Tensor  # the handle's own
     ran: set[int]  # layers that have run
-    draws: dict[tuple[torch.Size, torch.dtype, torch.device], list[Draw]]  # one a layer, by kind of hidden states
+    draws: dict[tuple[torch.Size, torch.dtype, torch.device], Draws]  # by kind of hidden states
 
 
 class Scope:

@@ -112,9 +112,12 @@ class Perturbation(nn.Module):
         Args:
             step: optimiser step; its noise differs from every other step's. A second scope of the same step continues the
                 row numbers.
-            row_ids: int64, one for each row of the hidden states, (B, T) or (B*T,): global row identities below 2^48,
-                e.g. sample * max_length + position. With them, packing, padding, order, micro-batches and ranks do not
-                change a row's noise. Without them, rows are numbered over the step, starting at data_rank << 32.
+            row_ids: int64, global identities below 2^48 of the positions that the layers read, in the shape and order of the
+                hidden states: (B, T) for (B, T, D), (T, B) for (T, B, D); the two cannot be told apart if B = T. Axes of
+                length 1 do not count, and flat ids are for packed rows. E.g. `stream.row_ids(samples[:, None], positions)`.
+                With them, packing, padding, order, micro-batches and ranks do not change a row's noise. Where a position
+                has several streams, (B, T, S, D) or (S, B, T, D), all of them are one row of S * D channels, also for
+                scale="rms". Without row_ids, rows of D channels are numbered over the step, from data_rank << 32 on.
 
         With `attach(capturable=True)`, a CUDA graph captured in a scope draws the noise of the scope it is replayed in.
         Replays and eager forwards share one row numbering. Replays read row_ids from the tensor given at capture:
@@ -178,7 +181,10 @@ class Perturbation(nn.Module):
             )
 
     def logit_noise(self, num_rows: int, row_ids: Tensor | None = None) -> LogitNoise:
-        """Return `fused_alp_loss`'s logit_noise, for layers="logits" with a fused head. Call it inside the scope."""
+        """Return `fused_alp_loss`'s logit_noise, for layers="logits" with a fused head. Call it inside the scope.
+
+        num_rows: targets.numel(). row_ids: shaped like targets; by default the scope's, which must then have that shape.
+        """
         if self.layers != (LOGITS_LAYER,):
             raise RuntimeError('logit_noise: it needs a handle from attach(layers="logits")')
         if self.capturable:
@@ -199,7 +205,7 @@ class Perturbation(nn.Module):
             )
         start = self._rows.take(num_rows) if row_ids is None else 0
         scope.num_perturbed += 1
-        return LogitNoise(self.log_sigma, self.seed, self._rows.step, row_ids, start)
+        return LogitNoise(self.log_sigma, self.seed, self._rows.step, row_ids, start, num_rows)
 
     # -------------------------------------------------------------- sigma, its gradient, its state
 

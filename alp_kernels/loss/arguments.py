@@ -64,7 +64,10 @@ class HeadInputs(NamedTuple):
         if head.split is not None:
             head = _local(where, head)
         hidden, weight, bias = _in_one_dtype(head.inputs(hidden), head.weight, head.bias)
-        log_sigma = None if head.logit_noise is None else head.logit_noise.log_sigma
+        log_sigma = None
+        if head.logit_noise is not None:
+            head.logit_noise.check_rows(where, targets.shape)
+            log_sigma = head.logit_noise.log_sigma
         graded = (hidden, weight, bias, log_sigma)
         needs = Needs(*(torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in graded))
         head = head._replace(weight=weight, bias=bias)

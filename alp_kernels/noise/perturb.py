@@ -14,7 +14,7 @@ from ..checks import check_choice, check_tensor
 from ..dtypes import DTYPES, real
 from ..engine import Engine, check_name, pick
 from ..operators import gate
-from ..stream import Coordinates, Stream
+from ..stream import Coordinates, Stream, is_shaped, misshaped
 from .operators import PerturbInputs, in_tensors, perturb_operator
 
 SCALES = ("absolute", "rms")
@@ -75,10 +75,10 @@ def perturb(
         log_sigma: () or (1,) float32 (or float64 if hidden is float64), the natural logarithm of sigma; differentiable.
         seed, step, layer: coordinates of the noise (64, 32 and 15 bits). Use one step value per optimiser step. In compiled
             code pass step and row_start as one-element int64 CPU tensors; new Python ints cause a recompile.
-        row_ids: (N,) or hidden's leading shape, int64 below 2^48: each row's global id. With them, packing, padding,
-            batch order and micro-batch split change no bit. Without them, rows are row_start, row_start + 1, ...; a second
-            call in the same step (another micro-batch) then needs a row_start past the first call's rows, or it repeats
-            their noise.
+        row_ids: hidden's leading shape, or (N,) in the order of hidden's rows; int64 below 2^48: each row's global id. With
+            them, packing, padding, batch order and micro-batch split change no bit. Without them, rows are row_start,
+            row_start + 1, ...; a second call in the same step (another micro-batch) then needs a row_start past the first
+            call's rows, or it repeats their noise.
         scale: "absolute", or "rms": sigma is in units of each row's root mean square (a constant for the gradient).
         rounding: "nearest" or "stochastic" (unbiased), applied when the float32 sum is stored in a 16-bit dtype.
         engine: "triton", "native", "reference" or None for the automatic choice.
@@ -93,6 +93,7 @@ def perturb(
     check_name(engine, "perturb: engine")
     coordinates = Coordinates(seed, step, layer, row_ids, row_start)
     coordinates.check("perturb")
+    check_rows("perturb", hidden, row_ids)
     return _perturb(hidden, log_sigma, coordinates, scale, rounding, engine)
 
 
@@ -111,6 +112,12 @@ def _perturb(
     stream = coordinates.stream("perturb", hidden.numel() // hidden.shape[-1], hidden.device)
     sigma = log_sigma.detach().reshape(()).exp()
     return Perturb.apply(hidden, log_sigma, Draw(pick(engine, hidden.device), stream, sigma, 0, scale, rounding))
+
+
+def check_rows(where: str, hidden: Tensor, row_ids: Tensor | None) -> None:
+    """Raise if row_ids is neither flat nor shaped like hidden's rows. The stream's check compares the number of rows."""
+    if row_ids is not None and row_ids.dim() != 1 and not is_shaped(row_ids, hidden.shape[:-1]):
+        raise misshaped(where, row_ids, hidden.shape[:-1], f"hidden {tuple(hidden.shape)} needs")
 
 
 def check_perturb(where: str, hidden: Tensor, log_sigma: Tensor, scale: str, rounding: str) -> None:

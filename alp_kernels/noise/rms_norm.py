@@ -18,7 +18,7 @@ from ..operators import gate
 from ..reference import Norm
 from ..stream import Coordinates
 from .operators import NormInputs, in_tensors, perturb_rms_norm_operator
-from .perturb import Draw, check_perturb
+from .perturb import Draw, check_perturb, check_rows
 
 
 class PerturbRMSNorm(torch.autograd.Function):
@@ -101,6 +101,7 @@ def perturb_rms_norm(
     check_name(engine, f"{where}: engine")
     coordinates = Coordinates(seed, step, layer, row_ids, row_start)
     coordinates.check(where)
+    check_rows(where, hidden, row_ids)
     options = _Options(float(eps), float(offset), scale, rounding, engine)
     return _perturb_rms_norm(hidden, weight, log_sigma, coordinates, options)
 

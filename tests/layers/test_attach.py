@@ -184,7 +184,8 @@ def test_row_ids_make_noise_independent_of_the_micro_batch_split():
         eps = normal(24, 32, seed=3, step=5, layer=layer, row_ids=ROWS.flatten())
         rounding = 4 * torch.finfo(torch.float32).eps  # sigma's exponential and the product
         torch.testing.assert_close(found.view(24, 32), handle.sigma[layer] * eps, rtol=rounding, atol=0)
-    with pytest.raises(ValueError, match=r"row_ids has shape \(4, 5\); the hidden states have 24 rows"):
+    message = r"row_ids has shape \(4, 5\); the layers read hidden states \(4, 6, 32\), which need \(4, 6\)$"
+    with pytest.raises(ValueError, match=message):
         with handle.perturbed(step=6, row_ids=ROWS[:, :5]):
             model(x)
 
@@ -233,7 +234,7 @@ def steps_of(toy, handle, row_ids=None):
     return found
 
 
-@pytest.mark.parametrize("row_ids", [None, torch.arange(10) * 7])
+@pytest.mark.parametrize("row_ids", [None, torch.arange(10).view(2, 5) * 7])
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_a_capturable_handle_draws_the_same_noise(reentrant, row_ids):
     results = []

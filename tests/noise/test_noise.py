@@ -113,6 +113,46 @@ def test_a_step_tensor_is_refused():
 
 def test_row_identities_hold_pass_sample_and_position():
     samples, positions = torch.tensor([[5], [(1 << 24) - 1]]), torch.tensor([[0, 7], [3, (1 << 20) - 1]])
-    ids = row_ids(samples, positions, passes=17)  # passes count modulo 16: 17 is 1
-    assert torch.equal(ids, samples * 2**20 + positions + 2**44)
+    ids = row_ids(samples, positions, passes=15)
+    assert torch.equal(ids, samples * 2**20 + positions + 15 * 2**44)
     assert ids.max() <= MAX_ROW
+
+
+ONE = torch.tensor([[1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"positions": ONE << 20}, ValueError, r"positions spans \[1048576, 1048576\]; it must lie in \[0, 1048575\]"),
+        ({"positions": -ONE}, ValueError, r"positions spans \[-1, -1\]"),
+        ({"samples": ONE << 24}, ValueError, r"samples spans \[16777216, 16777216\]; it must lie in \[0, 16777215\]"),
+        ({"samples": -ONE}, ValueError, r"samples spans \[-1, -1\]"),
+        ({"passes": 16}, ValueError, r"passes=16; it needs an int in \[0, 15\]"),
+        ({"passes": -1}, ValueError, "passes=-1"),
+        ({"samples": ONE.int()}, TypeError, r"samples is torch.int32; it needs torch.int64"),
+        ({"positions": ONE.double()}, TypeError, r"positions is torch.float64"),
+        (
+            {"samples": torch.arange(4), "positions": torch.zeros(4, 4).long()},
+            ValueError,
+            r"such as samples\[:, None\]",
+        ),
+    ],
+)
+def test_identities_that_would_be_shared_are_an_error(change, error, message):
+    """samples (B,) beside positions (B, T) would be broadcast along T if B = T."""
+    with pytest.raises(error, match=message):
+        row_ids(**{"samples": ONE, "positions": ONE, **change})
+
+
+def test_row_identities_take_one_sample_a_position_and_no_rows_at_all():
+    samples, positions = torch.tensor([0, 0, 3]), torch.tensor([0, 1, 0])
+    assert row_ids(samples, positions).tolist() == [0, 1, 3 << 20]
+    assert row_ids(samples[:, None], positions).shape == (3, 3)
+    assert row_ids(samples[:0], positions[:0]).shape == (0,)
+
+
+def test_row_identities_compile():
+    compiled = torch.compile(row_ids, backend="aot_eager", fullgraph=True)
+    samples, positions = torch.tensor([[2], [5]]), torch.arange(4)
+    assert torch.equal(compiled(samples, positions), row_ids(samples, positions))

@@ -124,7 +124,7 @@ _add(
     layer_types=["sliding_attention", "full_attention"],
     activation_sparsity_pattern=[0.0, 0.0],
     altup_num_inputs=2,
-    remark="the layers' input is a stack (streams, B, T, D): each stream's rows have noise of their own; no `row_ids`",
+    remark="the layers' input is a stack (streams, B, T, D): with `row_ids` (B, T) a position's streams are one row",
 )
 _add(
     "dense, inputs by layer",
@@ -158,6 +158,25 @@ _add(
 )
 _add("MoE", "phimoe", since="5.0", **EXPERTS)  # earlier versions route at random in training
 _add("MoE, latent attention", "deepseek_v2 deepseek_v3 glm4_moe_lite", **EXPERTS | LATENT)
+_add(
+    "MoE, latent attention",
+    "deepseek_v4",
+    **EXPERTS | {"num_key_value_heads": 1, "intermediate_size": None, "first_k_dense_replace": None},
+    since="5.24",
+    q_lora_rank=8,
+    partial_rotary_factor=0.5,
+    layer_types=["sliding_attention", "compressed_sparse_attention"],
+    mlp_layer_types=["moe", "moe"],
+    compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 2},
+    hc_mult=2,
+    sliding_window=8,
+    o_groups=2,
+    o_lora_rank=8,
+    index_n_heads=2,
+    index_head_dim=8,
+    index_topk=2,
+    remark="the layers read streams, (B, T, streams, D): with `row_ids` a position's streams are one row",
+)
 _add(
     "MoE, latent attention",
     "longcat_flash",

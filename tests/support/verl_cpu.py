@@ -146,7 +146,7 @@ def update_by_hand(path: str, parts: list[tuple[TensorDict, int]], preset: str):
             nested = batch["input_ids"].unbind()[at : at + 2]
             ids = torch.nn.utils.rnn.pad_sequence(nested, batch_first=True)
             attention = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in nested], batch_first=True)
-            row_ids = row + torch.arange(ids.numel())
+            row_ids = row + torch.arange(ids.numel()).view(ids.shape)
             row += ids.numel()
             with handle.perturbed(step=0, row_ids=row_ids):
                 logits = model(ids, attention_mask=attention).logits
