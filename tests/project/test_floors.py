@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "alp_kernels": [
         {"checks", "dtypes"},
-        {"objective", "stream"},
-        {"reference", "operators"},
+        {"objective"},
+        {"operators"},
+        {"stream"},
+        {"reference"},
         {"protocol"},
         {"native", "triton"},
         {"engine"},
