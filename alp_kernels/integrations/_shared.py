@@ -6,17 +6,23 @@ each token a weight, and `policy_loss` takes these weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_choice, check_integer, check_rate, check_size, refuse_value
 from ..layers.perturbation import Perturbation, attached
 from ..loss.policy import policy_loss
 from ..loss.stats import LossOutput, Stats
 from ..objective import PRESETS, Objective
+from ..stream import MAX_SEED
 
 SINGLE_RATIO = tuple(name for name in PRESETS if name.startswith(("alp-", "bypass-")))
 """Presets whose ratio is the updated policy over the policy that sampled. The trainers' modules offer these."""
@@ -31,12 +37,65 @@ REPORTED = (
 )
 """The statistics of `Stats.summary` that go to a trainer's log."""
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
-def choose(where: str, preset: str, **changes: Any) -> Objective:
-    """Return the objective `preset`, one of SINGLE_RATIO, with the trainer's clips."""
-    if preset not in SINGLE_RATIO:
-        raise ValueError(f"{where}: preset={preset!r}; it needs one of {', '.join(SINGLE_RATIO)}")
-    return Objective.preset(preset, **changes)
+
+@dataclass(frozen=True)
+class Choice:
+    """A loss as a trainer's user chose it."""
+
+    where: str
+    objective: Objective
+    nonfinite: str
+    masking: str  # the setting that takes tokens with NaN or inf out of the loss, as an error names it
+
+
+def choose(
+    where: str,
+    preset: str,
+    nonfinite: str = "raise",
+    clips: Mapping[str, Any] = _NONE,
+    names: Mapping[str, str] = _NONE,
+) -> Choice:
+    """Check a loss's options: `preset`, one of SINGLE_RATIO, what to do with NaN or inf, and the trainer's clips.
+
+    clips: fields of `Objective`. names: our option -> what the trainer's user calls it, where that differs, for errors.
+    """
+    if not isinstance(preset, str) or preset not in SINGLE_RATIO:
+        refuse_value(where, names.get("preset", "preset"), preset, f"one of {', '.join(SINGLE_RATIO)}")
+    check_choice(where, names.get("nonfinite", "nonfinite"), nonfinite, ("raise", "mask"))
+    for ours, value in clips.items():
+        try:
+            Objective.preset(preset, **{ours: value})
+        except (TypeError, ValueError) as error:
+            said = str(error).removeprefix(f"Objective: {ours}")
+            raise type(error)(f"{where}: {names.get(ours, ours)}{said}") from None
+    masking = f"{names.get('nonfinite', 'nonfinite')}='mask'"
+    return Choice(where, Objective.preset(preset, **clips), nonfinite, masking)
+
+
+def check_noise(
+    where: str,
+    sigma: Any,
+    sigma_lr: Any,
+    seed: Any,
+    names: tuple[str, str, str] = ("sigma", "sigma_lr", "seed"),
+    max_seed: int = MAX_SEED,
+) -> None:
+    """Check the noise's options before a model is built; names: what the trainer's user calls them."""
+    check_size(where, names[0], sigma)
+    check_rate(where, names[1], sigma_lr)
+    check_integer(where, names[2], seed, 0, max_seed)
+
+
+def from_text(value: Any) -> Any:
+    """Return the number that a text is, or the value itself: YAML reads 5e-4, without a point, as a text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def aggregation_weights(aggregate: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
@@ -48,32 +107,47 @@ def aggregation_weights(aggregate: Callable[[Tensor], Tensor], like: Tensor) -> 
 
 
 def aggregated_loss(
+    choice: Choice,
     aggregate: Callable[[Tensor], Tensor],
     logp: Tensor,
     rollout_logp: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    objective: Objective,
     cu_seqlens: Tensor | None = None,
     extra_weight: Tensor | None = None,
 ) -> LossOutput:
     """Compute `policy_loss` with the trainer's aggregation: `aggregate` maps token losses, shaped like logp, to a scalar.
 
     For level "cum-turn", a turn is a run of ones in the mask: the tokens the model writes between two tool results.
+    Without tokens, or with none in the mask, the loss is a differentiable 0, whatever counts `aggregate` divides by.
     extra_weight: like logp; multiplies each token's loss.
     """
     weights = aggregation_weights(aggregate, logp)
-    return policy_loss(
-        logp,
-        rollout_logp,
-        advantages,
-        mask,
-        objective=objective,
-        token_weight=weights if extra_weight is None else weights * extra_weight,
-        cu_seqlens=cu_seqlens,
-        turn_ends=turn_ends(mask) if objective.level == "cum-turn" else None,
-        num_tokens=1,  # the weights hold the trainer's counts
-    )
+    if extra_weight is not None:
+        weights = weights * extra_weight
+    if logp.numel() == 0:  # one token outside the mask, since policy_loss needs some
+        logp, rollout_logp, advantages, mask, weights = (
+            F.pad(values, (0, 1)) for values in (logp, rollout_logp, advantages, mask, weights)
+        )
+        cu_seqlens = None if cu_seqlens is None else torch.tensor([0, 1])
+    try:
+        return policy_loss(
+            logp,
+            rollout_logp,
+            advantages,
+            mask,
+            objective=choice.objective,
+            token_weight=weights,
+            cu_seqlens=cu_seqlens,
+            turn_ends=turn_ends(mask) if choice.objective.level == "cum-turn" else None,
+            num_tokens=1,  # the weights hold the trainer's counts
+            nonfinite=choice.nonfinite,
+        )
+    except ValueError as error:
+        if "nonfinite='mask'" not in str(error):
+            raise
+        said = str(error).removeprefix("policy_loss: ").replace("nonfinite='mask'", choice.masking)
+        raise ValueError(f"{choice.where}: {said}") from None
 
 
 def turn_ends(mask: Tensor) -> Tensor:
@@ -110,6 +184,15 @@ def clipped_fractions(stats: Stats) -> tuple[Tensor, Tensor]:
     return (stats.clipped_low | stats.clipped_high).sum() / count, stats.clipped_dual.sum() / count
 
 
-def k1_kl(stats: Stats) -> Tensor:
-    """k1 estimate of the KL: mean of rollout minus current log-probability, (); 0 without tokens."""
-    return -stats.rollout_log_ratio.sum() / max(len(stats.rollout_log_ratio), 1)
+def k1_kl(stats: Stats, clamp: float = math.inf) -> Tensor:
+    """k1 estimate of the KL: mean of rollout minus current log-probability, (); 0 without tokens.
+
+    clamp: each token's value is clamped to this many nats on both sides.
+    """
+    return -stats.rollout_log_ratio.clamp(-clamp, clamp).sum() / max(len(stats.rollout_log_ratio), 1)
+
+
+def nonfinite_fraction(stats: Stats) -> Tensor:
+    """Fraction of the mask's tokens that were masked for a NaN or inf rollout log-probability, (); 0 without tokens."""
+    num_bad = stats.num_nonfinite.sum()
+    return num_bad / (num_bad + len(stats.log_ratio)).clamp(min=1)

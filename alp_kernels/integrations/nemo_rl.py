@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_flag
 from ._shared import aggregated_loss, choose, clipped_fractions, require_noise
 
 
@@ -20,6 +21,7 @@ class ALPLossFn:
     """Implements NeMo-RL's LossFunction protocol, with input type LOGPROB.
 
     token_level_loss: mean over the batch's tokens; if False, mean over its sequences of each sequence's mean, as in NeMo-RL.
+    nonfinite: "raise" on NaN or inf among generation_logprobs, or "mask": take those tokens out of the loss.
     """
 
     def __init__(
@@ -30,13 +32,24 @@ class ALPLossFn:
         clip_high: float = 3.0,
         dual_clip: float | None = 10.0,
         token_level_loss: bool = True,
+        nonfinite: str = "raise",
     ) -> None:
-        from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
-
         self.preset = preset
-        self.objective = choose("nemo_rl", preset, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-        self.input_type = LossInputType.LOGPROB
-        self.loss_type = LossType.TOKEN_LEVEL if token_level_loss else LossType.SEQUENCE_LEVEL
+        clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+        self.choice = choose("nemo_rl: ALPLossFn", preset, nonfinite, clips)
+        check_flag("nemo_rl: ALPLossFn", "token_level_loss", token_level_loss)
+        from nemo_rl.algorithms.loss import interfaces
+
+        self.input_type = interfaces.LossInputType.LOGPROB
+        types = interfaces.LossType
+        self.loss_type = types.TOKEN_LEVEL if token_level_loss else types.SEQUENCE_LEVEL
+        if hasattr(interfaces, "MetricNormalizer"):  # what each metric is divided by; by default what the loss is
+            kinds = interfaces.MetricNormalizer
+            self.metric_normalizations = {
+                "loss": kinds.TOKENS if token_level_loss else kinds.SEQUENCES,
+                "num_valid_samples": kinds.NONE,
+                **{f"alp_{name}": kinds.TOKENS for name in ("clip_frac", "dual_clip_frac", "k1_kl", "nonfinite_frac")},
+            }
         self.token_level_loss = token_level_loss
 
     def __call__(
@@ -56,24 +69,28 @@ class ALPLossFn:
                 "top_k=null, so that both sides of the ratio are distributions over the whole vocabulary"
             )
 
+        num_tokens = global_valid_toks.clamp(min=1)
+
         def aggregate(losses: Tensor) -> Tensor:
             if self.token_level_loss:
-                return (losses * mask).sum() / global_valid_toks
+                return (losses * mask).sum() / num_tokens
             by_sequence = (losses * mask).sum(-1) / token_mask.sum(-1).clamp(min=1)
-            return by_sequence.sum() / global_valid_seqs
+            return by_sequence.sum() / global_valid_seqs.clamp(min=1)
 
         out = aggregated_loss(
+            self.choice,
             aggregate,
             next_token_logprobs,
             data["generation_logprobs"][:, 1:],
             data["advantages"][:, 1:],
             mask,
-            self.objective,
         )
         clipped, dual = clipped_fractions(out.stats)
-        share = len(out.stats.log_ratio) / global_valid_toks  # NeMo-RL sums metrics over micro-batches
+        share = len(out.stats.log_ratio) / num_tokens  # NeMo-RL sums metrics over micro-batches
         values = {"alp_clip_frac": clipped * share, "alp_dual_clip_frac": dual * share}
-        values["alp_k1_kl"] = -out.stats.rollout_log_ratio.sum() / global_valid_toks
+        values["alp_k1_kl"] = -out.stats.rollout_log_ratio.sum() / num_tokens
+        if self.choice.nonfinite == "mask":
+            values["alp_nonfinite_frac"] = out.stats.num_nonfinite.sum() / num_tokens
         valid = int(data["sample_mask"].sum())
         return out.loss, {
             "loss": out.loss.item(),

@@ -14,12 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_flag
 from ..layers.attach import attach
-from ._shared import aggregated_loss, average_gradient, choose, clipped_fractions, k1_kl, require_noise
+from ._shared import (
+    aggregated_loss,
+    average_gradient,
+    check_noise,
+    choose,
+    clipped_fractions,
+    k1_kl,
+    nonfinite_fraction,
+    require_noise,
+)
+
+_NAMES = {"clip_low": "clip_eps_low", "clip_high": "clip_eps_high"}
 
 
 class ALPPolicyLoss(nn.Module):
-    """Replaces OpenRLHF's `PolicyLoss`, with its arguments, call, aggregation (`aggregate_loss`) and five results."""
+    """Replaces OpenRLHF's `PolicyLoss`, with its arguments, call, aggregation (`aggregate_loss`) and five results.
+
+    nonfinite: "raise" on NaN or inf among rollout_log_probs, or "mask": take those tokens out of the loss.
+    """
 
     def __init__(
         self,
@@ -30,11 +45,17 @@ class ALPPolicyLoss(nn.Module):
         token_level_loss: bool = True,
         policy_loss_type: str = "ppo",
         is_correction_level: str = "off",
-        **is_correction: Any,
+        is_correction_mode: str = "mask",
+        is_correction_gating: str = "ratio",
+        is_correction_threshold: Any = (0.5, 5.0),
+        *,
+        nonfinite: str = "raise",
     ) -> None:
         super().__init__()
         self.preset = preset
-        self.objective = choose("openrlhf", preset, clip_low=clip_eps_low, clip_high=clip_eps_high, dual_clip=dual_clip)
+        clips = {"clip_low": clip_eps_low, "clip_high": clip_eps_high, "dual_clip": dual_clip}
+        self.choice = choose("openrlhf", preset, nonfinite, clips, _NAMES)
+        check_flag("openrlhf", "token_level_loss", token_level_loss)
         if policy_loss_type != "ppo" or is_correction_level != "off":
             raise ValueError(
                 f"openrlhf: policy_loss_type={policy_loss_type!r}, is_correction_level={is_correction_level!r}; ALP's ratio "
@@ -52,8 +73,12 @@ class ALPPolicyLoss(nn.Module):
         dp_size: int = 1,
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Return loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio; tensors are (B, T), old_log_probs is ignored."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio; tensors are (B, T).
+
+        With nonfinite="mask", vllm_kl is the mean of rollout minus old log-probability over the tokens that are left, and
+        is_filter_ratio the fraction that is not; else both are None. The loss ignores old_log_probs.
+        """
         from openrlhf.models import aggregate_loss
 
         require_noise("openrlhf", self.preset)
@@ -63,6 +88,7 @@ class ALPPolicyLoss(nn.Module):
                 f"openrlhf: {missing} is None; the loss needs the rollout engine's log-probabilities and the mask"
             )
         out = aggregated_loss(
+            self.choice,
             partial(
                 aggregate_loss,
                 loss_mask=action_mask,
@@ -75,16 +101,32 @@ class ALPPolicyLoss(nn.Module):
             rollout_log_probs,
             advantages,
             action_mask,
-            self.objective,
         )
-        return out.loss, clipped_fractions(out.stats)[0], k1_kl(out.stats), None, None
+        vllm_kl = is_filter_ratio = None
+        if self.choice.nonfinite == "mask":
+            live = action_mask.bool() & rollout_log_probs.isfinite()
+            drift = torch.where(live, rollout_log_probs - old_log_probs, 0.0)
+            vllm_kl, is_filter_ratio = drift.sum() / live.sum().clamp(min=1), nonfinite_fraction(out.stats)
+        return out.loss, clipped_fractions(out.stats)[0], k1_kl(out.stats), vllm_kl, is_filter_ratio
 
 
-def install(preset: str = "alp-sequence", *, sigma: float = 1e-2, sigma_lr: float = 5e-4, seed: int = 0) -> None:
-    """Make OpenRLHF's actor in this process train with `preset`; an "alp-*" preset also perturbs its updates."""
+def install(
+    preset: str = "alp-sequence",
+    *,
+    sigma: float = 1e-2,
+    sigma_lr: float = 5e-4,
+    seed: int = 0,
+    nonfinite: str = "raise",
+) -> None:
+    """Make OpenRLHF's actor in this process train with `preset`; an "alp-*" preset also perturbs its updates.
+
+    nonfinite: "raise" on NaN or inf among the rollout's log-probabilities, or "mask": take those tokens out of the loss.
+    """
+    choose("openrlhf: install", preset, nonfinite)
+    check_noise("openrlhf: install", sigma, sigma_lr, seed)
     from openrlhf.trainer.ray import ppo_actor
 
-    ppo_actor.PolicyLoss = partial(ALPPolicyLoss, preset)
+    ppo_actor.PolicyLoss = partial(ALPPolicyLoss, preset, nonfinite=nonfinite)
     if preset.startswith("alp-"):
         ppo_actor.ActorPPOTrainer = perturbed_trainer(ppo_actor.ActorPPOTrainer, sigma, sigma_lr, seed)
 

@@ -1,5 +1,7 @@
 """prime-rl: a custom loss by import path, for one sample a call, summed over its tokens; the trainer divides.
 
+Versions since September 2026 keep losses as objects; their `CustomLoss` calls this function with `kwargs`, as older ones do.
+
     [trainer.loss]
     type = "custom"
     import_path = "alp_kernels.integrations.prime_rl.single_ratio_loss"
@@ -14,7 +16,9 @@ from typing import Any
 
 import torch
 
-from ._shared import aggregated_loss, choose, clipped_fractions, k1_kl, require_noise
+from ._shared import aggregated_loss, choose, clipped_fractions, k1_kl, nonfinite_fraction, require_noise
+
+_NAMES = {name: f"trainer.loss.kwargs.{name}" for name in ("preset", "clip_low", "clip_high", "dual_clip", "nonfinite")}
 
 
 def single_ratio_loss(
@@ -23,19 +27,25 @@ def single_ratio_loss(
     clip_low: float = 0.5,
     clip_high: float = 3.0,
     dual_clip: float | None = 10.0,
+    nonfinite: str = "raise",
 ) -> Any:
-    """Return LossOutputs for LossInputs of one sample, tensors (N,). loss_weights, if given, multiply the token losses."""
+    """Return LossOutputs for LossInputs of one sample, tensors (N,). loss_weights, if given, multiply the token losses.
+
+    nonfinite: "raise" on NaN or inf among inference_logprobs, or "mask": take those tokens out of the loss.
+    """
+    clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
+    choice = choose("prime_rl", preset, nonfinite, clips, _NAMES)
+    require_noise("prime_rl", preset)
     from prime_rl.trainer.rl.loss import LossOutputs
 
-    require_noise("prime_rl", preset)
     logp = inputs.trainer_logprobs
     out = aggregated_loss(
+        choice,
         torch.sum,
         logp,
         inputs.inference_logprobs,
         inputs.advantages,
         inputs.loss_mask,
-        choose("prime_rl", preset, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip),
         cu_seqlens=torch.tensor([0, len(logp)]),
         extra_weight=getattr(inputs, "loss_weights", None),
     )
@@ -46,4 +56,6 @@ def single_ratio_loss(
         "alp_k1_kl": k1_kl(out.stats),
         "alp_token_ratio": out.stats.log_ratio.clamp(-20, 20).exp(),  # one value a token: prime-rl concatenates them
     }
+    if nonfinite == "mask":
+        metrics["alp_nonfinite_frac"] = nonfinite_fraction(out.stats)
     return LossOutputs(loss=out.loss, metrics=metrics)

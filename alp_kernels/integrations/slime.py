@@ -21,51 +21,64 @@ from torch import Tensor
 
 from ..layers.attach import attach
 from ..layers.perturbation import Perturbation
-from ._shared import aggregated_loss, average_gradient, choose, clipped_fractions, k1_kl, require_noise
+from ..stream import MAX_SEED
+from ._shared import aggregated_loss, average_gradient, check_noise, choose, from_text, require_noise
 
 _LOSS_MODULES = ("slime.backends.megatron_utils.loss", "miles.backends.training_utils.loss")
+
+_NAMES = {"clip_low": "eps_clip", "clip_high": "eps_clip_high", "dual_clip": "eps_clip_c", "nonfinite": "alp_nonfinite"}
 
 
 def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sample_mean: Any) -> Any:
     """Return (loss, metrics), summed over samples; the trainer divides. logits: (1, T, V).
 
-    Clips: --eps-clip, --eps-clip-high, and --eps-clip-c if the trainer has it.
+    Clips: --eps-clip, --eps-clip-high (by default --eps-clip), and --eps-clip-c if the trainer has it. alp_nonfinite in
+    --custom-config-path: "raise" on NaN or inf among rollout_log_probs, or "mask": take those tokens out of the loss.
     """
     where = f"slime: custom loss {preset}"
+    clips = {name: getattr(args, theirs, None) for name, theirs in _NAMES.items() if name != "nonfinite"}
+    if clips["clip_high"] is None:
+        clips["clip_high"] = args.eps_clip
+    choice = choose(where, preset, getattr(args, "alp_nonfinite", "raise"), clips, _NAMES)
     require_noise(where, preset)
-    wanted = ("entropy_coef", "kl_loss_coef", "use_tis", "use_opsm", "custom_pg_loss_reducer_function_path")
-    if ignored := [name for name in wanted if getattr(args, name, None)]:
+    wanted = ("entropy_coef", "kl_loss_coef", "use_tis", "get_mismatch_metrics", "use_opsm")
+    ignored = [name for name in (*wanted, "custom_pg_loss_reducer_function_path") if getattr(args, name, None)]
+    if ignored:
         raise ValueError(f"{where}: {', '.join(ignored)} would have no effect here; switch them off")
+    if (estimator := getattr(args, "advantage_estimator", None)) in ("gspo", "cispo"):
+        raise ValueError(
+            f"{where}: advantage_estimator={estimator!r}; its ratio would have no effect here, and its advantages are those "
+            "of 'grpo': set that"
+        )
     if not batch.get("rollout_log_probs"):
         raise ValueError(f"{where}: the batch has no rollout_log_probs; the rollout engine must return them")
     lengths = batch["response_lengths"]
     logp = _log_probs(args, batch, logits)
     if [len(each) for each in logp] != list(lengths):
         raise ValueError(f"{where}: this rank holds parts of responses; context parallelism is not supported")
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+    # without empty responses: they would make it ambiguous whether advantages are per token
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(filter(None, lengths))])
     mask = torch.cat([each.to(logits.device) for each in batch["loss_masks"]])
+    rollout_logp = torch.cat([each.to(logits.device) for each in batch["rollout_log_probs"]])
+    advantages = torch.cat(batch["advantages"])
     out = aggregated_loss(
-        sum_of_sample_mean,
-        torch.cat(logp),
-        torch.cat([each.to(logits.device) for each in batch["rollout_log_probs"]]),
-        torch.cat(batch["advantages"]),
-        mask,
-        choose(
-            where,
-            preset,
-            clip_low=args.eps_clip,
-            clip_high=args.eps_clip_high,
-            dual_clip=getattr(args, "eps_clip_c", None),
-        ),
-        cu_seqlens=cu_seqlens,
+        choice, sum_of_sample_mean, torch.cat(logp), rollout_logp, advantages, mask, cu_seqlens=cu_seqlens
     )
-    count = len(lengths)
+    is_finite = rollout_logp.isfinite()
+
+    def reduced(values: Tensor) -> Tensor:
+        """Reduce values of the tokens in the loss as the trainer reduces its metrics."""
+        of_all = torch.zeros_like(out.logp.reshape(-1)[: mask.numel()])
+        return sum_of_sample_mean(of_all.masked_scatter(mask.bool() & is_finite, values.to(of_all.dtype)))
+
     metrics = {
-        "loss": out.loss,
-        "pg_clipfrac": clipped_fractions(out.stats)[0] * count,
-        "ppo_kl": k1_kl(out.stats) * count,
+        "loss": out.loss.detach(),
+        "pg_clipfrac": reduced(out.stats.clipped_low | out.stats.clipped_high),
+        "ppo_kl": reduced(-out.stats.log_ratio),
     }
-    return out.loss, {key: value.detach() for key, value in metrics.items()}
+    if choice.nonfinite == "mask":
+        metrics["alp_nonfinite_frac"] = sum_of_sample_mean((~is_finite).to(out.logp.dtype))
+    return out.loss, metrics
 
 
 def _log_probs(args: Any, batch: Any, logits: Tensor) -> list[Tensor]:
@@ -73,6 +86,16 @@ def _log_probs(args: Any, batch: Any, logits: Tensor) -> list[Tensor]:
     module = next((sys.modules[name] for name in _LOSS_MODULES if name in sys.modules), None)
     if module is None:
         raise ImportError(f"slime: none of {', '.join(_LOSS_MODULES)} is imported; call this loss from slime or miles")
+    options: dict[str, Any] = {}
+    if batch.get("max_seq_lens") is not None:  # padded batches, which slime no longer has from 0.3.1 on
+        options["max_seq_lens"] = batch["max_seq_lens"]
+    if getattr(args, "rollout_top_p", 1.0) != 1.0:  # both sides of the ratio are over the tokens that top-p kept
+        if not hasattr(module, "get_rollout_top_p_logprob_kwargs"):
+            raise ValueError(
+                f"slime: rollout_top_p={args.rollout_top_p}; {module.__name__} cannot normalise over the tokens that were "
+                "kept, so it needs 1.0"
+            )
+        options |= module.get_rollout_top_p_logprob_kwargs(args, batch)
     found = module.get_log_probs_and_entropy(
         logits,
         args=args,
@@ -80,7 +103,7 @@ def _log_probs(args: Any, batch: Any, logits: Tensor) -> list[Tensor]:
         total_lengths=batch["total_lengths"],
         response_lengths=batch["response_lengths"],
         with_entropy=False,
-        max_seq_lens=batch.get("max_seq_lens"),
+        **options,
     )
     return (found[1] if isinstance(found, tuple) else found)["log_probs"]  # slime returns a pair, miles the second
 
@@ -91,15 +114,22 @@ alp_token, alp_sequence, alp_cum_token, alp_cum_turn, bypass_token, bypass_seque
 )
 
 
+_CHUNKS = 4096  # seeds for each alp_seed: one for each of 64 pipeline stages' 64 model chunks
+
+
 class _Noise:
     """The perturbation of this process's model chunks, and sigma's optimizer."""
 
     def __init__(self, args: Any, model: Any, optimizer: Any) -> None:
-        self.sigma_lr = float(getattr(args, "alp_sigma_lr", 0.0))
         if not hasattr(args, "alp_sigma"):
             raise ValueError(
                 "slime: args has no alp_sigma; name a file with alp_sigma and alp_sigma_lr in --custom-config-path"
             )
+        sigma, sigma_lr = (from_text(getattr(args, name, 0.0)) for name in ("alp_sigma", "alp_sigma_lr"))
+        seed = getattr(args, "alp_seed", 0)
+        names = ("alp_sigma", "alp_sigma_lr", "alp_seed")
+        check_noise("slime", sigma, sigma_lr, seed, names, max_seed=MAX_SEED // _CHUNKS - 1)
+        self.sigma_lr = float(sigma_lr)
         if self.sigma_lr > 0 and getattr(args, "calculate_per_token_loss", False):
             raise ValueError(
                 "slime: with --calculate-per-token-loss Megatron scales gradients after the backward, but not sigma's; "
@@ -116,9 +146,9 @@ class _Noise:
         self.handles: list[Perturbation] = [
             attach(  # a seed for each chunk, since every chunk numbers its layers from 0
                 chunk,
-                float(args.alp_sigma),
+                float(sigma),
                 learnable=self.sigma_lr > 0,
-                seed=int(getattr(args, "alp_seed", 0)) * 4096 + stage * 64 + number,
+                seed=seed * _CHUNKS + stage * 64 + number,
                 data_rank=data_rank,
             )
             for number, chunk in enumerate(model)

@@ -18,12 +18,31 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
 from ..loss.stats import Stats
-from ._shared import SINGLE_RATIO, aggregated_loss, choose, clipped_fractions, k1_kl, require_noise
+from ..objective import LOG_RATIO_CLAMP
+from ._shared import (
+    SINGLE_RATIO,
+    aggregated_loss,
+    choose,
+    clipped_fractions,
+    k1_kl,
+    nonfinite_fraction,
+    require_noise,
+)
 
 logger = logging.getLogger("alp_kernels")
 
 LOSS_MODES = {name.replace("-", "_"): name for name in SINGLE_RATIO}
 """verl's loss_mode -> preset."""
+
+_NONFINITE = "actor_rollout_ref.model.override_config.alp_nonfinite"
+
+_NAMES = {
+    "preset": "loss_mode",
+    "nonfinite": _NONFINITE,
+    "clip_low": "clip_ratio_low",
+    "clip_high": "clip_ratio_high",
+    "dual_clip": "clip_ratio_c",
+}
 
 collected: ContextVar[list[Stats] | None] = ContextVar("collected", default=None)
 """Statistics of the micro-batches inside the ALP engine's train_batch, which checks the denominator; None elsewhere."""
@@ -55,7 +74,8 @@ def verl_policy_loss(
     Args:
         loss_mode: a key of LOSS_MODES.
         old_log_prob: the ratio's denominator; in bypass mode verl gives the rollout engine's log-probabilities.
-        config: verl's ActorConfig: clip_ratio_low, clip_ratio_high, clip_ratio_c, and global_batch_info for `agg_loss`.
+        config: verl's ActorConfig: clip_ratio_low, clip_ratio_high, clip_ratio_c, global_batch_info for `agg_loss`, and
+            alp_nonfinite ("raise" or "mask") in model_config.override_config.
         rollout_log_probs: the denominator, if verl passes it.
 
     Returns:
@@ -66,6 +86,12 @@ def verl_policy_loss(
             "alp_*" one and no perturbation is switched on.
     """
     where = f"loss_mode={loss_mode}"
+    low, high = (
+        config.clip_ratio if clip is None else clip for clip in (config.clip_ratio_low, config.clip_ratio_high)
+    )
+    override = (config.get("model_config") or {}).get("override_config") or {}
+    clips = {"clip_low": low, "clip_high": high, "dual_clip": config.get("clip_ratio_c", 3.0)}
+    choice = choose(where, LOSS_MODES[loss_mode], override.get("alp_nonfinite", "raise"), clips, _NAMES)
     if rollout_is_weights is not None:
         raise ValueError(
             f"{where}: rollout_is_weights is given, so old_log_prob is not the rollout's and the mismatch counts twice. Set "
@@ -80,30 +106,30 @@ def verl_policy_loss(
             "algorithm.rollout_correction.bypass_mode=true and actor_rollout_ref.rollout.calculate_log_probs=true",
             where,
         )
-    low, high = (
-        config.clip_ratio if clip is None else clip for clip in (config.clip_ratio_low, config.clip_ratio_high)
-    )
     if low == high == 0.2:
         _say_once(
             "%s clips at verl's defaults, 0.2 and 0.2; ALP's are clip_ratio_low=0.5 clip_ratio_high=3.0 clip_ratio_c=10.0",
             where,
         )
     out = aggregated_loss(
+        choice,
         partial(agg_loss, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info),
         log_prob,
         old_log_prob if rollout_log_probs is None else rollout_log_probs,
         advantages,
         response_mask,
-        choose(where, LOSS_MODES[loss_mode], clip_low=low, clip_high=high, dual_clip=config.get("clip_ratio_c", 3.0)),
     )
     if (parts := collected.get()) is not None:
         parts.append(out.stats)
     clipped, dual = clipped_fractions(out.stats)
-    return out.loss, {
+    metrics = {
         "actor/pg_clipfrac": clipped.item(),
         "actor/pg_clipfrac_lower": dual.item(),
-        "actor/ppo_kl": k1_kl(out.stats).item(),
+        "actor/ppo_kl": k1_kl(out.stats, clamp=LOG_RATIO_CLAMP).item(),  # verl clamps before it averages
     }
+    if choice.nonfinite == "mask":
+        metrics["actor/alp/nonfinite_frac"] = nonfinite_fraction(out.stats).item()
+    return out.loss, metrics
 
 
 for _mode in LOSS_MODES:

@@ -11,7 +11,7 @@ machine's vendor, and verl prefers a vendor's engine to a device's. The critic's
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,10 +23,12 @@ from verl.utils.metric import AggregationType, Metric
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from ..checks import check_choice, refuse_value
 from ..layers.attach import attach
 from ..layers.perturbation import Perturbation
 from ..loss.stats import Stats
-from ._shared import REPORTED, average_gradient
+from ..noise.perturb import ROUNDINGS, SCALES
+from ._shared import REPORTED, average_gradient, check_noise, from_text
 from .verl import collected
 
 FILE = "alp_perturbation.pt"
@@ -37,7 +39,10 @@ _PREFIX = "alp_"
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys alp_* of model.override_config, as `attach` takes them; sigma_lr=0 keeps sigma fixed."""
+    """The keys alp_* of model.override_config, as `attach` takes them; sigma_lr=0 keeps sigma fixed.
+
+    nonfinite is for the losses, which read it there themselves.
+    """
 
     sigma: float
     sigma_lr: float
@@ -45,6 +50,16 @@ class Settings:
     scale: str = "absolute"
     rounding: str = "nearest"
     layers: Any = "all"
+    nonfinite: str = "raise"
+
+    def __post_init__(self) -> None:
+        where, names = "ALP engine", (_PREFIX + "sigma", _PREFIX + "sigma_lr", _PREFIX + "seed")
+        check_noise(where, self.sigma, self.sigma_lr, self.seed, names)
+        for name, allowed in (("scale", SCALES), ("rounding", ROUNDINGS), ("nonfinite", ("raise", "mask"))):
+            check_choice(where, _PREFIX + name, getattr(self, name), allowed)
+        numbers = self.layers if isinstance(self.layers, Sequence) and len(self.layers) else [None]
+        if self.layers not in ("all", "final", "logits") and not all(type(number) is int for number in numbers):
+            refuse_value(where, _PREFIX + "layers", self.layers, "'all', 'final', 'logits' or a list of ints")
 
     @staticmethod
     def take(model_config: Any) -> Settings:
@@ -59,7 +74,7 @@ class Settings:
                 f"ALP engine: model.override_config has {sorted(_PREFIX + key for key in given)}; it needs alp_sigma and "
                 f"alp_sigma_lr, and may have {', '.join(_PREFIX + key for key in known[2:])}"
             )
-        return Settings(**given | {key: float(given[key]) for key in ("sigma", "sigma_lr")})
+        return Settings(**given | {key: from_text(given[key]) for key in ("sigma", "sigma_lr")})
 
 
 def check_denominator(data: Any) -> None:
@@ -101,9 +116,9 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
             self.alp = attach(  # before FSDP wraps the layers
                 module,
                 s.sigma,
-                layers=s.layers if isinstance(s.layers, str) else [int(layer) for layer in s.layers],
+                layers=s.layers if isinstance(s.layers, str) else list(s.layers),
                 learnable=s.sigma_lr > 0,
-                seed=int(s.seed),
+                seed=s.seed,
                 scale=s.scale,
                 rounding=s.rounding,
             )

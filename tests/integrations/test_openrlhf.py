@@ -108,6 +108,52 @@ def test_micro_batches_of_two_ranks_sum_to_the_batch(preset, token_level_loss):
     torch.testing.assert_close(sum(part[0] for part in parts) / 2, whole, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("token_level_loss", [True, False])
+@pytest.mark.parametrize("counts", [{}, {"batch_num_tokens": 30.0, "global_batch_size": 9.0}])
+def test_an_empty_mask_has_loss_zero_and_a_backward(token_level_loss, counts):
+    logp, rollout, advantages, mask = batch()
+    clips = CLIPS | {"token_level_loss": token_level_loss, "nonfinite": "mask"}
+    out = ours.ALPPolicyLoss("bypass-sequence", **clips)(
+        logp, rollout, advantages, torch.zeros_like(mask), rollout * torch.nan, **counts
+    )
+    out[0].backward()
+    assert all(value == 0 for value in out) and not logp.grad.any()
+
+
+@pytest.mark.parametrize("preset", ["bypass-sequence", "bypass-token"])
+def test_what_is_not_finite_is_masked_if_asked(preset):
+    logp, rollout, advantages, mask = batch()
+    bad, fewer = rollout.clone(), mask.clone()
+    bad[0, 2], fewer[0, 2] = torch.inf, False
+    bad[2, 5] = torch.nan  # not in the mask
+    counts = {"batch_num_tokens": 14.0}
+    with pytest.raises(ValueError, match=r"openrlhf: rollout_logp is NaN or inf at 1 .*nonfinite='mask'"):
+        ours.ALPPolicyLoss(preset, **CLIPS)(logp, rollout, advantages, mask, bad, **counts)
+    masking = ours.ALPPolicyLoss(preset, **CLIPS, nonfinite="mask")
+    loss, _, ppo_kl, vllm_kl, is_filter_ratio = masking(logp, rollout - 0.25, advantages, mask, bad, **counts)
+    right = ours.ALPPolicyLoss(preset, **CLIPS)(logp, rollout, advantages, fewer, rollout, **counts)
+    torch.testing.assert_close(loss, right[0])
+    torch.testing.assert_close(ppo_kl, right[2])
+    for one, two in zip(*(torch.autograd.grad(value, logp) for value in (loss, right[0])), strict=True):
+        torch.testing.assert_close(one, two)
+    assert is_filter_ratio == pytest.approx(1 / 14)
+    # OpenRLHF's own vllm_kl: mean of rollout minus old log-probability
+    theirs = PolicyLoss(is_correction_level="token")(logp, rollout - 0.25, advantages, fewer, rollout)[3]
+    torch.testing.assert_close(vllm_kl, theirs)
+
+
+def test_a_wide_log_ratio_is_reported_as_openrlhf_does():
+    """clip_ratio and ppo_kl; OpenRLHF clamps the ratio's logarithm to +-20 in the loss, but not in ppo_kl."""
+    logp, rollout, advantages, mask = batch()
+    far = rollout.clone()
+    far[0, 1], far[1, 1] = rollout[0, 1] - 30, rollout[1, 1] - 60
+    clips = {"clip_eps_low": 0.1, "clip_eps_high": 0.3, "dual_clip": 1.5}
+    theirs = PolicyLoss(**clips)(logp, far, advantages, mask, far)
+    mine = ours.ALPPolicyLoss("bypass-token", **clips)(logp, far, advantages, mask, far)
+    for one, two in zip(mine[:3], theirs[:3], strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-6, atol=1e-6)
+
+
 def test_what_one_ratio_replaces_is_refused():
     for change in ({"policy_loss_type": "gspo"}, {"is_correction_level": "token"}):
         with pytest.raises(ValueError, match="needs 'ppo' and 'off'"):
@@ -221,6 +267,8 @@ def test_training_steps_alone_are_perturbed_and_sigma_steps_with_deepspeed(monke
 def test_without_noise_only_the_loss_is_replaced(monkeypatch):
     trainer = ppo_actor.ActorPPOTrainer
     monkeypatch.setattr(ppo_actor, "PolicyLoss", ppo_actor.PolicyLoss)
-    ours.install("bypass-sequence")
+    ours.install("bypass-sequence", nonfinite="mask")
     assert ppo_actor.ActorPPOTrainer is trainer
-    assert isinstance(ppo_actor.PolicyLoss, partial) and ppo_actor.PolicyLoss(**CLIPS).preset == "bypass-sequence"
+    loss_fn = ppo_actor.PolicyLoss(**CLIPS)
+    assert isinstance(ppo_actor.PolicyLoss, partial) and loss_fn.preset == "bypass-sequence"
+    assert loss_fn.choice.nonfinite == "mask"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -87,6 +88,21 @@ def assert_same_loss(loss, other, batch):
         torch.testing.assert_close(one, two, rtol=2e-6, atol=1e-7)
 
 
+def without(sample, index):
+    """The sample with a NaN rollout log-probability there, and the sample whose mask leaves that token out."""
+    p, q, a, m = sample
+    bad, fewer = q.clone(), m.clone()
+    bad[index], fewer[index] = math.nan, False
+    return (p, bad, a, m), (p, q, a, fewer)
+
+
+def clipped_surrogate(p, q, a, low, high, c=None):
+    """PPO's clipped surrogate with a dual clip where the advantage is negative, token by token."""
+    ratio = (p - q).exp()
+    worst = torch.stack([-a * ratio, -a * ratio.clamp(1 - low, 1 + high)]).amax(0)
+    return worst if c is None else torch.where(a < 0, worst.clamp(max=-a * c), worst)
+
+
 PRESETS = ["bypass-token", "bypass-sequence", "alp-token", "alp-sequence", "alp-cum-token", "alp-cum-turn"]
 
 # ------------------------------------------------------------------ prime-rl
@@ -133,6 +149,66 @@ def test_prime_rl_loss_weights_multiply_and_an_unselected_sample_counts_nothing(
     empty.loss.backward()
 
 
+def test_prime_rl_calls_it_through_its_loss_objects(module):
+    """Versions since September 2026: `setup_rl_loss_fn` builds an object whose `loss` calls the imported function."""
+    module("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
+    from alp_kernels.integrations import prime_rl
+
+    @dataclass
+    class NewerInputs(LossInputs):
+        trainer_mask_logprobs: Tensor | None = None
+        inference_mask_logprobs: Tensor | None = None
+
+    class CustomLoss:
+        def __init__(self, import_path: str, kwargs: dict) -> None:
+            self.fn, self.kwargs = getattr(prime_rl, import_path.rpartition(".")[2]), kwargs
+
+        def loss(self, inputs: LossInputs) -> LossOutputs:
+            return self.fn(inputs, **self.kwargs)
+
+    rl = CustomLoss("alp_kernels.integrations.prime_rl.single_ratio_loss", {"preset": "bypass-token", "clip_high": 1.0})
+    batch = samples()
+    weights = [torch.tensor(w) for w in (0.5, 2.0, 1.0)]  # of each group; prime-rl divides by the sum of all weights
+    outputs = [
+        rl.loss(NewerInputs(p, q, None, a, m, w.expand(len(p)))) for (p, q, a, m), w in zip(batch, weights, strict=True)
+    ]
+    scale = sum(w * m.sum() for (*_, m), w in zip(batch, weights, strict=True))
+    right = sum(
+        w * clipped_surrogate(p, q, a, 0.5, 1.0, 10.0)[m].sum() for (p, q, a, m), w in zip(batch, weights, strict=True)
+    )
+    assert_same_loss(sum(o.loss for o in outputs) / scale, right / scale, batch)
+    for name in outputs[0].metrics:  # as `compute_loss` gathers them
+        values = [o.metrics[name] for o in outputs]
+        assert torch.stack(values).isfinite().all() if values[0].dim() == 0 else torch.cat(values).isfinite().all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_prime_rls_sample_without_tokens_has_loss_zero(module, noise, preset):
+    module("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
+    from alp_kernels.integrations.prime_rl import single_ratio_loss
+
+    for n in (0, 1):
+        p = torch.full((n,), -1.0).requires_grad_()
+        weights = torch.full((n,), math.nan)  # nothing off the mask counts
+        inputs = LossInputs(p, torch.zeros(n), None, torch.ones(n), torch.zeros(n, dtype=torch.bool), weights)
+        out = single_ratio_loss(inputs, preset=preset, nonfinite="mask")
+        out.loss.backward()
+        assert out.loss == 0 and torch.equal(p.grad, torch.zeros(n))
+        assert len(out.metrics.pop("alp_token_ratio")) == 0 and all(value == 0 for value in out.metrics.values())
+
+
+def test_prime_rl_masks_what_is_not_finite_if_asked(module):
+    module("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
+    from alp_kernels.integrations.prime_rl import single_ratio_loss
+
+    (p, q, a, m), fewer = without(samples()[0], 3)
+    with pytest.raises(ValueError, match=r"prime_rl: rollout_logp is NaN.*trainer\.loss\.kwargs\.nonfinite='mask'"):
+        single_ratio_loss(LossInputs(p, q, None, a, m))
+    out = single_ratio_loss(LossInputs(p, q, None, a, m), nonfinite="mask")
+    assert_same_loss(out.loss, expected([fewer], "bypass-sequence", num_tokens=1), [fewer])
+    assert out.metrics["alp_nonfinite_frac"] == 1 / 4 and len(out.metrics["alp_token_ratio"]) == 3
+
+
 # ------------------------------------------------------------------ NeMo-RL
 
 
@@ -145,7 +221,9 @@ def nemo(module):
     class LossInputType(enum.Enum):
         LOGPROB = "logprob"
 
-    module("nemo_rl.algorithms.loss.interfaces", LossType=LossType, LossInputType=LossInputType)
+    MetricNormalizer = enum.Enum("MetricNormalizer", ["TOKENS", "SEQUENCES", "NONE"])
+    interfaces = {"LossType": LossType, "LossInputType": LossInputType, "MetricNormalizer": MetricNormalizer}
+    module("nemo_rl.algorithms.loss.interfaces", **interfaces)
     from alp_kernels.integrations import nemo_rl
 
     return nemo_rl
@@ -200,15 +278,62 @@ def test_nemo_rl_leaves_out_invalid_samples_and_refuses_filtered_support(nemo):
         loss_fn(logp, data | {"curr_logprobs_keep_mask": data["token_mask"][:, 1:]}, torch.tensor(2.0), toks)
 
 
+@pytest.mark.parametrize("token_level", [True, False])
+def test_nemo_rls_clips_and_denominators_are_those_of_its_own_loss(nemo, token_level):
+    """ratio_clip_min, ratio_clip_max, ratio_clip_c; per sequence it divides by the tokens of its token_mask."""
+    batch = samples(seed=4)
+    logp, data = nemo_batch(batch)
+    data["sample_mask"][2] = 0
+    loss_fn = nemo.ALPLossFn("bypass-token", clip_low=0.1, clip_high=0.3, dual_clip=1.5, token_level_loss=token_level)
+    loss, _ = loss_fn(logp, data, torch.tensor(5.0), torch.tensor(30.0))
+    token_mask, a = data["token_mask"][:, 1:], data["advantages"][:, 1:]
+    each = clipped_surrogate(logp, data["generation_logprobs"][:, 1:], a, 0.1, 0.3, 1.5) * token_mask
+    of_sample = each.sum(1) / 30 if token_level else each.sum(1) / token_mask.sum(1) / 5
+    assert_same_loss(loss, (of_sample * data["sample_mask"]).sum(), batch)
+
+
+@pytest.mark.parametrize("token_level", [True, False])
+def test_nemo_rls_metrics_are_zero_where_nothing_is_valid(nemo, token_level):
+    loss_fn = nemo.ALPLossFn("bypass-sequence", token_level_loss=token_level, nonfinite="mask")
+    batch = samples()
+    logp, data = nemo_batch(batch)
+    data["sample_mask"][:] = 0
+    for width in (8, 1):  # a packed sequence of one token has no next token
+        cut = {name: value[:, :width] if value.dim() == 2 else value for name, value in data.items()}
+        for count in (0.0, 3.0):
+            p = logp[:, : width - 1].detach().requires_grad_()
+            loss, metrics = loss_fn(p, cut, torch.tensor(count), torch.tensor(count))
+            loss.backward()
+            assert set(metrics.values()) == {0} and not p.grad.any()
+            assert set(metrics) == set(loss_fn.metric_normalizations)
+
+
+def test_nemo_rl_masks_what_is_not_finite_if_asked(nemo):
+    bad, fewer = without(samples()[0], 3)
+    logp, data = nemo_batch([bad])
+    seqs, toks = torch.tensor(1.0), torch.tensor(4.0)
+    with pytest.raises(ValueError, match=r"ALPLossFn: rollout_logp is NaN.* \(0, 3\); nonfinite='mask'"):
+        nemo.ALPLossFn()(logp, data, seqs, toks)
+    loss, metrics = nemo.ALPLossFn(nonfinite="mask")(logp, data, seqs, toks)
+    assert_same_loss(loss, expected([fewer], "bypass-sequence", num_tokens=4), [fewer])
+    assert metrics["alp_nonfinite_frac"] == 1 / 4
+
+
+def test_nemo_rl_is_told_what_each_metric_is_divided_by(nemo):
+    kinds = {name: kind.name for name, kind in nemo.ALPLossFn(token_level_loss=False).metric_normalizations.items()}
+    assert (kinds["loss"], kinds["num_valid_samples"], kinds["alp_k1_kl"]) == ("SEQUENCES", "NONE", "TOKENS")
+    assert nemo.ALPLossFn().metric_normalizations["loss"].name == "TOKENS"
+
+
 # ------------------------------------------------------------------ slime and miles
 
 
-def reducer(lengths, masks):
-    """slime's sum_of_sample_mean without context parallelism."""
+def reducer(lengths, masks, per_token=False):
+    """slime's sum_of_sample_mean without context parallelism; sum_of_token with --calculate-per-token-loss."""
 
     def sum_of_sample_mean(x):
         parts = zip(x.split(lengths), masks, strict=True)
-        return sum((x_i * m).sum() / m.sum().clamp(min=1) for x_i, m in parts)
+        return sum((x_i * m).sum() / (1 if per_token else m.sum().clamp(min=1)) for x_i, m in parts)
 
     return sum_of_sample_mean
 
@@ -256,7 +381,8 @@ def test_slime_refuses_what_would_have_no_effect(module):
     from alp_kernels.integrations import slime
 
     data = slime_batch(samples())
-    for change in ({"entropy_coef": 0.01}, {"kl_loss_coef": 0.1}, {"use_tis": True}):
+    refused = ({"entropy_coef": 0.01}, {"kl_loss_coef": 0.1}, {"use_tis": True}, {"get_mismatch_metrics": True})
+    for change in (*refused, {"advantage_estimator": "gspo"}, {"advantage_estimator": "cispo"}):
         with pytest.raises(ValueError, match="would have no effect"):
             slime.bypass_token(slime_args(**change), data, torch.zeros(1), None)
     with pytest.raises(ValueError, match="rollout_log_probs"):
@@ -267,6 +393,97 @@ def test_slime_refuses_what_would_have_no_effect(module):
     module("slime.backends.megatron_utils.loss", get_log_probs_and_entropy=lambda *a, **k: (None, own))
     with pytest.raises(ValueError, match="context parallelism"):
         slime.bypass_token(slime_args(), data, torch.zeros(1), None)
+
+
+@pytest.fixture
+def slime(module):
+    """slime with a `get_log_probs_and_entropy` that returns `own` and keeps what it was asked."""
+    from alp_kernels.integrations import slime
+
+    asked: dict = {}
+    own: list[Tensor] = []
+
+    def get_log_probs_and_entropy(logits, **options):
+        asked.update(options)
+        return None, {"log_probs": own}
+
+    module("slime.backends.megatron_utils.loss", get_log_probs_and_entropy=get_log_probs_and_entropy)
+
+    def call(batch, preset="bypass-token", args=None, data=None, per_token=False):
+        own[:] = [s[0] for s in batch]
+        data = slime_batch(batch) if data is None else data
+        reduce = reducer(data["response_lengths"], data["loss_masks"], per_token)
+        loss_fn = getattr(slime, preset.replace("-", "_"))
+        return loss_fn(slime_args() if args is None else args, data, torch.zeros(1, 1, 1), reduce)
+
+    return Namespace(call=call, asked=asked, module=sys.modules["slime.backends.megatron_utils.loss"])
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_slimes_loss_and_metrics_are_those_of_its_own_loss(slime, per_token):
+    """pg_clipfrac: the clip decides; ppo_kl: rollout minus current log-probability; each reduced by slime's reducer."""
+    batch = samples(lengths=(9, 3, 5), seed=2)
+    p, q, a, _ = (torch.cat(column) for column in zip(*batch, strict=True))
+    reduce = reducer([9, 3, 5], [s[3].int() for s in batch], per_token)
+    args = slime_args(eps_clip=0.1, eps_clip_high=0.3, eps_clip_c=1.5)
+    loss, metrics = slime.call(batch, args=args, per_token=per_token)
+    assert_same_loss(loss, reduce(clipped_surrogate(p, q, a, 0.1, 0.3, 1.5)), batch)
+    plain = -a * (p - q).exp()
+    decides = -a * (p - q).exp().clamp(0.9, 1.3) > plain
+    torch.testing.assert_close(metrics["pg_clipfrac"], reduce(decides.float()))
+    torch.testing.assert_close(metrics["ppo_kl"], reduce((q - p).detach()), rtol=1e-5, atol=1e-6)
+    assert 0 < metrics["pg_clipfrac"] < (17 if per_token else 3)
+
+
+def test_slimes_clips_default_as_in_slime(slime):
+    batch = samples(seed=2)
+    p, q, a, _ = (torch.cat(column) for column in zip(*batch, strict=True))
+    loss, _ = slime.call(batch, args=slime_args(eps_clip=0.1, eps_clip_high=None, eps_clip_c=None))
+    reduce = reducer([5, 3, 4], [s[3].int() for s in batch])
+    assert_same_loss(loss, reduce(clipped_surrogate(p, q, a, 0.1, 0.1)), batch)
+
+
+@pytest.mark.parametrize("preset", ["bypass-token", "bypass-sequence", "alp-cum-turn"])
+@pytest.mark.parametrize("lengths", [(2, 0), (0, 3, 4), (0, 0)])
+def test_slimes_responses_without_tokens_have_loss_zero(slime, noise, lengths, preset):
+    batch = []
+    for i, n in enumerate(lengths):  # each token has its own advantage
+        p = torch.linspace(-1, -2, n).requires_grad_()
+        batch.append((p, p.detach() - 0.1, torch.arange(1.0, n + 1) + i, torch.ones(n, dtype=torch.bool)))
+    loss, metrics = slime.call(batch, preset, args=slime_args(alp_nonfinite="mask"))
+    kept = [s for s in batch if len(s[0])]
+    if kept:
+        assert_same_loss(loss, expected(kept, preset, aggregation="seq-mean-token-mean", num_sequences=1), kept)
+    else:
+        loss.backward()
+    zero = {"pg_clipfrac", "alp_nonfinite_frac"} if kept else set(metrics)
+    assert all(metrics[name] == 0 for name in zero) and all(value.isfinite() for value in metrics.values())
+
+
+def test_slime_masks_what_is_not_finite_if_asked(slime):
+    first, *others = samples()
+    bad, fewer = without(first, 3)
+    with pytest.raises(ValueError, match=r"slime: custom loss bypass-token: rollout_logp is NaN.*alp_nonfinite='mask'"):
+        slime.call([bad, *others])
+    loss, metrics = slime.call([bad, *others], args=slime_args(alp_nonfinite="mask"), per_token=True)
+    assert_same_loss(loss, expected([fewer, *others], "bypass-token", num_tokens=1), [fewer, *others])
+    assert metrics["alp_nonfinite_frac"] == 1, "slime divides the sum over tokens"
+    shares = slime.call([bad, *others], args=slime_args(alp_nonfinite="mask"))[1]["alp_nonfinite_frac"]
+    assert shares == 1 / 4, "and the sum over samples of their fractions"
+
+
+def test_slime_keeps_both_sides_of_the_ratio_on_the_tokens_of_top_p(slime, monkeypatch):
+    batch = samples()
+    slime.call(batch)
+    assert "max_seq_lens" not in slime.asked, "slime has no such argument from 0.3.1 on"
+    slime.call(batch, data=slime_batch(batch) | {"max_seq_lens": [8, 8, 8]})
+    assert slime.asked["max_seq_lens"] == [8, 8, 8]
+    with pytest.raises(ValueError, match=r"rollout_top_p=0\.9.*needs 1\.0"):
+        slime.call(batch, args=slime_args(rollout_top_p=0.9))
+    kept = {"top_p_token_ids": [[1]], "top_p_token_offsets": [[0]]}
+    monkeypatch.setattr(slime.module, "get_rollout_top_p_logprob_kwargs", lambda args, batch: kept, raising=False)
+    slime.call(batch, args=slime_args(rollout_top_p=0.9))
+    assert kept.items() <= slime.asked.items()
 
 
 def test_slimes_hooks_perturb_training_alone_and_step_sigma(module):
@@ -297,6 +514,96 @@ def test_slimes_hooks_perturb_training_alone_and_step_sigma(module):
     handle.detach()
     with pytest.raises(ValueError, match="calculate-per-token-loss"):
         slime.before_train_step(slime_args(calculate_per_token_loss=True), 0, 0, [tiny_qwen()], optimizer, None)
+
+
+# ------------------------------------------------------------------ options
+
+NUMBERS_OF_CLIPS = [math.nan, math.inf, "0.2", True, [0.2], torch.tensor([0.2, 0.3]), None]
+
+BAD_LOSS_OPTIONS = [
+    *[("preset", value) for value in (None, "grpo", "alp_token", "", 1, ["bypass-token"])],
+    *[("clip_low", value) for value in (*NUMBERS_OF_CLIPS, -0.1, 1.5)],
+    *[("clip_high", value) for value in (*NUMBERS_OF_CLIPS, -0.1)],
+    *[("dual_clip", value) for value in (*NUMBERS_OF_CLIPS[:-1], 0.5, 1.0, -3)],
+    *[("nonfinite", value) for value in ("drop", None, True, "", ["mask"])],
+]
+"""Options of every loss, and values that no integration takes."""
+
+BAD_NOISE_OPTIONS = [
+    *[("sigma", value) for value in (0, -1, math.nan, math.inf, "x", None, True, 1e-60, [0.1])],
+    *[("sigma_lr", value) for value in (-1, math.nan, math.inf, "x", None, True)],
+    *[("seed", value) for value in (1.5, -1, 1 << 64, "x", None, True)],
+]
+
+
+def case_name(value):
+    return value if isinstance(value, str) else " ".join(repr(value).split())
+
+
+@pytest.mark.parametrize(("option", "value"), BAD_LOSS_OPTIONS, ids=case_name)
+def test_a_bad_option_of_a_loss_is_named_before_anything_runs(option, value):
+    """No trainer is importable here, so an error that names the option came first."""
+    from alp_kernels.integrations import nemo_rl, openrlhf, prime_rl, slime
+
+    def raises(name, function, *args, **kwargs):
+        with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b.*; it needs "):
+            function(*args, **kwargs)
+
+    raises(f"trainer.loss.kwargs.{option}", prime_rl.single_ratio_loss, None, **{option: value})
+    raises(option, nemo_rl.ALPLossFn, **{option: value})
+    theirs = {"clip_low": "clip_eps_low", "clip_high": "clip_eps_high"}.get(option, option)
+    raises(theirs, openrlhf.ALPPolicyLoss, **{"preset": "bypass-token"} | {theirs: value})
+    if option in ("preset", "nonfinite"):
+        raises(option, openrlhf.install, **{option: value})
+    flag = {
+        "clip_low": "eps_clip",
+        "clip_high": "eps_clip_high",
+        "dual_clip": "eps_clip_c",
+        "nonfinite": "alp_nonfinite",
+    }
+    if option in flag and not (option == "clip_high" and value is None):  # slime: None is --eps-clip
+        raises(flag[option], slime.bypass_token, slime_args(**{flag[option]: value}), {}, None, None)
+
+
+@pytest.mark.parametrize(("option", "value"), BAD_NOISE_OPTIONS, ids=case_name)
+def test_a_bad_option_of_the_noise_is_named_before_anything_runs(option, value):
+    from alp_kernels.integrations import openrlhf, slime
+
+    with pytest.raises((ValueError, TypeError), match=rf"openrlhf: install: {option}=.*; it needs "):
+        openrlhf.install(**{option: value})
+    with pytest.raises((ValueError, TypeError), match=rf"slime: alp_{option}=.*; it needs "):
+        slime.before_train_step(slime_args(**{f"alp_{option}": value}), 0, 0, [object()], None, None)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None, 0.0])
+def test_a_flag_that_is_none_is_refused(value):
+    from alp_kernels.integrations import nemo_rl, openrlhf
+
+    for make in (nemo_rl.ALPLossFn, openrlhf.ALPPolicyLoss):
+        with pytest.raises(TypeError, match=r"token_level_loss=.*True or False"):
+            make("bypass-token", token_level_loss=value)
+    with pytest.raises(TypeError, match="clip_low"):
+        openrlhf.ALPPolicyLoss("bypass-token", clip_low=0.5)
+
+
+def test_a_number_that_yaml_reads_as_text_is_one(module):
+    from alp_kernels.integrations import slime
+
+    module(
+        "megatron.core.parallel_state",
+        get_data_parallel_group=lambda with_context_parallel: None,
+        get_data_parallel_rank=lambda with_context_parallel: 0,
+        get_pipeline_model_parallel_rank=lambda: 0,
+    )
+    model = tiny_qwen()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    slime.before_train_step(slime_args(alp_sigma="1e-2", alp_sigma_lr="5e-4"), 0, 0, [model], optimizer, None)
+    (handle,) = slime._noise[id(model)].handles
+    torch.testing.assert_close(handle.sigma, torch.full((2,), 0.01))
+    assert slime._noise[id(model)].optimizer.param_groups[0]["lr"] == 5e-4
+    model(torch.zeros(1, 2, dtype=torch.int64))
+    slime.before_log_prob(slime_args(), [model], "")
+    handle.detach()
 
 
 def test_an_unknown_preset_is_named():

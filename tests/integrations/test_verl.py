@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,6 +226,92 @@ def test_a_padding_row_has_loss_zero_and_a_backward():
     )
     assert loss == 0 and set(metrics.values()) == {0.0}
     loss.backward()
+
+
+@pytest.mark.parametrize("loss_agg_mode", MODES)
+def test_an_empty_batch_has_loss_zero_whatever_verl_divides_by(loss_agg_mode):
+    old, log_prob, advantages, mask = padded_batch()
+    for info in ({}, {"dp_size": 1, "batch_num_tokens": 0, "global_batch_size": 0}):
+        batch = (old * torch.nan, log_prob.detach().requires_grad_(), advantages, torch.zeros_like(mask))
+        config = masking(global_batch_info=dict(info))
+        loss, metrics = call("bypass_sequence", batch, config, loss_agg_mode)
+        loss.backward()
+        assert loss == 0 and not batch[1].grad.any() and set(metrics.values()) == {0.0}
+
+
+def masking(**changes):
+    """A config as verl's worker makes it, with override_config.alp_nonfinite=mask."""
+    config = actor_config(**changes)
+    config.model_config = SimpleNamespace(override_config={"alp_nonfinite": "mask"})
+    config.model_config.get = lambda name: getattr(config.model_config, name)
+    return config
+
+
+@pytest.mark.parametrize("loss_mode", ["bypass_token", "bypass_sequence"])
+def test_what_is_not_finite_is_masked_if_asked(loss_mode):
+    old, log_prob, advantages, mask = padded_batch()
+    bad, fewer = old.clone(), mask.clone()
+    bad[0, 2], fewer[0, 2] = torch.nan, 0
+    info = {"dp_size": 1, "batch_num_tokens": int(mask.sum()), "global_batch_size": 4}
+    with pytest.raises(
+        ValueError, match=rf"loss_mode={loss_mode}: rollout_logp .*override_config\.alp_nonfinite='mask'"
+    ):
+        call(loss_mode, (bad, log_prob, advantages, mask), actor_config(global_batch_info=dict(info)))
+    loss, metrics = call(loss_mode, (bad, log_prob, advantages, mask), masking(global_batch_info=dict(info)))
+    right, others = call(loss_mode, (old, log_prob, advantages, fewer), actor_config(global_batch_info=dict(info)))
+    torch.testing.assert_close(loss, right)
+    torch.testing.assert_close(gradient(loss, log_prob), gradient(right, log_prob))
+    assert metrics.pop("actor/alp/nonfinite_frac") == pytest.approx(1 / int(mask.sum())) and metrics == others
+
+
+def test_the_option_for_what_is_not_finite_is_read_from_verls_own_config(model_path):
+    from verl.workers.config import HFModelConfig
+
+    config = actor_config()
+    overrides = {"alp_nonfinite": "drop", "attn_implementation": "sdpa"}
+    config.model_config = HFModelConfig(path=model_path, override_config=overrides)
+    with pytest.raises(ValueError, match=r"model\.override_config\.alp_nonfinite='drop'; it needs one of"):
+        call("bypass_token", padded_batch(), config)
+
+
+def test_ppo_kl_is_clamped_as_verl_does():
+    old, log_prob, advantages, mask = padded_batch()
+    far = old.clone()
+    far[0, 1], far[1, 0], far[2, 0] = old[0, 1] - 30, old[1, 0] - 50, -70.0
+    config = actor_config()
+    _, metrics = call("bypass_token", (far, log_prob, advantages, mask), config)
+    _, theirs = compute_policy_loss_vanilla(far, log_prob, advantages, mask.bool(), config=config)
+    assert metrics == pytest.approx(theirs, abs=1e-6) and metrics["actor/ppo_kl"] < -2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[(name, value) for name in ("clip_ratio_low", "clip_ratio_high") for value in (float("nan"), "0.2", -0.1)],
+        *[("clip_ratio_c", value) for value in (float("nan"), "3", 0.5, 1.0)],
+    ],
+)
+def test_a_bad_clip_is_named_as_verls_user_set_it(option, value):
+    with pytest.raises((ValueError, TypeError), match=rf"loss_mode=bypass_token: {option}=.*; it needs "):
+        call("bypass_token", padded_batch(), actor_config(**{option: value}))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[("alp_sigma", value) for value in (0, -1, float("nan"), "x", None)],
+        *[("alp_sigma_lr", value) for value in (-1, float("inf"), "x", None)],
+        *[("alp_seed", value) for value in (1.5, -1, 1 << 64, "x", True)],
+        *[("alp_layers", value) for value in ("0,3", 3, [1.5], [], [True], None)],
+        *[("alp_scale", value) for value in ("relative", None, 1)],
+        *[("alp_rounding", value) for value in ("up", None)],
+        *[("alp_nonfinite", value) for value in ("drop", None, True)],
+    ],
+)
+def test_a_bad_setting_of_the_engine_is_named_before_a_model_is_built(option, value):
+    override = {"alp_sigma": 0.01, "alp_sigma_lr": 5e-4, option: value}
+    with pytest.raises((ValueError, TypeError), match=rf"ALP engine: {option}=.*; it needs "):
+        verl_engine.Settings.take(SimpleNamespace(override_config=override, hf_config=Qwen2Config()))
 
 
 def test_verl_loads_the_losses_by_the_entry_point_and_survives_a_broken_plugin(tmp_path):
