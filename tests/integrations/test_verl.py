@@ -47,7 +47,7 @@ def padded_batch(spread=0.8):
     """old_log_prob, log_prob, advantages, response_mask: padded, with two turns in row 1 and nothing in the last row."""
     B, T = 5, 7
     generator = torch.Generator().manual_seed(0)
-    old = -3 + torch.randn(B, T, generator=generator)
+    old = -6 + torch.randn(B, T, generator=generator)
     log_prob = (old + spread * torch.randn(B, T, generator=generator)).requires_grad_()
     advantages = torch.randn(B, T, generator=generator)
     mask = (torch.arange(T) < torch.tensor([7, 6, 3, 5, 0])[:, None]).long()
