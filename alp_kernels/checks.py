@@ -109,10 +109,18 @@ def check_tensor(where: str, name: str, value: object, of_module: str = "") -> N
         raise TypeError(f"{where}: {name} is {value.dtype}; it needs plain real numbers")
 
 
-def check_logp(where: str, name: str, value: object) -> None:
-    """Check a tensor of log-probabilities, apart from its values."""
+def check_local(where: str, name: str, value: object) -> Tensor:
+    """Check a tensor that holds all its values on this rank, and return it."""
     check_tensor(where, name, value)
     assert isinstance(value, Tensor)
+    if hasattr(value, "full_tensor"):
+        raise TypeError(f"{where}: {name} is a DTensor, one rank's shard of it; give {name}.full_tensor()")
+    return value
+
+
+def check_logp(where: str, name: str, value: object) -> None:
+    """Check a tensor of log-probabilities, apart from its values."""
+    value = check_local(where, name, value)
     if value.dtype not in (torch.float32, torch.float64):
         why = " (16 bits change ratios by several per cent)" if value.dtype.is_floating_point else ""
         raise TypeError(f"{where}: {name} is {value.dtype}; it needs torch.float32{why}")

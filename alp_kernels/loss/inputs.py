@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_logp, check_tensor, is_number, refuse_type, refuse_value, shown
+from ..checks import check_choice, check_local, check_logp, is_number, refuse_type, refuse_value, shown
 from ..objective import Objective
 
 Count: TypeAlias = int | float | Tensor | None
@@ -42,14 +42,14 @@ class LossInputs(NamedTuple):
             value = getattr(self, name)
             if value is None and name in self._field_defaults:
                 continue
-            (check_logp if name in LOG_PROBABILITIES else check_tensor)(where, name, value)
+            (check_logp if name in LOG_PROBABILITIES else check_local)(where, name, value)
             if name in ("advantages", "token_weight") and value.dtype == torch.bool:
                 raise TypeError(f"{where}: {name} is torch.bool; it needs numbers")
         for name in ("cu_seqlens", "sequence_ids"):
             value = getattr(self, name)
             if value is None:
                 continue
-            check_tensor(where, name, value)
+            check_local(where, name, value)
             if value.is_floating_point() or value.dtype == torch.bool:
                 raise TypeError(f"{where}: {name} is {value.dtype}; it needs integers")
         for name in ("num_tokens", "num_sequences"):
@@ -84,7 +84,7 @@ def _check_count(where: str, name: str, value: Count) -> None:
     if value is None:
         return
     if isinstance(value, Tensor):
-        check_tensor(where, name, value)
+        check_local(where, name, value)
         if value.numel() != 1 or value.dtype == torch.bool:
             raise ValueError(f"{where}: {name} is {value.dtype} {tuple(value.shape)}; it needs one number")
     elif not is_number(value):
