@@ -26,6 +26,7 @@ from ..reference import LogitTransform
 from ..stream import LogitNoise
 from .gather import check_group, local_rows
 from .head import Head, VocabSplit, hint_at_mask
+from .inputs import LossInputs
 from .plan import Needs, Operands, make_plan
 from .split import agree, sum_gradient
 from .transfer import Transfer
@@ -120,10 +121,11 @@ def _check_head(where: str, head: Head) -> None:
         check_tensor(where, "logit_noise.log_sigma", head.logit_noise.log_sigma)
 
 
-def check_head(where: str, inputs: HeadInputs, transfer: Transfer) -> Operands:
+def check_head(where: str, inputs: HeadInputs, transfer: Transfer, loss: LossInputs | None = None) -> Operands:
     """Check the inputs against one another; `transfer` checks the values of targets and temperature.
 
-    With a split, the ranks compare their inputs in a collective call, and backward sums hidden's gradient over the ranks.
+    With a split, the ranks compare their inputs, those of the loss too, in a collective call, and backward sums hidden's
+    gradient over the ranks.
     """
     hidden, head, targets, mask = inputs.hidden, inputs.head, inputs.targets, inputs.mask
     _check_tensors(where, inputs)
@@ -146,7 +148,10 @@ def check_head(where: str, inputs: HeadInputs, transfer: Transfer) -> Operands:
         inputs.needs,
     )
     if head.split is not None:
-        shard, chunk_rows = agree(where, flat, head.weight, targets, mask, head.split, plan.chunk_rows, transform)
+        shared = {} if loss is None else loss.fingerprints(hidden.device)
+        shard, chunk_rows = agree(
+            where, flat, head.weight, targets, mask, head.split, plan.chunk_rows, transform, shared
+        )
         plan = plan.for_shard(shard, targets.reshape(-1).long().clamp(0, shard.vocab - 1), chunk_rows)
         flat = sum_gradient(flat, shard.group)
     return Operands(flat, head.weight, head.bias, plan)

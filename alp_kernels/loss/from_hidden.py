@@ -106,7 +106,7 @@ def _fused_in_graph(head: HeadInputs, loss: LossInputs) -> LossOutput:
 
 def _fused_eager(head: HeadInputs, loss: LossInputs) -> LossOutput:
     where, shape, transfer = "fused_alp_loss", head.targets.shape, Transfer()
-    operands = check_head(where, head, transfer)
+    operands = check_head(where, head, transfer, loss)
     given = prepare(where, operands, loss, shape, transfer, head.needs)
     fused, noise = fused_head(given), head.head.logit_noise
     log_sigma = None if noise is None else noise.log_sigma

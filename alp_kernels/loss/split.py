@@ -14,6 +14,7 @@ dh = sum_r dx_r W_r over the ranks. Derivations: docs/math.md, section 4
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from ..protocol import Engine
 from ..reference import HeadRows, LogitTransform
 from .head import VocabSplit, hint_at_mask
 
-_NUM_SAMPLES, _NUM_WEIGHTS = 256, 16
+_NUM_SAMPLES, _NUM_WEIGHTS, _NUM_SHARED = 256, 16, 12
 
 
 class Shard(NamedTuple):
@@ -121,8 +122,11 @@ def agree(
     split: VocabSplit,
     chunk_rows: int,
     transform: LogitTransform,
+    shared: dict[str, Tensor],
 ) -> tuple[Shard, int]:
     """Check in one all-gather, before any kernel, that the shards form a vocabulary and all ranks have the same rows (N, D).
+
+    shared: numbers () of the loss's inputs that must be equal on all ranks, by name.
 
     Returns this rank's shard and the number of rows of a chunk, which all ranks share because a chunk is a collective call.
     """
@@ -133,7 +137,9 @@ def agree(
     named = [len(flat), (flat * kept * (place % 1009)).sum(), (kept * place).sum(), low, high]
     tau = 1.0 if transform.temperature is None else transform.temperature.double().mean()
     options = [transform.logit_scale, transform.softcap or 0.0, tau]
-    known = [len(weight), -1 if split.start is None else split.start, chunk_rows, *named, *options]
+    of_loss = zlib.crc32(",".join(shared).encode())  # ranks that give other arguments would gather other sizes
+    slots = [*shared.values(), *([0.0] * (_NUM_SHARED - len(shared)))]
+    known = [len(weight), -1 if split.start is None else split.start, chunk_rows, *named, *options, of_loss, *slots]
     sample = hidden.detach().reshape(-1)[:: max(1, hidden.numel() // _NUM_SAMPLES)][:_NUM_SAMPLES].double()
     numbers = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=hidden.device) for v in known])
     weights = weight.detach().reshape(-1)[:: max(1, weight.numel() // _NUM_WEIGHTS)][:_NUM_WEIGHTS].double()
@@ -158,6 +164,14 @@ def agree(
         )
     if not (table[:, 8:11] == table[0, 8:11]).all():
         raise ValueError(f"{where}: logit_scale, softcap or temperature are not the same on the ranks of the group")
+    if not (table[:, 11] == table[0, 11]).all():
+        raise ValueError(f"{where}: the ranks of the group were given different arguments of the loss")
+    for column, name in enumerate(shared, start=12):
+        values = table[:, column]
+        if not torch.allclose(values, values[:1].expand_as(values), rtol=1e-9, atol=0.0):
+            raise ValueError(
+                f"{where}: {name} is not the same on the ranks of the group; tensor-parallel ranks compute one loss of one batch"
+            )
     smallest, largest = int(table[0, 6]), int(table[0, 7])
     if smallest < 0 or largest >= vocab:
         raise ValueError(

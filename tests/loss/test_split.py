@@ -131,6 +131,9 @@ def test_mistakes_are_said_on_every_rank(size: int, ranks: dict[int, Any]) -> No
         assert "VocabSplit's group and start must be None" in said["placed twice"]
         assert "logit_noise was given with a split vocabulary" in said["noise"]
         assert "temperature are not the same on the ranks" in said["temperature"]
+        for name in ("advantages", "rollout_logp", "objective", "num_tokens"):
+            assert f"fused_alp_loss: {name} is not the same on the ranks of the group" in said[name]
+        assert "the ranks of the group were given different arguments of the loss" in said["other arguments"]
 
 
 @pytest.mark.parametrize("size", [2, 4])

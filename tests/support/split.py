@@ -165,6 +165,13 @@ def refusals() -> dict[str, str]:
     def logprob(hidden: Tensor, weight: Tensor, targets: Tensor, **split: Any) -> None:
         linear_logprob(hidden, Head(weight, split=VocabSplit(**split)), targets)
 
+    def loss(**changes: Any) -> None:
+        log_q = torch.full((B, T), -4.0, dtype=hidden.dtype)
+        given = {"rollout_logp": log_q, "advantages": torch.ones(B, dtype=hidden.dtype), "mask": torch.ones(B, T)}
+        given |= {"objective": Objective(), "num_tokens": 15, **changes}
+        fused_alp_loss(hidden, Head(rows, split=VocabSplit()), targets, **given)
+
+    loss()
     shard, columns = (distribute_tensor(whole["weight"], mesh, [Shard(dim)]) for dim in (0, 1))
     noise = LogitNoise(torch.tensor(-1.0, dtype=hidden.dtype), 1, 2)
     mistakes: dict[str, Any] = {
@@ -178,6 +185,11 @@ def refusals() -> dict[str, str]:
         "columns": lambda: logprob(hidden[..., 1:], rows, targets),
         "placed twice": lambda: logprob(hidden, shard, targets, start=0),
         "temperature": lambda: linear_logprob(hidden, Head(rows, temperature=1.0 + rank, split=VocabSplit()), targets),
+        "advantages": lambda: loss(advantages=torch.tensor([1.0, 1.0, 1.0 + rank], dtype=hidden.dtype)),
+        "rollout_logp": lambda: loss(rollout_logp=torch.full((B, T), -4.0 - rank, dtype=hidden.dtype)),
+        "objective": lambda: loss(objective=Objective(clip_high=1.0 + rank)),
+        "num_tokens": lambda: loss(num_tokens=15 + rank),
+        "other arguments": lambda: loss(**{} if rank else {"token_weight": torch.ones(B, T)}),
         "noise": lambda: linear_logprob(hidden, Head(rows, split=VocabSplit(), logit_noise=noise), targets),
     }
     said = {}
