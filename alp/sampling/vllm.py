@@ -7,8 +7,10 @@ of the model. vLLM draws its own random numbers, with seeds derived from the run
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
+import math
 import tempfile
 import urllib.error
 import urllib.request
@@ -78,7 +80,12 @@ class VllmSampler(History):
         self._backend.holds = self.weights
 
     def sample(self, policy: Policy, request: Request) -> Completions:
-        """Like `rollout.sample`. A prompt's first number in `u` seeds its request; tokens after a stop are dropped."""
+        """Like `rollout.sample`. A prompt's first number in `u` seeds its request; tokens after a stop are dropped.
+
+        Raises:
+            UserError: vLLM cannot be reached, or its reply does not fit the request; so does a log-probability that is
+                null, NaN or inf, because its token could not be trained on.
+        """
         self._send()
         shared = {
             "n": request.num_samples,
@@ -121,8 +128,16 @@ def _completions(policy: Policy, request: Request, sampled: list[Sampled]) -> Co
     mask = torch.arange(max_new_tokens) < lengths[:, None]
     before = torch.arange(width) >= torch.tensor([width - len(p) for p in rows])[:, None]
     logp = torch.tensor([one.logp + [0.0] * (max_new_tokens - len(one.logp)) for one in sampled])
-    if not logp.isfinite().all():
-        raise UserError(f"vLLM returned {int((~logp.isfinite()).sum())} log-probabilities that are not finite")
+    is_bad = ~logp.isfinite()
+    if num_bad := int(is_bad.sum()):
+        row, t = is_bad.nonzero()[0].tolist()
+        raise UserError(
+            f"vLLM returned {num_bad} of {int(lengths.sum())} log-probabilities as null, NaN or inf, first for token {t} of "
+            f"completion {row}; if this began during training, the weights may have diverged: lower update.lr"
+        )
+    num_known = policy.model.get_input_embeddings().num_embeddings
+    if unknown := [token for one in sampled for token in one.tokens if not 0 <= token < num_known]:
+        raise UserError(f"vLLM returned token {unknown[0]}, but the model has {num_known}: vLLM runs another model")
     device = policy.model.device
     return Completions(
         tokens.to(device),
@@ -175,7 +190,10 @@ class _Server:
     def __init__(self, url: str) -> None:
         self._url = url
         self.holds: object | None = None
-        self._model = self._call("/v1/models")["data"][0]["id"]
+        models = _field(self._named("/v1/models"), self._call("/v1/models"), "data", list)
+        if not models:
+            raise UserError(f"{self._named('/v1/models')} names no model; start vLLM with one")
+        self._model = _field(self._named("/v1/models"), models[0], "id", str)
 
     def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[Sampled]]:
         with ThreadPoolExecutor(_CONCURRENT) as pool:
@@ -185,16 +203,12 @@ class _Server:
         reply = self._call(
             "/v1/completions", {"model": self._model, "prompt": prompt, "return_token_ids": True, **params}
         )
-        try:
-            return [
-                Sampled(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop")
-                for choice in sorted(reply["choices"], key=lambda choice: choice["index"])
-            ]
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"rollout.server={self._url}: its completions lack {error}; it needs a vLLM that supports return_token_ids "
-                "(0.10.2 or later)"
-            ) from None
+        where = self._named("/v1/completions")
+        choices = _field(where, reply, "choices", list)
+        return [_sampled(where, one) for one in sorted(choices, key=lambda one: _field(where, one, "index", int))]
+
+    def _named(self, path: str) -> str:
+        return f"rollout.server={self._url}{path}"
 
     def reload(self, folder: str) -> None:
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
@@ -209,11 +223,35 @@ class _Server:
         except urllib.error.HTTPError as error:
             hint = "; start it with VLLM_SERVER_DEV_MODE=1" if error.code == 404 and not path.startswith("/v1") else ""
             said = error.read().decode(errors="replace")[:300]
-            raise UserError(f"rollout.server={self._url}{path} answers {error.code}: {said}{hint}") from None
-        except (urllib.error.URLError, OSError) as error:
+            raise UserError(f"{self._named(path)} answers {error.code}: {said}{hint}") from None
+        except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise UserError(f"rollout.server={self._url} cannot be reached: {reason}") from None
-        return json.loads(text) if text.strip() else None
+        try:
+            return json.loads(text) if text.strip() else None
+        except ValueError:
+            said = text[:80].decode(errors="replace")
+            raise UserError(f"{self._named(path)} answers {said!r}; it needs JSON: is this a vLLM server?") from None
+
+
+def _field(where: str, owner: Any, name: str, kind: type) -> Any:
+    """Return field `name` of a JSON object, which must be of `kind`."""
+    value = owner.get(name) if isinstance(owner, dict) else None
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    lacks = f"lacks {name!r}" if value is None else f"has {name}={value!r:.80}; it needs a {kind.__name__}"
+    raise UserError(f"{where}: its answer {lacks}; it needs a vLLM that supports return_token_ids (0.10.2 or later)")
+
+
+def _sampled(where: str, choice: Any) -> Sampled:
+    """Read a completion. A log-probability that is null becomes NaN: JSON has no other number for it."""
+    tokens = _field(where, choice, "token_ids", list)
+    logp = _field(where, _field(where, choice, "logprobs", dict), "token_logprobs", list)
+    for name, values, kinds in (("token_ids", tokens, {int}), ("token_logprobs", logp, {int, float, type(None)})):
+        if wrong := [value for value in values if type(value) not in kinds]:
+            raise UserError(f"{where}: its answer has {wrong[0]!r:.80} among {name}; it needs numbers")
+    ended = _field(where, choice, "finish_reason", str) == "stop"
+    return Sampled(tokens, [math.nan if value is None else float(value) for value in logp], ended)
 
 
 # ------------------------------------------------------------------ in this process

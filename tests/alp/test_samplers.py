@@ -316,8 +316,108 @@ def test_servers_that_cannot_serve_say_why(
     with pytest.raises(UserError, match=r"404.*VLLM_SERVER_DEV_MODE=1"):
         backend._call("/not/there", {})
     monkeypatch.setattr(backend, "_call", lambda *_: {"choices": [{"index": 0, "text": "x"}]})
-    with pytest.raises(UserError, match=r"lack 'token_ids'; it needs a vLLM that supports return_token_ids"):
+    with pytest.raises(UserError, match=r"lacks 'token_ids'; it needs a vLLM that supports return_token_ids"):
         backend.generate([[1]], [{}])
+
+
+FITS = {"index": 0, "token_ids": [4, 5], "logprobs": {"token_logprobs": [-0.5, -1]}, "finish_reason": "length"}
+
+ANSWERS = [
+    *[(answer, "'choices'") for answer in (None, [], {}, "ok", 3, {"choices": None})],
+    *[({"choices": answer}, "choices=.*needs a list") for answer in ({}, "ok", 3)],
+    *[({"choices": [answer]}, "lacks 'index'") for answer in (None, [], "ok", 3, {})],
+    *[(FITS | {"index": value}, "index") for value in (None, "0", True)],
+    *[
+        (FITS | {"token_ids": value}, "token_ids")
+        for value in (None, "4 5", 4, {}, ["4", 5], [4, None], [4.0, 5], [True])
+    ],
+    *[(FITS | {"logprobs": value}, "logprobs") for value in (None, [-0.5, -1], 3, {}, {"token_logprobs": None})],
+    *[
+        (FITS | {"logprobs": {"token_logprobs": value}}, "token_logprobs")
+        for value in (-1, "x", ["-0.5", -1], [[-1]], [{}])
+    ],
+    *[(FITS | {"finish_reason": value}, "finish_reason") for value in (None, 3, ["stop"])],
+    *[(FITS | {"token_ids": value}, "unequal numbers") for value in ([4], [], [4, 5, 6])],
+    (FITS | {"token_ids": [4] * 9, "logprobs": {"token_logprobs": [-1.0] * 9}}, "more tokens than requested"),
+    *[(FITS | {"token_ids": [4, value]}, f"returned token {value}, but the model has") for value in (1 << 40, -1)],
+    ({"choices": []}, "returned 0 of 1 completions"),
+    ({"choices": [FITS, FITS]}, "returned 2 of 1 completions"),
+    *[
+        (
+            FITS | {"logprobs": {"token_logprobs": value}},
+            f"returned {count} of 2 log-probabilities as null.* token {t} of",
+        )
+        for value, count, t in (
+            ([None, -0.1], 1, 0),
+            ([-0.1, None], 1, 1),
+            ([None, None], 2, 0),
+            ([-0.1, float("nan")], 1, 1),
+            ([float("-inf"), -0.1], 1, 0),
+        )
+    ],
+]
+"""What a server may answer to a request for one completion of at most 8 tokens, and what the error says."""
+
+
+@pytest.mark.parametrize(("answer", "says"), ANSWERS, ids=lambda value: repr(value)[:60])
+def test_an_answer_that_does_not_fit_is_named(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, answer: Any, says: str
+) -> None:
+    answer = {"choices": [answer]} if isinstance(answer, dict) and "index" in answer else answer
+    answers = {"/v1/models": {"data": [{"id": "the-model"}]}, "/v1/completions": json.loads(json.dumps(answer))}
+    monkeypatch.setattr(vllm._Server, "_call", lambda _, path, body=None: answers.get(path))
+    monkeypatch.setattr(vllm, "_connections", {})
+    sampler = make_sampler(policy.model, RolloutConfig(path="vllm", server="http://nowhere"))
+    with pytest.raises(UserError, match=says) as raised:
+        sampler.sample(policy, Request(prompts(policy)[:1], 1, 8, u=uniforms(1, 8, 0, 0)))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_answer_of_whole_numbers_fits(
+    policy: Policy, server: tuple[FakeVllm, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = server
+    backend: Any = vllm.connect(url)
+    monkeypatch.setattr(backend, "_call", lambda *_: {"choices": [FITS]})
+    assert backend.generate([[1]], [{}]) == [[vllm.Sampled([4, 5], [-0.5, -1.0], False)]]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"<html>hello</html>", r"v1/models answers '<html>.*needs JSON"),
+        (b"\xff\xfe", "needs JSON"),
+        (b"", "lacks 'data'"),
+        (b"null", "lacks 'data'"),
+        (b"[]", "lacks 'data'"),
+        (b'{"data": 3}', "data=3; it needs a list"),
+        (b'{"data": []}', "names no model"),
+        (b'{"data": [{}]}', "lacks 'id'"),
+        (b'{"data": ["x"]}', "lacks 'id'"),
+        (None, "cannot be reached"),
+    ],
+)
+def test_a_server_that_is_none_of_vllm_is_named(policy: Policy, body: bytes | None, says: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(9 if body is None else len(body)))  # None: it hangs up early
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match=says):
+            make_sampler(policy.model, RolloutConfig(path="vllm", server=f"http://127.0.0.1:{httpd.server_address[1]}"))
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+        thread.join()
 
 
 def test_vllm_in_this_process_is_asked_the_same(policy: Policy, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
