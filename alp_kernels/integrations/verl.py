@@ -82,8 +82,9 @@ def verl_policy_loss(
         The loss, scaled as verl scales its own (dp_size over the whole batch's count), and metrics of this micro-batch.
 
     Raises:
-        ValueError: rollout_is_weights is given, so old_log_prob is a recomputed policy's. RuntimeError: the loss is an
-            "alp_*" one and no perturbation is switched on.
+        ValueError, TypeError: an option does not fit; rollout_is_weights is given, so old_log_prob is a recomputed policy's;
+            config asks for rejection sampling or REINFORCE. RuntimeError: the loss is an "alp_*" one and no perturbation is
+            switched on.
     """
     where = f"loss_mode={loss_mode}"
     low, high = (
@@ -97,6 +98,13 @@ def verl_policy_loss(
             f"{where}: rollout_is_weights is given, so old_log_prob is not the rollout's and the mismatch counts twice. Set "
             "algorithm.rollout_correction.bypass_mode=true and algorithm.rollout_correction.rollout_is=null"
         )
+    correction = config.policy_loss.get("rollout_correction") or {}
+    for option, fits in (("rollout_rs", None), ("loss_type", "ppo_clip")):
+        if correction.get(option, fits) != fits:
+            raise ValueError(
+                f"{where}: rollout_correction.{option}={correction.get(option)!r}; verl's own bypass loss does that, this one "
+                f"does not; it needs {fits!r}"
+            )
     require_noise(where, LOSS_MODES[loss_mode])
     if unknown:
         _say_once("verl passes arguments that the ALP losses do not use; they have no effect: %s", sorted(unknown))

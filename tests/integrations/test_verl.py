@@ -198,6 +198,17 @@ def test_weights_of_a_recomputed_policy_are_refused():
         )
 
 
+@pytest.mark.parametrize("change", [{"rollout_rs": "seq_mean_k1"}, {"loss_type": "reinforce"}])
+def test_what_verls_own_bypass_loss_would_do_is_refused(change):
+    from verl.trainer.config.algorithm import RolloutCorrectionConfig
+    from verl.workers.config import PolicyLossConfig
+
+    correction = RolloutCorrectionConfig(bypass_mode=True, rollout_is=None, **change)
+    config = actor_config(policy_loss=PolicyLossConfig(rollout_correction=correction))
+    with pytest.raises(ValueError, match=rf"rollout_correction\.{next(iter(change))}="):
+        call("bypass_token", padded_batch(), config)
+
+
 def test_alp_losses_without_noise_are_refused():
     with pytest.raises(RuntimeError, match="no perturbation is switched on"):
         call("alp_token", padded_batch(), actor_config())
