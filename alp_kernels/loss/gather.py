@@ -17,15 +17,18 @@ from ..dtypes import real
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate the ranks' `local` along `dim`, in the order of the group's ranks; the sizes may differ."""
+    """Concatenate the ranks' `local` along `dim`, in the order of the group's ranks; the sizes may differ.
+
+    sums: backward sums the ranks' gradients and divides by `by`; else it keeps this rank's slice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, dim: int, group: dist.ProcessGroup | None, sums: bool) -> Tensor:
+    def forward(ctx: Any, local: Tensor, dim: int, group: dist.ProcessGroup | None, sums: bool, by: int) -> Tensor:
         sizes = _sizes(local.shape[dim], local.device, group)
         rows = local.movedim(dim, 0).contiguous()
         parts = [rows.new_empty(max(sizes), *rows.shape[1:]) for _ in sizes]
         dist.all_gather(parts, _padded(rows, max(sizes)), group=group)
-        ctx.dim, ctx.group, ctx.sums, ctx.sizes = dim, group, sums, sizes
+        ctx.dim, ctx.group, ctx.sums, ctx.by, ctx.sizes = dim, group, sums, by, sizes
         whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
         return whole.movedim(0, dim)
 
@@ -36,12 +39,12 @@ class _Gather(torch.autograd.Function):
         parts = dwhole.movedim(ctx.dim, 0).split(ctx.sizes)
         mine = parts[rank]
         if ctx.sums:
-            # 16-bit gradients are summed in float32 and rounded once
+            # 16-bit gradients are summed, and divided, in float32 and rounded once
             padded = torch.cat([_padded(part.to(real(dwhole)), max(ctx.sizes)) for part in parts])
             total = padded.new_empty(max(ctx.sizes), *padded.shape[1:])
             dist.reduce_scatter_tensor(total, padded, group=ctx.group)
-            mine = total[: ctx.sizes[rank]].to(dwhole.dtype)
-        return mine.movedim(0, ctx.dim).contiguous(), None, None, None
+            mine = (total[: ctx.sizes[rank]] / ctx.by).to(dwhole.dtype)
+        return mine.movedim(0, ctx.dim).contiguous(), None, None, None, None
 
 
 def _sizes(mine: int, device: torch.device, group: dist.ProcessGroup | None) -> list[int]:
@@ -96,10 +99,7 @@ def gather_weight(weight: Tensor, group: dist.ProcessGroup | None = None, *, ave
         return weight
     if weight.dim() == 0:
         raise ValueError(f"{where}: weight has shape (); it needs this rank's rows (V_r, D)")
-    whole: Tensor = _Gather.apply(weight, 0, group, True)
-    size = dist.get_world_size(group)
-    if average and whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / size)
+    whole: Tensor = _Gather.apply(weight, 0, group, True, dist.get_world_size(group) if average else 1)
     return whole
 
 
@@ -115,7 +115,7 @@ def gather_sequence(values: Tensor, group: dist.ProcessGroup | None = None, *, d
     check_group(where, "group", group)
     rank = values.dim()
     dim = check_integer(where, "dim", dim, -rank, rank - 1, f"an axis of values, {tuple(values.shape)}")
-    return _Gather.apply(values, dim, group, False) if dist.is_initialized() else values
+    return _Gather.apply(values, dim, group, False, 1) if dist.is_initialized() else values
 
 
 def check_group(where: str, name: str, group: object) -> None:

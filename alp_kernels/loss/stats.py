@@ -272,12 +272,18 @@ class Stats:
         return {key: float(value) for key, value in out.items()}
 
     def warn_if_nothing_learns(self) -> None:
-        """Warn, once a process, if every token with a nonzero advantage lost its gradient; waits for the device."""
+        """Warn, once a process, if every token with a nonzero advantage lost its gradient; waits for the device.
+
+        A single ratio may well be clipped, so there must be two: tokens, or sequences above token level.
+        """
         host = self.live()
         clipped = host.clipped_low | host.clipped_high | host.clipped_dual
         has_advantage = host.advantages != 0
         count = int(has_advantage.sum())
-        if _warned or count == 0 or bool((has_advantage & ~(host.clamped | clipped)).any()):
+        is_one = (
+            host.objective.level != "token" and host.knows_sequences and int((has_advantage & host.is_last).sum()) == 1
+        )
+        if _warned or count < 2 or is_one or bool((has_advantage & ~(host.clamped | clipped)).any()):
             return
         _warned.append(True)
         clamped = int((has_advantage & host.clamped).sum())

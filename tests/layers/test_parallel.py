@@ -76,6 +76,7 @@ def work(folder: str) -> dict[str, Any]:
     alone = [dist.new_group([rank]) for rank in range(size)][dist.get_rank()]
     out: dict[str, Any] = {"case": {case: wrapped.one_update(case) for case in [*LAYOUTS[size], *SINGLE]}}
     out["bfloat16"] = {case: (wrapped.one_update(case), wrapped.one_update(case, alone)) for case in BFLOAT16}
+    out["halves"] = split.averaged_halves()
     out["weight"] = {average: split.gathered_weight(average) for average in (False, True)}
     out["sequence"] = {
         preset: split.context_parallel_update(True, preset) for preset in ("alp-token", "alp-sequence", "alp-cum-token")
@@ -178,6 +179,11 @@ def test_a_gathered_weight_gets_the_sum_or_mean_of_the_ranks_gradients(
         whole = torch.cat([rank["weight"][average][str(dtype)] for rank in ranks[size]])
         assert whole.dtype == dtype and whole.shape == expected.shape
         assert ((whole - expected).abs() <= bound * expected.abs() + 1e-15).all()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_an_averaged_float16_gradient_stays_in_range(size: int, ranks: dict[int, Any]) -> None:
+    assert all((rank["halves"] == 40000).all() for rank in ranks[size])
 
 
 @pytest.mark.parametrize("preset", ["alp-token", "alp-sequence", "alp-cum-token"])

@@ -143,4 +143,12 @@ def test_a_step_with_one_gradient_left_is_not_said(warnings):
     assert stats.summary()["clamp_frac"] == 0.0
     none = policy_loss(logp, q, torch.zeros(2), torch.ones(2, 4), objective=Objective()).stats
     none.summary()
+    ratio = policy_loss(
+        torch.full((1, 4), -0.1),
+        torch.full((1, 4), -1.0),
+        -torch.ones(1),
+        torch.ones(1, 4),
+        objective=Objective("sequence"),
+    ).stats
+    assert ratio.summary()["dual_clip_frac"] == 1.0  # a single ratio may well be clipped
     assert not warnings.records

@@ -254,7 +254,7 @@ def tensor_parallel_update(
 
 def gathered_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Causal attention from this rank's queries (B, H, T_r, d) to the keys and values of the whole sequence."""
-    key, value = (_Gather.apply(x, 2, None, True) for x in (key, value))
+    key, value = (_Gather.apply(x, 2, None, True, 1) for x in (key, value))
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     mine = torch.arange(key.shape[2]).tensor_split(dist.get_world_size())[dist.get_rank()]
@@ -322,3 +322,12 @@ def gathered_weight(average: bool) -> dict[str, Tensor]:
         assert local.grad is not None
         out[str(dtype)] = local.grad
     return out
+
+
+def averaged_halves() -> Tensor:
+    """The gradient of this rank's slice of a float16 weight, averaged: the ranks' sum leaves float16's range."""
+    local = torch.ones(1, 2, dtype=torch.float16, requires_grad=True)
+    whole = gather_weight(local, average=True)
+    whole.backward(torch.full_like(whole, 40000))
+    assert local.grad is not None
+    return local.grad
