@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import Head, LossOutput, Objective, fused_alp_loss, policy_loss
-from ..objective import kl_estimate
+from ..checks import check_choice, check_flag, check_integer, check_number, check_rate, check_size, refuse_value
+from ..objective import LOG_RATIO_CLAMP, PRESETS, kl_estimate
 from ..stream import NUM_PASSES, row_ids
 from ._shared import turn_ends
 from .hugging_face import backbone, output_head
@@ -60,14 +61,13 @@ _MULTIMODAL = (
 class ALPGRPOConfig(ALPOptions, GRPOConfig):
     """GRPOConfig with the perturbation's options. Raises if a TRL field is set that an objective cannot honour.
 
-    `epsilon`, `epsilon_high` and `delta`, if given, replace the objective's clip_low, clip_high and dual_clip;
-    `loss_type` sets the aggregation, `beta` the k3 KL to the reference, `entropy_coef` the entropy bonus.
+    `epsilon`, `epsilon_high` and `delta`, if given, replace the objective's clips; `loss_type` sets the aggregation, `beta`
+    and `use_bias_correction_kl` the k3 KL to the reference, `entropy_coef` the entropy bonus. They mean what they mean in TRL.
     """
 
-    delta: float | None = option("The objective's dual_clip; None: its default (ALP: 10).", None)
-    importance_sampling_level: str | None = option("Leave it unset: `alp_objective` sets the level.", None)
+    delta: float | None = option("Cap on the ratio, > 1; None: the objective's own (ALP: 10).", None)
+    importance_sampling_level: str | None = option("None, or the level that `alp_objective` has.", None)
     vllm_importance_sampling_correction: bool = option("Leave it off: it would multiply the ratio again.", False)
-    use_bias_correction_kl: bool = option("Leave it off: the KL term is the plain k3 estimate.", False)
 
     alp_fused_head: bool | None = option(
         "Compute the loss directly from hidden states (fused_alp_loss); None: if the model allows it.", None
@@ -75,36 +75,80 @@ class ALPGRPOConfig(ALPOptions, GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_options()
+        self._check_trls_options()
+
+    def _check_trls_options(self) -> None:
+        """Raise if one of TRL's options does not fit an objective."""
+        where = type(self).__name__
+        check_choice(where, "loss_type", self.loss_type, tuple(_AGGREGATION))
+        if self.loss_type == "dr_grpo":
+            check_integer(where, "max_completion_length", self.max_completion_length, 1)
+        check_rate(where, "beta", self.beta)
+        check_flag(where, "use_bias_correction_kl", self.use_bias_correction_kl)
+        check_number(where, "entropy_coef", self.entropy_coef)
+        check_size(where, "temperature", self.temperature)
+        if self.delta is not None:
+            check_number(where, "delta", self.delta, "a number > 1, or None")
+            if self.delta <= 1:
+                refuse_value(where, "delta", self.delta, "a number > 1, or None")
+        if self.alp_fused_head is not None:
+            check_flag(where, "alp_fused_head", self.alp_fused_head)
+        preset = PRESETS[self.alp_objective]
+        is_trls = preset.level == "token" or (preset.level == "sequence" and preset.geometric)
+        levels = (None, preset.level) if is_trls else (None,)
         claims: list[tuple[str, bool, str]] = [
-            ("loss_type", self.loss_type in _AGGREGATION, f"one of {', '.join(_AGGREGATION)}"),
             (
                 "importance_sampling_level",
-                self.importance_sampling_level is None,
-                "None: `alp_objective` sets the level",
+                any(self.importance_sampling_level == level for level in levels),
+                f"{' or '.join(map(repr, levels))}: alp_objective={self.alp_objective!r} sets the level",
+            ),
+            (
+                "use_bias_correction_kl",
+                not (self.use_bias_correction_kl and self.beta != 0 and preset.geometric),
+                f"False: TRL differentiates the ratio of a sequence's mean, alp_objective={self.alp_objective!r} cannot",
             ),
             (
                 "vllm_importance_sampling_correction",
                 not self.vllm_importance_sampling_correction,
                 "False: the objective's ratio or weight already corrects the rollout engine's mismatch",
             ),
-            ("use_bias_correction_kl", not self.use_bias_correction_kl, "False: the KL term is the plain k3 estimate"),
             ("off_policy_mask_threshold", self.off_policy_mask_threshold is None, "None: the clip bounds the ratio"),
             ("top_entropy_quantile", self.top_entropy_quantile == 1.0, "1.0: all tokens are in the loss"),
             ("use_adaptive_entropy", not self.use_adaptive_entropy, "False, and a fixed entropy_coef"),
         ]
-        self.check(claims)
-        self.objective()  # raises on wrong names and ranges
+        for name, holds, fits in claims:
+            if not holds:
+                refuse_value(where, name, getattr(self, name), fits)
+
+    def clips(self) -> dict[str, float]:
+        given = super().clips()
+        if self.delta is None:
+            return given
+        bound = 1 + given.get("clip_high", PRESETS[self.alp_objective].clip_high)
+        if self.delta >= bound:
+            return given | {"dual_clip": self.delta}
+        # TRL caps the ratio at delta, then takes the smaller of capped and clipped gain: the cap holds for A > 0, and for
+        # A < 0 the clip's upper bound, which is beyond it, holds as a cap
+        return given | {"clip_high": self.delta - 1, "dual_clip": bound}
 
     def objective(self) -> Objective:
-        """Return `alp_objective` with TRL's loss_type, clips, beta and entropy_coef."""
+        """Return `alp_objective` with TRL's loss_type, clips, KL and entropy bonus."""
+        aggregation, has_bonus = _AGGREGATION[self.loss_type], self.entropy_coef != 0
+        if has_bonus and self.loss_type == "dapo":
+            aggregation = (
+                "seq-mean-token-sum"  # num_tokens is the bonus's: the loss divides by another number of tokens
+            )
         return Objective.preset(
             self.alp_objective,
-            aggregation=_AGGREGATION[self.loss_type],
+            aggregation=aggregation,
             norm_length=self.max_completion_length if self.loss_type == "dr_grpo" else None,
             kl="k3" if self.beta != 0 else None,
             kl_coef=self.beta,
+            kl_bias_correction=self.beta != 0 and self.use_bias_correction_kl,
             entropy_coef=self.entropy_coef,
-            **self.clips(self.delta),
+            entropy_aggregation="token-mean" if has_bonus else None,
+            **self.clips(),
         )
 
 
@@ -241,10 +285,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             else:
                 out, loss = self._logp_loss(model, inputs, compute)
         self.keep_stats(out.stats)
-        if self.beta != 0:
-            live = mask.bool()
-            kl = kl_estimate(out.logp, inputs["ref_per_token_logps"].float(), "k3")
-            self.keep_mean("kl", torch.where(live, kl, 0.0).sum(), live.sum())
+        self._keep_terms(out, inputs, mask)
         if not self.in_update:
             self.flush_stats("eval")
         return loss
@@ -293,13 +334,30 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             self.keep_mean("aux_loss", aux_loss.detach(), torch.ones_like(aux_loss))
         return out, loss
 
+    def _keep_terms(self, out: LossOutput, inputs: dict[str, Any], mask: Tensor) -> None:
+        """Keep TRL's metrics `kl` and, with an entropy bonus, `policy_loss`: the loss without the bonus."""
+        stats = out.stats.live()
+        if self.beta != 0:
+            live = mask.bool() & inputs["sampling_per_token_logps"].isfinite()
+            kl = kl_estimate(out.logp, inputs["ref_per_token_logps"].float(), "k3")
+            if self.objective.kl_bias_correction:
+                ell = stats.level_log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+                kl = kl * _at_tokens(ell.exp(), live)
+            self.keep_mean("kl", torch.where(live, kl, 0.0).sum(), live.sum())
+        if self.objective.entropy_coef != 0:
+            assert stats.entropy is not None
+            mean = stats.entropy.sum() / mask.sum().clamp(min=1)
+            share = out.loss.detach() + self.objective.entropy_coef * mean / self._num_accumulated
+            # TRL takes a micro-batch's own mean, but for dapo its share of the step's loss
+            policy_loss = share if self.loss_type == "dapo" else share * self._num_accumulated
+            self.keep_mean("policy_loss", policy_loss, torch.ones_like(policy_loss))
+
     def flush_stats(self, mode: str) -> dict[str, float]:
         summary = super().flush_stats(mode)
-        if "clip_low_frac" in summary:  # under TRL's names, too
-            low, high = summary["clip_low_frac"], summary["clip_high_frac"]
-            for name, value in (("low", low), ("high", high), ("region", low + high)):
-                self._metrics[mode][f"clip_ratio/{name}_mean"].append(value)
+        if "entropy" in summary:  # under TRL's name, too
             self._metrics[mode]["entropy"].append(summary["entropy"])
+        if mode == "train" and self.objective.entropy_coef != 0:
+            self._metrics[mode]["entropy_coef"].append(self.objective.entropy_coef)
         return summary
 
     @property
@@ -307,16 +365,18 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         return int(self.current_gradient_accumulation_steps) if self.in_update else 1
 
     def _counts(self, inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
-        """Return the num_tokens or num_sequences of TRL's loss_type; gradients are later averaged over ranks."""
+        """Return the counts that TRL's loss_type and its entropy bonus divide by; gradients are later averaged over ranks."""
         count = self._num_accumulated
+        own_tokens = mask.sum().clamp(min=1) * count
+        bonus = {} if self.objective.entropy_coef == 0 else {"num_tokens": own_tokens}
         if self.loss_type == "bnpo":
-            return {"num_tokens": mask.sum().clamp(min=1) * count}
+            return {"num_tokens": own_tokens}
         if self.loss_type != "dapo":
-            return {"num_sequences": len(mask) * count}
+            return {"num_sequences": len(mask) * count} | bonus
         num_tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         if self.in_update:  # num_items_in_batch counts the generation batch; a step is one accumulation window
             num_tokens = num_tokens * count / self.args.steps_per_generation
-        return {"num_tokens": num_tokens}
+        return {"num_sequences": num_tokens} | bonus if bonus else {"num_tokens": num_tokens}
 
     def _row_ids(self, inputs: dict[str, Any]) -> Tensor | None:
         """Return (B, P + T) row identities that do not depend on padding, micro-batches or ranks; None to number the rows."""
@@ -341,6 +401,12 @@ def check_logprobs_mode(server_info: dict[str, Any]) -> None:
 def _loss_mask(batch: dict[str, Any]) -> Tensor:
     mask: Tensor = batch["completion_mask"]
     return mask if batch.get("tool_mask") is None else mask * batch["tool_mask"]
+
+
+def _at_tokens(values: Tensor, live: Tensor) -> Tensor:
+    """Place values (n,) at the n live tokens of a (B, T) batch, in order, 0 elsewhere; without a host sync."""
+    index = (live.flatten().cumsum(0) - 1).clamp(min=0)
+    return torch.where(live, torch.cat([values, values.new_zeros(1)])[index].view(live.shape), 0.0)
 
 
 def _tokens(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:

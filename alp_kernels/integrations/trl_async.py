@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import Objective, policy_loss
+from ..checks import refuse_value
 from .trl_sigma import ALPOptions, SigmaMixin
 
 try:
@@ -29,11 +30,13 @@ class ALPAsyncGRPOConfig(ALPOptions, AsyncGRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = "an alp-* or bypass-* preset: this trainer has only the rollout's log-probabilities"
-        self.check([("alp_objective", self.objective().denominator == "rollout", fits)])
+        self.check_options()
+        if self.objective().denominator != "rollout":
+            fits = "an alp-* or bypass-* preset: this trainer has only the rollout's log-probabilities"
+            refuse_value(type(self).__name__, "alp_objective", self.alp_objective, fits)
 
     def objective(self) -> Objective:
-        return Objective.preset(self.alp_objective, **self.clips(None))
+        return Objective.preset(self.alp_objective, **self.clips())
 
 
 class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
@@ -53,7 +56,7 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
             raise TypeError(f"ALPAsyncGRPOTrainer: args is a {type(args).__name__}; it needs an ALPAsyncGRPOConfig")
         super().__init__(model, reward_funcs, args, *others, **named)
         self.objective = args.objective()
-        self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high  # for TRL's own metrics
+        self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high
         self.init_sigma(args)
 
     def compute_loss(
@@ -68,6 +71,9 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
         # samples can share a token, which is forwarded once, so rows have no sample ids and are numbered in packed order
         with self.noise(lambda: None):
             super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)  # for its accounting and metrics
+        for name, values in self._metrics["train"].items():
+            if name.startswith("clip_ratio/"):  # of token ratios; `flush_stats` writes those of the objective's level
+                values.pop()
         [output] = outputs
         selected = inputs["token_index"] >= 0
         index, segment = inputs["token_index"][selected], inputs["segment_id"][selected]

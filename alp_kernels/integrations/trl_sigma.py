@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import Perturbation, Stats, attach
+from .. import Objective, Perturbation, Stats, attach
+from ..checks import check_choice, check_integer, check_number, check_rate, check_size, refuse_type, refuse_value
 from ..noise.perturb import ROUNDINGS, SCALES
 from ..stream import FINAL_LAYER, MAX_SEED
 
@@ -55,34 +56,43 @@ class ALPOptions:
         'If rollout log-probabilities are NaN or inf: "mask" and count them, or "raise".', "mask"
     )
 
-    def check(self, claims: list[tuple[str, bool, str]]) -> None:
-        """Raise a ValueError that names the field, what came and what fits; claims: (field, whether it fits, what fits)."""
-        seed = self.alp_seed
-        for name in ("alp_sigma", "alp_sigma_learning_rate"):
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
-                raise TypeError(f"{type(self).__name__}: {name}={value!r}; it needs a number")
+    def check_options(self) -> None:
+        """Raise a ValueError or TypeError that names the option, what came and what fits."""
+        where = type(self).__name__
+        if not isinstance(self.alp_objective, str):
+            refuse_type(where, "alp_objective", self.alp_objective, "the name of an alp_kernels.Objective's preset")
+        try:
+            Objective.preset(self.alp_objective)
+        except ValueError as error:
+            raise ValueError(f"{where}: alp_objective={self.alp_objective!r}; {error}") from None
+        if self.epsilon is not None:
+            fits = "a number in [0, 1], or None (epsilon_high has no upper bound)"
+            check_number(where, "epsilon", self.epsilon, fits)
+            if not 0 <= self.epsilon <= 1:
+                refuse_value(where, "epsilon", self.epsilon, fits)
+        if self.epsilon_high is not None:
+            check_rate(where, "epsilon_high", self.epsilon_high, "a number >= 0, or None")
+        fits = "a number > 0 (for no noise: alp_objective='bypass-token', ...)"
+        check_size(where, "alp_sigma", self.alp_sigma, fits)
+        check_rate(where, "alp_sigma_learning_rate", self.alp_sigma_learning_rate, "0 or more (0: sigma is fixed)")
+        if _layers(self.alp_layers) is None:
+            refuse_value(where, "alp_layers", self.alp_layers, '"all", "final" or numbers like "0,3"')
+        if self.alp_path is not None and not isinstance(self.alp_path, str):
+            refuse_type(where, "alp_path", self.alp_path, "a path like 'model.layers', or None")
+        check_choice(where, "alp_scale", self.alp_scale, SCALES)
+        check_choice(where, "alp_rounding", self.alp_rounding, ROUNDINGS)
+        if self.alp_seed is not None:
+            check_integer(where, "alp_seed", self.alp_seed, 0, MAX_SEED, f"None or an int in [0, {MAX_SEED}]")
+        check_choice(where, "alp_nonfinite", self.alp_nonfinite, ("mask", "raise"))
         if not self.is_perturbed and self.alp_sigma != ALPOptions.alp_sigma:
             logger.warning(
                 "alp_sigma=%s has no effect: alp_objective=%r has no noise", self.alp_sigma, self.alp_objective
             )
-        claims = [
-            *claims,
-            ("alp_sigma", self.alp_sigma > 0, "a number > 0 (for no noise: alp_objective='bypass-token', ...)"),
-            ("alp_sigma_learning_rate", self.alp_sigma_learning_rate >= 0, "0 or more (0: sigma is fixed)"),
-            ("alp_layers", _layers(self.alp_layers) is not None, '"all", "final" or numbers like "0,3"'),
-            ("alp_scale", self.alp_scale in SCALES, f"one of {SCALES}"),
-            ("alp_rounding", self.alp_rounding in ROUNDINGS, f"one of {ROUNDINGS}"),
-            ("alp_seed", seed is None or 0 <= seed <= MAX_SEED, f"None or an int in [0, {MAX_SEED}]"),
-            ("alp_nonfinite", self.alp_nonfinite in ("mask", "raise"), "'mask' or 'raise'"),
-        ]
-        for name, holds, fits in claims:
-            if not holds:
-                raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r}; it needs {fits}")
 
-    def clips(self, delta: float | None) -> dict[str, Any]:
+    def clips(self) -> dict[str, float]:
         """Return the clips that replace the objective's. As in TRL, epsilon alone sets both sides."""
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        given = {"clip_low": self.epsilon, "clip_high": high, "dual_clip": delta}
+        given = {"clip_low": self.epsilon, "clip_high": high}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
@@ -296,9 +306,12 @@ class SigmaMixin:
         metrics, handle = self._metrics[mode], self.perturbation
         parts, self._stats = self._stats, []
         sums, self._sums = self._sums, {}
-        summary = Stats.cat(parts).gather().summary()
+        stats = Stats.cat(parts).gather()
+        summary = stats.summary()
         for name, value in summary.items():
             metrics[f"alp/{name}"].append(value)
+        for name, value in clip_ratios(stats).items():
+            metrics[f"clip_ratio/{name}"].append(value)
         for name, micro_batches in sums.items():
             total, count = self.accelerator.reduce(torch.stack(micro_batches).sum(dim=0), reduction="sum").tolist()
             metrics[name].append(total / max(count, 1.0))
@@ -309,3 +322,21 @@ class SigmaMixin:
             metrics["alp/realised_noise/min"].append(min(realised))
             metrics["alp/realised_noise/max"].append(max(realised))
         return summary
+
+
+def clip_ratios(stats: Stats) -> dict[str, float]:
+    """Compute TRL's clip_ratio metrics of a whole step: {} without tokens.
+
+    low and high are the tokens with A < 0 below the clip and those with A > 0 above it. Their means count tokens, or
+    sequences at level "sequence", where a sequence has one ratio. low_min and high_max are over sequences' fractions.
+    """
+    if len(stats.is_last) == 0:
+        return {}
+    sequence = stats.is_last.cumsum(0) - stats.is_last.long()
+    size, out = sequence.bincount(), {}
+    for name, clipped in (("low", stats.clipped_low.double()), ("high", stats.clipped_high.double())):
+        of_sequence = sequence.bincount(weights=clipped) / size
+        out[f"{name}_mean"] = float((of_sequence if stats.objective.level == "sequence" else clipped).mean())
+        extreme = of_sequence.min() if name == "low" else of_sequence.max()
+        out["low_min" if name == "low" else "high_max"] = float(extreme)
+    return out | {"region_mean": out["low_mean"] + out["high_mean"]}

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import json
+import math
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +21,19 @@ from torch import Tensor
 pytest.importorskip("trl")
 
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 import alp_kernels.integrations.trl as integration
+import alp_kernels.loss.stats
 import alp_kernels.noise.perturb
 from alp.policy.tiny import character_tokenizer
 from alp_kernels import Objective, policy_loss
 from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer, check_logprobs_mode
+from alp_kernels.objective import surrogate
 from tests.support import trl_ranks
 from tests.support.tiny_models import write_llama
 from tests.support.trl_cases import (
@@ -96,24 +101,70 @@ def test_without_noise_ten_steps_are_those_of_a_plain_trainer(loss_type: str, fu
     assert clipped[0] > 0 and len(logged(ours, "loss")) == 10
 
 
-def test_kl_to_the_reference_and_entropy_are_those_of_a_plain_trainer(tmp_path: Path) -> None:
+TRLS_METRICS = [
+    "kl",
+    "entropy",
+    "entropy_coef",
+    "policy_loss",
+    *(f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")),
+]
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "grpo", "dr_grpo", "luspo"])
+@pytest.mark.parametrize("corrected", [True, False])
+def test_kl_to_the_reference_and_entropy_are_those_of_a_plain_trainer(
+    loss_type: str, corrected: bool, tmp_path: Path
+) -> None:
     path = str(write_llama(tmp_path / "llama", initializer_range=0.1))
-    # TRL averages entropy over a micro-batch for every loss_type; bnpo averages the loss the same way
     shared: dict[str, Any] = {
-        "beta": 0.2,
-        "entropy_coef": 0.05,
-        "loss_type": "bnpo",
-        "max_steps": 4,
+        "beta": 0.5,
+        "entropy_coef": 0.5,
+        "loss_type": loss_type,
+        "num_iterations": 4,
+        "max_completion_length": 2 * COMPLETION,  # what dr_grpo divides by
+        "max_steps": 5,
         "model": path,
         **SGD,
-    }
+        "learning_rate": 0.02,
+        "epsilon": 0.2,
+        "epsilon_high": 0.3,
+        "delta": 10.0,
+    } | ({} if corrected else {"use_bias_correction_kl": False})
     ours = rolled(tmp_path, alp_objective="bypass-token", **shared)
-    plain = rolled(tmp_path, RolloutRatio, use_bias_correction_kl=False, **CLIPS, **shared)
+    plain = rolled(tmp_path, RolloutRatio, **shared)
     assert_same_training(ours, plain)
-    assert logged(ours, "kl") == pytest.approx(logged(plain, "kl"), rel=1e-3, abs=1e-6) and logged(ours, "kl")[-1] > 0
-    assert logged(ours, "entropy") == pytest.approx(logged(plain, "entropy"), rel=1e-4)
-    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
-        assert logged(ours, name) == pytest.approx(logged(plain, name), abs=1e-6)
+    assert logged(ours, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-4)
+    for name in TRLS_METRICS:
+        assert logged(ours, name) == pytest.approx(logged(plain, name), rel=1e-3, abs=1e-6), name
+        assert len(logged(ours, name)) == 5
+    assert max(logged(ours, "kl")) > 1e-3 and min(logged(ours, "clip_ratio/high_max")) > 0
+    assert max(logged(ours, "clip_ratio/low_mean")) > 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo", "grpo", "dr_grpo", "luspo"])
+def test_the_entropy_bonus_is_a_plain_trainers_in_parts_of_a_step(loss_type: str, fused: bool, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {
+        "entropy_coef": 0.5,
+        "loss_type": loss_type,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        **SGD,
+        "learning_rate": 0.02,
+    }
+    ours = rolled(tmp_path, alp_objective="bypass-token", alp_fused_head=fused, **shared)
+    plain = rolled(tmp_path, RolloutRatio, **CLIPS, **shared)
+    assert_same_training(ours, plain)
+    for name in ("policy_loss", "entropy_coef"):
+        assert logged(ours, name) == pytest.approx(logged(plain, name), rel=1e-4, abs=1e-6), name
+
+
+def test_the_corrected_kl_is_counted_over_tokens_with_log_probabilities(tmp_path: Path) -> None:
+    path = str(write_llama(tmp_path / "llama", initializer_range=0.1))
+    shared: dict[str, Any] = {"beta": 0.5, "num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2}
+    trainer = trained(tmp_path, model=path, trainer=with_nan(3), alp_objective="bypass-token", **shared)
+    assert all(0 < value < 1 for value in logged(trainer, "kl")[1:])
 
 
 @pytest.mark.parametrize("objective", ["grpo", "gspo"])
@@ -124,7 +175,10 @@ def test_presets_over_the_old_policy_are_those_of_a_plain_trainer(objective: str
     shared: dict[str, Any] = {"steps_per_generation": 2, "max_steps": 6, "loss_type": "grpo", **SGD}
     ours = rolled(tmp_path, alp_objective=objective, **shared)
     clips = {"epsilon": preset.clip_low, "epsilon_high": preset.clip_high}
-    assert_same_training(ours, rolled(tmp_path, **clips, **level, **shared, kind=GRPOTrainer))
+    plain = rolled(tmp_path, **clips, **level, **shared, kind=GRPOTrainer)
+    assert_same_training(ours, plain)
+    for name in TRLS_METRICS[-5:]:
+        assert logged(ours, name) == pytest.approx(logged(plain, name), abs=1e-6), name
 
 
 def test_tis_and_mis_weigh_by_the_rollout_engine(tmp_path: Path) -> None:
@@ -677,10 +731,24 @@ def test_two_ranks_under_fsdp2_make_the_steps_of_one_process_and_resume(tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss_type": "cispo"}, "loss_type='cispo'; it needs one of dapo, bnpo, grpo, dr_grpo, luspo"),
-        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'; it needs None"),
+        ({"loss_type": "cispo"}, r"loss_type='cispo'; it needs one of \('dapo', 'bnpo', 'grpo', 'dr_grpo', 'luspo'\)"),
+        (
+            {"importance_sampling_level": "sequence"},
+            "importance_sampling_level='sequence'; it needs None: alp_objective=",
+        ),
+        (
+            {"importance_sampling_level": "sequence", "alp_objective": "alp-token"},
+            "importance_sampling_level='sequence'; it needs None or 'token': alp_objective='alp-token' sets the level",
+        ),
+        (
+            {"importance_sampling_level": "token", "alp_objective": "gspo"},
+            "importance_sampling_level='token'; it needs None or 'sequence'",
+        ),
         ({"vllm_importance_sampling_correction": True}, "vllm_importance_sampling_correction=True; it needs False"),
-        ({"use_bias_correction_kl": True}, "use_bias_correction_kl=True; it needs False"),
+        (
+            {"alp_objective": "gspo", "beta": 0.1},
+            "use_bias_correction_kl=True; it needs False: TRL differentiates the ratio of a sequence's mean",
+        ),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5; it needs None"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2; it needs 1.0"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True; it needs False"),
@@ -690,9 +758,12 @@ def test_two_ranks_under_fsdp2_make_the_steps_of_one_process_and_resume(tmp_path
         ({"alp_layers": "logits"}, "alp_layers='logits'; it needs"),
         ({"alp_scale": "relative"}, "alp_scale='relative'; it needs one of"),
         ({"alp_rounding": "up"}, "alp_rounding='up'; it needs one of"),
-        ({"alp_nonfinite": "ignore"}, "alp_nonfinite='ignore'; it needs 'mask' or 'raise'"),
+        ({"alp_nonfinite": "ignore"}, r"alp_nonfinite='ignore'; it needs one of \('mask', 'raise'\)"),
         ({"alp_seed": -1}, "alp_seed=-1; it needs None or an int"),
-        ({"epsilon": 1.5}, r"clip_low=1.5; it needs a number in \[0, 1\]"),
+        ({"epsilon": 1.5}, r"epsilon=1.5; it needs a number in \[0, 1\]"),
+        ({"delta": 1.0}, "delta=1.0; it needs a number > 1"),
+        ({"delta": 0.5}, "delta=0.5; it needs a number > 1"),
+        ({"beta": -0.1}, "beta=-0.1; it needs a number >= 0"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused_by_name(
@@ -710,9 +781,131 @@ def test_trls_own_clips_replace_the_objectives(tmp_path: Path) -> None:
     assert objective(epsilon=0.1).clip_low == objective(epsilon=0.1).clip_high == 0.1  # TRL's rule
     chosen = objective(alp_objective="alp-token", epsilon=0.3, epsilon_high=0.4, delta=5.0, beta=0.1, entropy_coef=0.01)
     assert chosen == Objective(
-        "token", clip_low=0.3, clip_high=0.4, dual_clip=5.0, kl="k3", kl_coef=0.1, entropy_coef=0.01
+        "token",
+        clip_low=0.3,
+        clip_high=0.4,
+        dual_clip=5.0,
+        aggregation="seq-mean-token-sum",
+        kl="k3",
+        kl_coef=0.1,
+        kl_bias_correction=True,
+        entropy_coef=0.01,
+        entropy_aggregation="token-mean",
     )
     assert objective(loss_type="dr_grpo", max_completion_length=7).norm_length == 7
+
+
+def test_a_level_that_the_objective_has_is_accepted(tmp_path: Path) -> None:
+    for level, preset in (("token", "alp-token"), ("token", "tis-token"), ("sequence", "gspo"), (None, "alp-sequence")):
+        config = ALPGRPOConfig(
+            str(tmp_path), use_cpu=True, bf16=False, importance_sampling_level=level, alp_objective=preset
+        )
+        assert config.objective().level == Objective.preset(preset).level
+
+
+FINITE = [math.nan, math.inf, -math.inf, True, "1", [1.0], 1e39]
+WRONG: dict[str, list[Any]] = {
+    "alp_objective": [None, 1, True, ["alp-token"], "", "ALP-token"],
+    "alp_sigma": [None, *FINITE, 0, -1.0, 1e-50],
+    "alp_sigma_learning_rate": [None, *FINITE, -1e-9],
+    "alp_layers": [None, 1, [0, 1], "", "a", "0;1", "logits"],
+    "alp_path": [1, True, ["model", "layers"]],
+    "alp_scale": [None, 1, True, "RMS", ["rms"]],
+    "alp_rounding": [None, 1, True, "up", ["nearest"]],
+    "alp_seed": [1.5, math.nan, True, "1", -1, 2**64],
+    "alp_nonfinite": [None, True, "drop", ["mask"]],
+    "alp_fused_head": [0, 1, "yes"],
+    "epsilon": [*FINITE, -0.1, 1.1],
+    "epsilon_high": [*FINITE, -0.1],
+}
+WRONG_OF_TRL: dict[str, list[Any]] = {
+    "delta": [*FINITE, 1, -2.0],
+    "beta": [None, *FINITE, -0.1],
+    "entropy_coef": [None, *FINITE],
+    "temperature": [None, *FINITE, 0, -1.0],
+    "use_bias_correction_kl": [None, 0, 1, "yes"],
+    "importance_sampling_level": [True, 1, "turn", ["token"]],
+    "loss_type": [None, True, "ppo", ["dapo"]],
+    "vllm_importance_sampling_correction": [True, 1],
+    "top_entropy_quantile": [None, 0.5, math.nan],
+    "off_policy_mask_threshold": [0.5, 0],
+    "use_adaptive_entropy": [True],
+}
+
+
+@pytest.mark.parametrize("name", [*WRONG, *WRONG_OF_TRL])
+def test_an_option_of_the_wrong_kind_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    for value in (WRONG | WRONG_OF_TRL)[name]:
+        with pytest.raises((ValueError, TypeError), match=f"^ALPGRPOConfig: {name}="):
+            ALPGRPOConfig(
+                str(tmp_path), use_cpu=True, bf16=False, **{"alp_objective": "alp-token", "beta": 0.1, name: value}
+            )
+
+
+def test_dr_grpo_needs_the_length_that_it_divides_by(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"use_cpu": True, "bf16": False, "max_completion_length": None}
+    ALPGRPOConfig(str(tmp_path), **options)
+    with pytest.raises(TypeError, match=r"^ALPGRPOConfig: max_completion_length=None; it needs an int >= 1"):
+        ALPGRPOConfig(str(tmp_path), loss_type="dr_grpo", **options)
+
+
+# ------------------------------------------------------------------ delta, and what is not learned
+
+
+def trls_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: float, delta: float | None) -> Tensor:
+    """The surrogate as GRPOTrainer of TRL 1.16 computes it."""
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - low, 1 + high)
+    capped = ratio if delta is None else ratio.clamp(max=delta)
+    return -torch.min(capped * advantages, clipped * advantages)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    delta=st.floats(1.001, 8.0),
+    low=st.floats(0.0, 1.0),
+    high=st.floats(0.0, 6.0),
+    others=st.lists(st.floats(0.01, 12.0), max_size=8),
+)
+def test_delta_is_trls_cap_for_both_signs(delta: float, low: float, high: float, others: list[float]) -> None:
+    config = ALPGRPOConfig(
+        "x", use_cpu=True, bf16=False, alp_objective="bypass-token", epsilon=low, epsilon_high=high, delta=delta
+    )
+    bounds = torch.tensor([1 - low, 1.0, 1 + high, delta], dtype=torch.float64)
+    around = torch.cat([bounds * (1 - 1e-6), bounds * (1 + 1e-6), torch.tensor(others, dtype=torch.float64)])
+    # at a bound itself the derivative is anybody's
+    ratio = around[((around[:, None] - bounds).abs() > 1e-9).all(dim=1) & (around > 0.005)]
+    for sign in (1.0, -1.0, 0.0):
+        advantages = torch.full_like(ratio, sign)
+        ours, trls = (ratio.log().requires_grad_() for _ in range(2))
+        a = surrogate(ours, advantages, config.objective())
+        b = trls_surrogate(trls, advantages, low, high, delta)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        a.sum().backward(), b.sum().backward()
+        torch.testing.assert_close(ours.grad, trls.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_delta_below_the_clip_makes_a_plain_trainers_steps(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"epsilon": 0.2, "epsilon_high": 1.0, "delta": 1.3, "max_steps": 4, **SGD}
+    ours = rolled(tmp_path, alp_objective="bypass-token", **shared)
+    assert_same_training(ours, rolled(tmp_path, RolloutRatio, **shared))
+    assert min(logged(ours, "alp/clip_high_frac")) > 0 and max(logged(ours, "alp/dual_clip_frac")) > 0
+
+
+def test_a_step_that_teaches_nothing_is_counted_and_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(alp_kernels.loss.stats, "_warned", [])
+
+    def far(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        out = made_up_rollouts(prompts, trainer)
+        out["logprobs"] = [[-4.6 - 12.0] * len(row) for row in out["logprobs"]]
+        return out
+
+    trainer = trained(tmp_path, trainer={"rollout_func": far}, max_steps=2)
+    assert logged(trainer, "alp/clamp_frac") == [1.0, 1.0] and logged(trainer, "grad_norm") == [0.0, 0.0]
+    [line] = [record.getMessage() for record in caplog.records if record.name == "alp_kernels"]
+    assert "nothing is learned from this step's advantages" in line
 
 
 def test_the_command_line_has_our_options() -> None:

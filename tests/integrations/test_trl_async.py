@@ -30,6 +30,9 @@ from tests.support.tiny_models import write_llama
 MASK = [0, 0, 0, 1, 1, 0, 0, 1, 1, 1]  # prompt, turn, tool, turn
 
 
+CLIP_RATIOS = [f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")]
+
+
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *_: Any, softmax_scale: float, **__: Any
 ) -> Tensor:
@@ -127,7 +130,7 @@ def test_without_noise_the_steps_are_those_of_trls_own_trainer(tmp_path: Path, m
     for (name, a), (_, b) in zip(ours.model.named_parameters(), plain.model.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6, msg=name)
     assert trl_cases.logged(ours, "loss") == pytest.approx(trl_cases.logged(plain, "loss"), rel=1e-4, abs=1e-6)
-    for name in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean"):
+    for name in ("kl", *CLIP_RATIOS):
         assert trl_cases.logged(ours, name) == pytest.approx(trl_cases.logged(plain, name), rel=1e-4, abs=1e-6)
 
 
@@ -144,6 +147,14 @@ def test_the_update_is_perturbed_and_sigma_learned(
     assert trl_cases.logged(trainer, "alp/num_sequences") == [8.0] * 3
     assert trl_cases.logged(trainer, "alp/num_tokens") == [8.0 * sum(MASK)] * 3
     assert len(trl_cases.logged(trainer, "alp/sigma/layer_0")) == 3
+
+
+def test_a_sequences_clip_is_counted_by_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trained(tmp_path, monkeypatch, alp_objective="bypass-sequence", max_steps=1, epsilon=0.1)
+    low, high = (trl_cases.logged(trainer, f"clip_ratio/{name}_mean")[0] for name in ("low", "high"))
+    assert low + high > 0 and low * 8 == pytest.approx(round(low * 8)) and high * 8 == pytest.approx(round(high * 8))
+    assert (low, high) == pytest.approx([trl_cases.logged(trainer, f"alp/clip_{x}_frac")[0] for x in ("low", "high")])
+    assert trl_cases.logged(trainer, "clip_ratio/high_max") == [float(high > 0)]
 
 
 def test_the_loss_of_a_packed_batch_is_that_of_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,3 +211,21 @@ def test_objectives_over_the_old_policy_are_refused(tmp_path: Path) -> None:
         ALPAsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, alp_objective="grpo")
     with pytest.raises(TypeError, match="args is a AsyncGRPOConfig; it needs an ALPAsyncGRPOConfig"):
         ALPAsyncGRPOTrainer("x", args=AsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alp_objective", None),
+        ("alp_objective", "ppo"),
+        ("alp_sigma", float("nan")),
+        ("alp_sigma_learning_rate", True),
+        ("alp_seed", 1.5),
+        ("alp_path", 3),
+        ("epsilon", "0.2"),
+        ("epsilon_high", float("inf")),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_refused_by_its_name(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"^ALPAsyncGRPOConfig: {name}="):
+        ALPAsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
