@@ -10,6 +10,8 @@ Adding s B A to W instead would round small adapters away if W has 16 bits.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,33 +19,63 @@ from torch import Tensor, nn
 
 from ..layers.find import find_layers
 from ..loss.head import Head
-
-_MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse, Falcon-H1
-_DIVIDE = ("logits_scaling",)  # Granite
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
-_APPLIED_BESIDE_VISION = (
-    *("gemma3n", "gemma4", "gemma4_unified", "granite4_vision", "granite_docling", "hyperclovax_vision_v2"),
-    *("mistral_large4", "muse_glimmer", "muse_spark", "paligemma"),
-)
-"""Models with a vision tower that apply the logit scale and softcap of their text configuration; others do not."""
-
+from .measured_head import check_linear, head_form
 
 OutputHead = Head
 """What `output_head` returns."""
 
+_INSIDE = ("_orig_mod", "module", "_fsdp_wrapped_module", "base_model", "lora_model", "model")
+"""Where torch.compile, parallel wrappers (DDP, FSDP, DeepSpeed) and PEFT's models keep what they wrap."""
 
-def unwrapped(model: Any) -> Any:
-    """The Hugging Face model inside a PeftModel; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+def _nested(where: str, model: Any) -> list[Any]:
+    """The model, what it wraps, and so on to the Hugging Face model."""
+    found = [model]
+    while not hasattr(type(found[-1]), "get_output_embeddings"):
+        children = found[-1]._modules if isinstance(found[-1], nn.Module) else {}
+        inside = next((child for name in _INSIDE if (child := children.get(name)) is not None), None)
+        if inside is None:
+            raise TypeError(
+                f"{where}: model is a {type(model).__name__}; it needs a Hugging Face model with an output head, such as "
+                "AutoModelForCausalLM makes, or a PeftModel of one"
+            )
+        found.append(inside)
+    return found
+
+
+def _with_embeddings(where: str, model: Any) -> tuple[Any, nn.Module]:
+    """The Hugging Face model inside, and its output embeddings."""
+    inner = _nested(where, model)[-1]
+    head = inner.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{where}: {type(inner).__name__} has no output embeddings")
+    return inner, head
 
 
 def backbone(model: nn.Module) -> nn.Module:
     """Return the part of the model, adapters included, whose `last_hidden_state` the output head reads.
 
+    For a wrapped model (PEFT, DDP, FSDP, DeepSpeed) it is a module that runs the wrapper's own forward, and with it what lives
+    nowhere else: PEFT's prompts and prefixes, the positions of activated LoRA, DDP's averaging of gradients. Its
+    `last_hidden_state` has one row for each of the caller's tokens, and none for PEFT's virtual tokens.
+
     Raises:
         ValueError: the model has no part apart from its output head.
+        TypeError: it is no Hugging Face model, or in nn.DataParallel.
     """
-    inner = unwrapped(model)
+    nested = _nested("backbone", model)
+    if any(isinstance(wrapper, nn.DataParallel) for wrapper in nested):
+        raise TypeError(
+            "backbone: model is a DataParallel, whose copies keep the hidden states from the head; it needs "
+            "DistributedDataParallel, or the model that it wraps"
+        )
+    while "_orig_mod" in nested[0]._modules:  # torch.compile's: the parts run uncompiled
+        nested = nested[1:]
+    body = _body(nested[-1])
+    return body if len(nested) == 1 else _Wrapped(nested[0])
+
+
+def _body(inner: Any) -> nn.Module:
     found: nn.Module = inner.base_model
     if found is inner:  # Llama 4, and in older versions models with a vision tower: base_model is the model itself
         found = getattr(inner, "model", None) or find_layers(inner).parent
@@ -52,60 +84,135 @@ def backbone(model: nn.Module) -> nn.Module:
     return found
 
 
+class _Wrapped(nn.Module):
+    """Runs a wrapper's forward around a model that returns its backbone's output."""
+
+    def __init__(self, wrapper: nn.Module) -> None:
+        super().__init__()
+        self.wrapper = wrapper
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        nested = _nested("backbone", self.wrapper)
+        _check_finds_all(nested)
+        with _returning_hidden_states(nested):
+            out = self.wrapper(*args, **named)
+        if not isinstance(getattr(out, "last_hidden_state", None), Tensor):
+            raise TypeError(
+                f"backbone: the forward of {type(self.wrapper).__name__} returned a {type(out).__name__} without the "
+                "last_hidden_state of the model that it wraps"
+            )
+        peft = next((wrapper for wrapper in nested if hasattr(wrapper, "active_peft_config")), None)
+        if peft is not None and peft.active_peft_config.is_prompt_learning:
+            given: Any = args[0] if args else named.get("input_ids")
+            given = named["inputs_embeds"] if given is None else given
+            out.last_hidden_state = out.last_hidden_state[:, -given.shape[1] :]  # the virtual tokens come first
+        return out
+
+
+def _check_finds_all(nested: list[Any]) -> None:
+    """Refuse a DDP that would take the head's parameters for unused and count their gradients twice."""
+    ddp = nn.parallel.DistributedDataParallel
+    if torch.is_grad_enabled() and any(isinstance(m, ddp) and m.find_unused_parameters for m in nested):
+        inside = {id(p) for p in _body(nested[-1]).parameters()}
+        if any(p.requires_grad and id(p) not in inside for p in nested[-1].parameters()):
+            raise ValueError(
+                "backbone: model is a DistributedDataParallel with find_unused_parameters=True, which does not see that the "
+                "head's parameters are used; it needs find_unused_parameters=False or a frozen head"
+            )
+
+
+@contextlib.contextmanager
+def _returning_hidden_states(nested: list[Any]) -> Iterator[None]:
+    """Let the forward of the Hugging Face model be its backbone's, also where a wrapper has made it its own."""
+    inner = nested[-1]
+    own = {module: vars(module).get("forward") for module in nested}
+
+    def forward(*args: Any, **named: Any) -> Any:
+        # PEFT passes labels=None and others that a backbone may not take
+        return _body(inner)(*args, **{name: value for name, value in named.items() if value is not None})
+
+    try:
+        for module in nested:
+            if module is inner or getattr(own[module], "__self__", None) is inner:
+                module.forward = forward
+        yield
+    finally:
+        for module, before in own.items():
+            if before is not None:
+                module.forward = before
+            else:
+                vars(module).pop("forward", None)
+
+
 def output_head(model: nn.Module) -> Head:
-    """Return the output head of a Hugging Face causal language model, PeftModel or not, with its active adapters.
+    """Return the output head of a Hugging Face causal language model, wrapped or not, with its active adapters.
 
     Call it each step, after the forward: it reads the current weights. A frozen head is returned as it is, so the fused
     loss computes no gradient for it. A head with adapters is a copy of V x (D + r), and so is its gradient. A quantised
     weight (torchao) is dequantised into a copy of V x D.
 
+    Scale and softcap are measured, not read from the config: the first call runs the model's own forward once with stand-ins
+    for backbone and head. Hooks on the model or its head, and a `forward` set on an instance, are not seen; `check_head` sees
+    them.
+
     Raises:
-        ValueError, TypeError: the head is not a linear layer, or has adapters other than LoRA or DoRA; the message names it.
+        ValueError, TypeError: the head is not a linear layer, or has adapters other than LoRA or DoRA; or the model does
+            more to its logits than scale and cap them; the message names it.
     """
-    inner = unwrapped(model)
-    head = inner.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"output_head: {type(inner).__name__} has no output embeddings")
+    inner, head = _with_embeddings("output_head", model)
     weight, bias, adapters = _linear(head)
-    text = inner.config.get_text_config()
-    is_plain = text is not inner.config and inner.config.model_type not in _APPLIED_BESIDE_VISION
-    scale, softcap = (1.0, None) if is_plain else _scale_and_cap(text)
-    return Head(weight, bias, softcap=softcap, logit_scale=scale, adapters=adapters)
+    channels = next(adapters[0].parameters()).shape[-1] if adapters else weight.shape[1]
+    before, after, softcap = head_form(inner, _body(inner), head, (weight.shape[0], channels), weight)
+    if bias is not None and before != 1:
+        bias = bias / before
+    return Head(weight, bias, softcap=softcap, logit_scale=before * after, adapters=adapters)
 
 
+@torch.no_grad()
 def check_head(model: nn.Module, **inputs: Any) -> None:
     """Check the head's logits against the model's own forward on `inputs`; call it once before the first step.
 
     Raises:
         ValueError: they differ, so the model changes its logits in a way that `output_head` does not reproduce.
+        TypeError, ValueError: `inputs` are not what a forward takes: input_ids (B, T) or inputs_embeds (B, T, D).
     """
-    was_training = model.training
+    inner, _ = _with_embeddings("check_head", model)
+    _check_inputs(inputs)
+    was_training = {module: module.training for module in model.modules()}
     model.eval()  # no dropout
     try:
-        with torch.no_grad():
-            logits = model(**inputs).logits.float()
-            ours = output_head(model).logits(backbone(model)(**inputs).last_hidden_state).float()
+        logits = model(**inputs).logits.float()
+        hidden = backbone(model)(**inputs).last_hidden_state
+        ours = output_head(model).logits(hidden).float()
     finally:
-        model.train(was_training)
-    worst, size = float((ours - logits).abs().max()), float(logits.abs().max())
+        for module, flag in was_training.items():
+            module.training = flag
+    worst = float((ours - logits[:, -ours.shape[1] :]).abs().max())  # without PEFT's virtual tokens
+    size = float(logits.abs().max())
     half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     if not worst <= (0.05 if half else 1e-3) * max(size, 1e-6):
         raise ValueError(
-            f"check_head: {type(unwrapped(model)).__name__} has logits up to {size:.3g}; logits from weight, bias, scale and "
+            f"check_head: {type(inner).__name__} has logits up to {size:.3g}; logits from weight, bias, scale and "
             f"softcap differ from them by up to {worst:.3g}"
         )
 
 
-def _scale_and_cap(config: Any) -> tuple[float, float | None]:
-    scale = 1.0
-    for name in (*_MULTIPLY, *_DIVIDE):
-        value = getattr(config, name, None)
-        if not isinstance(value, int | float) or value == 1:
-            continue
-        multiplies = name in _MULTIPLY or config.model_type.startswith("hyperclovax")
-        scale = scale * value if multiplies else scale / value
-    caps = [cap for name in _CAPS if (cap := getattr(config, name, None)) is not None]
-    return scale, float(caps[0]) if caps else None
+def _check_inputs(inputs: dict[str, Any]) -> None:
+    given = {name: inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None}
+    if not given:
+        raise ValueError(
+            f"check_head: inputs are {sorted(inputs)}; it needs input_ids (B, T) or inputs_embeds (B, T, D)"
+        )
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"check_head: {name} is a {type(value).__name__}; it needs a tensor")
+        is_ids = name == "input_ids"
+        if value.dim() != (2 if is_ids else 3) or value.numel() == 0:
+            raise ValueError(
+                f"check_head: {name} has shape {tuple(value.shape)}; it needs {'(B, T)' if is_ids else '(B, T, D)'}"
+            )
+        if is_ids and value.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"check_head: input_ids is {value.dtype}; it needs int64 or int32")
 
 
 def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None, tuple[nn.Module, ...]]:
@@ -130,7 +237,10 @@ def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None, tuple[nn.Module, 
         raise TypeError(
             f"output_head: the head's weight is a {type(weight).__name__} of {weight.dtype}; keep the head unquantised"
         )
-    return weight, getattr(module, "bias", None), ()
+    bias = getattr(module, "bias", None)
+    if type(module).forward is not nn.Linear.forward:
+        check_linear(module, weight, bias)
+    return weight, bias, ()
 
 
 def _lora(layer: Any) -> tuple[Tensor, Tensor | None, tuple[nn.Module, ...]]:

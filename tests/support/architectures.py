@@ -96,12 +96,13 @@ _add(
     "dense",
     "apertus arcee bitnet bloom cohere cohere2 cwm diffllama doge ernie4_5 exaone4 gemma gemma2 glm glm4 gpt2 "
     "gpt_neox gpt_neox_japanese helium hunyuan_v1_dense jais2 llama ministral ministral3 mistral "
-    "mpt nanochat nemotron olmo olmo2 olmo3 openai-gpt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 "
+    "nanochat nemotron olmo olmo2 olmo3 openai-gpt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 "
     "stablelm starcoder2 vaultgemma",
 )
 _add("dense", "gpt_bigcode", since="5.0")  # earlier versions do not recompute under checkpointing
 _add("dense", "granite hyperclovax", logits_scaling=4.0)
 _add("dense", "gemma3_text", final_logit_softcapping=2.0)
+_add("dense", "mpt", logit_scale=0.25)  # its forward ignores it
 _add(
     "dense",
     "modernbert-decoder",
