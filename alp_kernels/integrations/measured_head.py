@@ -21,9 +21,9 @@ TOLERANCE = 1e-5  # of each element, for forwards that compute their logits in f
 
 
 class HeadForm(NamedTuple):
-    """logits = softcap tanh(scale * head(hidden) / softcap), up to the order of bias and scale."""
+    """The numbers in logits = softcap tanh(after * head(before * hidden) / softcap)."""
 
-    before: float  # factor between backbone and head
+    before: float  # factor of what the head reads
     after: float  # factor of the head's outputs
     softcap: float | None
 
