@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                     alp_objective=update.method,
                     alp_sigma=update.sigma,
                     alp_sigma_learning_rate=update.sigma_lr,
-                    delta=update.dual_clip,
+                    alp_dual_clip=update.dual_clip,
                 ),
                 train_dataset=dataset,
                 processing_class=policy.tokenizer,

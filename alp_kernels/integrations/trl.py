@@ -25,7 +25,7 @@ from ..stream import NUM_PASSES, row_ids
 from ._shared import turn_ends
 from .hugging_face import backbone, output_head
 from .trl_head import add_policy_loss_head
-from .trl_sigma import ALPOptions, SigmaMixin, option
+from .trl_sigma import ALPOptions, SigmaMixin, check_cap, option
 
 try:
     from trl import GRPOConfig, GRPOTrainer
@@ -65,7 +65,7 @@ class ALPGRPOConfig(ALPOptions, GRPOConfig):
     and `use_bias_correction_kl` the k3 KL to the reference, `entropy_coef` the entropy bonus. They mean what they mean in TRL.
     """
 
-    delta: float | None = option("Cap on the ratio, > 1; None: the objective's own (ALP: 10).", None)
+    delta: float | None = option("TRL's cap on the ratio, > 1; None: `alp_dual_clip`.", None)
     importance_sampling_level: str | None = option("None, or the level that `alp_objective` has.", None)
     vllm_importance_sampling_correction: bool = option("Leave it off: it would multiply the ratio again.", False)
 
@@ -89,9 +89,9 @@ class ALPGRPOConfig(ALPOptions, GRPOConfig):
         check_number(where, "entropy_coef", self.entropy_coef)
         check_size(where, "temperature", self.temperature)
         if self.delta is not None:
-            check_number(where, "delta", self.delta, "a number > 1, or None")
-            if self.delta <= 1:
-                refuse_value(where, "delta", self.delta, "a number > 1, or None")
+            check_cap(where, "delta", self.delta)
+            if self.alp_dual_clip is not None:
+                refuse_value(where, "alp_dual_clip", self.alp_dual_clip, f"None: delta={self.delta} sets the caps")
         if self.alp_fused_head is not None:
             check_flag(where, "alp_fused_head", self.alp_fused_head)
         preset = PRESETS[self.alp_objective]

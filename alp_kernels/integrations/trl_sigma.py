@@ -34,6 +34,12 @@ def option(text: str, default: Any) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def check_cap(where: str, name: str, value: Any) -> None:
+    check_number(where, name, value, "a number > 1, or None")
+    if value <= 1:
+        refuse_value(where, name, value, "a number > 1, or None")
+
+
 @dataclass
 class ALPOptions:
     """Options that ALPGRPOConfig and ALPAsyncGRPOConfig share. List it before TRL's config among the bases."""
@@ -45,6 +51,7 @@ class ALPOptions:
         "bypass-*, grpo, gspo, tis-*, mis are not.",
         "alp-sequence",
     )
+    alp_dual_clip: float | None = option("Cap on the ratio for A < 0, > 1; None: the objective's (ALP: 10).", None)
     alp_sigma: float = option("Initial standard deviation of the noise at every perturbed layer's input.", 1e-2)
     alp_sigma_learning_rate: float = option("Learning rate of log sigma, scaled by the scheduler; 0: fixed.", 5e-4)
     alp_layers: str = option('"all", "final" (the decoder\'s output) or layer numbers like "0,3".', "all")
@@ -72,6 +79,8 @@ class ALPOptions:
                 refuse_value(where, "epsilon", self.epsilon, fits)
         if self.epsilon_high is not None:
             check_rate(where, "epsilon_high", self.epsilon_high, "a number >= 0, or None")
+        if self.alp_dual_clip is not None:
+            check_cap(where, "alp_dual_clip", self.alp_dual_clip)
         fits = "a number > 0 (for no noise: alp_objective='bypass-token', ...)"
         check_size(where, "alp_sigma", self.alp_sigma, fits)
         check_rate(where, "alp_sigma_learning_rate", self.alp_sigma_learning_rate, "0 or more (0: sigma is fixed)")
@@ -92,7 +101,7 @@ class ALPOptions:
     def clips(self) -> dict[str, float]:
         """Return the clips that replace the objective's. As in TRL, epsilon alone sets both sides."""
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        given = {"clip_low": self.epsilon, "clip_high": high}
+        given = {"clip_low": self.epsilon, "clip_high": high, "dual_clip": self.alp_dual_clip}
         return {name: value for name, value in given.items() if value is not None}
 
     @property

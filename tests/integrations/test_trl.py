@@ -762,6 +762,7 @@ def test_two_ranks_under_fsdp2_make_the_steps_of_one_process_and_resume(tmp_path
         ({"epsilon": 1.5}, r"epsilon=1.5; it needs a number in \[0, 1\]"),
         ({"delta": 1.0}, "delta=1.0; it needs a number > 1"),
         ({"delta": 0.5}, "delta=0.5; it needs a number > 1"),
+        ({"delta": 5.0, "alp_dual_clip": 3.0}, "alp_dual_clip=3.0; it needs None: delta=5.0 sets the caps"),
         ({"beta": -0.1}, "beta=-0.1; it needs a number >= 0"),
     ],
 )
@@ -791,6 +792,8 @@ def test_trls_own_clips_replace_the_objectives(tmp_path: Path) -> None:
         entropy_coef=0.01,
         entropy_aggregation="token-mean",
     )
+    multi_turn = objective(alp_objective="alp-cum-turn", alp_dual_clip=3.0)  # a cap below 1 + clip_high
+    assert multi_turn == Objective.preset("alp-cum-turn", dual_clip=3.0)
     assert objective(loss_type="dr_grpo", max_completion_length=7).norm_length == 7
 
 

@@ -19,6 +19,7 @@ OURS = {
     "alp_rounding": lambda good: choice(good) | {"None": None},
     "alp_seed": optional(integer(0, (1 << 64) - 1)),
     "alp_nonfinite": lambda good: choice(good) | {"None": None},
+    "alp_dual_clip": lambda good: optional(number)(good) | {"1": 1.0, "0": 0.0},
     "epsilon": optional(rate),
     "epsilon_high": optional(rate),
 }
