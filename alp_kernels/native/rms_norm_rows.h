@@ -93,13 +93,11 @@ double scaled_product(const typename T::Storage* dy, const float* scale, const t
     return sum.total();
 }
 
-// The gradient of one tile's four streams: total = du + rstd (g - x mean), g = dy scale, x = u rstd. In a row whose dy is
-// zero, is_live is false and rstd 0: total is du then, even if u is NaN or inf.
+// The gradient of one tile's four streams: total = du + rstd (g - x mean), g = dy scale, x = u rstd.
 template <class T>
 struct NormGradient {
     using Storage = typename T::Storage;
 
-    bool is_live;
     float rstd, mean;
     Streams<const Storage> du, dy, u;
     Streams<const float> scale;
@@ -112,7 +110,7 @@ struct NormGradient {
         T::load_tile(dy[j], g);
         T::load_tile(u[j], x);
         T::load_floats(scale[j], s);
-        for (int v = 0; v < V; ++v) x[v] = is_live ? x[v] * rstd : F32{};
+        for (int v = 0; v < V; ++v) x[v] *= rstd;
         if (dweight.at) {
             F32 sum[V];
             T::load_floats(dweight[j], sum);
@@ -148,9 +146,9 @@ void perturb_rms_norm_bwd_rows(
     for (int64_t n = begin; n < end; ++n) {
         const auto* du = static_cast<const Storage*>(a.du) + n * D;
         const auto* dy = static_cast<const Storage*>(a.dy) + n * D;
-        const auto* u = static_cast<const Storage*>(a.u) + n * D;
-        auto* dh = static_cast<Storage*>(a.dh) + n * D;
         const bool is_live = has_nonzero<T>(dy, D);
+        const auto* u = is_live ? static_cast<const Storage*>(a.u) + n * D : dy;  // which is zero: total is du then
+        auto* dh = static_cast<Storage*>(a.dh) + n * D;
         const float rstd = is_live ? a.rstd[n] : 0.0f;
         const double product = is_live ? scaled_product<T>(dy, a.scale, u, D) : 0.0;
         const float mean = static_cast<float>(product * static_cast<double>(rstd) / static_cast<double>(D));
@@ -160,7 +158,7 @@ void perturb_rms_norm_bwd_rows(
         int64_t q0 = 0;
         for (; q0 < whole; q0 += TILE, counters.advance()) {
             const NormGradient<T> gradient = {
-                is_live, rstd, mean, {du + q0, Q}, {dy + q0, Q}, {u + q0, Q}, {a.scale + q0, Q}, {dh + q0, Q},
+                rstd, mean, {du + q0, Q}, {dy + q0, Q}, {u + q0, Q}, {a.scale + q0, Q}, {dh + q0, Q},
                 {dweight ? dweight + q0 : nullptr, Q}};
             norm_gradient_tile<T>(noise, counters, gradient, sum);
             if ((q0 + TILE) % BLOCK == 0) sum.flush();
@@ -174,8 +172,8 @@ void perturb_rms_norm_bwd_rows(
             edge_scale.load(a.scale, q0, Q, D);
             if (dweight) edge_dweight.load(dweight, q0, Q, D);
             const NormGradient<T> gradient = {
-                is_live, rstd, mean, {edge_du.x[0], TILE}, {edge_dy.x[0], TILE}, {edge_u.x[0], TILE},
-                {edge_scale.x[0], TILE}, {edge_dh.x[0], TILE}, {dweight ? edge_dweight.x[0] : nullptr, TILE}};
+                rstd, mean, {edge_du.x[0], TILE}, {edge_dy.x[0], TILE}, {edge_u.x[0], TILE}, {edge_scale.x[0], TILE},
+                {edge_dh.x[0], TILE}, {dweight ? edge_dweight.x[0] : nullptr, TILE}};
             norm_gradient_tile<T>(noise, counters, gradient, sum);
             edge_dh.store(dh, q0, Q, D);
             if (dweight) edge_dweight.store(dweight, q0, Q, D);

@@ -187,7 +187,7 @@ def _perturb_bwd_kernel(
         else:
             rms = tl.load(rms_ptr + n, mask=n < N, other=0.0)
             # a row whose du is zero adds nothing, even if its rms is NaN or inf
-            total = tl.fma(tl.where(of_row == 0.0, 0.0, rms), of_row, total)
+            total = tl.where(of_row == 0.0, total, tl.fma(tl.broadcast_to(rms, of_row.shape), of_row, total))
     tl.store(partials_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(total, axis=1)))
 
 

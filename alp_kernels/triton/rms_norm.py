@@ -131,21 +131,21 @@ def perturb_rms_norm_fwd(
 
 
 @triton.jit
-def _dot(u, dy, weight, rstd, offset, total, is_live):
-    """Adds g x to total, and whether dy is not zero to is_live."""
+def _dot(u, dy, weight, rstd, offset, total, bits):
+    """Adds g x to total; bits collects dy's, so that a row of zeros can be told."""
     for j in tl.static_range(4):
         total = tl.fma(dy[j] * (weight[j] + offset), u[j] * rstd, total)
-        is_live = is_live | (dy[j] != 0.0)
-    return total, is_live
+        bits = bits | dy[j].to(tl.int32, bitcast=True)
+    return total, bits
 
 
 @triton.jit
-def _where(is_live, u):
+def _unless(is_off, u):
     """u, or zeros."""
-    u0 = tl.where(is_live, u[0], 0.0)
-    u1 = tl.where(is_live, u[1], 0.0)
-    u2 = tl.where(is_live, u[2], 0.0)
-    u3 = tl.where(is_live, u[3], 0.0)
+    u0 = tl.where(is_off, 0.0, u[0])
+    u1 = tl.where(is_off, 0.0, u[1])
+    u2 = tl.where(is_off, 0.0, u[2])
+    u3 = tl.where(is_off, 0.0, u[3])
     return u0, u1, u2, u3
 
 
@@ -177,22 +177,23 @@ def _perturb_rms_norm_bwd_kernel(
         row = row_identity(n, row_ids_ptr, row_start, True)
         rstd = tl.load(rstd_ptr + n)
         dot = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        is_live = tl.zeros([BLOCK_Q], dtype=tl.int1)
+        bits = tl.zeros([BLOCK_Q], dtype=tl.int32)
         for start in range(0, (D + 3) // 4, BLOCK_Q):
             u = load_channels(u_ptr + n * D, n, start + lanes, N, D, 1, BLOCK_Q)
             dy = load_channels(dy_ptr + n * D, n, start + lanes, N, D, 1, BLOCK_Q)
             weight = load_channels(weight_ptr, n, start + lanes, N, D, 1, BLOCK_Q)
-            dot, is_live = _dot(u, dy, weight, rstd, offset, dot, is_live)
-        is_live = tl.max(is_live.to(tl.int32), axis=0) != 0
-        mean = tl.where(is_live, tl.div_rn(tl.sum(dot, axis=0), tl.cast(D, tl.float32)), 0.0)
-        rstd = tl.where(is_live, rstd, 0.0)
+            dot, bits = _dot(u, dy, weight, rstd, offset, dot, bits)
+        mean = tl.div_rn(tl.sum(dot, axis=0), tl.cast(D, tl.float32))
+        is_off = tl.max(bits & 0x7FFFFFFF, axis=0) == 0  # dy is zero, of either sign
+        rstd = tl.where(is_off, 0.0, rstd)
+        mean = tl.where(is_off, 0.0, mean)
         of_row = tl.zeros([BLOCK_Q], dtype=tl.float32)
         for start in range(0, (D + 3) // 4, BLOCK_Q):
             q = start + lanes
             du = load_channels(du_ptr + n * D, n, q, N, D, 1, BLOCK_Q)
             dy = load_channels(dy_ptr + n * D, n, q, N, D, 1, BLOCK_Q)
             u = load_channels(u_ptr + n * D, n, q, N, D, 1, BLOCK_Q)
-            u = _where(is_live, u)
+            u = _unless(is_off, u)
             weight = load_channels(weight_ptr, n, q, N, D, 1, BLOCK_Q)
             t0 = _total(du[0], dy[0], u[0], weight[0], rstd, offset, mean)
             t1 = _total(du[1], dy[1], u[1], weight[1], rstd, offset, mean)
