@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import alp_kernels.loss.products
 from alp_kernels import LogitNoise, Objective, fused_alp_loss, linear_logprob, normal, policy_loss
 from alp_kernels.engine import why_not
 from alp_kernels.loss.plan import even_sizes
@@ -427,6 +428,24 @@ def test_many_float16_rows_of_one_target_stay_in_range(engine, chunk_bytes):
     inputs = hidden, weight, torch.zeros(vocab, device=DEVICE), torch.zeros(rows, dtype=torch.int64, device=DEVICE)
     options = {"objective": Objective(clip_high=1e9), "chunk_bytes": chunk_bytes}
     for half, exact in zip(*half_and_exact(engine, inputs, rest, 2.0**10, **options), strict=True):
+        assert (half.double() - exact).norm() < 3e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("power", [-16, 16])
+def test_a_device_that_multiplies_float16_into_float32_forms_the_same_gradients(power, monkeypatch):
+    """The products that CUDA has and a CPU lacks, written out: dW is summed in units of the largest coefficient."""
+    mm = torch.mm
+
+    def mixed(a, b, *, out_dtype=None, **options):
+        return mm(a, b, **options) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mixed)
+    monkeypatch.setattr(alp_kernels.loss.products, "_has_mixed_products", lambda a: True)
+    hidden, weight, targets, rest = make_head(0, 4, 9, dtype=torch.float32)
+    rest |= {"token_weight": (rest["token_weight"] + 0.1) * 2.0**power, "num_tokens": 1}
+    inputs = hidden, weight, torch.zeros(len(weight), device=DEVICE), targets
+    options = {"objective": Objective(clip_low=1.0, clip_high=1e9, dual_clip=None), "chunk_bytes": 1 << 9}
+    for half, exact in zip(*half_and_exact("reference", inputs, rest, 2.0**-power, **options), strict=True):
         assert (half.double() - exact).norm() < 3e-3 * exact.norm()
 
 
