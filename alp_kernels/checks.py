@@ -82,9 +82,9 @@ def check_integer(where: str, name: str, value: Any, low: int, high: int | None 
     return number
 
 
-def check_flag(where: str, name: str, value: object) -> None:
+def check_flag(where: str, name: str, value: object, fits: str = "True or False") -> None:
     if not isinstance(value, bool | np.bool_):
-        refuse_type(where, name, value, "True or False")
+        refuse_type(where, name, value, fits)
 
 
 def check_choice(where: str, name: str, value: object, choices: Sequence[object]) -> None:

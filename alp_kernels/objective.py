@@ -124,7 +124,7 @@ class Objective:
         if not isinstance(name, str):
             refuse_type("Objective.preset", "name", name, f"one of {', '.join(PRESETS)}")
         if name not in PRESETS:
-            near = difflib.get_close_matches(name, PRESETS, n=1)
+            near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"Objective.preset: name={name!r} is not one of {', '.join(PRESETS)}{hint}")
         fields = [field.name for field in dataclasses.fields(Objective)]

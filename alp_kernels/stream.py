@@ -51,6 +51,7 @@ def row_ids(samples: Tensor, positions: Tensor, passes: int = 0) -> Tensor:
             wait for it: there the caller keeps them in range.
     """
     for name, value, end in (("samples", samples, NUM_SAMPLES), ("positions", positions, NUM_POSITIONS)):
+        check_tensor("row_ids", name, value)
         if value.dtype != torch.int64:
             raise TypeError(f"row_ids: {name} is {value.dtype}; it needs torch.int64")
         if (
@@ -63,13 +64,15 @@ def row_ids(samples: Tensor, positions: Tensor, passes: int = 0) -> Tensor:
                 f"row_ids: {name} spans [{int(value.min())}, {int(value.max())}]; it must lie in [0, {end - 1}], or rows "
                 "share an id"
             )
-    if 0 < samples.dim() < positions.dim():  # broadcasting would align samples with the last axis
+    is_column = samples.dim() == 2 and samples.shape[1] == 1
+    if is_column and positions.dim() == 2:
+        is_column = positions.shape[0] in (1, samples.shape[0])
+    if not (is_column or samples.dim() == 0 or samples.shape == positions.shape):
         raise ValueError(
-            f"row_ids: samples has shape {tuple(samples.shape)}; positions {tuple(positions.shape)} need it with as many axes, "
-            "such as samples[:, None]"
+            f"row_ids: samples has shape {tuple(samples.shape)}; positions {tuple(positions.shape)} need samples[:, None], one "
+            "for each row, or one for each position"
         )
-    if not isinstance(passes, int) or not 0 <= passes < NUM_PASSES:
-        raise ValueError(f"row_ids: passes={passes!r}; it needs an int in [0, {NUM_PASSES - 1}]")
+    passes = check_integer("row_ids", "passes", passes, 0, NUM_PASSES - 1)
     return samples << 20 | positions | passes << 44
 
 

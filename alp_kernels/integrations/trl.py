@@ -93,7 +93,7 @@ class ALPGRPOConfig(ALPOptions, GRPOConfig):
             if self.alp_dual_clip is not None:
                 refuse_value(where, "alp_dual_clip", self.alp_dual_clip, f"None: delta={self.delta} sets the caps")
         if self.alp_fused_head is not None:
-            check_flag(where, "alp_fused_head", self.alp_fused_head)
+            check_flag(where, "alp_fused_head", self.alp_fused_head, "True, False or None")
         preset = PRESETS[self.alp_objective]
         is_trls = preset.level == "token" or (preset.level == "sequence" and preset.geometric)
         levels = (None, preset.level) if is_trls else (None,)
@@ -106,7 +106,8 @@ class ALPGRPOConfig(ALPOptions, GRPOConfig):
             (
                 "use_bias_correction_kl",
                 not (self.use_bias_correction_kl and self.beta != 0 and preset.geometric),
-                f"False: TRL differentiates the ratio of a sequence's mean, alp_objective={self.alp_objective!r} cannot",
+                f"False where beta={self.beta}: TRL differentiates the ratio of a sequence's mean, alp_objective="
+                f"{self.alp_objective!r} cannot",
             ),
             (
                 "vllm_importance_sampling_correction",
@@ -255,7 +256,12 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
 
         Otherwise policy_loss masks and counts the bad ones.
         """
-        mask = _loss_mask(batch).bool()
+        mask, shape = _loss_mask(batch).bool(), tuple(batch["sampling_per_token_logps"].shape)
+        if shape != tuple(mask.shape):
+            raise ValueError(
+                f"ALPGRPOTrainer: the rollouts' log-probabilities have shape {shape}, padded; the completions need "
+                f"{tuple(mask.shape)}: a rollout_func returns one value in `logprobs` for each completion token"
+            )
         bad = mask & ~batch["sampling_per_token_logps"].isfinite()
         num_bad, num_tokens = torch.stack([bad.sum(), mask.sum()]).tolist()
         if num_bad and (num_bad == num_tokens or self.args.alp_nonfinite == "raise"):

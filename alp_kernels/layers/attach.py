@@ -92,6 +92,8 @@ def attach(
         )
     chosen = _choose(model, found.layers, found.parent, layers)
     values = _sigmas(sigma, len(chosen))
+    if sigma_bounds is not None and not all(sigma_bounds[0] <= value <= sigma_bounds[1] for value in values):
+        refuse_value(where, "sigma", sigma, f"numbers within sigma_bounds={sigma_bounds}")
     device = next(found.layers[0].parameters()).device
     handle = Perturbation(
         chosen,

@@ -403,6 +403,7 @@ def test_a_dropped_handle_and_model_are_freed():
         ({"rounding": "up"}, "rounding='up'"),
         ({"seed": -1}, "seed=-1"),
         ({"sigma_bounds": (0.2, 0.1)}, "sigma_bounds="),
+        ({"sigma": 0.1, "sigma_bounds": (1.0, 2.0)}, r"sigma=0.1; it needs numbers within sigma_bounds=\(1.0, 2.0\)"),
         ({"path": "model.blocks"}, "path='model.blocks' is not in Qwen2ForCausalLM"),
         ({"path": "model.norm"}, "path='model.norm' is a Qwen2RMSNorm"),
     ],

@@ -135,8 +135,13 @@ ONE = torch.tensor([[1]])
         (
             {"samples": torch.arange(4), "positions": torch.zeros(4, 4).long()},
             ValueError,
-            r"such as samples\[:, None\]",
+            r"samples has shape \(4,\); positions \(4, 4\) need samples\[:, None\]",
         ),
+        ({"samples": torch.arange(4), "positions": torch.arange(9)}, ValueError, r"need samples\[:, None\]"),
+        ({"samples": torch.arange(4)[:, None], "positions": torch.zeros(3, 9).long()}, ValueError, "samples has shape"),
+        ({"samples": 3}, TypeError, "samples is a int; it needs a torch.Tensor"),
+        ({"positions": [0, 1]}, TypeError, "positions is a list; it needs a torch.Tensor"),
+        ({"passes": True}, TypeError, "passes=True"),
     ],
 )
 def test_identities_that_would_be_shared_are_an_error(change, error, message):
