@@ -131,10 +131,11 @@ def _slow_first(found: list[str]) -> list[str]:
 
 
 def kernel_tests() -> list[Path]:
-    """Return the test files that compute on the device: those that import DEVICE from conftest, and four others."""
+    """Return the test files that compute on the device: those that import DEVICE from conftest, and five others."""
     folder = ROOT / "tests"
     files = [
         folder / "engines" / "triton_cases.py",
+        folder / "engines" / "triton_head_cases.py",
         folder / "gpu" / "test_gpu.py",
         folder / "gpu" / "test_gpu_large.py",
         folder / "engines" / "test_engine.py",
@@ -146,7 +147,7 @@ def kernel_tests() -> list[Path]:
 
 
 TRIED = "dtype1-token or dtype1-False"
-"""A sample of the device tests for Triton's interpreter, in which `make test` already runs triton_cases.py."""
+"""A sample of the device tests for Triton's interpreter, in which `make test` already runs the triton_*cases.py."""
 
 
 def run_tests(session: Session, until: float) -> None:

@@ -1,0 +1,11 @@
+"""Triton's head: triton_head_cases.py in a process of its own."""
+
+import pytest
+
+from tests.support import interpreted
+
+
+@pytest.mark.slow
+def test_triton_head_cases_pass():
+    pytest.importorskip("triton")
+    interpreted.run("triton_head_cases.py")
