@@ -26,6 +26,12 @@ from torch import Tensor
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 """The range of sizes: float32's largest number, and its smallest one that no processor flushes to 0."""
 
+_REAL = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
+"""The dtypes of real numbers that PyTorch computes with."""
+
 NUMBERS = (int, float, np.integer, np.floating)
 
 
@@ -35,7 +41,14 @@ def shown(value: object) -> str:
         return f"a Tensor of {value.dtype} {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} {value.shape}"
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an int of thousands of digits
+        text = (
+            f"a {type(value).__name__} of {value.bit_length()} bits"
+            if isinstance(value, int)
+            else f"a {type(value).__name__}"
+        )
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -52,22 +65,30 @@ def is_number(value: object) -> bool:
     return isinstance(value, (*NUMBERS, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
+def python_number(value: Any) -> Any:
+    """A NumPy number as Python's, which a float16 would not compare with float32's range; others unchanged."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_number(where: str, name: str, value: Any, fits: str = "a finite number") -> None:
     if not is_number(value):
         refuse_type(where, name, value, fits)
-    if not -LARGEST <= value <= LARGEST:
-        refuse_value(where, name, value, f"{fits}, below 3.4e38 in size (float32)" if math.isfinite(value) else fits)
+    number = python_number(value)
+    if not -LARGEST <= number <= LARGEST:
+        is_finite = -math.inf < number < math.inf
+        refuse_value(where, name, value, f"{fits}, below 3.4e38 in size (float32)" if is_finite else fits)
 
 
 def check_size(where: str, name: str, value: Any, fits: str = "a number > 0") -> None:
     check_number(where, name, value, fits)
-    if not value >= SMALLEST:
-        refuse_value(where, name, value, f"{fits}, at least 1.2e-38 (float32)" if value > 0 else fits)
+    number = python_number(value)
+    if not number >= SMALLEST:
+        refuse_value(where, name, value, f"{fits}, at least 1.2e-38 (float32)" if number > 0 else fits)
 
 
 def check_rate(where: str, name: str, value: Any, fits: str = "a number >= 0") -> None:
     check_number(where, name, value, fits)
-    if not value >= 0:
+    if not python_number(value) >= 0:
         refuse_value(where, name, value, fits)
 
 
@@ -105,7 +126,7 @@ def check_tensor(where: str, name: str, value: object, of_module: str = "") -> N
         raise TypeError(f"{where}: {name} is a nested tensor; give it padded, or packed ({name}.values())")
     if value.layout != torch.strided:
         raise TypeError(f"{where}: {name} is sparse ({value.layout}); give {name}.to_dense()")
-    if value.is_complex() or value.is_quantized:
+    if value.dtype not in _REAL:
         raise TypeError(f"{where}: {name} is {value.dtype}; it needs plain real numbers")
 
 

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_flag, check_number, check_size, refuse_type
+from .checks import check_choice, check_flag, check_number, check_size, python_number, refuse_type
 
 LOG_RATIO_CLAMP = 20.0
 """Where exp of a log-ratio (nats) is guarded against overflow. Terms that cannot overflow are not clamped."""
@@ -78,6 +78,8 @@ class Objective:
     """The fields as text, which fits an operator's schema; `objective_of` parses it."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # `spec` holds Python's numbers
+            object.__setattr__(self, field.name, python_number(getattr(self, field.name)))
         choices = {
             "level": get_args(Level),
             "denominator": ("rollout", "old"),
@@ -87,13 +89,13 @@ class Objective:
             "kl": (None, *get_args(KL)),
             "entropy_aggregation": (None, "token-mean"),
         }
-        for field, allowed in choices.items():
-            check_choice("Objective", field, getattr(self, field), allowed)
-        for field in ("geometric", "kl_bias_correction"):
-            check_flag("Objective", field, getattr(self, field))
-        for field in ("clip_low", "clip_high", "dual_clip", "weight_cap", "kl_coef", "entropy_coef"):
-            if field != "dual_clip" or self.dual_clip is not None:
-                check_number("Objective", field, getattr(self, field))
+        for name, allowed in choices.items():
+            check_choice("Objective", name, getattr(self, name), allowed)
+        for name in ("geometric", "kl_bias_correction"):
+            check_flag("Objective", name, getattr(self, name))
+        for name in ("clip_low", "clip_high", "dual_clip", "weight_cap", "kl_coef", "entropy_coef"):
+            if name != "dual_clip" or self.dual_clip is not None:
+                check_number("Objective", name, getattr(self, name))
         if self.norm_length is not None:
             check_size("Objective", "norm_length", self.norm_length, "a length > 0, or None")
         claims = [
@@ -112,9 +114,9 @@ class Objective:
                 "a length > 0 if aggregation is 'seq-mean-token-sum-norm', else None",
             ),
         ]
-        for field, holds, fits in claims:
+        for name, holds, fits in claims:
             if not holds:
-                raise ValueError(f"Objective: {field}={getattr(self, field)!r}; it needs {fits}")
+                raise ValueError(f"Objective: {name}={getattr(self, name)!r}; it needs {fits}")
         # torch.compile sees one string: it would turn numbers that differ between objectives into symbolic variables
         object.__setattr__(self, "spec", repr(tuple([getattr(self, field.name) for field in dataclasses.fields(self)])))
 

@@ -12,7 +12,7 @@ Every engine generates the same words bit for bit; the normals agree within `NOR
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,10 @@ def row_ids(samples: Tensor, positions: Tensor, passes: int = 0) -> Tensor:
                 f"row_ids: {name} spans [{int(value.min())}, {int(value.max())}]; it must lie in [0, {end - 1}], or rows "
                 "share an id"
             )
+    if samples.device != positions.device:
+        raise ValueError(
+            f"row_ids: samples is on {samples.device}, positions on {positions.device}; it needs one device"
+        )
     is_column = samples.dim() == 2 and samples.shape[1] == 1
     if is_column and positions.dim() == 2:
         is_column = positions.shape[0] in (1, samples.shape[0])
@@ -173,21 +177,29 @@ class Coordinates(NamedTuple):
     row_ids: Tensor | None = None
     row_start: int | Tensor = 0
 
-    def check(self, where: str, prefix: str = "") -> None:
-        """Check the types; `stream` checks values. prefix: what messages put before a coordinate's name."""
+    def check(self, where: str, prefix: str = "") -> Coordinates:
+        """Check the types, and return them with Python's ints; `stream` checks values. prefix: of names in messages."""
         limits = {
             "seed": MAX_SEED,
             "step": MAX_STEP,
             "layer": LOGITS_LAYER,
             "row_start": MAX_ROW,
         }  # check_stream adds N
+        ints: dict[str, Any] = {}
         for name, top in limits.items():
             value = getattr(self, name)
             if not isinstance(value, Tensor) or name in ("seed", "layer"):
-                check_integer(where, prefix + name, value, 0, None if name == "row_start" else top)
-            elif value.numel() != 1 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                ints[name] = check_integer(where, prefix + name, value, 0, None if name == "row_start" else top)
+            elif (
+                value.numel() != 1
+                or value.is_floating_point()
+                or value.is_complex()
+                or value.dtype == torch.bool
+                or value.is_meta
+            ):
                 refuse_type(where, prefix + name, value, f"an int in [0, {top}], or a one-element tensor of integers")
         check_row_ids(where, self.row_ids, f"{prefix}row_ids")
+        return self._replace(**ints)
 
     def stream(self, where: str, num_rows: int, device: torch.device) -> Stream:
         """The checked stream, with step and row_start as ints. Raises like `check_stream`."""

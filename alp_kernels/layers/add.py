@@ -58,6 +58,8 @@ def _draws(handle: Noisy, forward: Forward, hidden: Tensor) -> Draws:
         streams = streams_of(hidden, row_ids)
         if streams is not None:
             num_rows = row_ids.numel()
+        if row_ids.is_meta:
+            raise ValueError("perturbed: row_ids is on the meta device and holds no values")
         row_ids = row_ids.to(device)
     seed, step, start, engine = handle.seed, forward.step, forward.row_start, pick(handle.engine, device)
     at = None if forward.pointer is None else forward.pointer.to(device)

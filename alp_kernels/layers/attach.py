@@ -9,7 +9,7 @@ with handle.perturbed(step=step):
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,10 @@ def detach(model: nn.Module, path: str | None = None) -> None:
         handle.detach()
 
 
+_NO_LIST = (str, bytes, bytearray, Mapping, Set)
+"""What Python iterates over, but does not hold one value for each layer in order."""
+
+
 def _check_bounds(bounds: Any) -> None:
     fits = "(low, high) with 0 < low < high"
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
@@ -134,9 +138,11 @@ def _check_bounds(bounds: Any) -> None:
 def _sigmas(sigma: Any, count: int) -> list[float]:
     """Return sigma as one float for each of `count` layers."""
     fits = "a number > 0, or one for each layer (for no noise, do not open the scope)"
+    if isinstance(sigma, Tensor) and sigma.is_meta:
+        refuse_value("attach", "sigma", sigma, f"{fits}; this one is on the meta device and holds no values")
     if isinstance(sigma, Tensor | np.ndarray):
         sigma = sigma.reshape(-1).tolist()
-    if isinstance(sigma, str) or not (is_number(sigma) or isinstance(sigma, Iterable)):
+    if isinstance(sigma, _NO_LIST) or not (is_number(sigma) or isinstance(sigma, Iterable)):
         refuse_type("attach", "sigma", sigma, fits)
     values = [sigma] if is_number(sigma) else list(sigma)
     for value in values:
@@ -158,7 +164,7 @@ def _choose(
         return {LOGITS_LAYER: model}
     if isinstance(layers, str):
         raise ValueError(f"attach: layers={layers!r}; it needs 'all', 'final', 'logits' or indices")
-    if not isinstance(layers, Iterable):
+    if not isinstance(layers, Iterable) or isinstance(layers, _NO_LIST):
         raise TypeError(
             f"attach: layers={layers!r}; it needs 'all', 'final', 'logits' or a list of indices, such as [0]"
         )

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_flag, check_integer, check_rate
+from ..checks import LARGEST, SMALLEST, check_flag, check_integer, check_rate, check_tensor, refuse_value
 from ..stream import FINAL_LAYER, LOGITS_LAYER, MAX_SEED, MAX_STEP, LogitNoise, check_row_ids
 from .forwards import Forwards, is_captured
 from .hooks import Enter, LayerInput, Leave, Output, OwnForward
@@ -216,7 +216,7 @@ class Perturbation(nn.Module):
 
     def param_group(self, lr: float) -> dict[str, Any]:
         """Return a parameter group for any torch optimiser, with its own lr and no weight decay (decay pulls sigma to 1)."""
-        if isinstance(lr, Tensor) and lr.numel() == 1:
+        if isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta:
             check_rate("param_group", "lr", lr.item())
         else:
             check_rate("param_group", "lr", lr)
@@ -258,30 +258,38 @@ class Perturbation(nn.Module):
         return {"seed": self.seed} | self._rows.state() | of_noise
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        saved = state_dict.get(f"{prefix}log_sigma")
-        if isinstance(saved, Tensor) and not bool(saved.isfinite().all()):
-            raise ValueError(f"load_state_dict: log_sigma is {saved.tolist()}; it needs finite numbers")
+        """Check the whole state before any of it is loaded."""
+        log_sigma, extra = (state_dict.get(prefix + name) for name in ("log_sigma", "_extra_state"))
+        if isinstance(log_sigma, Tensor):
+            check_tensor("load_state_dict", "log_sigma", log_sigma)
+            if log_sigma.is_meta or not log_sigma.is_floating_point():
+                refuse_value("load_state_dict", "log_sigma", log_sigma, "float32 numbers")
+            sigma = log_sigma.detach().float().exp()
+            if not bool(((sigma >= SMALLEST) & (sigma <= LARGEST)).all()):
+                raise ValueError(
+                    f"load_state_dict: log_sigma is {log_sigma.tolist()}; it needs logarithms of numbers > 0 that float32 holds"
+                )
+        if extra is not None:
+            self._read(extra)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        numbers = self._read(state)
+        self.seed = numbers["seed"]
+        self._rows.load(numbers)
+
+    def _read(self, state: dict[str, Any]) -> dict[str, int]:
+        """Return the numbers of an extra state; raise if it is not one of this perturbation's."""
+        where = "load_state_dict"
         needed = self.get_extra_state().keys()
         if not isinstance(state, dict) or (missing := sorted(needed - state.keys())):
             lacks = f"a state without {', '.join(missing)}" if isinstance(state, dict) else f"a {type(state).__name__}"
-            raise ValueError(
-                f"load_state_dict: {lacks} is no perturbation's; it needs what state_dict() of a handle returns"
-            )
-        for name, low, high in (
-            ("seed", 0, MAX_SEED),
-            ("step", -1, MAX_STEP),
-            ("next_row", 0, None),
-            ("forwards", 0, None),
-        ):
-            check_integer("load_state_dict", name, state[name], low, high)
+            raise ValueError(f"{where}: {lacks} is no perturbation's; it needs what state_dict() of a handle returns")
         for name, own in (("layers", list(self.layers)), ("scale", self.scale), ("rounding", self.rounding)):
             if state[name] != own:
-                raise ValueError(f"load_state_dict: the state has {name}={state[name]!r}, this perturbation {own!r}")
-        self.seed = state["seed"]
-        self._rows.load(state)
+                raise ValueError(f"{where}: the state has {name}={state[name]!r}, this perturbation {own!r}")
+        ranges = {"seed": (0, MAX_SEED), "step": (-1, MAX_STEP), "next_row": (0, None), "forwards": (0, None)}
+        return {name: check_integer(where, name, state[name], *span) for name, span in ranges.items()}
 
     def detach(self) -> None:
         """Remove every hook, which restores the model exactly. A second call does nothing."""

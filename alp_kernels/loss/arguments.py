@@ -61,10 +61,10 @@ class HeadInputs(NamedTuple):
         _check_head(where, head)
         check_name(engine, f"{where}: engine")
         if chunk_bytes is not None:
-            check_integer(where, "chunk_bytes", chunk_bytes, 1, fits="a number of bytes > 0, or None")
+            check_integer(where, "chunk_bytes", chunk_bytes, 1, (1 << 62), fits="a number of bytes > 0, or None")
         if head.split is not None:
             head = _local(where, head)
-        hidden, weight, bias = _in_one_dtype(head.inputs(hidden), head.weight, head.bias)
+        hidden, weight, bias = _in_one_dtype(head.inputs(hidden, _fitting(mask, hidden)), head.weight, head.bias)
         log_sigma = None
         if head.logit_noise is not None:
             head.logit_noise.check_rows(where, targets.shape)
@@ -73,6 +73,12 @@ class HeadInputs(NamedTuple):
         needs = Needs(*(torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in graded))
         head = head._replace(weight=weight, bias=bias)
         return HeadInputs(hidden, head, targets, mask, chunk_bytes, engine, needs)
+
+
+def _fitting(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """The mask, if it fits hidden's rows; else None, and the checks of shapes say so."""
+    fits = mask is not None and mask.shape == hidden.shape[:-1] and mask.device == hidden.device
+    return mask if fits else None
 
 
 def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

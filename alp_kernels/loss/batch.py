@@ -9,6 +9,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from ..checks import LARGEST, SMALLEST
 from ..objective import LOG_RATIO_CLAMP, LossRows, Objective
 from .inputs import LOG_PROBABILITIES, Count, LossInputs
 from .segments import Sequences, first_and_last, read_sequences, segment_sum, sequence_of
@@ -79,13 +80,14 @@ class Batch:
 def _count(value: Count, default: float | Tensor) -> Tensor:
     """Return the count to divide by, () float64.
 
-    Tensors and defaults count as at least 1, so that an empty batch has loss 0, not 0 / 0. A number becomes a float64 tensor
+    A tensor or default of 0 counts as 1, so that an empty batch has loss 0, not 0 / 0. A number becomes a float64 tensor
     on the CPU: every device accepts it as a scalar, and the default dtype does not narrow it.
     """
     if value is None:
         value = default if isinstance(default, Tensor) else max(default, 1)
     if isinstance(value, Tensor):
-        return value.detach().reshape(()).double().clamp(min=1)
+        count = value.detach().reshape(()).double()
+        return torch.where(count == 0, 1.0, count)
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
@@ -124,7 +126,7 @@ class Unread:
             w = _weights(numbers["old_logp"], numbers["rollout_logp"], self.mask, self.sequence(), objective)
             numbers["is_weight"].mul_(w)
         self._aggregate(numbers["weight"])
-        if objective.entropy_aggregation == "token-mean":
+        if "entropy_weight" in numbers:
             torch.div(self.mask, self._num_tokens(), out=numbers["entropy_weight"])
         return Batch(
             shape=self.shape,
@@ -276,13 +278,14 @@ def _check_count_later(where: str, name: str, value: Count, transfer: Transfer) 
     """Check the value of a count given as a tensor: 0 counts as 1, since a batch may be empty; a negative count raises."""
     if not isinstance(value, Tensor):
         return
+    if value.is_meta:
+        raise ValueError(f"{where}: {name} is on the meta device and holds no value")
     asked = transfer.ask(value)
 
     def check() -> None:
-        if not 0 <= asked.numbers[0] < math.inf:
-            raise ValueError(
-                f"{where}: {name}={asked.numbers[0]}; it needs a count >= 0 over the whole optimiser batch"
-            )
+        count = asked.numbers[0]
+        if not (count == 0 or SMALLEST <= count <= LARGEST):
+            raise ValueError(f"{where}: {name}={count}; it needs a count >= 0 over the whole optimiser batch")
 
     transfer.check(check)
 
@@ -291,7 +294,7 @@ def _of_sequences(form: _Form, inputs: LossInputs, live: Tensor, transfer: Trans
     """Return a packed batch's sequences, and one advantage per token: (N,), or (B, T) if a padded batch has (B,)."""
     where, shape, advantages = form.where, form.shape, inputs.advantages
     sequences = read_sequences(
-        where, shape, form.device, inputs.cu_seqlens, inputs.sequence_ids, live, len(advantages), transfer
+        where, shape, form.device, inputs.cu_seqlens, inputs.sequence_ids, live, advantages.shape[:1].numel(), transfer
     )
     if advantages.shape == shape and not (sequences is not None and sequences.has_empty):
         return sequences, form.flat("advantages", advantages)
@@ -327,7 +330,7 @@ def _turns(form: _Form, inputs: LossInputs, sequences: Sequences | None, live: T
     """Return each row's turn, (N,) int64, non-decreasing; it increases where a turn or sequence starts."""
     assert inputs.turn_ends is not None
     values = form.flat("turn_ends", inputs.turn_ends, dtype=inputs.turn_ends.dtype)
-    ends = values != 0
+    ends = values == 1
     wrong = transfer.ask(((values != ends) & live).sum())
 
     def check() -> None:

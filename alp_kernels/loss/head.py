@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import python_number
 from ..stream import LogitNoise
 
 _DEFAULTS = {"bias": None, "temperature": 1.0, "softcap": None, "logit_scale": 1.0, "logit_noise": None}
@@ -41,12 +42,16 @@ class Head(NamedTuple):
     )
     adapters: tuple[nn.Module, ...] = ()  # LoRA on the head, each D -> rank; `weight` has columns for their outputs
 
-    def inputs(self, hidden: Tensor) -> Tensor:
-        """Return what `weight` multiplies: hidden (..., D), with the adapters' outputs appended if they are not yet."""
+    def inputs(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return what `weight` multiplies: hidden (..., D), with the adapters' outputs appended if they are not yet.
+
+        mask: (...), the rows whose logits are needed. The adapters read 0 at the others, which may hold NaN.
+        """
         if not self.adapters or hidden.shape[-1] != next(self.adapters[0].parameters()).shape[-1]:
             return hidden
         dtypes = [next(adapter.parameters()).dtype for adapter in self.adapters]
-        parts = [adapter(hidden.to(dtype)) for adapter, dtype in zip(self.adapters, dtypes, strict=True)]
+        read = hidden if mask is None else torch.where((mask != 0)[..., None], hidden, 0.0)
+        parts = [adapter(read.to(dtype)) for adapter, dtype in zip(self.adapters, dtypes, strict=True)]
         return torch.cat([hidden, *(part.to(hidden.dtype) for part in parts)], dim=-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -61,8 +66,12 @@ def as_head(where: str, weight: Tensor | Head, **keywords: object) -> Head:
     Raises:
         ValueError: a keyword is given with a Head that sets the same field.
     """
+    keywords = {name: python_number(value) for name, value in keywords.items()}
     if not isinstance(weight, Head):
         return Head(weight, **keywords)  # type: ignore[arg-type]
+    weight = weight._replace(
+        **{n: python_number(getattr(weight, n)) for n in ("temperature", "softcap", "logit_scale")}
+    )
     given = {name: value for name, value in keywords.items() if not _is_default(name, value)}
     for name in given:
         if not _is_default(name, getattr(weight, name)):

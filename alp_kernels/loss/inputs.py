@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_local, check_logp, is_number, refuse_type, refuse_value, shown
+from ..checks import check_choice, check_local, check_logp, check_size, shown
 from ..objective import Objective
 
 Count: TypeAlias = int | float | Tensor | None
-"""A count over a whole optimiser batch, > 0. A one-element tensor counts as at least 1, None as this call's own count."""
+"""A count over a whole optimiser batch, > 0. A one-element tensor may be 0, which counts as 1; None: this call's own count."""
 
 LOG_PROBABILITIES = ("rollout_logp", "old_logp", "ref_logp")
 
@@ -62,15 +61,17 @@ class LossInputs(NamedTuple):
         return len(shape) == 2 or self.cu_seqlens is not None or self.sequence_ids is not None
 
     def fingerprints(self, device: torch.device) -> dict[str, Tensor]:
-        """A number () for each input, float64, the same on ranks that hold the same inputs."""
+        """A number () for each input, float64, the same on ranks that hold the same inputs; masked rows do not count."""
+        live = self.mask.detach().reshape(-1).to(device) != 0
         text = f"{self.objective.spec} {self.nonfinite}"
         found = {"objective": torch.tensor(zlib.crc32(text.encode()), dtype=torch.float64, device=device)}
         for name, value in self._asdict().items():
             if name in ("num_tokens", "num_sequences") and value is not None:
                 found[name] = torch.as_tensor(value, dtype=torch.float64, device=device).reshape(())
             elif isinstance(value, Tensor) and name != "mask":
-                flat = value.detach().reshape(-1).to(device, torch.float64).nan_to_num()
-                found[name] = (flat * (torch.arange(len(flat), device=device) % 1009 + 1)).sum()
+                flat = value.detach().reshape(-1).to(device, torch.float64)
+                flat = torch.where(live, flat, 0.0) if value.shape == self.mask.shape else flat
+                found[name] = (flat.nan_to_num() * (torch.arange(len(flat), device=device) % 1009 + 1)).sum()
         return found
 
     def for_graph(self, device: torch.device) -> LossInputs:
@@ -100,7 +101,5 @@ def _check_count(where: str, name: str, value: Count) -> None:
         check_local(where, name, value)
         if value.numel() != 1 or value.dtype == torch.bool:
             raise ValueError(f"{where}: {name} is {value.dtype} {tuple(value.shape)}; it needs one number")
-    elif not is_number(value):
-        refuse_type(where, name, value, fits)
-    elif not 0 < value < math.inf:
-        refuse_value(where, name, value, fits)
+    else:
+        check_size(where, name, value, fits)

@@ -60,7 +60,7 @@ class Wire(NamedTuple):
             temperature=1.0 if isinstance(head.temperature, Tensor) else head.temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
-            at=None if noise is None else in_tensors(noise.coordinates).at,
+            at=None if noise is None else in_tensors(noise.coordinates.check("logit_noise")).at,
             row_ids=None if noise is None else noise.row_ids,
             chunk_bytes=inputs.chunk_bytes,
             engine=inputs.engine,

@@ -53,9 +53,9 @@ def policy_loss(
         ref_logp: like logp, reference policy; for kl_coef > 0.   entropy: like logp, differentiable; for entropy_coef.
         token_weight: like logp, multiplies the surrogate (not the KL and entropy terms).
         cu_seqlens: (B + 1,) integers, or sequence_ids: (N,) integers: the sequences of a packed batch.
-        turn_ends: like logp, true at the last token of each turn; for level "cum-turn".
+        turn_ends: like logp, 1 at the last token of each turn; for level "cum-turn". A 1 off the mask ends a turn, too.
         num_tokens, num_sequences: counts of the whole optimiser batch, over all micro-batches and ranks, so that
-            splitting never changes the gradient; by default this call's own. A tensor counts as at least 1.
+            splitting never changes the gradient; by default this call's own. A tensor of 0 counts as 1.
         nonfinite: "raise" on NaN or inf in rollout_logp, or "mask" those tokens and count them.
 
     Raises:
@@ -127,6 +127,8 @@ def check_loss(logp: Tensor, entropy: Tensor | None, inputs: LossInputs) -> Batc
         raise ValueError(f"{where}: entropy_coef={inputs.objective.entropy_coef} needs entropy {tuple(logp.shape)}")
     if entropy is not None and entropy.shape != logp.shape:
         raise ValueError(f"{where}: entropy has shape {tuple(entropy.shape)}; it needs {tuple(logp.shape)}")
+    if entropy is not None and entropy.dtype != logp.dtype:
+        raise TypeError(f"{where}: entropy is {entropy.dtype}; it needs logp's dtype, {logp.dtype}")
     if entropy is not None and entropy.device != logp.device:
         raise ValueError(f"{where}: entropy is on {entropy.device}; the other inputs are on {logp.device}")
     positive = (logp.detach().reshape(-1) > ROUNDING) & unread.mask

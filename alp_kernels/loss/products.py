@@ -184,7 +184,7 @@ def gradient_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
-_UNIT_BITS = 7
+_UNIT_BITS, _SMALLEST_UNIT = 7, -126  # exponents of 2
 
 
 def _units(dlogp: Tensor, dentropy: Tensor | None, transform: LogitTransform) -> Tensor:
@@ -199,7 +199,9 @@ def _units(dlogp: Tensor, dentropy: Tensor | None, transform: LogitTransform) ->
         size = size / transform.temperature
     if transform.sigma is not None:
         size = size.amax().expand(len(size))
-    return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - _UNIT_BITS)
+    # a row without a gradient has the smallest unit, so that it does not set the largest
+    exponent = torch.where(size == 0, _SMALLEST_UNIT, torch.frexp(size).exponent - _UNIT_BITS).clamp(min=_SMALLEST_UNIT)
+    return torch.ldexp(torch.ones_like(size), exponent)
 
 
 def _has_mixed_products(a: Tensor) -> bool:
@@ -208,8 +210,18 @@ def _has_mixed_products(a: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b, in float32 or wider if PyTorch can. Else in 16 bits: products of widened matrices would be far slower."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.itemsize == 2 and _has_mixed_products(a) else a @ b
+    """Return a @ b; in float32 for float16, whose range a sum may leave, and for bfloat16 where PyTorch multiplies so.
+
+    Elsewhere bfloat16 stays in 16 bits: products of widened matrices would be far slower.
+    """
+    if a.itemsize == 2 and _has_mixed_products(a):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if a.dtype != torch.float16:
+        return a @ b
+    total = a.new_zeros(len(a), b.shape[1], dtype=torch.float32)
+    for start in range(0, len(b), 16384):  # a block at a time: widened copies take memory
+        total.addmm_(a[:, start : start + 16384].float(), b[start : start + 16384].float())
+    return total
 
 
 def _scaled(rows: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:

@@ -90,7 +90,8 @@ def _of_ids(
     """Return the sequences of ids (N,). Rows off the mask may carry any id, such as padding's.
 
     If every run of equal ids, masked ones included, is a sequence and the advantages fit their number, the masked rows' ids
-    count, too: a sequence may be masked as a whole. Else a masked row belongs to the sequence of the row before it.
+    count, too: a sequence may be masked as a whole. Else a masked row belongs to the sequence of the row before it. If all rows
+    are masked, any number of advantages fits.
     """
     if sequence_ids.shape != shape or sequence_ids.device != device:
         raise ValueError(
@@ -102,9 +103,11 @@ def _of_ids(
     of_live = sequence_ids[torch.where(before < 0, live.to(torch.uint8).argmax(), before)]
     runs, counts = zip(*map(_runs, (sequence_ids, of_live)), strict=True)
     first = Transfer()  # shapes depend on the number of sequences
-    asked = first.ask(torch.stack(counts))
+    asked, any_live = first.ask(torch.stack(counts)), first.ask(live.any())
     first.bring()
     num_all, num_distinct, num_live, num_live_distinct = map(int, asked.numbers)
+    if not any_live.numbers[0] and num_advantages:
+        return Sequences(torch.zeros_like(rows), num_advantages, False)
     if num_live != num_live_distinct:
         raise ValueError(
             f"{where}: sequence_ids return after another sequence; the rows of a sequence must be adjacent"
@@ -127,6 +130,8 @@ def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:
 def _of_cu_seqlens(
     where: str, num_rows: int, device: torch.device, cu_seqlens: Tensor, transfer: Transfer
 ) -> Sequences:
+    if cu_seqlens.is_meta:
+        raise ValueError(f"{where}: cu_seqlens is on the meta device and holds no values")
     if cu_seqlens.dim() != 1:
         raise ValueError(f"{where}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; it needs (B + 1,)")
     count = len(cu_seqlens) - 1

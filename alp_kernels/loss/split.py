@@ -140,7 +140,11 @@ def agree(
     of_loss = zlib.crc32(",".join(shared).encode())  # ranks that give other arguments would gather other sizes
     slots = [*shared.values(), *([0.0] * (_NUM_SHARED - len(shared)))]
     known = [len(weight), -1 if split.start is None else split.start, chunk_rows, *named, *options, of_loss, *slots]
-    sample = hidden.detach().reshape(-1)[:: max(1, hidden.numel() // _NUM_SAMPLES)][:_NUM_SAMPLES].double()
+    places = torch.arange(0, hidden.numel(), max(1, hidden.numel() // _NUM_SAMPLES), device=hidden.device)[
+        :_NUM_SAMPLES
+    ]
+    sample = hidden.detach().reshape(-1)[places].double().nan_to_num()
+    sample = torch.where(kept[places // hidden.shape[-1]] > 0, sample, 0.0)  # masked rows may hold anything
     numbers = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=hidden.device) for v in known])
     weights = weight.detach().reshape(-1)[:: max(1, weight.numel() // _NUM_WEIGHTS)][:_NUM_WEIGHTS].double()
     mine = torch.zeros(len(known) + _NUM_SAMPLES + _NUM_WEIGHTS, dtype=torch.float64, device=hidden.device)

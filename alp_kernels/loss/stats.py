@@ -259,7 +259,7 @@ class Stats:
                 getattr(host, f"clipped_{clip}").double().mean()
             )
         out["clamp_frac"] = float(host.clamped.double().mean())
-        r = host.rollout_log_ratio.double().nan_to_num(math.nan, LOG_RATIO_CLAMP, -LOG_RATIO_CLAMP)
+        r = _finite(host.rollout_log_ratio)
         w = ratio(values["rollout_log_ratio"])
         out["k1_kl"], out["k3_kl"] = float(-r.mean()), float(k3(r).mean())
         out["ess_frac"] = w.sum() ** 2 / (len(w) * np.square(w).sum())
@@ -306,7 +306,7 @@ class Stats:
         """
         check_integer("Stats.envelope", "num_bins", num_bins, 1)
         host = self.cpu()
-        log_q, log_ratio = host.rollout_logp.double().numpy(), host.log_ratio.double().numpy()
+        log_q, log_ratio = host.rollout_logp.double().numpy(), _finite(host.log_ratio).numpy()
         columns: dict[str, list[float]] = {key: [] for key in ("rollout_logp", "p2", "p50", "p98", "count")}
         if len(log_q) == 0:
             return columns
@@ -319,3 +319,8 @@ class Stats:
                 for key, value in zip(columns, row, strict=True):
                     columns[key].append(float(value))
         return columns
+
+
+def _finite(log_ratio: Tensor) -> Tensor:
+    """log_ratio in float64, where an infinite one, of an impossible token, counts as 20 nats."""
+    return log_ratio.double().nan_to_num(math.nan, LOG_RATIO_CLAMP, -LOG_RATIO_CLAMP)

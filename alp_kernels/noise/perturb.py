@@ -91,8 +91,7 @@ def perturb(
     """
     check_perturb("perturb", hidden, log_sigma, scale, rounding)
     check_name(engine, "perturb: engine")
-    coordinates = Coordinates(seed, step, layer, row_ids, row_start)
-    coordinates.check("perturb")
+    coordinates = Coordinates(seed, step, layer, row_ids, row_start).check("perturb")
     check_rows("perturb", hidden, row_ids)
     return _perturb(hidden, log_sigma, coordinates, scale, rounding, engine)
 

@@ -380,6 +380,17 @@ def test_float16_gradients_survive_a_large_batch(engine):
         assert (half.double() - exact).norm() < 3e-3 * exact.norm()
 
 
+def multiply_into_float32(monkeypatch):
+    """The products that CUDA has and a CPU lacks, written out."""
+    mm = torch.mm
+
+    def mixed(a, b, *, out_dtype=None, **options):
+        return mm(a, b, **options) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mixed)
+    monkeypatch.setattr(alp_kernels.loss.products, "_has_mixed_products", lambda a: a.dtype == torch.float16)
+
+
 def half_and_exact(engine, inputs, rest, scale, **options):
     """Gradients of `scale` times the loss: from float16 inputs, and from the same numbers in float64."""
     for convert in (torch.Tensor.half, torch.Tensor.double):
@@ -413,6 +424,51 @@ def test_float16_gradients_are_formed_at_the_size_of_their_coefficients(engine, 
         assert (half.double() - exact).norm() < 3e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_float16_rows_without_a_gradient_do_not_set_the_scale(engine, is_mixed, monkeypatch):
+    """One of 64 rows is clipped, the others' coefficients are far below float16's range."""
+    if is_mixed:
+        multiply_into_float32(monkeypatch)
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 16, generator=g).to(DEVICE) * 0.3 for n in (64, 40))
+    targets = torch.randint(40, (64,), generator=g).to(DEVICE)
+    logp, _ = linear_logprob(hidden.half(), weight.half(), targets, engine="reference")
+    rest = {
+        "rollout_logp": logp - torch.tensor([5.0] + [0.0] * 63, device=DEVICE),  # the first ratio is clipped
+        "advantages": torch.ones(64, device=DEVICE),
+        "mask": torch.ones(64, device=DEVICE),
+        "num_tokens": 2.0**30,
+    }
+    inputs = hidden, weight, torch.zeros(40, device=DEVICE), targets
+    for half, exact in zip(*half_and_exact(engine, inputs, rest, 2.0**26, objective=Objective()), strict=True):
+        assert (half.double() - exact).norm() < 3e-3 * exact.norm()
+
+
+def test_float16_coefficients_below_float32s_range_give_no_nan(engine):
+    hidden, weight, targets, rest = make_head(0, 4, 9, dtype=torch.float16)
+    rest = {k: v.float() if v.is_floating_point() else v for k, v in rest.items()} | {
+        "advantages": torch.full((4,), 1e-44)
+    }
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    out = fused_alp_loss(*leaves, targets, **rest, objective=Objective(), engine=engine)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.loss, leaves))
+
+
+def test_float16_sums_over_a_large_head_stay_in_range(engine):
+    """W of a few hundred: dh is small, but a float16 product of the unscaled gradient with W is not."""
+    g = torch.Generator().manual_seed(5)
+    hidden, weight = torch.randn(32, 32, generator=g) * 0.02, torch.randn(200, 32, generator=g) * 300
+    targets = torch.randint(200, (32,), generator=g).to(DEVICE)
+    rest = {
+        name: value.to(DEVICE) for name, value in (("rollout_logp", torch.full((32,), -5.0)), ("mask", torch.ones(32)))
+    }
+    rest["advantages"] = torch.ones(32, device=DEVICE)
+    inputs = hidden.to(DEVICE), weight.to(DEVICE), torch.zeros(200, device=DEVICE), targets
+    options = {"objective": Objective(clip_high=1e9), "logit_scale": 1 / 16}
+    for half, exact in zip(*half_and_exact(engine, inputs, rest, 1.0, **options), strict=True):
+        assert (half.double() - exact).norm() < 1e-2 * exact.norm() + 1e-6
+
+
 @pytest.mark.parametrize("chunk_bytes", [None, 1 << 17])
 def test_many_float16_rows_of_one_target_stay_in_range(engine, chunk_bytes):
     """Their sum before the division by their number would leave float16's range; dW does not."""
@@ -433,14 +489,8 @@ def test_many_float16_rows_of_one_target_stay_in_range(engine, chunk_bytes):
 
 @pytest.mark.parametrize("power", [-16, 16])
 def test_a_device_that_multiplies_float16_into_float32_forms_the_same_gradients(power, monkeypatch):
-    """The products that CUDA has and a CPU lacks, written out: dW is summed in units of the largest coefficient."""
-    mm = torch.mm
-
-    def mixed(a, b, *, out_dtype=None, **options):
-        return mm(a, b, **options) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
-
-    monkeypatch.setattr(torch, "mm", mixed)
-    monkeypatch.setattr(alp_kernels.loss.products, "_has_mixed_products", lambda a: True)
+    """dW is summed in units of the largest coefficient."""
+    multiply_into_float32(monkeypatch)
     hidden, weight, targets, rest = make_head(0, 4, 9, dtype=torch.float32)
     rest |= {"token_weight": (rest["token_weight"] + 0.1) * 2.0**power, "num_tokens": 1}
     inputs = hidden, weight, torch.zeros(len(weight), device=DEVICE), targets
