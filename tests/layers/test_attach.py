@@ -6,6 +6,7 @@ import logging
 import math
 import unittest.mock
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -545,3 +546,23 @@ def test_a_scope_of_inference_leaves_a_capturable_handle_usable():
             pass
         with pytest.raises(TypeError, match="row_ids is a list"), handle.perturbed(step=2, row_ids=[0, 1]):
             pass
+
+
+def test_a_refused_state_changes_nothing_and_numpys_integers_are_pythons():
+    model, x = make_model(), ids()
+    handle = attach(model, sigma=0.1)
+    state = handle.state_dict()
+    wrong = {
+        "log_sigma": torch.full_like(handle.log_sigma, -9.0),
+        "_extra_state": {**state["_extra_state"], "step": 1.5},
+    }
+    with pytest.raises(TypeError, match=r"load_state_dict: step=1\.5"):
+        handle.load_state_dict(wrong)
+    assert torch.equal(handle.log_sigma, state["log_sigma"])
+    numbers = {name: np.int64(state["_extra_state"][name]) for name in ("seed", "step", "next_row", "forwards")}
+    handle.load_state_dict(
+        {**state, "_extra_state": {**state["_extra_state"], **numbers, "seed": np.uint64((1 << 64) - 1)}}
+    )
+    with handle.perturbed(step=np.int64(0)):
+        model(x)
+    assert handle.seed == (1 << 64) - 1

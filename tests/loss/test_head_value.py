@@ -156,3 +156,20 @@ def test_counts_come_as_numbers_of_any_kind_in_compiled_code_too(batch):
     for count in (32, 32.0, 31.5, 30, torch.tensor(7)):
         assert torch.equal(compiled(count), loss(count))
     assert torch.equal(loss(np.int64(15)), loss(15)) and torch.equal(loss(np.float32(1.5)), loss(1.5))
+
+
+def test_adapters_do_not_read_rows_off_the_mask(batch):
+    hidden, weight, targets, _ = batch
+    torch.manual_seed(0)
+    adapter = nn.Linear(hidden.shape[-1], 2, bias=False, dtype=hidden.dtype)
+    wide = torch.cat([weight, torch.randn(len(weight), 2, dtype=weight.dtype)], dim=1)
+    mask = torch.ones(targets.shape)
+    mask[0, 0] = 0
+    gradients = []
+    for value in (0.0, float("nan"), float("inf")):
+        spoilt = hidden.clone()
+        spoilt[0, 0] = value
+        logp, _ = linear_logprob(spoilt, Head(wide, adapters=(adapter,)), targets, mask=mask)
+        gradients.append(torch.autograd.grad(logp.sum(), adapter.weight)[0])
+    assert gradients[0].isfinite().all() and gradients[0].abs().max() > 0
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)

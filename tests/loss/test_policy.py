@@ -5,6 +5,7 @@ import itertools
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -209,6 +210,7 @@ BAD = [
     ({"objective": "alp-sequence"}, TypeError, "objective is 'alp-sequence'; it needs an Objective"),
     ({"advantages": [1.0, 2.0]}, TypeError, "advantages is a list; it needs a torch.Tensor"),
     ({"mask": None}, TypeError, "mask is a NoneType; it needs a torch.Tensor"),
+    ({"entropy": torch.zeros(4, 9)}, TypeError, "entropy is torch.float32; it needs logp's dtype, torch.float64"),
     ({"num_tokens": True}, TypeError, "num_tokens=True; it needs a count > 0"),
     ({"num_tokens": 0}, ValueError, "num_tokens=0; it needs a count > 0"),
     ({"num_tokens": "3"}, TypeError, "num_tokens='3'; it needs a count > 0"),
@@ -263,6 +265,58 @@ def test_rows_off_the_mask_may_carry_any_sequence_id(level):
         **b, advantages=advantages[[0, 2]], sequence_ids=torch.where(ids == 3, 7, ids), objective=objective
     )
     assert torch.equal(out.loss, left.loss)
+
+
+def test_a_packed_batch_without_a_token_in_the_loss_takes_padding_of_any_id():
+    ids, mask = torch.tensor([1, 1, 2, 2, -1]), torch.zeros(5)
+    b = {k: torch.full((5,), -1.0) for k in ("logp", "rollout_logp")}
+    out = policy_loss(**b, mask=mask, advantages=torch.ones(2), sequence_ids=ids, objective=Objective("sequence"))
+    assert out.loss.item() == 0.0
+
+
+def test_rows_off_the_mask_end_a_turn_with_1_alone():
+    logp, q = torch.full((1, 6), -1.0), torch.full((1, 6), -1.2)
+    mask, ends = torch.tensor([[1, 1, 0, 1, 1, 1]]), torch.tensor([[0.0, 0, 0, 0, 0, 1]])
+    objective = Objective("cum-turn")
+    losses = []
+    for at_the_masked_row in (0.0, math.nan, 7.0, 1.0):
+        ends[0, 2] = at_the_masked_row
+        losses.append(policy_loss(logp, q, torch.ones(1), mask, turn_ends=ends, objective=objective).loss.item())
+    assert losses[0] == losses[1] == losses[2] != losses[3]
+
+
+@pytest.mark.parametrize("count", [0.5, 0.25, 3])
+def test_a_count_below_one_divides_as_it_is(count):
+    """Ranks whose gradients are averaged may each give their share of a small count."""
+    b = make_batch(0)
+    one = policy_loss(**b, objective=Objective(), num_tokens=1).loss
+    for given in (count, torch.tensor(count), np.float32(count)):
+        torch.testing.assert_close(policy_loss(**b, objective=Objective(), num_tokens=given).loss, one / count)
+    compiled = torch.compile(policy_loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**b, objective=Objective(), num_tokens=count).loss, one / count)
+    none = {**b, "mask": torch.zeros_like(b["mask"])}
+    assert policy_loss(**none, objective=Objective(), num_tokens=torch.tensor(0)).loss == 0
+
+
+def test_an_objective_of_numpys_numbers_is_one_of_pythons():
+    ours = Objective(
+        clip_low=np.float64(0.25), clip_high=np.float32(2.0), geometric=np.bool_(False), kl_coef=np.int64(0)
+    )
+    assert ours == Objective(clip_low=0.25, clip_high=2.0) and ours.spec == Objective(clip_low=0.25, clip_high=2.0).spec
+
+
+def test_an_entropy_aggregation_without_a_bonus_changes_nothing():
+    b = make_batch(0)
+    without = policy_loss(**b, objective=Objective()).loss
+    assert torch.equal(policy_loss(**b, objective=Objective(entropy_aggregation="token-mean")).loss, without)
+
+
+def test_an_impossible_token_leaves_the_envelope_finite():
+    logp = torch.tensor([[-1.0, -torch.inf, -2.0]])
+    envelope = policy_loss(
+        logp, logp.clamp(min=-3), torch.ones(1), torch.ones(1, 3), objective=Objective()
+    ).stats.envelope(2)
+    assert all(math.isfinite(value) for column in envelope.values() for value in column)
 
 
 def test_advantages_by_sequence_count_empty_sequences():

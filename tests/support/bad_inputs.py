@@ -64,6 +64,7 @@ def _no_tensor(good: Tensor) -> Values:
 def _no_batch(good: Tensor) -> Values:
     """Not a tensor that fits a batch."""
     return _no_tensor(good) | {
+        "one number": good.reshape(-1)[0],
         "one row less": good[:-1],
         "one axis more": good[..., None],
         "on meta": good.to("meta"),
@@ -96,7 +97,13 @@ def numbers(good: Tensor) -> Values:
 
 def mask(good: Tensor) -> Values:
     real = good.float()
-    return _no_batch(good) | {"halves": real / 2, "twos": real * 2, "NaN": first_set(real, NAN), "-1": -real}
+    return _no_batch(good) | {
+        "halves": real / 2,
+        "twos": real * 2,
+        "NaN": first_set(real, NAN),
+        "-1": -real,
+        "uint16": good.to(torch.uint16),
+    }
 
 
 def identifiers(good: Tensor) -> Values:
@@ -130,7 +137,11 @@ def hidden(good: Tensor) -> Values:
 
 def temperatures(good: Tensor) -> Values:
     values = {str(value): first_set(good, value) for value in (0.0, -1.0, NAN, INF)}
-    return {n: v for n, v in _no_batch(good).items() if n != "a number"} | values | {"bool": good.bool()}
+    return (
+        {n: v for n, v in _no_batch(good).items() if n not in ("a number", "one number")}
+        | values
+        | {"bool": good.bool()}
+    )
 
 
 def weight(good: Tensor) -> Values:
@@ -154,7 +165,14 @@ def vector(good: Tensor) -> Values:
 def count(good: Any) -> Values:
     tensors = {"a NaN tensor": torch.tensor(NAN), "an inf tensor": torch.tensor(INF), "a tensor -1": torch.tensor(-1)}
     shapes = {"two numbers": torch.tensor([3, 3]), "a bool tensor": torch.tensor(True), "complex": torch.tensor(1j)}
-    return tensors | shapes | _no_number() | {"0": 0, "-1": -1, "NaN": NAN, "inf": INF}
+    others = {
+        "on meta": torch.tensor(3.0, device="meta"),
+        "uint16": torch.tensor(3, dtype=torch.uint16),
+        "0 in float32": 1e-46,
+    }
+    return (
+        tensors | shapes | _no_number() | others | {"0": 0, "-1": -1, "NaN": NAN, "inf": INF, "beyond floats": 10**400}
+    )
 
 
 def _no_number() -> Values:
@@ -162,7 +180,13 @@ def _no_number() -> Values:
 
 
 def number(good: Any) -> Values:
-    return _no_number() | {"None": None, "NaN": NAN, "inf": INF, "-inf": -INF, "inf in float32": 1e39}
+    narrow = {"inf in float16": np.float16(INF), "NaN in float16": np.float16(NAN)}
+    return (
+        _no_number()
+        | narrow
+        | {"beyond floats": 10**400}
+        | {"None": None, "NaN": NAN, "inf": INF, "-inf": -INF, "inf in float32": 1e39}
+    )
 
 
 def rate(good: Any) -> Values:
@@ -170,12 +194,12 @@ def rate(good: Any) -> Values:
 
 
 def size(good: Any) -> Values:
-    return rate(good) | {"0": 0.0, "0 in float32": 1e-46, "flushed to 0": 1e-40}
+    return rate(good) | {"0": 0.0, "0 in float32": 1e-46, "flushed to 0": 1e-40, "0 in float16": np.float16(0)}
 
 
 def defining(kind: Kind) -> Kind:
     """The kind of an argument whose shape and device define the others': a message about these names another argument."""
-    left_out = ("one row less", "one axis more", "on meta", "a vector", "one channel less")
+    left_out = ("one number", "one row less", "one axis more", "on meta", "a vector", "one channel less")
     return lambda good: {name: value for name, value in kind(good).items() if name not in left_out}
 
 
@@ -186,7 +210,14 @@ def optional(kind: Kind) -> Kind:
 def integer(low: int, high: int | None = None) -> Kind:
     def values(good: Any) -> Values:
         top = {} if high is None else {"too large": high + 1}
-        none = {"None": None, "1.5": 1.5, "NaN": NAN, "a float tensor": torch.tensor(1.5), "two": torch.tensor([1, 2])}
+        none = {
+            "None": None,
+            "1.5": 1.5,
+            "NaN": NAN,
+            "a float tensor": torch.tensor(1.5),
+            "two": torch.tensor([1, 2]),
+            "on meta": torch.tensor(1, device="meta"),
+        }
         return {"too small": low - 1} | top | none | _no_number()
 
     return values
@@ -371,6 +402,16 @@ def _state(**changes: Any) -> Any:
     return handle.load_state_dict({"log_sigma": log_sigma, "_extra_state": of_noise})
 
 
+def _states(good: Tensor) -> Values:
+    values = {str(value): first_set(good.double(), value) for value in (NAN, INF, -INF, 100.0, -100.0, 1e300)}
+    return values | {
+        "bools": good.bool(),
+        "complex": good.to(torch.complex64),
+        "integers": good.long(),
+        "on meta": good.to("meta"),
+    }
+
+
 def _stats() -> Stats:
     b = batch()
     kept = {name: b[name] for name in ("logp", "rollout_logp", "advantages", "mask")}
@@ -449,6 +490,8 @@ def functions() -> Iterator[Function]:
         "[0.5]": [0.5],
         "bools": [True, False],
         "twice": [0, 0],
+        "bytes": bytes(1),
+        "a dict": {0: 1},
     }
     yield Function(
         "attach",
@@ -470,6 +513,12 @@ def functions() -> Iterator[Function]:
             "sigma": lambda good: (
                 {n: v for n, v in size(good).items() if n != "a list"}
                 | {"a zero": [0.1, 0.0], "a NaN": torch.tensor([NAN, 1.0]), "five": [0.1] * 5, "bools": [True, True]}
+                | {
+                    "a dict": {1: 0.1, 2: 0.1, 3: 0.1},
+                    "bytes": b"abc",
+                    "a set": {0.1, 0.2, 0.3},
+                    "on meta": torch.ones(3, device="meta"),
+                }
             ),
             "layers": lambda good: for_layers | {"None": None},
             "learnable": flag,
@@ -513,7 +562,7 @@ def functions() -> Iterator[Function]:
         _state,
         lambda: {"log_sigma": torch.full((3,), -4.0), "seed": 0, "step": 3, "next_row": 0, "forwards": 0},
         {
-            "log_sigma": lambda good: {"NaN": first_set(good, NAN), "inf": first_set(good, INF)},
+            "log_sigma": lambda good: _states(good),
             "seed": integer(0, (1 << 64) - 1),
             "step": integer(-1, (1 << 32) - 1),
             "next_row": integer(0),

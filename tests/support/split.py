@@ -172,6 +172,11 @@ def refusals() -> dict[str, str]:
         fused_alp_loss(hidden, Head(rows, split=VocabSplit()), targets, **given)
 
     loss()
+    mask = torch.ones(B, T)
+    mask[0, 0] = 0  # masked rows may differ between ranks
+    log_q = torch.full((B, T), -4.0, dtype=hidden.dtype)
+    log_q[0, 0] = (-1) ** rank * float("inf")
+    loss(mask=mask, rollout_logp=log_q)
     shard, columns = (distribute_tensor(whole["weight"], mesh, [Shard(dim)]) for dim in (0, 1))
     noise = LogitNoise(torch.tensor(-1.0, dtype=hidden.dtype), 1, 2)
     mistakes: dict[str, Any] = {
