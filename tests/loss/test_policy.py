@@ -290,8 +290,8 @@ def test_a_count_below_one_divides_as_it_is(count):
     """Ranks whose gradients are averaged may each give their share of a small count."""
     b = make_batch(0)
     one = policy_loss(**b, objective=Objective(), num_tokens=1).loss
-    for given in (count, torch.tensor(count), np.float32(count)):
-        torch.testing.assert_close(policy_loss(**b, objective=Objective(), num_tokens=given).loss, one / count)
+    for number in (count, torch.tensor(count), np.float32(count)):
+        torch.testing.assert_close(policy_loss(**b, objective=Objective(), num_tokens=number).loss, one / count)
     compiled = torch.compile(policy_loss, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**b, objective=Objective(), num_tokens=count).loss, one / count)
     none = {**b, "mask": torch.zeros_like(b["mask"])}
@@ -300,7 +300,7 @@ def test_a_count_below_one_divides_as_it_is(count):
 
 def test_an_objective_of_numpys_numbers_is_one_of_pythons():
     ours = Objective(
-        clip_low=np.float64(0.25), clip_high=np.float32(2.0), geometric=np.bool_(False), kl_coef=np.int64(0)
+        clip_low=np.float64(0.25), clip_high=np.float32(2.0), geometric=np.bool_(False), kl_coef=np.float64(0)
     )
     assert ours == Objective(clip_low=0.25, clip_high=2.0) and ours.spec == Objective(clip_low=0.25, clip_high=2.0).spec
 
