@@ -746,7 +746,7 @@ def test_two_ranks_under_fsdp2_make_the_steps_of_one_process_and_resume(tmp_path
         ({"vllm_importance_sampling_correction": True}, "vllm_importance_sampling_correction=True; it needs False"),
         (
             {"alp_objective": "gspo", "beta": 0.1},
-            "use_bias_correction_kl=True; it needs False: TRL differentiates the ratio of a sequence's mean",
+            "use_bias_correction_kl=True; it needs False where beta=0.1: TRL differentiates the ratio of a sequence's mean",
         ),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5; it needs None"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2; it needs 1.0"),
