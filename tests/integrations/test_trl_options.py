@@ -6,7 +6,7 @@ pytest.importorskip("trl", reason="needs TRL")
 
 from alp_kernels.integrations.trl import ALPGRPOConfig
 from alp_kernels.integrations.trl_async import ALPAsyncGRPOConfig
-from tests.support.bad_inputs import choice, flag, integer, number, optional, rate, size
+from tests.support.bad_values import choice, flag, integer, number, optional, rate, size
 
 LAYERS = {"None": None, "3": 3, "a word": "some", "a list": [0], "empty": "", "halves": "0.5"}
 OURS = {
