@@ -176,7 +176,7 @@ class LossRows(NamedTuple):
 
     denominator: Tensor  # log-probability under the denominator policy
     advantages: Tensor
-    weight: Tensor  # aggregation weight: the loss is sum_n weight_n * row_loss_n
+    weight: Tensor  # aggregation weight; 0 off the loss
     is_weight: Tensor | None = None  # importance weight, multiplies only the surrogate
     ref_logp: Tensor | None = None  # needed if kl_coef > 0
     entropy_weight: Tensor | None = None  # aggregation weight of the entropy bonus; None: `weight`

@@ -308,7 +308,7 @@ FUSES_TOKEN_LOSS = False
 def head_token_loss(
     x: Tensor, targets: Tensor, transform: LogitTransform, rows: LossRows, objective: Objective
 ) -> tuple[HeadRows, Tensor | None, Tensor | None]:
-    """Token-level loss of a chunk: overwrites x (n, V) with the gradient of sum(weight * row_loss), up to a row's factor c.
+    """Token-level loss of a chunk: overwrites x (n, V) with the gradient of sum(weighted_loss), up to a row's factor c.
 
     Returns head_fwd's result, dsigma () if the logits have noise, and c (n,) if `is_plain`: the gradient is then c x.
     Otherwise c is None and x is the gradient.

@@ -58,7 +58,7 @@ def fused_alp_loss(
         rollout_logp, advantages, mask and the keywords from old_logp to nonfinite: as in `policy_loss`, (B, T) or (N,).
         bias, logit_scale, softcap, logit_noise, temperature: as in Head.
         chunk_bytes: memory for one chunk of logits, in bytes; default 240 MiB on a CPU, 2.5 GiB on other devices, and
-            for a trained 16-bit `weight` at least the size of its float32 gradient, which a single chunk does not need.
+            for a trained bfloat16 `weight` at least the size of its float32 gradient, which a single chunk does not need.
         engine: "triton", "native", "reference" or None for the automatic choice.
 
     Returns:

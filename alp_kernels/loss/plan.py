@@ -96,8 +96,9 @@ def make_plan(
     vocab, channels = weight.shape
     default = CPU_CHUNK_BYTES if is_on_host(hidden) else DEVICE_CHUNK_BYTES
     limit = default if chunk_bytes is None else chunk_bytes
-    if chunk_bytes is None and needs.weight and hidden.dtype in (torch.bfloat16, torch.float16):
+    if chunk_bytes is None and needs.weight and hidden.dtype == torch.bfloat16:
         # several chunks sum dW in float32; a single chunk of that size needs no float32 dW, and no pass over it
+        # (float16 needs both in any case)
         limit = max(limit, 4 * vocab * channels)
     rows = max(1, limit // (vocab * hidden.element_size()))
     if not is_on_host(hidden) and rows > BLOCK_ROWS:

@@ -33,7 +33,16 @@ from alp_kernels.operators import integers
 from alp_kernels.stream import FINAL_LAYER
 from tests.support.batches import make_batch
 from tests.support.compare import assert_same_sums
-from tests.support.decoders import LENGTH, Toy, all_gradients, assert_equal_gradients, ids, in_float64, make_model
+from tests.support.decoders import (
+    LENGTH,
+    Block,
+    Toy,
+    all_gradients,
+    assert_equal_gradients,
+    ids,
+    in_float64,
+    make_model,
+)
 
 EAGER = {"backend": "aot_eager", "fullgraph": True}
 needs_compiler = pytest.mark.skipif(
@@ -52,15 +61,6 @@ def nothing_compiled():
 def num_graphs():
     assert not counters["graph_break"]
     return counters["stats"]["unique_graphs"]
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(16, 16)
-
-    def forward(self, hidden):
-        return hidden + self.linear(hidden).tanh()
 
 
 class Decoder(Toy):

@@ -21,7 +21,7 @@ from alp_kernels import (
     perturb_rms_norm,
 )
 from alp_kernels.stream import row_ids
-from tests.support.decoders import VOCAB, Toy, all_gradients, ids, in_float64
+from tests.support.decoders import VOCAB, Block, Toy, all_gradients, ids, in_float64
 
 
 @pytest.fixture(autouse=True)
@@ -54,15 +54,6 @@ def of_positions(name, hidden):
     if name.endswith("first") and count:
         hidden = hidden.movedim(tuple(range(count)), tuple(range(-1 - count, -1)))
     return hidden.flatten(-1 - count).reshape(2, -1, hidden.shape[-count - 1 :].numel())
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(16, 16)
-
-    def forward(self, hidden):
-        return hidden + self.linear(hidden).tanh()
 
 
 class Reshaped(nn.Embedding):

@@ -104,6 +104,7 @@ def test_chunks_on_a_device_are_multiples_of_256_rows(num_rows):
     [
         (151936, 1536, torch.bfloat16, 8704),
         (151936, 8192, torch.bfloat16, 16384),  # as much memory as a float32 dW
+        (151936, 8192, torch.float16, 8704),  # which float16 needs in any case
         (151936, 1536, torch.float32, 4352),
         (32000, 1536, torch.bfloat16, 41728),
     ],

@@ -39,6 +39,17 @@ def make_model(kind="Qwen2", **changes):
     return getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config(kind, **changes))
 
 
+class Block(nn.Module):
+    """A residual layer of 16 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, hidden):
+        return hidden + self.linear(hidden).tanh()
+
+
 class Toy(nn.Module):
     """A decoder that checkpoints its layers' __call__, as older transformers do: hooks run inside the recompute."""
 
