@@ -11,7 +11,7 @@ from .layers.attach import attach, detach
 from .layers.perturbation import Perturbation
 from .loss.from_hidden import fused_alp_loss, linear_logprob
 from .loss.gather import gather_sequence, gather_weight
-from .loss.head import Head, VocabSplit
+from .loss.head import Head, Sampled, VocabSplit
 from .loss.policy import importance_weight, policy_loss
 from .loss.stats import LossOutput, Stats
 from .noise.normal import normal
@@ -33,6 +33,7 @@ __all__ = [
     "LossOutput",
     "Objective",
     "Perturbation",
+    "Sampled",
     "Stats",
     "VocabSplit",
     "attach",

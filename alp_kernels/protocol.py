@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .objective import LossRows, Objective
-from .reference import HeadRows, LogitTransform, Norm
+from .reference import Entries, HeadRows, LogitTransform, Norm, Points, SparseRows
 from .stream import Stream
 
 
@@ -83,6 +83,20 @@ class Engine(Protocol):
     def head_token_loss(
         self, x: Tensor, targets: Tensor, transform: LogitTransform, rows: LossRows, objective: Objective
     ) -> tuple[HeadRows, Tensor | None, Tensor | None]: ...
+
+    def select(
+        self, x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows, points: Points
+    ) -> Entries: ...
+
+    def sparse_products(
+        self,
+        dx: SparseRows,
+        hidden: Tensor,
+        weight: Tensor,
+        needs_dhidden: bool,
+        needs_dweight: bool,
+        needs_dbias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
     def scale_(self, tensor: Tensor, by: Tensor) -> Tensor: ...
 

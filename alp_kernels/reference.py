@@ -322,3 +322,115 @@ def head_token_loss(
     if whole is not None:
         return out, None, exp_coefficient(dlogp, transform, whole)
     return out, head_bwd(x, targets, transform, out, dlogp, dentropy), None
+
+
+# ------------------------------------------------------------------ the sampled backward
+
+
+class Points(NamedTuple):
+    """How a row's small probabilities are sampled: docs/math.md, section 5."""
+
+    bits: int  # the threshold tau is 2^-bits
+    stream: Stream  # of the points; row_ids has one id per row
+    first: int = 0  # number of the row's first interval; a shard's is its first token
+
+    @property
+    def threshold(self) -> float:
+        return 2.0**-self.bits
+
+    def rows(self, index: Tensor) -> Points:
+        """The points for a selection of rows."""
+        assert self.stream.row_ids is not None
+        return self._replace(stream=self.stream._replace(row_ids=self.stream.row_ids[index]))
+
+
+MASS_BITS = 40
+"""Probabilities are summed as integers, in units of 2^-40: such sums are the same in any order."""
+
+
+class Entries(NamedTuple):
+    """The tokens that stand for each row's softmax, row after row; the target comes first, then any order.
+
+    A token that two points hit has two entries. An entry weighs max(p, tau); the target weighs its p.
+    """
+
+    counts: Tensor  # (n,) int64, entries of each row, at least 1
+    tokens: Tensor  # (m,) int32
+    p: Tensor  # (m,) float32 (float64 for float64), the token's probability
+
+
+def select(x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows, points: Points) -> Entries:
+    """Choose the tokens of each row of logits x (n, V) that get a gradient; x is unchanged. rows: head_fwd's result.
+
+    A token with p >= tau is kept. The other p, in the vocabulary's order and without the target, lie one after the other on
+    a line. The line is cut into intervals of length tau. Each interval has one uniform point, which hits the token whose p
+    covers it; so the expected number of hits is p / tau.
+    """
+    z, _, _ = _z_of(x, transform)
+    p = (z - rows.lse.to(z.dtype)[:, None]).exp()
+    is_target = torch.zeros_like(p, dtype=torch.bool).scatter_(1, targets[:, None], True)
+    is_kept = (p >= points.threshold) & ~is_target
+    share = torch.where(is_kept | is_target | p.isnan(), 0.0, p * 2.0**MASS_BITS).round().long()
+    ends = share.cumsum(dim=1)
+    width = MASS_BITS - points.bits
+    at = interval_points(-(-int(ends[:, -1].max()) >> width) if len(x) else 0, points, x.device)
+    hit = torch.searchsorted(ends, at, right=True)
+    is_hit = hit < x.shape[1]
+    hits = torch.zeros_like(share).scatter_add_(1, hit.clamp(max=x.shape[1] - 1), is_hit.long())
+    times = hits + is_kept
+    where = times.nonzero()
+    row, token = where.repeat_interleave(times[where[:, 0], where[:, 1]], dim=0).unbind(1)
+    own = torch.arange(len(x), device=x.device)
+    row, token = torch.cat([own, row]), torch.cat([targets, token])
+    value = torch.cat([rows.logp.to(p.dtype).exp(), p[row[len(x) :], token[len(x) :]]])
+    order = row.argsort(stable=True)
+    return Entries(1 + times.sum(dim=1), token[order].int(), value[order])
+
+
+def interval_points(count: int, points: Points, device: torch.device) -> Tensor:
+    """The points of the first `count` intervals of each row, (n, count) int64, in units of 2^-MASS_BITS."""
+    stream = points.stream.read()
+    rows = stream.rows(0, device)[:, None]
+    number = points.first + torch.arange(count, device=device).expand(len(rows), count)
+    words = philox(
+        (number >> 2, rows & _MASK, (rows >> 32 << 16) | stream.layer, torch.full_like(number, stream.step)), stream.key
+    )
+    word = torch.stack(torch.broadcast_tensors(*words)).gather(0, (number & 3)[None]).squeeze(0)
+    width = MASS_BITS - points.bits
+    return (number - points.first << width) + (word >> 32 - width)
+
+
+class SparseRows(NamedTuple):
+    """A sparse matrix (n, V), row after row: the gradient of the logits."""
+
+    counts: Tensor  # (n,) int64
+    tokens: Tensor  # (m,) int32
+    values: Tensor  # (m,) float32 (float64 for float64)
+
+
+def sparse_products(
+    dx: SparseRows, hidden: Tensor, weight: Tensor, needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh = dx W (n, D), dW = dx' h (V, D), and dbias = dx' 1 (V,), for hidden (n, D) and weight (V, D); None if not needed.
+
+    Sums are in float32 (float64 for float64) and in a fixed order, so results repeat bit for bit. dh and dbias stay in that
+    dtype; dW is rounded once, to weight's dtype (float32 for float16). An entry of value 0 adds nothing, even to inf or NaN.
+    """
+    real = real_of(weight)
+    row = torch.arange(len(hidden), device=hidden.device).repeat_interleave(dx.counts)
+    live = dx.values != 0
+    row, token, value = row[live], dx.tokens[live].long(), dx.values[live].to(real)
+    dhidden = torch.zeros_like(hidden, dtype=real) if needs_dhidden else None
+    dweight = torch.zeros_like(weight, dtype=real) if needs_dweight else None
+    for part in torch.arange(len(row), device=row.device).split(1 << 14):
+        r, t, v = row[part], token[part], value[part, None]
+        if dhidden is not None:
+            dhidden.index_add_(0, r, v * weight[t].to(real))
+        if dweight is not None:
+            dweight.index_add_(0, t, v * hidden[r].to(real))
+    dbias = (
+        torch.zeros(len(weight), dtype=real, device=weight.device).index_add_(0, token, value) if needs_dbias else None
+    )
+    if dweight is not None and weight.dtype == torch.bfloat16:
+        dweight = dweight.to(weight.dtype)
+    return dhidden, dweight, dbias

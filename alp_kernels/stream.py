@@ -29,6 +29,8 @@ LOGITS_LAYER = 0x7FFF
 """Layer coordinate of noise on the logits (D is then the vocabulary size)."""
 ROUNDING_BIT = 0x8000
 """Set in the layer coordinate for the random bits of stochastic rounding; no noise stream sets it."""
+SAMPLED_LAYER = LOGITS_LAYER | ROUNDING_BIT
+"""Layer coordinate of the sampled backward's points; logits are never rounded at random."""
 
 MAX_LAYER = FINAL_LAYER - 1
 MAX_ROW = (1 << 48) - 1

@@ -22,10 +22,10 @@ from ..checks import (
 )
 from ..dtypes import DTYPES, real
 from ..engine import check_name, pick
-from ..reference import LogitTransform
-from ..stream import LogitNoise
+from ..reference import LogitTransform, Points
+from ..stream import LogitNoise, is_shaped, misshaped
 from .gather import check_group, local_rows
-from .head import Head, VocabSplit, hint_at_mask
+from .head import Head, Sampled, VocabSplit, hint_at_mask
 from .inputs import LossInputs
 from .plan import Needs, Operands, make_plan
 from .split import agree, sum_gradient
@@ -66,6 +66,8 @@ class HeadInputs(NamedTuple):
             head = _local(where, head)
         hidden, weight, bias = _in_one_dtype(head.inputs(hidden, _fitting(mask, hidden)), head.weight, head.bias)
         log_sigma = None
+        if head.backward is not None:
+            head = head._replace(backward=_sampled(where, head, targets.shape))
         if head.logit_noise is not None:
             head.logit_noise.check_rows(where, targets.shape)
             log_sigma = head.logit_noise.log_sigma
@@ -113,7 +115,7 @@ def _check_head(where: str, head: Head) -> None:
             raise ValueError(f"{where}: temperature requires grad but gets no gradient; give temperature.detach()")
         if head.temperature.dtype == torch.bool:
             refuse_type(where, "temperature", head.temperature, "numbers > 0")
-    for name, kind in (("logit_noise", LogitNoise), ("split", VocabSplit)):
+    for name, kind in (("logit_noise", LogitNoise), ("split", VocabSplit), ("backward", Sampled)):
         if not isinstance(getattr(head, name), kind | None):
             refuse_type(where, name, getattr(head, name), f"a {kind.__name__}, or None")
     if not isinstance(head.adapters, tuple) or not all(isinstance(adapter, nn.Module) for adapter in head.adapters):
@@ -125,6 +127,19 @@ def _check_head(where: str, head: Head) -> None:
     if head.logit_noise is not None:
         head.logit_noise.coordinates.check(where, "logit_noise.")
         check_tensor(where, "logit_noise.log_sigma", head.logit_noise.log_sigma)
+
+
+def _sampled(where: str, head: Head, shape: torch.Size) -> Sampled:
+    """Return the head's checked Sampled."""
+    assert head.backward is not None
+    if head.logit_noise is not None:
+        raise ValueError(
+            f"{where}: backward was given with logit_noise; noise on the logits needs the exact gradients (backward=None)"
+        )
+    sampled = head.backward.check(where)
+    if sampled.row_ids is not None and not is_shaped(sampled.row_ids, shape):
+        raise misshaped(f"{where}: backward", sampled.row_ids, shape, "targets need")
+    return sampled
 
 
 def check_head(where: str, inputs: HeadInputs, transfer: Transfer, loss: LossInputs | None = None) -> Operands:
@@ -152,6 +167,7 @@ def check_head(where: str, inputs: HeadInputs, transfer: Transfer, loss: LossInp
         head.weight,
         inputs.chunk_bytes,
         inputs.needs,
+        _points(where, inputs),
     )
     if head.split is not None:
         shared = {} if loss is None else loss.fingerprints(hidden.device)
@@ -286,6 +302,13 @@ def _transform(where: str, inputs: HeadInputs, live: Tensor | None, transfer: Tr
     stream = head.logit_noise.coordinates.stream(where, targets.numel(), hidden.device)
     stream = stream._replace(row_ids=stream.rows(targets.numel(), hidden.device), row_start=0)
     return transform._replace(sigma=log_sigma.detach().reshape(()).exp(), stream=stream)
+
+
+def _points(where: str, inputs: HeadInputs) -> Points | None:
+    sampled = inputs.head.backward
+    if sampled is None or not any(inputs.needs):
+        return None
+    return Points(sampled.bits, sampled.stream(where, inputs.targets.numel(), inputs.hidden.device))
 
 
 def _temperatures(where: str, inputs: HeadInputs, live: Tensor | None, transfer: Transfer) -> Tensor | None:

@@ -9,14 +9,17 @@ from ..objective import Objective
 from ..operators import gate
 from ..stream import LogitNoise
 from .arguments import HeadInputs, check_head
-from .fused import FusedLoss, LinearLogprob, fused_head, prepare, row_order
+from .fused import FusedLoss, LinearLogprob, SampledLogprob, fused_head, prepare, row_order
 from .head import Head, as_head
 from .inputs import Count, LossInputs
 from .operators import Wire, fused_alp_loss_operator, linear_logprob_operator
 from .stats import LossOutput
 from .transfer import Transfer
 
-_SPLIT = "a head with a split vocabulary makes collective calls, which a graph cannot contain: leave fullgraph=True out"
+_OUTSIDE = (
+    "a head with a split vocabulary makes collective calls, and the size of a sampled backward depends on the logits: "
+    "a graph can contain neither; leave fullgraph=True out"
+)
 
 
 def fused_alp_loss(
@@ -96,7 +99,7 @@ def fused_alp_loss(
 
 
 def _fused_in_graph(head: HeadInputs, loss: LossInputs) -> LossOutput:
-    if head.head.split is not None:
+    if head.head.split is not None or head.head.backward is not None:
         return _fused_outside(head, loss)
     out = fused_alp_loss_operator(Wire.of(head), loss.for_graph(head.hidden.device))
     knows_sequences = loss.knows_sequences(head.targets.shape)
@@ -114,7 +117,7 @@ def _fused_eager(head: HeadInputs, loss: LossInputs) -> LossOutput:
     return LossOutput(value, fused.logp.view(shape), fused.entropy.view(shape), fused.stats)
 
 
-_fused_outside = torch.compiler.disable(_fused_eager, reason=_SPLIT)
+_fused_outside = torch.compiler.disable(_fused_eager, reason=_OUTSIDE)
 _fused_alp_loss = gate(graph=_fused_in_graph)(_fused_eager)
 
 
@@ -151,7 +154,7 @@ def linear_logprob(
 
 
 def _logprob_in_graph(head: HeadInputs) -> tuple[Tensor, Tensor]:
-    if head.head.split is not None:
+    if head.head.split is not None or head.head.backward is not None:
         return _logprob_outside(head)
     out = linear_logprob_operator(Wire.of(head))
     return out.logp, out.entropy
@@ -162,9 +165,12 @@ def _logprob_eager(head: HeadInputs) -> tuple[Tensor, Tensor]:
     hidden, weight, bias, plan = check_head(where, head, transfer)
     log_sigma = None if noise is None else noise.log_sigma
     order = row_order(where, hidden, head.mask, transfer)
-    logp, entropy = LinearLogprob.apply(hidden, weight, bias, log_sigma, plan, order)
+    if plan.points is None:
+        logp, entropy = LinearLogprob.apply(hidden, weight, bias, log_sigma, plan, order)
+    else:
+        logp, entropy = SampledLogprob.apply(hidden, weight, bias, plan, order)
     return logp.view(head.targets.shape), entropy.view(head.targets.shape)
 
 
-_logprob_outside = torch.compiler.disable(_logprob_eager, reason=_SPLIT)
+_logprob_outside = torch.compiler.disable(_logprob_eager, reason=_OUTSIDE)
 _linear_logprob = gate(graph=_logprob_in_graph)(_logprob_eager)

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ..dtypes import real
 from ..objective import row_gradient, weighted_loss
-from ..reference import HeadRows
+from ..reference import Entries, HeadRows
 from .batch import Batch, Unread, flatten, place_of
 from .inputs import LossInputs
 from .levels import level_log_ratio
 from .plan import Gradients, Needs, Operands, Plan, even_sizes
 from .products import Whole
+from .sampled import Kept, sampled_gradients, sampled_rows
 from .segments import highest_first
 from .stats import Stats
 from .tiled import Tiled
@@ -72,7 +73,7 @@ def prepare(
 def fused_head(given: Given) -> Fused:
     """Compute the loss and its gradients, chunk by chunk."""
     with torch.no_grad(), torch.autocast(given.operands.hidden.device.type, enabled=False):
-        return _fused_head(*given)
+        return (_exact_head if given.operands.plan.points is None else _sampled_head)(*given)
 
 
 def _products(operands: Operands, needs: Needs, num_parts: int) -> Whole | Tiled:
@@ -81,7 +82,7 @@ def _products(operands: Operands, needs: Needs, num_parts: int) -> Whole | Tiled
     return way(operands, needs, num_parts)
 
 
-def _fused_head(operands: Operands, batch: Batch, order: Order, needs: Needs) -> Fused:
+def _exact_head(operands: Operands, batch: Batch, order: Order, needs: Needs) -> Fused:
     hidden, plan, objective = operands.hidden, operands.plan, batch.objective
     logp, entropy = (torch.zeros(len(hidden), dtype=real(hidden), device=hidden.device) for _ in range(2))
     products = _products(operands, needs, sum(map(len, order.groups)))
@@ -117,6 +118,31 @@ def _fused_head(operands: Operands, batch: Batch, order: Order, needs: Needs) ->
     ell = level_log_ratio(p, live, objective)
     loss = weighted_loss(ell, p, h, live.numbers.loss_rows(), objective).sum()
     return Fused(loss, logp, entropy, products.gradients(), index, Stats.measure(p, h, ell, live, batch))
+
+
+def _sampled_head(operands: Operands, batch: Batch, order: Order, needs: Needs) -> Fused:
+    """As _exact_head. The entries do not depend on the loss, so at every level one pass over the rows comes before it."""
+    hidden, objective = operands.hidden, batch.objective
+    logp, entropy = (torch.zeros(len(hidden), dtype=real(hidden), device=hidden.device) for _ in range(2))
+    graded, plain = order.rows.tensor_split([len(order.rows) - order.num_plain])
+    products = _products(operands, Needs(), 0)
+    for part in products.parts(plain):
+        out = products.logprob(part)
+        logp[part], entropy[part] = out.logp, out.entropy
+    del products
+    kept = sampled_rows(operands, graded)
+    logp[graded], entropy[graded] = kept.rows.logp, kept.rows.entropy
+    index = order.rows.sort().values
+    live, p, h = batch.select(index), logp[index], entropy[index]
+    rows, ell = live.numbers.loss_rows(), level_log_ratio(p, live, objective)
+    loss = weighted_loss(ell, p, h, rows, objective).sum()
+    dlogp, dentropy = (
+        None if g is None else torch.zeros_like(logp).index_copy_(0, index, g)[graded]
+        for g in row_gradient(ell, p, rows, objective)
+    )
+    assert dlogp is not None
+    gradients = sampled_gradients(operands, kept, dlogp, dentropy, needs)
+    return Fused(loss, logp, entropy, gradients, index, Stats.measure(p, h, ell, live, batch))
 
 
 class FusedLoss(torch.autograd.Function):
@@ -194,6 +220,38 @@ class LinearLogprob(torch.autograd.Function):
         grads = logprob_gradients(operands, order, HeadRows(*rows), dlogp, dentropy, needs)
         dlog_sigma = None if grads.sigma is None else grads.sigma.reshape(ctx.log_sigma_shape)
         return grads.hidden, grads.weight, grads.bias, dlog_sigma, None, None
+
+
+class SampledLogprob(torch.autograd.Function):
+    """As LinearLogprob, with a sampled backward: it keeps the entries and needs no logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, order: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logp, entropy = (torch.zeros(len(hidden), dtype=real(hidden), device=hidden.device) for _ in range(2))
+        with torch.autocast(hidden.device.type, enabled=False):
+            kept = sampled_rows(Operands(hidden, weight, bias, plan), order)
+        logp[order], entropy[order] = kept.rows.logp, kept.rows.entropy
+        ctx.save_for_backward(hidden, weight, bias, order, *kept.rows, *kept.entries)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)  # most losses have no entropy gradient
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, order, *saved = ctx.saved_tensors
+        if dlogp is None:
+            assert dentropy is not None
+            dlogp = torch.zeros_like(dentropy)
+        kept = Kept(order, HeadRows(*saved[:3]), Entries(*saved[3:]))
+        operands, needs = Operands(hidden, weight, bias, ctx.plan), Needs(*ctx.needs_input_grad[:3])
+        with torch.autocast(hidden.device.type, enabled=False):
+            by_entropy = None if dentropy is None else dentropy[order]
+            grads = sampled_gradients(operands, kept, dlogp[order], by_entropy, needs)
+        like = zip(grads[:3], (hidden, weight, bias), strict=True)
+        return *(None if g is None or x is None else g.to(x.dtype) for g, x in like), None, None
 
 
 def row_order(where: str, hidden: Tensor, mask: Tensor | None, transfer: Transfer) -> Tensor:

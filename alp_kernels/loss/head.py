@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import python_number
-from ..stream import LogitNoise
+from ..checks import is_number, python_number, refuse_type, refuse_value
+from ..stream import LOGITS_LAYER, SAMPLED_LAYER, Coordinates, LogitNoise, Stream
 
 _DEFAULTS = {"bias": None, "temperature": 1.0, "softcap": None, "logit_scale": 1.0, "logit_noise": None}
 
@@ -23,6 +24,49 @@ class VocabSplit(NamedTuple):
 
     group: dist.ProcessGroup | None = None  # the tensor-parallel ranks; None: all. A DTensor weight has its own
     start: int | None = None  # this rank's first token; None: the shards are in rank order
+
+
+FEWEST_BITS, MOST_BITS = 9, 20
+
+
+class Sampled(NamedTuple):
+    """An unbiased estimate of the head's gradients from two sparse products, in place of two dense ones (docs/math.md).
+
+    A row's softmax is replaced by its probabilities of at least `threshold` and by a random sample of the others, at most
+    1 / threshold + 2 tokens. Loss, log-probabilities and entropies stay exact. The sample is a function of
+    (seed, step, row id), so it repeats bit for bit; a step that is not used twice makes the errors of steps independent.
+    """
+
+    seed: int  # in [0, 2^64)
+    step: int | Tensor  # in [0, 2^32), or a one-element tensor; another one for each call
+    threshold: float = 2.0**-12  # a power of two from 2^-20 to 2^-9
+    row_ids: Tensor | None = None  # shaped like targets, int64; None: row_start, row_start + 1, ...
+    row_start: int | Tensor = 0
+
+    @property
+    def bits(self) -> int:
+        """-log2(threshold)."""
+        return -(math.frexp(self.threshold)[1] - 1)
+
+    @property
+    def _coordinates(self) -> Coordinates:
+        return Coordinates(self.seed, self.step, LOGITS_LAYER, self.row_ids, self.row_start)
+
+    def stream(self, where: str, num_rows: int, device: torch.device) -> Stream:
+        """The checked stream of the points, with one id per row."""
+        stream = self._coordinates.stream(where, num_rows, device)
+        return stream._replace(layer=SAMPLED_LAYER, row_ids=stream.rows(num_rows, device), row_start=0)
+
+    def check(self, where: str) -> Sampled:
+        """Check threshold and the coordinates' types, and return them with Python's numbers."""
+        fits = f"a power of two from 2**-{MOST_BITS} to 2**-{FEWEST_BITS}"
+        if not is_number(self.threshold):
+            refuse_type(where, "backward.threshold", self.threshold, fits)
+        threshold = float(python_number(self.threshold))
+        if not 2.0**-MOST_BITS <= threshold <= 2.0**-FEWEST_BITS or math.frexp(threshold)[0] != 0.5:
+            refuse_value(where, "backward.threshold", self.threshold, fits)
+        seed, step, _, row_ids, row_start = self._coordinates.check(where, "backward.")
+        return Sampled(seed, step, threshold, row_ids, row_start)
 
 
 class Head(NamedTuple):
@@ -41,6 +85,7 @@ class Head(NamedTuple):
         None  # if given, weight and bias are this rank's rows (V_r, D), (V_r,), or DTensors placed (Shard(0),)
     )
     adapters: tuple[nn.Module, ...] = ()  # LoRA on the head, each D -> rank; `weight` has columns for their outputs
+    backward: Sampled | None = None  # None: exact gradients. Not with logit_noise
 
     def inputs(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return what `weight` multiplies: hidden (..., D), with the adapters' outputs appended if they are not yet.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..protocol import Engine
-from ..reference import LogitTransform
+from ..reference import LogitTransform, Points
 from .split import Shard
 
 CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 5 << 29
@@ -19,6 +19,9 @@ Each further chunk reads the weight twice more. With several chunks dW is summed
 writes it once, already rounded. With D 4096 that moves 12 GB more, a tenth of the time of three products of 8192 rows. The
 last 512 of the 8704 rows are for batches a little above a power of two and take 148 MiB.
 """
+
+SAMPLED_CPU_CHUNK_BYTES, SAMPLED_DEVICE_CHUNK_BYTES = 80 << 20, 1 << 29
+"""The same for a sampled backward, which needs no large chunks: a chunk reads the weight once."""
 
 BLOCK_ROWS = 256
 """On a device chunk sizes are multiples of this, except the last: products get whole tiles, and the same sizes recur."""
@@ -52,6 +55,7 @@ class Plan:
     chunk_bytes: int  # for logits
     chunk_rows: int  # how many rows of logits are kept at a time
     first_rows: int  # the same for the first chunk, which may use dW's memory
+    points: Points | None = None  # for all N rows, if the backward is sampled
     shard: Shard | None = None  # if ranks split the vocabulary; targets are still in the whole vocabulary
 
     def is_tiled(self, dtype: torch.dtype, num_parts: int) -> bool:
@@ -72,7 +76,8 @@ class Plan:
 
     def for_shard(self, shard: Shard, targets: Tensor, chunk_rows: int) -> Plan:
         """Return the plan for a shard. Each chunk is a collective call, so chunk_rows is the same on all ranks."""
-        return replace(self, shard=shard, targets=targets, chunk_rows=chunk_rows, first_rows=chunk_rows)
+        points = None if self.points is None else self.points._replace(first=shard.start)
+        return replace(self, shard=shard, targets=targets, chunk_rows=chunk_rows, first_rows=chunk_rows, points=points)
 
 
 class Operands(NamedTuple):
@@ -92,20 +97,30 @@ def make_plan(
     weight: Tensor,
     chunk_bytes: int | None,
     needs: Needs,
+    points: Points | None,
 ) -> Plan:
     vocab, channels = weight.shape
     default = CPU_CHUNK_BYTES if is_on_host(hidden) else DEVICE_CHUNK_BYTES
+    if points is not None:
+        default = SAMPLED_CPU_CHUNK_BYTES if is_on_host(hidden) else SAMPLED_DEVICE_CHUNK_BYTES
     limit = default if chunk_bytes is None else chunk_bytes
-    if chunk_bytes is None and needs.weight and hidden.dtype == torch.bfloat16:
+    if chunk_bytes is None and points is None and needs.weight and hidden.dtype == torch.bfloat16:
         # several chunks sum dW in float32; a single chunk of that size needs no float32 dW, and no pass over it
         # (float16 needs both in any case)
         limit = max(limit, 4 * vocab * channels)
-    rows = max(1, limit // (vocab * hidden.element_size()))
+    row_bytes = vocab * hidden.element_size()
+    if points is not None:
+        row_bytes += 8 * min(vocab, 1 << points.bits)  # room to choose the entries in
+    rows = max(1, limit // row_bytes)
     if not is_on_host(hidden) and rows > BLOCK_ROWS:
         rows -= rows % BLOCK_ROWS
-    plan = Plan(engine, transform, targets, limit, rows, rows)
+    plan = Plan(engine, transform, targets, limit, rows, rows, points)
     lies_in_dweight = (
-        chunk_bytes is None and needs.weight and hidden.dtype == torch.float32 and plan.is_tiled(hidden.dtype, 1)
+        chunk_bytes is None
+        and points is None
+        and needs.weight
+        and hidden.dtype == torch.float32
+        and plan.is_tiled(hidden.dtype, 1)
     )
     return replace(plan, first_rows=max(rows, channels)) if lies_in_dweight else plan
 

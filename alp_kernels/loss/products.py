@@ -63,8 +63,7 @@ class Whole(Sums):
         return index.split(self.plan.chunk_rows) if len(index) else ()
 
     def logprob(self, index: Tensor) -> HeadRows:
-        x = self._logits(self.hidden[index])
-        return self._head_fwd(x, self.plan.targets[index], self.plan.transform.rows(index))
+        return self.head_fwd(self.logits(index), self.plan.targets[index], self.plan.transform.rows(index))
 
     def keep(self, index: Tensor, has_dentropy: bool) -> tuple[HeadRows, Kept]:
         """Return log-probabilities of rows `index`, and what `backward` needs; has_dentropy: it will get an entropy gradient."""
@@ -73,7 +72,7 @@ class Whole(Sums):
         if self.plan.keeps_exponentials and is_plain(transform, x.dtype, has_dentropy):
             out, whole = self.plan.engine.head_exp(x, targets, transform)
             return out, Kept([x], [whole], rows)
-        return self._head_fwd(x, targets, transform), Kept([x], None, rows)
+        return self.head_fwd(x, targets, transform), Kept([x], None, rows)
 
     def token_loss(self, index: Tensor, rows: LossRows, objective: Objective) -> HeadRows:
         """Add the gradients of the token-level loss of rows `index`; one launch turns their logits into the loss's gradient."""
@@ -108,12 +107,16 @@ class Whole(Sums):
         dsigma = self._head_bwd(x, self.plan.targets[index], transform, out, dlogp, dentropy)
         self._add(index, rows, x, c, dsigma if c is None or dsigma is None else dsigma * c[0])
 
-    def _head_fwd(self, x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
+    def head_fwd(self, x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
         """As reference.head_fwd, for whole rows even if this rank holds only some of their columns."""
         engine, shard = self.plan.engine, self.plan.shard
         return (
             engine.head_fwd(x, targets, transform) if shard is None else shard.head_fwd(engine, x, targets, transform)
         )
+
+    def logits(self, index: Tensor) -> Tensor:
+        """The logits of rows `index`, (n, V), until the next call."""
+        return self._logits(self.hidden[index])
 
     def _head_bwd(
         self,

@@ -37,7 +37,7 @@ class Shard(NamedTuple):
     size: int  # its tokens
     vocab: int  # all ranks' tokens
 
-    def _local(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return which targets are in this rank's shard, and their columns (0 for the others)."""
         column = targets - self.start
         is_mine = (column >= 0) & (column < self.size)
@@ -45,7 +45,7 @@ class Shard(NamedTuple):
 
     def head_fwd(self, engine: Engine, x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
         """As reference.head_fwd, for whole rows; a collective call."""
-        is_mine, column = self._local(targets)
+        is_mine, column = self.columns(targets)
         out = engine.head_fwd(x, column, transform)
         rows = torch.stack([out.lse, out.entropy, torch.where(is_mine, out.logp, 0.0), is_mine]).double()
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(self.group))]
@@ -64,7 +64,7 @@ class Shard(NamedTuple):
         dentropy: Tensor | None,
     ) -> None:
         """As reference.head_bwd, for this rank's columns."""
-        is_mine, column = self._local(targets)
+        is_mine, column = self.columns(targets)
         # if a row's target is on another rank, the engine takes column 0 for it: compute that column again, with
         # column 1 of a copy as the target
         first = x[:, :1].repeat(1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..protocol import Tiles
-from ..reference import Norm, head_exp, head_token_loss
+from ..reference import Norm, head_exp, head_token_loss, select, sparse_products
 from ..stream import Stream
 from . import head
 from . import library as c
@@ -40,6 +40,8 @@ __all__ = [
     "philox",
     "random_words",
     "scale_",
+    "select",
+    "sparse_products",
     "tiles",
     "unavailable",
 ]

@@ -1,0 +1,109 @@
+"""The sampled backward: softmax in a row's gradient is replaced by a few of its entries, whose expectation it is.
+
+    dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H)      p_v -> p^_v = max(p_v, tau) hits_v,   E[p^_v] = p_v
+
+The entries do not depend on dlogp and dentropy, so forward chooses them while it has the logits, and keeps them, 8 bytes each.
+Backward is two sparse products, whatever loss comes after. Derivation: docs/math.md, section 5
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import real
+from ..reference import Entries, HeadRows, LogitTransform, SparseRows
+from .plan import Gradients, Needs, Operands
+from .products import Whole
+
+
+class Kept(NamedTuple):
+    """What forward keeps of the rows `order` for a sampled backward."""
+
+    order: Tensor  # (n,) int64
+    rows: HeadRows  # (n,)
+    entries: Entries
+
+
+def sampled_rows(operands: Operands, order: Tensor) -> Kept:
+    """Compute rows `order` of the head and choose their entries, chunk by chunk: one product, no logits left."""
+    plan, products = operands.plan, Whole(operands, Needs(), 0)
+    assert plan.points is not None
+    outs, chosen = [], []
+    for part in products.parts(order):
+        x, targets, transform = products.logits(part), plan.targets[part], plan.transform.rows(part)
+        out = products.head_fwd(x, targets, transform)
+        columns = targets if plan.shard is None else plan.shard.columns(targets)[1]
+        chosen.append(plan.engine.select(x, columns, transform, out, plan.points.rows(part)))
+        outs.append(out)
+    if not outs:
+        empty = operands.hidden.new_empty(0, dtype=real(operands.hidden))
+        counts, tokens = order.new_empty(0), order.new_empty(0, dtype=torch.int32)
+        return Kept(order, HeadRows(empty, empty, empty.double()), Entries(counts, tokens, empty))
+    rows = HeadRows(*(torch.cat(parts) for parts in zip(*outs, strict=True)))
+    return Kept(order, rows, Entries(*(torch.cat(parts) for parts in zip(*chosen, strict=True))))
+
+
+def sampled_gradients(
+    operands: Operands, kept: Kept, dlogp: Tensor, dentropy: Tensor | None, needs: Needs
+) -> Gradients:
+    """The gradients of hidden, weight and bias; dlogp, dentropy: (n,), of the kept rows."""
+    hidden, weight, bias, plan = operands
+    order, rows, entries = kept
+    assert plan.points is not None
+    transform = plan.transform.rows(order)
+    values = _logit_gradient(entries, rows, transform, plan.points.threshold, dlogp, dentropy)
+    if plan.shard is not None:  # the target's entry belongs to the rank that holds the target
+        first = _first(entries.counts)
+        values[first] = torch.where(plan.shard.columns(plan.targets[order])[0], values[first], 0.0)
+    dx, needs_dbias = SparseRows(entries.counts, entries.tokens, values), needs.bias and bias is not None
+    dh, dweight, dbias = plan.engine.sparse_products(dx, hidden[order], weight, needs.hidden, needs.weight, needs_dbias)
+    dhidden = None
+    if dh is not None:
+        dhidden = torch.zeros_like(hidden, dtype=torch.float32 if hidden.dtype == torch.float16 else hidden.dtype)
+        dhidden[order] = dh.to(dhidden.dtype)
+    return Gradients(dhidden, dweight, dbias)
+
+
+def _first(counts: Tensor) -> Tensor:
+    """Where each row's first entry is, (n,)."""
+    return counts.cumsum(0) - counts
+
+
+def _logit_gradient(
+    entries: Entries,
+    rows: HeadRows,
+    transform: LogitTransform,
+    threshold: float,
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+) -> Tensor:
+    """The gradient of the logits at the entries, (m,) float32 (float64 for float64); as reference.head_bwd with p^ for p."""
+    counts, p = entries.counts, entries.p
+    first = _first(counts)
+
+    def spread(value: Tensor) -> Tensor:
+        return value.to(p.dtype).repeat_interleave(counts, output_size=len(p))
+
+    log_p = p.log()
+    log_p[first] = rows.logp.to(p.dtype)
+    weight = p.clamp(min=threshold)
+    values = -spread(dlogp) * weight
+    values[first] = dlogp * -torch.expm1(rows.logp)
+    if dentropy is not None:
+        weight[first] = p[first]
+        by_entropy = spread(dentropy) * weight * (log_p + spread(rows.entropy))
+        values -= torch.where(weight > 0, by_entropy, 0.0)
+    by: float | Tensor = transform.logit_scale
+    if transform.temperature is not None:
+        by = by / transform.temperature
+    values *= spread(by) if isinstance(by, Tensor) else by
+    if transform.softcap is not None:
+        z = log_p + spread(rows.lse)
+        if transform.temperature is not None:
+            z = z * spread(transform.temperature)
+        slope = 1 - (z / transform.softcap).square()
+        values *= slope.clamp(min=0.0)
+    return values
