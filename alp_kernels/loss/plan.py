@@ -20,7 +20,7 @@ writes it once, already rounded. With D 4096 that moves 12 GB more, a tenth of t
 last 512 of the 8704 rows are for batches a little above a power of two and take 148 MiB.
 """
 
-SAMPLED_CPU_CHUNK_BYTES, SAMPLED_DEVICE_CHUNK_BYTES = 80 << 20, 1 << 29
+SAMPLED_CPU_CHUNK_BYTES, SAMPLED_DEVICE_CHUNK_BYTES = 88 << 20, 1 << 29
 """The same for a sampled backward, which needs no large chunks: a chunk reads the weight once."""
 
 BLOCK_ROWS = 256

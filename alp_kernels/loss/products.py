@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..dtypes import real
 from ..objective import LossRows, Objective
 from ..reference import HeadRows, LogitTransform, exp_coefficient, is_plain
@@ -139,7 +140,7 @@ class Whole(Sums):
         size = len(rows) if is_on_host(rows) else -(-len(rows) // BLOCK_ROWS) * BLOCK_ROWS
         if self._room is None or len(self._room) < len(rows) * vocab:
             self._room = None  # free it before the next is allocated
-            self._room = rows.new_empty(min(size, max(len(rows), self.plan.chunk_rows)) * vocab)
+            self._room = memory.empty(min(size, max(len(rows), self.plan.chunk_rows)) * vocab, like=rows)
         x = self._room[: len(rows) * vocab].view(len(rows), vocab)
         if self.bias is None:
             return torch.mm(rows, self.weight.t(), out=x)
@@ -297,4 +298,4 @@ def graded_rows(dlogp: Tensor, dentropy: Tensor | None) -> Tensor:
 
 def room_for(room: Tensor | None, like: Tensor, size: int) -> Tensor:
     """Return `room` if it has at least `size` elements, else new memory of that size."""
-    return room if room is not None and len(room) >= size else like.new_empty(size)
+    return room if room is not None and len(room) >= size else memory.empty(size, like=like)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dtypes import real
 from ..reference import Entries, HeadRows, LogitTransform, SparseRows
-from .plan import Gradients, Needs, Operands
+from .plan import Gradients, Needs, Operands, even_sizes
 from .products import Whole
 
 
@@ -32,7 +32,7 @@ def sampled_rows(operands: Operands, order: Tensor) -> Kept:
     plan, products = operands.plan, Whole(operands, Needs(), 0)
     assert plan.points is not None
     outs, chosen = [], []
-    for part in products.parts(order):
+    for part in order.split(even_sizes(len(order), plan.chunk_rows, plan.chunk_rows)):
         x, targets, transform = products.logits(part), plan.targets[part], plan.transform.rows(part)
         points = plan.points.rows(part)
         if plan.shard is None:

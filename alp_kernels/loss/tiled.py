@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..protocol import Tiles
 from ..reference import HeadRows, is_plain
 from .plan import Gradients
@@ -181,7 +182,7 @@ class Tiled(Sums):
     def _share(self, start: int) -> Tensor:
         """Return dW's rows for the tile that starts at token `start`."""
         if self.dweight is None:
-            self.dweight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+            self.dweight = memory.empty(*self.weight.shape, like=self.weight)
         return self.dweight[start : start + self.tiles.WIDTH]
 
     def _gradient(self, num_rows: int, start: int) -> Tensor:

@@ -120,7 +120,7 @@ struct Sparse {             // dh = dx W, dW = dx' h; dx (N, V) has its entries 
     const void* hidden;     // (N, D)
     const void* weight;     // (V, D)
     float* dhidden;         // (N, D) of zeros, or null
-    void* dweight;          // (V, D) or null; float32 for float16
+    void* dweight;          // (V, D) of zeros, or null; float32 for float16
     int64_t N;
     int64_t V;
     int64_t D;

@@ -7,7 +7,7 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import memory, reference
 from ..reference import Entries, HeadRows, LogitTransform, Points, SparseRows
 from . import library as c
 from .arguments import DTYPES, at, floats, row_ids_of, stream_argument, vector
@@ -74,7 +74,7 @@ def sparse_products(
     dweight = dbias = None
     if needs_dweight:
         dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
-        dweight = torch.empty(vocab, channels, dtype=dtype, device="cpu")
+        dweight = memory.zeros(vocab, channels, dtype=dtype)
     if dhidden is not None or dweight is not None:
         sizes = (num_rows, vocab, channels)
         args = c.Sparse(*map(at, (starts, rows, sorted_values, hidden, weight, dhidden, dweight)), *sizes)

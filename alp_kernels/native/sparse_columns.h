@@ -65,17 +65,10 @@ inline void token_channel(const Sparse& a, int64_t token, int64_t begin, int64_t
 // Channels d_begin to d_end of dh and dW; d_begin is a multiple of TILE.
 template <class T>
 void sparse_columns(const Sparse& a, int64_t d_begin, int64_t d_end) {
-    using Out = typename Rounded<T>::Type;
     const int64_t tiled = d_begin + (d_end - d_begin) / TILE * TILE;
     for (int64_t token = 0; token < a.V; ++token) {
         const int64_t begin = a.starts[token], end = a.starts[token + 1];
-        if (begin == end) {
-            if (a.dweight) {
-                auto* dweight = static_cast<typename Out::Storage*>(a.dweight) + token * a.D;
-                __builtin_memset(dweight + d_begin, 0, static_cast<size_t>(d_end - d_begin) * sizeof *dweight);
-            }
-            continue;
-        }
+        if (begin == end) continue;
         int64_t d = d_begin;
         for (; d + COLUMN_TILES * TILE <= tiled; d += COLUMN_TILES * TILE) {
             token_tiles<T, COLUMN_TILES>(a, token, begin, end, d);
