@@ -18,10 +18,10 @@ from torch import Tensor
 CHUNK_BYTES = 64 * 2**20  # of float32 logits
 
 # `peaked`, fitted to the trained decoder's rows at a mean entropy of 1 nat
-ZIPF = 1.0  # the tail's exponent: a token's logit falls by so much per e-fold of its rank
-CONTEXT = 2.0  # standard deviation of the logits that the context adds
-CERTAINTY = 3.0  # mean log-odds of the peak
-CERTAINTY_SD = 3.0
+ZIPF = 2.25  # the tail's exponent: a token's logit falls by so much per e-fold of its rank
+CONTEXT = 2.25  # standard deviation of the logits that the context adds
+CERTAINTY = -2.2  # mean log-odds of the peak against all other tokens
+CERTAINTY_SD = 5.0
 FREQUENCY_NORM = 0.25  # what the unigram logits have of the weight: logits are 1 / 0.25 of it
 
 
@@ -89,7 +89,11 @@ def probabilities(hidden: Tensor, weight: Tensor) -> Iterator[Tensor]:
 
 def drawn(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> Rows:
     """Draw each row's target from its own distribution, as a policy does."""
-    parts = [torch.multinomial(p, 1, generator=generator)[:, 0] for p in probabilities(hidden, weight)]
+    parts = []
+    for p in probabilities(hidden, weight):
+        below = p.cumsum(dim=-1)
+        points = torch.rand(len(p), 1, generator=generator) * below[:, -1:]
+        parts.append(torch.searchsorted(below, points, right=True)[:, 0].clamp(max=len(weight) - 1))
     return Rows(hidden, weight, torch.cat(parts))
 
 

@@ -9,7 +9,7 @@ from bench import decoder
 from bench.rows import Profile, Rows, entropies, flat, gaussian, peaked, sharpened, table
 
 TINY = decoder.Config(
-    vocab=512, channels=64, layers=1, length=16, windows=4, steps=40, warmup=5, held_out=4, held_out_windows=4, rows=32
+    vocab=512, channels=64, layers=1, length=16, windows=4, steps=30, warmup=5, held_out=4, held_out_windows=4, rows=32
 )
 
 
