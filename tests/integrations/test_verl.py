@@ -402,7 +402,7 @@ def test_an_update_is_the_one_made_by_hand(one_rank, model_path):
 
 def test_every_forward_but_the_updates_is_that_of_verls_engine(one_rank, model_path):
     batch = verl_cpu.make_batch()
-    settings = {"alp_sigma": 0.05, "alp_sigma_lr": 1e-2}
+    settings = {"alp_sigma": 0.05, "alp_sigma_lr": 1e-2, "alp_fused_head": False}
     engine = verl_cpu.make_engine(model_path, settings=settings)
     stock = verl_cpu.make_engine(model_path, engine_class=FSDPEngineWithLMHead)
     before = None
