@@ -88,6 +88,10 @@ class Engine(Protocol):
         self, x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows, points: Points
     ) -> Entries: ...
 
+    def head_select(
+        self, x: Tensor, targets: Tensor, transform: LogitTransform, points: Points
+    ) -> tuple[HeadRows, Entries]: ...
+
     def sparse_products(
         self,
         dx: SparseRows,

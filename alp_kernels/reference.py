@@ -345,7 +345,10 @@ class Points(NamedTuple):
 
 
 MASS_BITS = 40
-"""Probabilities are summed as integers, in units of 2^-40: such sums are the same in any order."""
+"""The mass of a block of tokens is an integer, in units of 2^-40: sums of integers are the same in any order."""
+
+MASS_BLOCK = 128
+"""Tokens in a block, counted from the row's first; only the last may have fewer."""
 
 
 class Entries(NamedTuple):
@@ -362,29 +365,68 @@ class Entries(NamedTuple):
 def select(x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows, points: Points) -> Entries:
     """Choose the tokens of each row of logits x (n, V) that get a gradient; x is unchanged. rows: head_fwd's result.
 
+    A target of -1 is in another shard of the vocabulary; the row's first entry is then token 0, and must get value 0.
     A token with p >= tau is kept. The other p, in the vocabulary's order and without the target, lie one after the other on
     a line. The line is cut into intervals of length tau. Each interval has one uniform point, which hits the token whose p
     covers it; so the expected number of hits is p / tau.
+    Along the line, blocks have integer lengths: their p's sum, in units of 2^-40, rounded. Within a block, tokens share its
+    length in proportion to their p.
     """
     z, _, _ = _z_of(x, transform)
     p = (z - rows.lse.to(z.dtype)[:, None]).exp()
-    is_target = torch.zeros_like(p, dtype=torch.bool).scatter_(1, targets[:, None], True)
+    is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]
     is_kept = (p >= points.threshold) & ~is_target
-    share = torch.where(is_kept | is_target | p.isnan(), 0.0, p * 2.0**MASS_BITS).round().long()
-    ends = share.cumsum(dim=1)
-    width = MASS_BITS - points.bits
-    at = interval_points(-(-int(ends[:, -1].max()) >> width) if len(x) else 0, points, x.device)
-    hit = torch.searchsorted(ends, at, right=True)
-    is_hit = hit < x.shape[1]
-    hits = torch.zeros_like(share).scatter_add_(1, hit.clamp(max=x.shape[1] - 1), is_hit.long())
+    small = torch.where((p < points.threshold) & ~is_target, p, 0.0)
+    blocks = torch.nn.functional.pad(small, (0, -x.shape[1] % MASS_BLOCK)).view(len(x), -1, MASS_BLOCK)
+    mass = (blocks.sum(dim=2) * 2.0**MASS_BITS).round().long()
+    row, token = _hit_tokens(blocks, mass, points)
+    hits = torch.zeros_like(small, dtype=torch.int64).index_put_((row, token), torch.ones_like(row), accumulate=True)
     times = hits + is_kept
     where = times.nonzero()
     row, token = where.repeat_interleave(times[where[:, 0], where[:, 1]], dim=0).unbind(1)
     own = torch.arange(len(x), device=x.device)
-    row, token = torch.cat([own, row]), torch.cat([targets, token])
-    value = torch.cat([rows.logp.to(p.dtype).exp(), p[row[len(x) :], token[len(x) :]]])
+    value = torch.cat([rows.logp.to(p.dtype).exp(), p[row, token]])
+    row, token = torch.cat([own, row]), torch.cat([targets.clamp(min=0), token])
     order = row.argsort(stable=True)
     return Entries(1 + times.sum(dim=1), token[order].int(), value[order])
+
+
+def _hit_tokens(blocks: Tensor, mass: Tensor, points: Points) -> tuple[Tensor, Tensor]:
+    """Row and token of each hit, for blocks (n, blocks, MASS_BLOCK) of small p with integer lengths mass (n, blocks)."""
+    ends = mass.cumsum(dim=1)
+    longest = int(ends[:, -1].max()) if len(blocks) else 0
+    at = interval_points(-(-longest >> MASS_BITS - points.bits), points, blocks.device)
+    block = torch.searchsorted(ends, at, right=True)
+    row, number = (block < mass.shape[1]).nonzero().unbind(1)  # a row's last point may lie past its mass
+    block, at = block[row, number], at[row, number]
+    part = (at - (ends - mass)[row, block]).double() / mass[row, block]
+    inside = blocks[row, block].cumsum(dim=1)
+    place = (inside <= (part * inside[:, -1]).to(inside.dtype)[:, None]).sum(dim=1)
+    last = MASS_BLOCK - 1 - (blocks[row, block] > 0).flip(1).int().argmax(dim=1)  # if part rounds to 1
+    return row, block * MASS_BLOCK + torch.minimum(place, last)
+
+
+def head_select(x: Tensor, targets: Tensor, transform: LogitTransform, points: Points) -> tuple[HeadRows, Entries]:
+    """head_fwd and select."""
+    rows = head_fwd(x, targets, transform)
+    return rows, select(x, targets, transform, rows, points)
+
+
+def room_for_entries(points: Points, vocab: int) -> int:
+    """More entries than a row of `vocab` logits can need, 1 / tau + 2 and the target's, if its p sum to less than 1 + 2^-6."""
+    return min(vocab, (1 << points.bits) + (1 << points.bits >> 6)) + 3
+
+
+def check_entries(counts: Tensor, room: int) -> int:
+    """Return the number of all entries; raise if a row needed more than `room`, as its p do not sum to 1."""
+    total, most = (
+        (int(number) for number in torch.stack([counts.sum(), counts.max()]).tolist()) if len(counts) else (0, 0)
+    )
+    if most > room:
+        raise RuntimeError(
+            f"sampled backward: a row has {most} entries, more than the {room} of probabilities that sum to 1"
+        )
+    return total
 
 
 def interval_points(count: int, points: Points, device: torch.device) -> Tensor:
@@ -397,7 +439,7 @@ def interval_points(count: int, points: Points, device: torch.device) -> Tensor:
     )
     word = torch.stack(torch.broadcast_tensors(*words)).gather(0, (number & 3)[None]).squeeze(0)
     width = MASS_BITS - points.bits
-    return (number - points.first << width) + (word >> 32 - width)
+    return (number - points.first << width) + (word << width - 32 if width > 32 else word >> 32 - width)
 
 
 class SparseRows(NamedTuple):

@@ -26,7 +26,7 @@ class VocabSplit(NamedTuple):
     start: int | None = None  # this rank's first token; None: the shards are in rank order
 
 
-FEWEST_BITS, MOST_BITS = 9, 20
+FEWEST_BITS, MOST_BITS = 1, 20
 
 
 class Sampled(NamedTuple):
@@ -39,7 +39,7 @@ class Sampled(NamedTuple):
 
     seed: int  # in [0, 2^64)
     step: int | Tensor  # in [0, 2^32), or a one-element tensor; another one for each call
-    threshold: float = 2.0**-12  # a power of two from 2^-20 to 2^-9
+    threshold: float = 2.0**-12  # a power of two from 2^-20 to 2^-1
     row_ids: Tensor | None = None  # shaped like targets, int64; None: row_start, row_start + 1, ...
     row_start: int | Tensor = 0
 

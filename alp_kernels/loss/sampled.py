@@ -34,10 +34,15 @@ def sampled_rows(operands: Operands, order: Tensor) -> Kept:
     outs, chosen = [], []
     for part in products.parts(order):
         x, targets, transform = products.logits(part), plan.targets[part], plan.transform.rows(part)
-        out = products.head_fwd(x, targets, transform)
-        columns = targets if plan.shard is None else plan.shard.columns(targets)[1]
-        chosen.append(plan.engine.select(x, columns, transform, out, plan.points.rows(part)))
+        points = plan.points.rows(part)
+        if plan.shard is None:
+            out, entries = plan.engine.head_select(x, targets, transform, points)
+        else:
+            out = products.head_fwd(x, targets, transform)
+            is_mine, columns = plan.shard.columns(targets)
+            entries = plan.engine.select(x, torch.where(is_mine, columns, -1), transform, out, points)
         outs.append(out)
+        chosen.append(entries)
     if not outs:
         empty = operands.hidden.new_empty(0, dtype=real(operands.hidden))
         counts, tokens = order.new_empty(0), order.new_empty(0, dtype=torch.int32)

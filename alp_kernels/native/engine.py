@@ -14,13 +14,14 @@ from torch import Tensor
 
 from .. import reference
 from ..protocol import Tiles
-from ..reference import Norm, head_exp, head_token_loss, select, sparse_products
+from ..reference import Norm, head_exp, head_token_loss
 from ..stream import Stream
 from . import head
 from . import library as c
 from .arguments import DTYPES, at, floats, row_ids_of, scalar, stream_argument, vector
 from .head import head_bwd, head_fwd
 from .library import isa
+from .sampled import head_select, select, sparse_products
 
 __all__ = [
     "FUSES_TOKEN_LOSS",
@@ -28,6 +29,7 @@ __all__ = [
     "head_bwd",
     "head_exp",
     "head_fwd",
+    "head_select",
     "head_token_loss",
     "isa",
     "measure",

@@ -16,7 +16,7 @@ WIDTH = 4096
 """Tokens per tile."""
 
 
-class _HeadArguments:
+class HeadArguments:
     """The C++ arguments for logits x (n, width) from token `start` on; keeps the tensors behind the addresses alive."""
 
     def __init__(
@@ -56,12 +56,12 @@ def head_bwd(
     """Overwrite logits x (n, V) with their gradient; returns dsigma () float32 if the logits have noise, else None."""
     if x.dtype == torch.float64:
         return reference.head_bwd(x, targets, transform, rows, dlogp, dentropy)
-    dsigma = _head_bwd(_HeadArguments(x, targets, transform), x, rows, dlogp, dentropy, None, x)
+    dsigma = _head_bwd(HeadArguments(x, targets, transform), x, rows, dlogp, dentropy, None, x)
     return None if transform.sigma is None else torch.tensor(dsigma, dtype=torch.float32, device="cpu")
 
 
 def _head_bwd(
-    args: _HeadArguments,
+    args: HeadArguments,
     x: Tensor,
     rows: HeadRows,
     dlogp: Tensor,
@@ -92,7 +92,7 @@ class HeadTiles:
         base: None, or an (n,) float32 output; x is then overwritten with e^(z - base), and with 0 at the target.
         """
         assert transform.sigma is None or (x.shape[1] == vocabulary and base is None)
-        args = _HeadArguments(x, targets, transform, start, vocabulary)
+        args = HeadArguments(x, targets, transform, start, vocabulary)
         out = c.HeadFwd(*map(at, self.out), at(self._carry), at(base))
         c.library.alp_head_fwd(
             byref(args.stream), byref(args.head), byref(out), len(x), DTYPES[x.dtype], torch.get_num_threads()
@@ -117,4 +117,4 @@ def head_bwd_tile(
 ) -> None:
     """Write to dx (m, width) the gradient of rows `wanted` (m,) int64 of the logit tile x (n, width) from `start` on."""
     assert transform.sigma is None
-    _head_bwd(_HeadArguments(x, targets, transform, start, vocabulary), x, rows, dlogp, dentropy, wanted, dx)
+    _head_bwd(HeadArguments(x, targets, transform, start, vocabulary), x, rows, dlogp, dentropy, wanted, dx)

@@ -50,6 +50,31 @@ struct HeadBlock {
     Normals noise;
 };
 
+// Turns one piece of logits into z; tanh is written with a softcap, eps is null without noise.
+inline void to_z(const Head& a, int64_t n, int count, float* z, float* tanh, const float* eps) {
+    if (a.logit_scale != 1.0f) {
+#pragma omp simd
+        for (int i = 0; i < count; ++i) z[i] *= a.logit_scale;
+    }
+    if (a.softcap != 0.0f) {
+#pragma omp simd
+        for (int i = 0; i < count; ++i) {
+            tanh[i] = tanh_of(z[i] / a.softcap);
+            z[i] = a.softcap * tanh[i];
+        }
+    }
+    if (eps) {
+        const float sigma = *a.sigma;
+#pragma omp simd
+        for (int i = 0; i < count; ++i) z[i] += sigma * eps[i];
+    }
+    if (a.temperature) {
+        const float temperature = a.temperature[n];
+#pragma omp simd
+        for (int i = 0; i < count; ++i) z[i] /= temperature;
+    }
+}
+
 template <class T>
 inline void load_head(
     const Head& a, const Walk& walk, const RowStream& noise, int64_t n, int64_t q0, int count, HeadBlock& out) {
@@ -59,27 +84,7 @@ inline void load_head(
         float* z = out.z[j];
         const int size = walk.size(j, q0, count);
         load<T>(x + walk.at(j, q0), size, z, count, -INFINITY);
-        if (a.logit_scale != 1.0f) {
-#pragma omp simd
-            for (int i = 0; i < count; ++i) z[i] *= a.logit_scale;
-        }
-        if (a.softcap != 0.0f) {
-#pragma omp simd
-            for (int i = 0; i < count; ++i) {
-                out.tanh[j][i] = tanh_of(z[i] / a.softcap);
-                z[i] = a.softcap * out.tanh[j][i];
-            }
-        }
-        if (a.sigma) {
-            const float sigma = *a.sigma;
-#pragma omp simd
-            for (int i = 0; i < count; ++i) z[i] += sigma * out.noise.eps[j][i];
-        }
-        if (a.temperature) {
-            const float temperature = a.temperature[n];
-#pragma omp simd
-            for (int i = 0; i < count; ++i) z[i] /= temperature;
-        }
+        to_z(a, n, count, z, out.tanh[j], a.sigma ? out.noise.eps[j] : nullptr);
         for (int i = size; i < count; ++i) z[i] = -INFINITY;  // again, because a softcap makes it finite
     }
 }
@@ -122,6 +127,18 @@ template <class T>
 inline void rescale(typename T::Storage* x, int64_t size, float factor) {
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) x[i] = T::nearest(T::load(x[i]) * factor);
+}
+
+// Sum of a piece's exponentials, in the same order on every CPU.
+inline float piece_sum(const float* exp, int count) {
+    alignas(64) float part[LANES];
+    Lanes lanes = {};
+    for (int i = 0; i < count; i += LANES) lanes += lanes_at(exp + i);
+    put(lanes, part);
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int l = 0; l < half; ++l) part[l] += part[l + half];
+    }
+    return part[0];
 }
 
 // One pass: sums are relative to the largest z so far, and rescaled when a larger one appears. They exclude the largest
@@ -186,6 +203,11 @@ void head_fwd_row(const Stream& stream, const Head& a, const HeadFwd& out, int64
                 weighted_sum += lanes_at(weighted_exp + i);
             }
             if (out.base) store<T>(exp, walk.size(j, q0, count), x + walk.at(j, q0));
+            if (out.sums && 4 * q0 + j * BLOCK < a.width) {
+                const bool lacks = j == top_j || (has_target && j == target.j);  // an element that the sum should have
+                out.sums[n * out.pieces + 4 * (q0 / BLOCK) + j] = lacks ? INFINITY : piece_sum(exp, count);
+                out.bases[n * out.pieces + 4 * (q0 / BLOCK) + j] = base;
+            }
         }
         if (out.base && top_j >= 0 && !target_is_top) x[walk.at(top_j, q0) + top_i] = T::nearest(1.0f);
         others.add(exp_sum);

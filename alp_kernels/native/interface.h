@@ -8,7 +8,7 @@
 namespace alp {
 
 // Increase it with every change to a structure or signature below; library.py refuses a library with another number.
-constexpr int32_t INTERFACE = 6;
+constexpr int32_t INTERFACE = 7;
 
 constexpr uint32_t ROUNDING_BIT = 0x8000;  // set in the layer for the bits of stochastic rounding
 
@@ -84,6 +84,9 @@ struct HeadFwd {  // (n,), written with the row's last tile
     float* lse;
     double* carry;  // (n, CARRY), null if rows are whole
     float* base;    // (n,) or null; if given, x becomes e^(z - base), and 0 at the target. Not with noise
+    float* sums;    // (n, pieces) or null: sum of e^(z - bases) of 128 tokens, infinite if it lacks one. Whole rows, no noise
+    float* bases;   // (n, pieces)
+    int64_t pieces;
 };
 
 struct HeadBwd {
@@ -94,6 +97,33 @@ struct HeadBwd {
     const float* dentropy;  // or null
     const int64_t* rows;    // (m,) rows to compute; null: all n
     void* dx;               // (m, width), may be Head::x if rows is null
+};
+
+struct Select {  // chooses the tokens of rows of logits whose targets are columns
+    const float* logp;  // (n,), like lse
+    const float* lse;
+    const float* sums;   // as HeadFwd writes them, like the next
+    const float* bases;
+    int32_t* tokens;  // (n, room)
+    float* p;         // (n, room)
+    int64_t* counts;  // (n,); above room if a row needed more
+    int64_t room;
+    int64_t pieces;
+    int64_t first;  // number of a row's first interval
+    int32_t bits;   // the threshold is 2^-bits
+};
+
+struct Sparse {             // dh = dx W, dW = dx' h; dx (N, V) has its entries sorted by token, then row
+    const int64_t* starts;  // (V + 1,)
+    const int32_t* rows;    // (m,)
+    const float* values;    // (m,)
+    const void* hidden;     // (N, D)
+    const void* weight;     // (V, D)
+    float* dhidden;         // (N, D) of zeros, or null
+    void* dweight;          // (V, D) or null; float32 for float16
+    int64_t N;
+    int64_t V;
+    int64_t D;
 };
 
 // One build; its arrays are indexed by dtype: 0 float32, 1 bfloat16, 2 float16. A function computes one row, or rows begin
@@ -111,6 +141,8 @@ struct Rows {
         const Stream&, const PerturbRmsNormBwd&, double* shares, float* dweight, int64_t begin, int64_t end);
     void (*head_fwd[3])(const Stream&, const Head&, const HeadFwd&, int64_t n);
     double (*head_bwd[3])(const Stream&, const Head&, const HeadBwd&, int64_t m);  // the row's share of dsigma
+    void (*select[3])(const Stream&, const Head&, const Select&, int64_t n);
+    void (*sparse_columns[3])(const Sparse&, int64_t d_begin, int64_t d_end);
 };
 
 extern const Rows rows_portable;

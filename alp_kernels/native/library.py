@@ -10,7 +10,7 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-INTERFACE = 6
+INTERFACE = 7
 """Must equal INTERFACE in interface.h: a library built from other sources may have other structures."""
 
 CARRY = 5  # as in interface.h
@@ -88,7 +88,16 @@ class Head(Structure):
 
 
 class HeadFwd(Structure):
-    _fields_ = [("logp", c_void_p), ("entropy", c_void_p), ("lse", c_void_p), ("carry", c_void_p), ("base", c_void_p)]
+    _fields_ = [
+        ("logp", c_void_p),
+        ("entropy", c_void_p),
+        ("lse", c_void_p),
+        ("carry", c_void_p),
+        ("base", c_void_p),
+        ("sums", c_void_p),
+        ("bases", c_void_p),
+        ("pieces", c_int64),
+    ]
 
 
 class HeadBwd(Structure):
@@ -100,6 +109,37 @@ class HeadBwd(Structure):
         ("dentropy", c_void_p),
         ("rows", c_void_p),
         ("dx", c_void_p),
+    ]
+
+
+class Select(Structure):
+    _fields_ = [
+        ("logp", c_void_p),
+        ("lse", c_void_p),
+        ("sums", c_void_p),
+        ("bases", c_void_p),
+        ("tokens", c_void_p),
+        ("p", c_void_p),
+        ("counts", c_void_p),
+        ("room", c_int64),
+        ("pieces", c_int64),
+        ("first", c_int64),
+        ("bits", c_int32),
+    ]
+
+
+class Sparse(Structure):
+    _fields_ = [
+        ("starts", c_void_p),
+        ("rows", c_void_p),
+        ("values", c_void_p),
+        ("hidden", c_void_p),
+        ("weight", c_void_p),
+        ("dhidden", c_void_p),
+        ("dweight", c_void_p),
+        ("N", c_int64),
+        ("V", c_int64),
+        ("D", c_int64),
     ]
 
 
@@ -116,6 +156,16 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "alp_perturb_rms_norm_bwd": (None, [POINTER(Stream), POINTER(PerturbRmsNormBwd), c_int64, c_int32, c_int32]),
     "alp_head_fwd": (None, [POINTER(Stream), POINTER(Head), POINTER(HeadFwd), c_int64, c_int32, c_int32]),
     "alp_head_bwd": (c_float, [POINTER(Stream), POINTER(Head), POINTER(HeadBwd), c_int64, c_int32, c_int32]),
+    "alp_head_select": (
+        None,
+        [POINTER(Stream), POINTER(Head), POINTER(HeadFwd), POINTER(Select), c_int64, c_int32, c_int32],
+    ),
+    "alp_pack": (None, [POINTER(Select), c_void_p, c_void_p, c_int64]),
+    "alp_by_token": (
+        None,
+        [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
+    ),
+    "alp_sparse_products": (None, [POINTER(Sparse), c_int32, c_int32]),
 }
 
 

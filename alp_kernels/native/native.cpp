@@ -178,5 +178,63 @@ float alp_head_bwd(
     return sum_rows(N, head->width, threads, [&](int64_t m) { return row(*stream, *head, *rows, m); });
 }
 
+// head_fwd, then the choice of each row's tokens, while the row is in cache. The choice uses to->logp and to->lse, which may
+// be `out`'s, or those of a vocabulary of which `head` is a part.
+void alp_head_select(
+    const Stream* stream, const Head* head, const HeadFwd* out, const Select* to, int64_t N, int32_t dtype,
+    int32_t threads) {
+    const auto forward = chosen->rows->head_fwd[dtype];
+    const auto select = chosen->rows->select[dtype];
+    each_row(N, head->width, threads, [&](int64_t n) {
+        forward(*stream, *head, *out, n);
+        select(*stream, *head, *to, n);
+    });
+}
+
+// Copies the rows' entries one after the other.
+void alp_pack(const Select* from, int32_t* tokens, float* p, int64_t N) {
+    for (int64_t n = 0, at = 0; n < N; at += from->counts[n++]) {
+        memcpy(tokens + at, from->tokens + n * from->room, static_cast<size_t>(from->counts[n]) * sizeof *tokens);
+        memcpy(p + at, from->p + n * from->room, static_cast<size_t>(from->counts[n]) * sizeof *p);
+    }
+}
+
+// Sorts a sparse matrix's entries by token, rows in order; drops zeros. starts (V + 1,), rows and values (m,).
+void alp_by_token(
+    const int64_t* counts, const int32_t* tokens, const float* from, int64_t N, int64_t V, int64_t* starts, int32_t* rows,
+    float* values) {
+    int64_t m = 0;
+    for (int64_t n = 0; n < N; ++n) m += counts[n];
+    for (int64_t v = 0; v <= V; ++v) starts[v] = 0;
+    for (int64_t e = 0; e < m; ++e) starts[tokens[e]] += from[e] != 0;
+    int64_t sum = 0;
+    for (int64_t v = 0; v < V; ++v) {
+        sum += starts[v];
+        starts[v] = sum - starts[v];
+    }
+    starts[V] = sum;
+    int64_t e = 0;
+    for (int64_t n = 0; n < N; ++n) {
+        for (int64_t end = e + counts[n]; e < end; ++e) {
+            if (from[e] == 0) continue;
+            const int64_t to = starts[tokens[e]]++;
+            rows[to] = static_cast<int32_t>(n);
+            values[to] = from[e];
+        }
+    }
+    for (int64_t v = V; v > 0; --v) starts[v] = starts[v - 1];  // each start has moved to its end, the next token's start
+    starts[0] = 0;
+}
+
+void alp_sparse_products(const Sparse* args, int32_t dtype, int32_t threads) {
+    const auto columns = chosen->rows->sparse_columns[dtype];
+    constexpr int64_t LEAST = 64;  // channels a thread
+    const int64_t parts = args->D / LEAST < threads ? args->D / LEAST : threads;
+    each_row(parts > 1 ? parts : 1, args->V, threads, [&](int64_t part) {
+        const auto edge = [&](int64_t k) { return k < parts ? args->D * k / parts / 32 * 32 : args->D; };
+        columns(*args, part ? edge(part) : 0, parts > 1 ? edge(part + 1) : args->D);
+    });
+}
+
 }  // extern "C"
 #pragma GCC visibility pop

@@ -1,6 +1,7 @@
 // One build of the row functions: CMake compiles this file once per instruction set, with its flags and ALP_ROWS.
-#include "head_rows.h"
 #include "rms_norm_rows.h"
+#include "select_rows.h"
+#include "sparse_columns.h"
 
 namespace {
 
@@ -72,6 +73,8 @@ extern const Rows ALP_ROWS = {
     {perturb_rms_norm_bwd_rows<Float32>, perturb_rms_norm_bwd_rows<BFloat16>, perturb_rms_norm_bwd_rows<Float16>},
     {head_fwd_row<Float32>, head_fwd_row<BFloat16>, head_fwd_row<Float16>},
     {head_bwd_row<Float32>, head_bwd_row<BFloat16>, head_bwd_row<Float16>},
+    {select_row<Float32>, select_row<BFloat16>, select_row<Float16>},
+    {sparse_columns<Float32>, sparse_columns<BFloat16>, sparse_columns<Float16>},
 };
 
 }  // namespace alp

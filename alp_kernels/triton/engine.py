@@ -6,7 +6,7 @@ float32, bfloat16 and float16 tensors run in kernels; float64 tensors, which no 
 import torch
 import triton
 
-from ..reference import select, sparse_products
+from ..reference import head_select, select, sparse_products
 from .head import head_bwd, head_exp, head_fwd, head_token_loss
 from .noise import normal, philox
 from .perturb import measure, perturb_bwd, perturb_fwd
@@ -19,6 +19,7 @@ __all__ = [
     "head_bwd",
     "head_exp",
     "head_fwd",
+    "head_select",
     "head_token_loss",
     "measure",
     "name",
