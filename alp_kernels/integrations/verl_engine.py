@@ -10,6 +10,7 @@ machine's vendor, and verl prefers a vendor's engine to a device's. The critic's
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,28 +21,37 @@ from torch import Tensor, nn
 from verl.utils.device import get_device_id, get_device_name, get_vendor
 from verl.utils.fs import copy_to_local
 from verl.utils.metric import AggregationType, Metric
+from verl.utils.tensordict_utils import get_non_tensor_data
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from ..checks import check_choice, refuse_value
+from .. import Head, Sampled, linear_logprob
+from ..checks import check_choice, check_flag, refuse_value
 from ..layers.attach import attach
 from ..layers.perturbation import Perturbation
+from ..layers.rows import Rows
 from ..loss.stats import Stats
 from ..noise.perturb import ROUNDINGS, SCALES
 from ._shared import REPORTED, average_gradient, check_noise, from_text
 from .verl import collected
+from .verl_head import Score, ScoredTokens, add_score
+
+logger = logging.getLogger("alp_kernels")
 
 FILE = "alp_perturbation.pt"
 """A file beside verl's own in a checkpoint: log_sigma, the position in the noise stream, the number of updates."""
 
 _PREFIX = "alp_"
 
+_NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk", "distillation_only")
+"""verl's flags for passes that compute something else from all logits; these passes are verl's own."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """The keys alp_* of model.override_config, as `attach` takes them; sigma_lr=0 keeps sigma fixed.
 
-    nonfinite is for the losses, which read it there themselves.
+    nonfinite is for the losses, which read it there themselves. fused_head: None fuses where the model allows it.
     """
 
     sigma: float
@@ -51,12 +61,30 @@ class Settings:
     rounding: str = "nearest"
     layers: Any = "all"
     nonfinite: str = "raise"
+    fused_head: bool | None = None
+    backward: str = "exact"
+    threshold: float = Sampled._field_defaults["threshold"]
 
     def __post_init__(self) -> None:
         where, names = "ALP engine", (_PREFIX + "sigma", _PREFIX + "sigma_lr", _PREFIX + "seed")
         check_noise(where, self.sigma, self.sigma_lr, self.seed, names)
-        for name, allowed in (("scale", SCALES), ("rounding", ROUNDINGS), ("nonfinite", ("raise", "mask"))):
+        choices = {
+            "scale": SCALES,
+            "rounding": ROUNDINGS,
+            "nonfinite": ("raise", "mask"),
+            "backward": ("exact", "sampled"),
+        }
+        for name, allowed in choices.items():
             check_choice(where, _PREFIX + name, getattr(self, name), allowed)
+        if self.fused_head is not None:
+            check_flag(where, _PREFIX + "fused_head", self.fused_head, "true, false or null")
+        try:
+            Sampled(self.seed, 0, self.threshold).check(where)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("backward.", _PREFIX)) from None
+        if self.backward == "sampled" and (self.layers == "logits" or self.fused_head is False):
+            name, fits = ("layers", "another value") if self.layers == "logits" else ("fused_head", "true or null")
+            refuse_value(where, _PREFIX + name, getattr(self, name), f"{fits} with {_PREFIX}backward='sampled'")
         numbers = self.layers if isinstance(self.layers, Sequence) and len(self.layers) else [None]
         if self.layers not in ("all", "final", "logits") and not all(type(number) is int for number in numbers):
             refuse_value(where, _PREFIX + "layers", self.layers, "'all', 'final', 'logits' or a list of ints")
@@ -74,7 +102,19 @@ class Settings:
                 f"ALP engine: model.override_config has {sorted(_PREFIX + key for key in given)}; it needs alp_sigma and "
                 f"alp_sigma_lr, and may have {', '.join(_PREFIX + key for key in known[2:])}"
             )
-        return Settings(**given | {key: from_text(given[key]) for key in ("sigma", "sigma_lr")})
+        numbers = {key: from_text(given[key]) for key in ("sigma", "sigma_lr", "threshold") if key in given}
+        return Settings(**given | numbers)
+
+
+def why_not_fused(model: Any, model_config: Any) -> str | None:
+    """Prepare the model, before FSDP wraps it, to score tokens without logits; return the reason if that is not possible."""
+    if model_config.use_fused_kernels:
+        return "use_fused_kernels=true chooses verl's own kernels"
+    try:
+        add_score(model.get_base_model() if hasattr(model, "peft_config") else model)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def check_denominator(data: Any) -> None:
@@ -97,8 +137,14 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor.values() if tensor.is_nested else tensor
 
 
+def _is_token(micro_batch: Any) -> Tensor:
+    """(B, T) bool: which positions of the padded batch hold a token."""
+    lengths = micro_batch["input_ids"].offsets().diff()
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
 class ALPEngineWithLMHead(FSDPEngineWithLMHead):
-    """`FSDPEngineWithLMHead` that perturbs the model in updates only.
+    """`FSDPEngineWithLMHead` that perturbs the model in updates only, and scores tokens without holding all logits.
 
     sigma is not a parameter of the module, so weight sync and model files do not contain it. Its gradient is averaged over
     all ranks, as FSDP averages the weights' (verl's losses carry the factor dp_size); gradient clipping leaves it out.
@@ -107,10 +153,20 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
         self.alp: Perturbation | None = None  # stays None in a forward-only engine: the reference policy
         self.num_updates = 0
+        self.fuses_head = False
+        self.sampled_rows = Rows(None)  # apart from the noise's rows, so that sampling does not change the noise
         self.settings = Settings.take(model_config)
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+        if self.settings.fused_head is not False:
+            reason = why_not_fused(module, self.model_config)
+            if reason is not None and (self.settings.fused_head or self.settings.backward == "sampled"):
+                asked = "alp_fused_head=true" if self.settings.fused_head else "alp_backward='sampled'"
+                raise ValueError(f"ALP engine: {asked} is not possible: {reason}")
+            if reason is not None:
+                logger.warning("ALP engine: verl computes log-probabilities from all logits: %s", reason)
+            self.fuses_head = reason is None
         if not self.engine_config.forward_only:
             s = self.settings
             self.alp = attach(  # before FSDP wraps the layers
@@ -138,6 +194,55 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
         with self.alp.perturbed(step=self.num_updates):
             return super().forward_step(micro_batch, loss_function, forward_only)
 
+    def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        inputs, prepared = super().prepare_model_inputs(micro_batch)
+        if self.fuses_head and not any(get_non_tensor_data(micro_batch, key, False) for key in _NEED_LOGITS):
+            inputs["alp_score"] = self._score(micro_batch, prepared)
+        return inputs, prepared
+
+    def _score(self, micro_batch: Any, prepared: Any) -> Score:
+        """Return what the model calls with its hidden states and head: `linear_logprob` of the next tokens.
+
+        With use_remove_padding hidden is (1, N, D), this rank's part under Ulysses; otherwise (B, T, D), padded.
+        """
+        targets: Tensor = prepared["input_ids_rmpad_rolled"]
+        if "temperature_rmpad" in prepared:
+            mask, targets, temperature = None, targets[None], prepared["temperature_rmpad"][None]
+        else:
+            mask = _is_token(micro_batch)
+            targets = targets.new_zeros(mask.shape).masked_scatter(mask, targets)
+            temperature = prepared["temperature"][:, None].expand(mask.shape)
+        if not isinstance(micro_batch["temperature"], Tensor):
+            temperature = float(micro_batch["temperature"])
+        noise = backward = None
+        if self.alp is not None and self.alp.forwards.scope.is_open:
+            if self.settings.layers == "logits":
+                noise = self.alp.logit_noise(targets.numel())
+            if self.settings.backward == "sampled":
+                self.sampled_rows.begin(self.num_updates)
+                start = self.sampled_rows.take(targets.numel())
+                backward = Sampled(self.settings.seed, self.num_updates, self.settings.threshold, row_start=start)
+
+        def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+            head = head._replace(temperature=temperature, logit_noise=noise, backward=backward)
+            return linear_logprob(hidden, head, targets, mask=mask)
+
+        return score
+
+    def prepare_model_outputs(self, output: Any, output_args: Any, micro_batch: Any, logits_processor_func: Any) -> Any:
+        if not isinstance(output, ScoredTokens):
+            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        has_entropy = get_non_tensor_data(micro_batch, "calculate_entropy", False)
+        outputs = {}
+        for name in ("log_probs", "entropy") if has_entropy else ("log_probs",):
+            values = output[name]
+            if "pad_size" in output_args:
+                values = self._gather_and_unpad_packed(values.squeeze(0), output_args["pad_size"])
+            else:
+                values = values[_is_token(micro_batch)]
+            outputs[name] = torch.nested.nested_tensor_from_jagged(values, micro_batch["input_ids"].offsets())
+        return outputs
+
     def train_batch(self, data: Any, loss_function: Any) -> Any:
         check_denominator(data)
         parts: list[Stats] = []
@@ -161,8 +266,9 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
         assert self.alp is not None
         sigma, realised = self.alp.sigma, self.alp.realised()
         values = {"sigma/mean": sigma.mean().item(), "sigma/min": sigma.min().item(), "sigma/max": sigma.max().item()}
-        for key in ("rms_over_nominal", "changed_frac"):
-            values[f"noise/{key}"] = sum(realised[key]) / len(realised[key])
+        for key, by_layer in realised.items():
+            if by_layer:  # a fused head adds noise to logits in float32 and measures none
+                values[f"noise/{key}"] = sum(by_layer) / len(by_layer)
         if parts:
             summary = Stats.cat(parts).summary()
             values |= {key: summary[key] for key in REPORTED if key in summary}

@@ -101,6 +101,8 @@ class Output(_Hook):
             )
         if not (forwards.switch.is_on if is_compiling else forwards.scope.is_open):
             return None
+        if self.field == "logits" and getattr(output, "has_logit_noise", False):  # a fused head in the model's forward
+            return None
         hidden = output if isinstance(output, Tensor) else getattr(output, self.field, None)
         if hidden is None and isinstance(output, tuple):
             hidden = output[0]

@@ -402,7 +402,8 @@ def test_an_update_is_the_one_made_by_hand(one_rank, model_path):
 
 def test_every_forward_but_the_updates_is_that_of_verls_engine(one_rank, model_path):
     batch = verl_cpu.make_batch()
-    engine = verl_cpu.make_engine(model_path)
+    settings = {"alp_sigma": 0.05, "alp_sigma_lr": 1e-2, "alp_fused_head": False}
+    engine = verl_cpu.make_engine(model_path, settings=settings)
     stock = verl_cpu.make_engine(model_path, engine_class=FSDPEngineWithLMHead)
     before = None
     for _ in range(2):
@@ -467,8 +468,12 @@ def test_a_checkpoint_continues_as_if_never_stopped(one_rank, model_path, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_update_of_one(model_path, tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.verl_ranks", model_path, str(tmp_path / "out.pt")]
+@pytest.mark.parametrize(("strategy", "is_tied"), [("fsdp2", False), ("fsdp", True)])
+def test_two_ranks_make_the_update_of_one(tmp_path, strategy, is_tied):
+    model_path = str(tmp_path / "model")
+    verl_cpu.save_model(model_path, tie_word_embeddings=is_tied)
+    module = "tests.support.verl_ranks"
+    command = [sys.executable, "-W", "ignore", "-m", module, model_path, str(tmp_path / "out.pt"), strategy]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -476,8 +481,8 @@ def test_two_ranks_make_the_update_of_one(model_path, tmp_path):
     parts = [(verl_cpu.make_batch(B=2, seed=rank), rank << 32) for rank in range(2)]
     state, log_sigma, _ = verl_cpu.update_by_hand(model_path, parts, "alp-sequence")
     torch.testing.assert_close(got["log_sigma"], log_sigma, rtol=1e-5, atol=1e-6)
-    for name, value in got["state"].items():
-        torch.testing.assert_close(value, state[name], rtol=1e-4, atol=2e-6, msg=name)
+    for name, value in state.items():
+        torch.testing.assert_close(got["state"][name], value, rtol=1e-4, atol=2e-6, msg=name)
 
 
 def test_the_recipe_is_a_configuration_that_verl_composes(model_path):

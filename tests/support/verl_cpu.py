@@ -22,22 +22,36 @@ def use_cpu() -> None:
     set_platform(type("CPU", (PlatformBase,), body)())
 
 
-def save_model(path: str, seed: int = 0) -> None:
+def let_fsdp1_run(monkeypatch) -> None:
+    """Leave out FSDP1's broadcast of the weights from rank 0, which needs a GPU."""
+    from verl.workers.engine.fsdp import transformer_impl
+
+    class FSDP(transformer_impl.FSDP):
+        def __init__(self, *args, sync_module_states=False, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(transformer_impl, "FSDP", FSDP)
+
+
+def save_model(path: str, seed: int = 0, **changes) -> None:
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    config = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+    }
+    Qwen2ForCausalLM(Qwen2Config(**config | changes)).save_pretrained(path)
 
 
-def make_engine(path: str, *, strategy="fsdp2", settings=None, engine_class=None):
-    """An engine of EngineRegistry's class for this machine, or of `engine_class`; `settings` are the alp_* keys."""
+def make_engine(path: str, *, strategy="fsdp2", settings=None, engine_class=None, param_dtype="fp32", **changes):
+    """An engine of EngineRegistry's class for this machine, or of `engine_class`.
+
+    settings: the alp_* keys. changes: fields of verl's model config.
+    """
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine.base import EngineRegistry
@@ -49,14 +63,14 @@ def make_engine(path: str, *, strategy="fsdp2", settings=None, engine_class=None
     model = HFModelConfig(
         path=path,
         load_tokenizer=False,
-        use_remove_padding=False,
         override_config={"attn_implementation": "sdpa", **settings},
+        **{"use_remove_padding": False} | changes,
     )
-    fp32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    precision = {"param_dtype": param_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     engine_class = engine_class or EngineRegistry.get_engine_cls("language_model", strategy)
     engine = engine_class(
         model_config=model,
-        engine_config=FSDPEngineConfig(strategy=strategy, use_torch_compile=False, mixed_precision=fp32),
+        engine_config=FSDPEngineConfig(strategy=strategy, use_torch_compile=False, mixed_precision=precision),
         optimizer_config=FSDPOptimizerConfig(  # not Adam: its first step ignores the gradient's size
             optimizer="SGD",
             override_optimizer_config={"momentum": 0.9},
@@ -71,14 +85,19 @@ def make_engine(path: str, *, strategy="fsdp2", settings=None, engine_class=None
     return engine
 
 
-def make_batch(B: int = 4, seed: int = 0, bypass: bool = True, global_batch_size: int = 4) -> TensorDict:
-    """A padded batch passed through verl's `left_right_2_no_padding`, with the keys that trainer and worker add."""
+def make_batch(
+    B: int = 4, seed: int = 0, bypass: bool = True, global_batch_size: int = 4, vocab_size: int = 64, **changes
+) -> TensorDict:
+    """A padded batch passed through verl's `left_right_2_no_padding`, with the keys that trainer and worker add.
+
+    changes: of these keys.
+    """
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import left_right_2_no_padding
 
     generator = torch.Generator().manual_seed(seed)
     T = PROMPT + RESPONSE
-    input_ids = torch.randint(64, (B, T), generator=generator)
+    input_ids = torch.randint(vocab_size, (B, T), generator=generator)
     attention = torch.ones(B, T, dtype=torch.int64)
     attention[1::2, -2:] = 0  # shorter responses
     attention[::2, 0] = 0  # shorter prompts
@@ -98,16 +117,18 @@ def make_batch(B: int = 4, seed: int = 0, bypass: bool = True, global_batch_size
         batch_size=[B],
     )
     data = left_right_2_no_padding(data)
-    tu.assign_non_tensor(
-        data,
-        temperature=1.0,
-        use_remove_padding=False,
-        use_dynamic_bsz=False,
-        micro_batch_size_per_gpu=2,
-        use_fused_kernels=False,
-        calculate_entropy=False,
-        global_batch_size=global_batch_size,
-    )
+    keys = {
+        "temperature": 1.0,
+        "use_remove_padding": False,
+        "use_dynamic_bsz": False,
+        "micro_batch_size_per_gpu": 2,
+        "use_fused_kernels": False,
+        "calculate_entropy": False,
+        "global_batch_size": global_batch_size,
+    } | changes
+    if isinstance(keys["temperature"], torch.Tensor):
+        data["temperature"] = keys.pop("temperature")
+    tu.assign_non_tensor(data, **keys)
     return data
 
 
