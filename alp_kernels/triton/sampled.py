@@ -185,7 +185,7 @@ def _pack_kernel(
     room_ptr, ends_ptr, tokens_ptr, p_ptr,  # (n, cap) int32, (n,) int64, (m,) int32, (m,) float32
     logit_scale, softcap,
     V, cap,
-    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     gain, inner, _, _, _, _ = _row_settings(n, logit_scale, softcap, temperature_ptr, None, None, n * 0)
@@ -194,8 +194,8 @@ def _pack_kernel(
     begin = tl.load(ends_ptr + n - 1, mask=n > 0, other=0)
     count = (tl.load(ends_ptr + n) - begin).to(tl.int32)
     of_target = tl.exp(tl.load(logp_ptr + n))
-    for start in range(0, count, BLOCK):
-        k = start + tl.arange(0, BLOCK)
+    for start in range(0, count, BLOCK_E):
+        k = start + tl.arange(0, BLOCK_E)
         token = tl.load(room_ptr + n * cap + k, mask=k < count, other=0)
         x = tl.load(x_ptr + n * V + token, mask=(k > 0) & (k < count), other=0.0)
         p = _masses(x, head) * 9.094947017729282e-13  # 2^-40
@@ -219,7 +219,7 @@ def select(x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows
     counts = torch.empty(num_rows, dtype=torch.int64, device=x.device)
     if num_rows == 0:
         return Entries(counts, space.view(-1), torch.empty(0, device=x.device))
-    targets, temperature, logp, lse = _contiguous(targets, transform.temperature, rows.logp, rows.lse.double())
+    columns, temperature, logp, lse = _contiguous(targets, transform.temperature, rows.logp, rows.lse.double())
     softcap = None if transform.softcap is None else float(transform.softcap)
     settings = (float(transform.logit_scale), softcap, vocabulary, cap)
     wanted = triton.cdiv(WARPS_A_MULTIPROCESSOR * multiprocessors(x.device), num_rows)
@@ -227,7 +227,7 @@ def select(x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows
     threads = 32 * num_warps
     with on_device(x):
         _select_kernel[(num_rows,)](
-            x, targets, temperature, lse, space, counts, *stream_args(points.stream.read()), points.first, *settings,
+            x, columns, temperature, lse, space, counts, *stream_args(points.stream.read()), points.first, *settings,
             MASS_BITS - points.bits, LOGITS_A_THREAD * threads, threads, num_warps=num_warps,
         )  # fmt: skip
         ends = counts.cumsum(0)

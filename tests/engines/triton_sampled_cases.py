@@ -200,7 +200,19 @@ def test_tokens_just_below_a_large_threshold_are_sampled(bits):
     targets = torch.tensor([7, 0, 105], device=DEVICE)
     rows = engine.head_fwd(x, targets, LogitTransform())
     entries = check(x, targets, LogitTransform(), rows, make_points(bits, 3))
-    assert 18 <= int(entries.counts.min()) and int(entries.counts.max()) <= 26
+    assert all(18 <= count <= 26 for count in entries.counts.tolist())
+
+
+@pytest.mark.parametrize("bits", [9, 13])
+def test_the_targets_probability_is_no_share(bits):
+    """Neither in a tile with a point, nor in one that has only small tokens: the points after it hit the same tokens."""
+    x = torch.full((3, 1500), -60.0, device=DEVICE)
+    x[:, 700:] = math.log(10 * 2.0**-bits / 800)
+    x[:, 7] = math.log1p(-12 * 2.0**-bits)
+    targets = torch.tensor([900, 300, 1030], device=DEVICE)
+    x[torch.arange(3), targets] = math.log(0.9 * 2.0**-bits)
+    rows = engine.head_fwd(x, targets, LogitTransform())
+    check(x, targets, LogitTransform(), rows, make_points(bits, 3))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
