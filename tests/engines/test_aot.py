@@ -65,6 +65,9 @@ def test_noise_costs_at_most_26_instructions_an_element(measured, dtype):
         (10, ["head_exp bf16 few rows: _head_fwd_kernel"]),
         (10, ["head_exp fp32: _head_fwd_kernel"]),
         (20, ["head_token_loss bf16 entropy: _head_token_loss_kernel"]),
+        (9, ["select bf16: _select_kernel"]),
+        (9, ["select fp32: _select_kernel"]),
+        (11, ["select bf16 few rows: _select_kernel"]),
         (20, ["head_fwd bf16: _head_fwd_kernel", "head_bwd bf16: _head_bwd_kernel"]),
     ],
 )
@@ -76,7 +79,11 @@ def test_every_loop_over_a_row_is_counted(measured):
     for rows in measured.values():
         assert rows["head_token_loss bf16 entropy: _head_token_loss_kernel"]["loops"].count("_") >= 2
         assert "_rescale" in rows["head_token_loss bf16 alp: _head_token_loss_kernel"]["loops"]
-        assert all(row["loops"] for name, row in rows.items() if re.search("head|perturb_[fb]wd_k|scale|long", name))
+        assert all(
+            row["loops"]
+            for name, row in rows.items()
+            if re.search("head|perturb_[fb]wd_k|scale|long|select|sparse", name)
+        )
 
 
 @each_target
@@ -94,7 +101,7 @@ def test_shared_memory_fits(measured, target):
 @each_target
 def test_no_kernel_computes_in_double_precision(measured, target):
     """The one exception is a number per row: the head's log-sum-exp."""
-    few = {name: 24 if name.startswith("head_") else 0 for name in measured[target]}
+    few = {name: 24 if name.startswith(("head_", "select ")) else 0 for name in measured[target]}
     assert not [name for name, row in measured[target].items() if row["float64"] > few[name]]
 
 
@@ -115,3 +122,12 @@ def test_memory_moves_128_bits_at_a_time(measured, target, case):
         pytest.skip("256 threads to a tile of 1024: 64 bits each")
     assert measured[target][case]["wide_loads"] >= 4  # one for each channel of a group
     assert measured[target][case]["wide_stores"] >= 4
+
+
+@pytest.mark.parametrize("target", [name for name in SHARED_LIMIT if name.startswith("cuda")])
+def test_the_sampled_backward_reads_128_bits_at_a_time(measured, target):
+    for case in ("select bf16: _select_kernel", "select fp32: _select_kernel"):
+        assert measured[target][case]["wide_loads"] >= 4
+        assert measured[target][case]["shared"] == 0  # one warp a row needs no barrier
+    for name in ("dhidden", "dweight"):
+        assert measured[target][f"sparse_products bf16: _{name}_kernel"]["wide_loads"] >= 8  # one for each entry

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -31,8 +32,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from alp_kernels.objective import PRESETS, LossRows, Objective
-from alp_kernels.reference import HeadRows, LogitTransform, Norm
-from alp_kernels.stream import LOGITS_LAYER, Stream
+from alp_kernels.reference import HeadRows, LogitTransform, Norm, Points, SparseRows
+from alp_kernels.stream import LOGITS_LAYER, SAMPLED_LAYER, Stream
 from alp_kernels.triton import engine, noise
 
 TARGETS = {
@@ -48,6 +49,9 @@ RARE = {
     "(target % Q >= start) & (target % Q < start + BLOCK_Q)",  # one tile of a row
     "tl.max(tile, axis=0) > LIMIT",  # true for few rows, a few times
     "_rescale",
+    "mass > point - done",  # a tile with entries
+    "_write_kept",  # a pass writes one entry
+    "_write_hits",
 }
 """Branches and functions whose instructions are not counted per element."""
 POINTERS = {
@@ -55,6 +59,7 @@ POINTERS = {
     torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -101,6 +106,20 @@ def _rms_norm_bwd(dtype: torch.dtype, stream: Stream, rms: Tensor | None) -> Non
     engine.perturb_rms_norm_bwd(*rows, torch.ones(2), rms, stream, _norm(dtype), True, True)
 
 
+def _select(dtype: torch.dtype, head: LogitTransform = PLAIN, bits: int = 12, num_rows: int = ROWS) -> None:
+    ids = torch.zeros(num_rows, dtype=torch.int64)
+    rows = HeadRows(*(torch.zeros(num_rows) for _ in range(3)))
+    with mock.patch.object(torch, "empty", torch.zeros):  # kernels that are recorded write no counts
+        engine.select(
+            torch.zeros(num_rows, V, dtype=dtype), ids, head, rows, Points(bits, Stream(1, 2, SAMPLED_LAYER, 0, ids))
+        )
+
+
+def _sparse(dtype: torch.dtype) -> None:
+    dx = SparseRows(torch.ones_like(IDS), IDS.int(), torch.ones(ROWS))
+    engine.sparse_products(dx, torch.zeros(ROWS, D, dtype=dtype), torch.zeros(V, D, dtype=dtype), True, True, True)
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "philox": lambda: engine.philox((IDS,) * 4, (1, 2)),
     "normal": lambda: engine.normal(2, D, NUMBERED, torch.device("cpu")),
@@ -136,6 +155,13 @@ CASES: dict[str, Callable[[], Any]] = {
     "head_token_loss fp16 everything": lambda: engine.head_token_loss(
         _logits(torch.float16), IDS, FULL, LossRows(*_numbers(5)), EVERYTHING
     ),
+    "select bf16": lambda: _select(torch.bfloat16, num_rows=16),
+    "select bf16 two warps": lambda: _select(torch.bfloat16, num_rows=8),
+    "select bf16 few rows": lambda: _select(torch.bfloat16, num_rows=2),
+    "select fp32": lambda: _select(torch.float32, num_rows=16),
+    "select fp16 full": lambda: _select(torch.float16, FULL._replace(sigma=None, stream=None), bits=20),
+    "sparse_products bf16": lambda: _sparse(torch.bfloat16),
+    "sparse_products fp32": lambda: _sparse(torch.float32),
 }
 
 
@@ -349,6 +375,10 @@ _AMD_FIELDS = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
 
 def _tile_elements(arguments: dict[str, Any]) -> int:
     """Return how many elements a program processes in one tile."""
+    if "BLOCK_V" in arguments:
+        return int(arguments["BLOCK_V"])
+    if "BLOCK_E" in arguments:
+        return int(arguments["BLOCK_E"]) * int(arguments.get("BLOCK_D", 1))
     if "BLOCK_Q" in arguments:
         return 4 * int(arguments.get("BLOCK_N", 1)) * int(arguments["BLOCK_Q"])
     return int(arguments.get("BLOCK_D") or 4 * arguments["BLOCK"])  # philox: four words
