@@ -13,6 +13,7 @@ import importlib
 import pkgutil
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,8 +25,8 @@ from triton.runtime.jit import KernelInterface
 import alp_kernels.triton
 from alp_kernels import reference
 from alp_kernels.objective import PRESETS, LossRows, Objective
-from alp_kernels.reference import HeadRows, LogitTransform, Norm
-from alp_kernels.stream import LOGITS_LAYER, NORMAL_BOUND, Stream
+from alp_kernels.reference import Entries, HeadRows, LogitTransform, Norm, Points, SparseRows
+from alp_kernels.stream import LOGITS_LAYER, NORMAL_BOUND, SAMPLED_LAYER, Stream
 from alp_kernels.triton import engine, noise
 from alp_kernels.triton.head import ROWS_A_MULTIPROCESSOR
 from tests.conftest import DEVICE
@@ -313,6 +314,50 @@ def scale_(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
                 against_float64(run, f"{n} x {d} {dtype} {by}", [dtype])
 
 
+# ------------------------------------------------------------------ the sampled backward
+
+
+def entries_of(entries: Entries) -> Counter[tuple[int, int]]:
+    """How often each (row, token) is an entry."""
+    counts, tokens, _ = (part.cpu() for part in entries)
+    return Counter(zip(torch.arange(len(counts)).repeat_interleave(counts).tolist(), tokens.tolist(), strict=True))
+
+
+def select(shapes: Iterable[tuple[int, int]] = VOCABS) -> None:
+    for n, vocab in shapes:
+        points = Points(9, stream_of(n, True, SAMPLED_LAYER))
+        for position, head in enumerate((LogitTransform(), LogitTransform(1.3, 50.0, heads(n)[2].temperature))):
+            dtype = DTYPES[(position + n) % 3]
+            x, targets = logits(n, vocab, dtype)
+            x[:, vocab // 2] += 16  # few entries: the interpreter takes long for each
+            given = (x, targets, head, reference.head_fwd(x, targets, head), points)
+            ours = entries_of(engine.select(*moved(given)))
+            theirs = entries_of(reference.select(*given))
+            apart = ((ours - theirs) | (theirs - ours)).total()  # a rounded p moves a token past a point
+            assert apart <= 2 + theirs.total() // 50, (
+                f"{n} x {vocab} {dtype} {head}: {apart} of {theirs.total()} entries"
+            )
+
+
+def sparse_products(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
+    for n, d in shapes:
+        for dtype in DTYPES:
+            counts = torch.arange(n) * 4 + 1
+            size = int(counts.sum())
+            tokens = torch.randint(0, 30, (size,), generator=torch.Generator().manual_seed(n), dtype=torch.int32)
+            given = (
+                SparseRows(counts, tokens, randn(size)),
+                randn(n, d, seed=1).to(dtype),
+                randn(37, d, seed=2).to(dtype),
+            )
+
+            def run(module, device, double, given=given):
+                return module.sparse_products(*(moved(part, device, double) for part in given), True, True, True)
+
+            kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+            against_float64(run, f"{n} x {d} {dtype}", [torch.float32, kind, torch.float32])
+
+
 OPS: dict[str, Callable[[], None]] = {
     function.__name__: function
     for function in (
@@ -328,6 +373,8 @@ OPS: dict[str, Callable[[], None]] = {
         head_bwd,
         head_token_loss,
         scale_,
+        select,
+        sparse_products,
     )
 }
 
