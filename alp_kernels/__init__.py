@@ -13,6 +13,7 @@ from .loss.from_hidden import fused_alp_loss, linear_logprob
 from .loss.gather import gather_sequence, gather_weight
 from .loss.head import Head, Sampled, VocabSplit
 from .loss.policy import importance_weight, policy_loss
+from .loss.sampled_error import SampledError, sampled_error
 from .loss.stats import LossOutput, Stats
 from .noise.normal import normal
 from .noise.perturb import perturb
@@ -34,6 +35,7 @@ __all__ = [
     "Objective",
     "Perturbation",
     "Sampled",
+    "SampledError",
     "Stats",
     "VocabSplit",
     "attach",
@@ -47,4 +49,5 @@ __all__ = [
     "perturb",
     "perturb_rms_norm",
     "policy_loss",
+    "sampled_error",
 ]

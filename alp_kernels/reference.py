@@ -206,7 +206,7 @@ class HeadRows(NamedTuple):
     lse: Tensor  # (n,) log-sum-exp of z; float64 from engines whose backward needs more than float32 precision
 
 
-def _z_of(x: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def z_of(x: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """z, tanh (None without a softcap) and eps (None without noise), in float32 or float64."""
     z = x.to(real_of(x)) * transform.logit_scale
     tanh = eps = None
@@ -227,7 +227,7 @@ def head_fwd(x: Tensor, targets: Tensor, transform: LogitTransform) -> HeadRows:
 
     logp of a near-certain target keeps its relative precision: it is log1p of a sum over the *other* tokens.
     """
-    z, _, _ = _z_of(x, transform)
+    z, _, _ = z_of(x, transform)
     top = z.amax(dim=1)
     shifted = z - top[:, None]
     exp = shifted.exp()
@@ -249,7 +249,7 @@ def head_bwd(
     dlogp, dentropy (n,): gradients of the loss with respect to logp and entropy.
     dz_v = dlogp (is_target_v - p_v) - dentropy p_v (ln p_v + H)
     """
-    z, tanh, eps = _z_of(x, transform)
+    z, tanh, eps = z_of(x, transform)
     log_p = (z - rows.lse.to(z.dtype)[:, None]).scatter(
         1, targets[:, None], rows.logp[:, None]
     )  # logp is more precise than z - lse
@@ -279,7 +279,7 @@ def head_exp(x: Tensor, targets: Tensor, transform: LogitTransform) -> tuple[Hea
     The gradient of a row is then c e with c = exp_coefficient(dlogp, transform, whole). Also returns whole (n,), the sum of
     all exponentials. The engine chooses each row's base so that no e is infinite and no c is too small.
     """
-    z, _, _ = _z_of(x, transform)
+    z, _, _ = z_of(x, transform)
     exp = (z - z.amax(dim=1, keepdim=True)).exp()
     others = exp.scatter(1, targets[:, None], 0.0).sum(dim=1, keepdim=True)
     out = head_fwd(x, targets, transform)
@@ -372,7 +372,7 @@ def select(x: Tensor, targets: Tensor, transform: LogitTransform, rows: HeadRows
     Along the line, blocks have integer lengths: their p's sum, in units of 2^-40, rounded. Within a block, tokens share its
     length in proportion to their p.
     """
-    z, _, _ = _z_of(x, transform)
+    z, _, _ = z_of(x, transform)
     p = (z - rows.lse.to(z.dtype)[:, None]).exp()
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]
     is_kept = (p >= points.threshold) & ~is_target
