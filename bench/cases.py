@@ -108,6 +108,35 @@ class HeadCase:
         return 2 * self.logits_mib + 3 * self.rows * self.vocab * 4 / 2**20 + self.gradient_mib
 
 
+@dataclass(frozen=True)
+class RowsCase(HeadCase):
+    """A head whose rows have distributions of one kind: a function of bench/rows.py."""
+
+    kind: str = "peaked"
+
+    def __str__(self) -> str:
+        return f"{self.kind} rows, {super().__str__()}"
+
+    @property
+    def shape(self) -> dict[str, str | int | float]:
+        return super().shape | {"rows": self.kind}
+
+
+def rows_cases(device: torch.device, smoke: bool) -> list[RowsCase]:
+    """Return peaked rows in both dtypes, as a policy's in RL; and flatter ones, which a sampled backward likes less."""
+    if smoke:
+        return [RowsCase("smoke", 4, 32, *SMOKE, torch.float32, kind=kind) for kind in ("peaked", "flat")]
+    on_cpu = device.type == "cpu"
+    model, length = ("qwen2.5-0.5b", 128) if on_cpu else ("qwen3-8b", 2048)
+    chosen = [("peaked", torch.float32), ("peaked", torch.bfloat16), ("gaussian", torch.bfloat16)]
+    chosen += [("gaussian", torch.float32), ("flat", torch.float32), ("flat", torch.bfloat16)]
+    return [
+        RowsCase(model, 4, length, *MODELS[model], dtype, kind=kind)
+        for kind, dtype in chosen
+        if on_cpu or dtype == torch.bfloat16
+    ]
+
+
 def perturb_cases(device: torch.device, smoke: bool) -> list[PerturbCase]:
     if smoke:
         return [PerturbCase("smoke", 256, SMOKE.channels, dtype) for dtype in (torch.float32, torch.bfloat16)]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from alp_kernels import fused_alp_loss, policy_loss
+from alp_kernels import Head, Sampled, fused_alp_loss, linear_logprob, policy_loss
 
-from .cases import HeadCase
+from . import rows
+from .cases import HeadCase, RowsCase
 from .contest import Variant
 from .peers import OBJECTIVES, Batch, target_logp
 
@@ -48,11 +49,25 @@ def make_inputs(device: torch.device, case: HeadCase) -> Inputs:
     b, t, d, v = case.sequences, case.length, case.channels, case.vocab
     hidden, weight = draw(b, t, d).to(case.dtype), (draw(v, d) * d**-0.5).to(case.dtype)
     targets = torch.randint(v, (b, t), generator=generator, device=device)
+    return complete(hidden, weight, targets, case, draw)
+
+
+def make_rows(device: torch.device, case: RowsCase) -> Inputs:
+    """As make_inputs, of rows of the case's kind."""
+    made = getattr(rows, case.kind)(case.rows, case.channels, case.vocab, case.dtype)
+    shape, generator = (case.sequences, case.length), torch.Generator(device).manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device=device)
+    hidden, weight, targets = (value.to(device) for value in made)
+    return complete(hidden.view(*shape, -1), weight, targets.view(shape), case, draw)
+
+
+def complete(hidden: Tensor, weight: Tensor, targets: Tensor, case: HeadCase, draw: Callable[..., Tensor]) -> Inputs:
+    b, t, device = case.sequences, case.length, hidden.device
     mask = (torch.arange(t, device=device) < torch.tensor(case.lengths, device=device)[:, None]).float()
-    rows, classes = hidden.flatten(0, 1).split(CHUNK_ROWS), targets.flatten().split(CHUNK_ROWS)
-    parts = [target_logp(linear(r, weight), c) for r, c in zip(rows, classes, strict=True)]
+    chunks, classes = hidden.flatten(0, 1).split(CHUNK_ROWS), targets.flatten().split(CHUNK_ROWS)
+    parts = [target_logp(linear(r, weight), c) for r, c in zip(chunks, classes, strict=True)]
     logp = torch.cat(parts).view(b, t).requires_grad_()
-    rollout_logp = logp.detach() + 0.2 * t**-0.5 * draw(b, t)
+    rollout_logp = (logp.detach() + 0.2 * t**-0.5 * draw(b, t)).clamp(max=0)
     batch = Batch(hidden.requires_grad_(), weight.requires_grad_(), targets, rollout_logp, draw(b), mask)
     return Inputs(batch, true_gradients(batch, true_losses(logp, batch), logp))
 
@@ -90,8 +105,19 @@ def true_gradients(batch: Batch, losses: dict[str, Tensor], logp: Tensor) -> dic
 # ------------------------------------------------------------------ what is timed, and its check
 
 
-def ours(engine: str, level: str, batch: Batch) -> Tensor:
-    return fused_alp_loss(*batch, objective=OBJECTIVES[level], engine=engine).loss
+SAMPLED = Sampled(seed=0, step=0)
+
+
+def ours(engine: str, level: str, batch: Batch, backward: Sampled | None = None) -> Tensor:
+    head = Head(batch.weight, backward=backward)
+    return fused_alp_loss(batch.hidden, head, *batch[2:], objective=OBJECTIVES[level], engine=engine).loss
+
+
+def logp_then_loss(engine: str, backward: Sampled | None, batch: Batch) -> Tensor:
+    """A trainer's own loss on the log-probabilities of linear_logprob."""
+    head = Head(batch.weight, backward=backward)
+    logp, _ = linear_logprob(batch.hidden, head, batch.targets, mask=batch.mask, engine=engine)
+    return policy_loss(logp, *batch[3:], objective=OBJECTIVES["token"]).loss
 
 
 def forward_backward(step: Step, inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
@@ -105,11 +131,12 @@ def forward_backward(step: Step, inputs: Inputs) -> Callable[[], tuple[Tensor, T
     return run
 
 
-def check(name: str, inputs: Inputs, returned: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Check the loss to 1e-4 (2e-2 in 16 bits) and the gradients to 1e-3 (5e-2) of their true norm."""
+def check(name: str, inputs: Inputs, returned: tuple[Tensor, Tensor, Tensor], sampled: bool = False) -> None:
+    """Check the loss to 1e-4 (2e-2 in 16 bits) and the gradients to 1e-3 (5e-2; also if `sampled`) of their true norm."""
     batch, truth = inputs.batch, inputs.truths[name]
     loss, dhidden, dweight = returned
     loss_bound, gradient_bound = (1e-4, 1e-3) if batch.hidden.dtype == torch.float32 else (2e-2, 5e-2)
+    gradient_bound = 5e-2 if sampled else gradient_bound
     assert abs(float(loss) - float(truth.loss)) < loss_bound, f"loss {float(loss)}, not {float(truth.loss)}"
     for field, found in (("dhidden", dhidden), ("dweight", dweight[batch.targets.flatten()[:NUM_CHECKED]])):
         right = getattr(truth, field)

@@ -67,6 +67,21 @@ LAYOUTS = (
         memory=True,
     ),
     Layout(
+        {"loss head forward + backward, by kind of rows": ""},
+        (
+            Column("limit: three bare GEMMs", "three bare GEMMs (limit)", "limit", LIMIT),
+            Column("`fused_alp_loss`, sampled (estimate)", "alp_kernels {engine}, token level, sampled", "less", OURS),
+            Column("`linear_logprob`, sampled (estimate)", "alp_kernels {engine}, linear_logprob, sampled", "less"),
+            Column("`fused_alp_loss`", "alp_kernels {engine}, token level, exact", "ours"),
+            Column("`linear_logprob`", "alp_kernels {engine}, linear_logprob, exact", "ours"),
+            Column("eager PyTorch", "eager PyTorch, token level", "peer", EAGER),
+            Column("cut-cross-entropy (no policy loss)", "cut-cross-entropy (cross-entropy only)", "less", OTHERS),
+            Column("Liger GRPO", "liger-kernel GRPO, token level", "peer", OTHERS),
+            Column("TRL chunked log-prob", "trl chunked log-prob, token level", "peer", OTHERS),
+        ),
+        memory=True,
+    ),
+    Layout(
         {"perturb forward": "forward, ", "perturb forward + backward": "forward + backward, "},
         (
             Column("limit: its bytes at copy speed", "copy of h (limit)", "limit", LIMIT),
