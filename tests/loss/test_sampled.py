@@ -12,7 +12,7 @@ from alp_kernels import Head, Objective, Sampled, fused_alp_loss, linear_logprob
 from alp_kernels.engine import why_not
 from alp_kernels.reference import LogitTransform
 from tests.conftest import DEVICE, on_this_device
-from tests.support import sampled
+from tests.support import processes, sampled
 from tests.support.compare import assert_same_sums, gradients
 from tests.support.heads import LEVELS, make_head
 from tests.support.multiplications import Multiplications
@@ -473,6 +473,19 @@ def test_tokens_that_are_ruled_out_are_not_chosen(engine, dtype):
     assert grads[1][0::2].any() and grads[2][0::2].any()
 
 
+def test_a_target_that_is_ruled_out_leaves_the_others_their_gradient(engine):
+    """logp is -inf, p is 0: the target's logit has the gradient dlogp, and none from the entropy."""
+    (hidden, weight), _ = tiny(torch.float32)
+    bias = torch.where(torch.arange(300) == 7, -math.inf, 0.0)
+    targets, head = torch.full((6,), 7), Head(weight, bias.requires_grad_(), backward=Sampled(0, 0, 2.0**-5))
+    logp, entropy = linear_logprob(hidden, head, targets, engine=engine)
+    assert (logp == -math.inf).all()
+    for by in (logp, logp + entropy):
+        _, dw, db = torch.autograd.grad(by, (hidden, weight, bias), torch.ones(6), retain_graph=True)
+        assert db[7] == 6 and torch.equal(dw[7], hidden.detach().sum(0))
+        assert dw.isfinite().all() and db.isfinite().all() and (db != 0).sum() > 30
+
+
 def test_a_nan_loss_comes_with_a_nan_gradient(engine):
     leaves, targets, rest, options = make(torch.float32)
     rest["mask"] = torch.ones_like(rest["mask"])
@@ -599,6 +612,24 @@ def test_a_weight_in_any_layout_gives_the_same_bits(engine):
     ]
     assert_equal(grads[1], grads[0])
     assert_equal(grads[2], grads[0])
+
+
+# ------------------------------------------------------------------ a split vocabulary
+
+
+def test_a_split_head_is_exact_in_its_values_and_unbiased_in_its_gradients():
+    ranks, whole = processes.run(sampled.split_head, 2, True), sampled.split_head(False, steps=1)
+    for rank in ranks:
+        for name in ("logp", "entropy", "loss"):
+            assert (rank[name] == rank["exact"][name]).all(), "sampled and exact differ"
+            assert_same_sums(rank["exact"][name], whole["exact"][name], 300)
+    assert torch.equal(ranks[0]["hidden"], ranks[1]["hidden"])
+    draws = {name: torch.cat([rank[name] for rank in ranks], dim=1) for name in ("weight", "bias")}
+    for name, of_steps in {"hidden": ranks[0]["hidden"], **draws}.items():
+        estimate = Estimates(whole["exact"][name])
+        for draw in of_steps:
+            estimate.add(draw)
+        assert_unbiased([estimate], [name])
 
 
 # ------------------------------------------------------------------ compiled

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alp_kernels import reference
+from alp_kernels import Head, Objective, Sampled, VocabSplit, fused_alp_loss, linear_logprob, reference
 from alp_kernels.reference import Entries, Points
 from alp_kernels.stream import SAMPLED_LAYER, Stream
 
@@ -161,3 +162,37 @@ class Memory(TorchDispatchMode):
     def _freed(self, at: int, size: int) -> None:
         del self._known[at]
         self.alive -= size
+
+
+def split_head(is_split: bool, steps: int = 100) -> dict[str, Any]:
+    """Values, exact gradients, and draws of gradients of a head that is split over the ranks; weights are this rank's rows."""
+    g = torch.Generator().manual_seed(7)
+    hidden, weight = torch.randn(12, 8, generator=g).double(), torch.randn(160, 8, generator=g).double()
+    bias, targets = torch.randn(160, generator=g).double(), torch.randint(160, (12,), generator=g)
+    by = torch.randn(2, 12, generator=g).double()
+    mine = slice(None)
+    if is_split:
+        cuts = [0, 60, 160]
+        mine = slice(cuts[dist.get_rank()], cuts[dist.get_rank() + 1])
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight[mine], bias[mine])]
+    options = {"temperature": 0.8, "softcap": 6.0, "split": VocabSplit() if is_split else None}
+
+    def run(backward: Sampled | None) -> dict[str, Tensor]:
+        head = Head(leaves[1], leaves[2], **options, backward=backward)
+        logp, entropy = linear_logprob(leaves[0], head, targets)
+        loss = fused_alp_loss(
+            leaves[0], head, targets, torch.full((12,), -4.0).double(), by[0], torch.ones(12),
+            objective=Objective("sequence", clip_low=1.0, clip_high=1e9), cu_seqlens=torch.tensor([0, 5, 12]),
+        )  # fmt: skip
+        total = (by[0] * logp).sum() + (by[1] * entropy).sum() + loss.loss
+        grads = torch.autograd.grad(total, leaves, retain_graph=True)
+        if backward is None or backward.step == 0:
+            again = torch.autograd.grad(total, leaves)
+            assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+        names = ("hidden", "weight", "bias")
+        values = {"logp": logp.detach(), "entropy": entropy.detach(), "loss": loss.loss.detach()}
+        return values | dict(zip(names, grads, strict=True))
+
+    exact = run(None)
+    draws = [run(Sampled(1, step, 2.0**-4)) for step in range(steps)]
+    return {"exact": exact, **{name: torch.stack([draw[name] for draw in draws]) for name in exact}}
