@@ -117,7 +117,7 @@ def test_the_default_chunk_of_a_device(vocab, channels, dtype, num_rows):
         (700 * vocab * dtype.itemsize, 512),
     ):
         transform, needs = reference.LogitTransform(), Needs(weight=True)
-        plan = plans.make_plan(reference, transform, torch.zeros(1), hidden, weight, chunk_bytes, needs)
+        plan = plans.make_plan(reference, transform, torch.zeros(1), hidden, weight, chunk_bytes, needs, None)
         assert plan.chunk_rows == plan.first_rows == expected
 
 

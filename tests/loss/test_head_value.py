@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from alp_kernels import Head, LogitNoise, Objective, VocabSplit, fused_alp_loss, linear_logprob
+from alp_kernels import Head, LogitNoise, Objective, Sampled, VocabSplit, fused_alp_loss, linear_logprob
 from tests.support.heads import make_head
 
 OBJECTIVE = Objective("sequence")
@@ -173,3 +173,49 @@ def test_adapters_do_not_read_rows_off_the_mask(batch):
         gradients.append(torch.autograd.grad(logp.sum(), adapter.weight)[0])
     assert gradients[0].isfinite().all() and gradients[0].abs().max() > 0
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+SAMPLED_FITS = r"it needs a power of two from 2\*\*-20 to 2\*\*-1"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"threshold": 0.001}, ValueError, rf"backward.threshold=0.001; {SAMPLED_FITS}"),
+        ({"threshold": 2.0**-21}, ValueError, rf"backward.threshold=4.76837158203125e-07; {SAMPLED_FITS}"),
+        ({"threshold": 1.0}, ValueError, rf"backward.threshold=1.0; {SAMPLED_FITS}"),
+        ({"threshold": True}, TypeError, rf"backward.threshold=True; {SAMPLED_FITS}"),
+        ({"threshold": "x"}, TypeError, rf"backward.threshold='x'; {SAMPLED_FITS}"),
+        ({"threshold": None}, TypeError, rf"backward.threshold=None; {SAMPLED_FITS}"),
+        ({"row_ids": torch.arange(14)}, ValueError, "row_ids"),
+        (
+            {"row_ids": torch.arange(15).view(5, 3)},
+            ValueError,
+            r"backward: row_ids has shape \(5, 3\); .*row_ids.t\(\)",
+        ),
+        ({"row_ids": torch.arange(15).view(3, 5).int()}, TypeError, "backward.row_ids is torch.int32"),
+        ({"step": -1}, ValueError, "backward.step=-1"),
+        ({"seed": 0.5}, TypeError, "backward.seed"),
+    ],
+)
+@pytest.mark.parametrize("function", [linear_logprob, fused_alp_loss])
+def test_a_sampled_backward_that_does_not_fit_is_named(batch, function, change, error, message):
+    hidden, weight, targets, rest = batch
+    more = {} if function is linear_logprob else {**rest, "objective": OBJECTIVE}
+    backward = Sampled(1, 2)._replace(**change)
+    with pytest.raises(error, match=f"^{function.__name__}: .*{message}"):
+        function(hidden, Head(weight.requires_grad_(), backward=backward), targets, **more)
+
+
+@pytest.mark.parametrize("value", ["sampled", 2.0**-12, Sampled, True])
+def test_a_backward_that_is_no_sampled_is_named(batch, value):
+    hidden, weight, targets, _ = batch
+    with pytest.raises(TypeError, match=r"^linear_logprob: backward=.*; it needs a Sampled, or None"):
+        linear_logprob(hidden, Head(weight, backward=value), targets)
+
+
+def test_a_sampled_backward_with_noise_on_the_logits_is_refused(batch):
+    hidden, weight, targets, _ = batch
+    head = Head(weight, logit_noise=noise(hidden), backward=Sampled(1, 2))
+    with pytest.raises(ValueError, match=r"^linear_logprob: backward was given with logit_noise; .*backward=None"):
+        linear_logprob(hidden, head, targets)

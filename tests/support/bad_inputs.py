@@ -13,6 +13,7 @@ from alp_kernels import (
     Head,
     LogitNoise,
     Objective,
+    Sampled,
     Stats,
     attach,
     detach,
@@ -48,6 +49,7 @@ from tests.support.bad_values import (
     numbers,
     objective,
     optional,
+    power_of_two,
     rate,
     row_identifiers,
     size,
@@ -190,6 +192,18 @@ def _with_noise(**given: Any) -> Any:
     return linear_logprob(h["hidden"], h["weight"], h["targets"], logit_noise=LogitNoise(**given))
 
 
+def _sampled(where: Callable[..., Any]) -> Callable[..., Any]:
+    """`where`, either function of the head, with a backward that is sampled."""
+
+    def call(**given: Any) -> Any:
+        b = fused()
+        names = ("targets",) if where is linear_logprob else ("targets", *LOSS)
+        head = Head(b["weight"].requires_grad_(), backward=Sampled(**given))
+        return where(b["hidden"], head, **{name: b[name] for name in names})
+
+    return call
+
+
 def _in_scope(**given: Any) -> Any:
     model = Toy()
     with attach(model) as handle, handle.perturbed(**given):
@@ -261,7 +275,19 @@ def functions() -> Iterator[Function]:
         lambda: {**of_head(), "temperature": torch.full((2, 3), 0.7)},
         {"temperature": temperatures},
     )
-    for field, kind, good in (("adapters", instance, ()), ("split", instance, None)):
+    of_points = {
+        "seed": 1,
+        "step": 2,
+        "threshold": 0.25,
+        "row_ids": torch.arange(6).view(2, 3),
+        "row_start": 0,
+    }
+    for function in (linear_logprob, fused_alp_loss):
+        kinds = {name: COORDINATES[name] for name in of_points if name != "threshold"}
+        yield Function(
+            function.__name__, _sampled(function), lambda: of_points, {**kinds, "threshold": power_of_two(-20, -1)}
+        )
+    for field, kind, good in (("adapters", instance, ()), ("split", instance, None), ("backward", instance, None)):
         yield Function("linear_logprob", _with_head(field), lambda field=field, good=good: {field: good}, {field: kind})
     yield Function(
         "linear_logprob",

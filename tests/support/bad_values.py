@@ -173,6 +173,13 @@ def size(good: Any) -> Values:
     return rate(good) | {"0": 0.0, "0 in float32": 1e-46, "flushed to 0": 1e-40, "0 in float16": np.float16(0)}
 
 
+def power_of_two(lowest: int, highest: int) -> Kind:
+    """A power of two between 2^lowest and 2^highest."""
+    near = {"between": 3 * 2.0 ** (highest - 2), "a little more": 2.0**highest * (1 + 2.0**-40)}
+    beyond = {"too small": 2.0 ** (lowest - 1), "too large": 2.0 ** (highest + 1), "negative": -(2.0**highest)}
+    return lambda good: size(good) | near | beyond | {"0.001": 0.001, "a tensor": torch.tensor(0.3)}
+
+
 def defining(kind: Kind) -> Kind:
     """The kind of an argument whose shape and device define the others': a message about these names another argument."""
     left_out = ("one number", "one row less", "one axis more", "on meta", "a vector", "one channel less")
