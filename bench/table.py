@@ -3,7 +3,7 @@
     --update README.md docs/performance.md      rewrite the text between the two marker comments on these pages
 
 The opening comment names the files: `<!-- bench.table: bench/results/FILE.jsonl -->`, or `<!-- bench.table, in short: FILES -->`
-for one table of four rows. A test makes the parts again and compares. Only the standard library is imported, so any Python
+for one table of a few rows. A test makes the parts again and compares. Only the standard library is imported, so any Python
 can print the tables.
 """
 
@@ -27,7 +27,7 @@ ENGINES = {"cpu": "native", "cuda": "triton"}
 class Column:
     title: str
     variant: str  # "{engine}" stands for the device's own
-    kind: str = "peer"  # "ours" and "peer" compete; "less" computes less; "limit" shows limit_ms
+    kind: str = "peer"  # "ours" and "peer" compete; "less" and our "estimate" compute less; "limit" shows limit_ms
     short: str = ""  # its column in the short table; none where empty
 
 
@@ -70,8 +70,10 @@ LAYOUTS = (
         {"loss head forward + backward, by kind of rows": ""},
         (
             Column("limit: three bare GEMMs", "three bare GEMMs (limit)", "limit", LIMIT),
-            Column("`fused_alp_loss`, sampled (estimate)", "alp_kernels {engine}, token level, sampled", "less", OURS),
-            Column("`linear_logprob`, sampled (estimate)", "alp_kernels {engine}, linear_logprob, sampled", "less"),
+            Column(
+                "`fused_alp_loss`, sampled (estimate)", "alp_kernels {engine}, token level, sampled", "estimate", OURS
+            ),
+            Column("`linear_logprob`, sampled (estimate)", "alp_kernels {engine}, linear_logprob, sampled", "estimate"),
             Column("`fused_alp_loss`", "alp_kernels {engine}, token level, exact", "ours"),
             Column("`linear_logprob`", "alp_kernels {engine}, linear_logprob, exact", "ours"),
             Column("eager PyTorch", "eager PyTorch, token level", "peer", EAGER),
@@ -107,8 +109,12 @@ LAYOUTS = (
         ),
     ),
 )
-SHORT = (("loss head forward + backward", "policy loss"), ("perturb forward + backward", "noise"))
-"""Ops of the short table and the names of their rows, all with gradients."""
+SHORT = (
+    ("loss head forward + backward", "policy loss", slice(3)),
+    ("loss head forward + backward, by kind of rows", "policy loss, sampled: an unbiased estimate", slice(1)),
+    ("perturb forward + backward", "noise", slice(-1, None)),
+)
+"""Ops of the short table, the names of their rows, all with gradients, and which of their cases it shows."""
 TIE = 1.2
 """Times closer than this factor are a tie: few runs on a shared machine tell no more apart."""
 DRAWN = ("loss head along V", "loss head along N")  # by bench.plots
@@ -144,20 +150,20 @@ def read(paths: Iterable[Path]) -> list[Record]:
 
 
 def markdown(records: Sequence[Record], *, in_short: bool = False) -> str:
-    """Return each device's tables, or with `in_short` one of four rows, and the provenance of its numbers."""
-    ops = dict(SHORT)
+    """Return each device's tables, or with `in_short` one of a few rows, and the provenance of its numbers."""
+    ops = {op for op, _, _ in SHORT}
     kept = [r for r in records if (r["op"] in ops if in_short else r["op"] not in DRAWN)]
     part = _short if in_short else _device
     return "\n".join(line for device in dict.fromkeys(r["device_type"] for r in kept) for line in part(kept, device))
 
 
 def _short(records: Sequence[Record], device: str) -> Iterator[str]:
-    """Three cases of the loss head and the last of the noise."""
+    """A row for each case that SHORT names."""
     mine = [r for r in records if r["device_type"] == device]
     yield _line(["ms, with gradients", LIMIT, OURS, EAGER, COMPILED, OTHERS])
     yield _line(["---"] * 6)
     shown = []
-    for (op, name), cases in zip(SHORT, (slice(3), slice(-1, None)), strict=True):
+    for op, name, cases in SHORT:
         (layout,) = (layout for layout in LAYOUTS if op in layout.ops)
         for case in list(dict.fromkeys(r["case"] for r in mine if r["op"] == op))[cases]:
             row = {r["variant"]: r for r in mine if (r["op"], r["case"]) == (op, case)}
@@ -234,7 +240,7 @@ def _time(column: Column, record: Record | None, row: list[tuple[Column, Record]
     text = three(record["limit_ms"] if column.kind == "limit" else ms)
     if column.kind in ("ours", "peer") and _wins(column, ms, row):
         text = f"**{text}**"
-    share = record["limit_frac"] if column.kind == "ours" else None
+    share = record["limit_frac"] if column.kind in ("ours", "estimate") else None
     return text if share is None else f"{text} ({share:.2f})"
 
 
@@ -256,7 +262,8 @@ def _case(record: Record) -> str:
         return str(record["case"])
     sizes = ", ".join(f"{name} {shape[name]}" for name in ("N", "D", "V") if name in shape)
     masked = f", {shape['masked']:.0%} masked" if shape.get("masked") else ""
-    return f"{shape['model']}: {sizes}, {shape['dtype']}{masked}"
+    kind = f", {shape['rows']} rows" if shape.get("rows") else ""
+    return f"{shape['model']}: {sizes}, {shape['dtype']}{masked}{kind}"
 
 
 def _line(cells: list[str]) -> str:
