@@ -128,11 +128,11 @@ def rows_cases(device: torch.device, smoke: bool) -> list[RowsCase]:
         return [RowsCase("smoke", 4, 32, *SMOKE, torch.float32, kind=kind) for kind in ("peaked", "flat")]
     on_cpu = device.type == "cpu"
     model, length = ("qwen2.5-0.5b", 128) if on_cpu else ("qwen3-8b", 2048)
-    chosen = [("peaked", torch.float32), ("peaked", torch.bfloat16), ("gaussian", torch.bfloat16)]
-    chosen += [("gaussian", torch.float32), ("flat", torch.float32), ("flat", torch.bfloat16)]
+    kinds, dtypes = ("peaked", "tailed", "gaussian", "flat"), (torch.float32, torch.bfloat16)
     return [
         RowsCase(model, 4, length, *MODELS[model], dtype, kind=kind)
-        for kind, dtype in chosen
+        for kind in kinds
+        for dtype in dtypes
         if on_cpu or dtype == torch.bfloat16
     ]
 

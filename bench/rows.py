@@ -17,12 +17,22 @@ from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits
 
-# `peaked`, fitted to the trained decoder's rows at a mean entropy of 1 nat
-ZIPF = 2.25  # the tail's exponent: a token's logit falls by so much per e-fold of its rank
-CONTEXT = 2.25  # standard deviation of the logits that the context adds
-CERTAINTY = -2.2  # mean log-odds of the peak against all other tokens
-CERTAINTY_SD = 5.0
 FREQUENCY_NORM = 0.25  # what the unigram logits have of the weight: logits are 1 / 0.25 of it
+
+
+class Peaks(NamedTuple):
+    """The shape of rows with a peak above a tail."""
+
+    zipf: float  # the tail's exponent: a token's logit falls by so much per e-fold of its rank
+    context: float  # standard deviation of the logits that the context adds
+    certainty: float  # mean log-odds of the peak against all other tokens
+    certainty_sd: float
+
+
+SHARPENED = Peaks(2.25, 2.25, -2.2, 5.0)
+"""Fitted to a trained decoder's rows, sharpened to a mean entropy of 1 nat."""
+HEAVY_TAIL = Peaks(1.0, 2.0, 3.0, 3.0)
+"""As many nats, a third of the rows nearly certain, and more mass in the tail: 300 to 400 entries a row at 2^-12."""
 
 
 class Rows(NamedTuple):
@@ -35,28 +45,38 @@ class Rows(NamedTuple):
 
 
 def peaked(n: int, d: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> Rows:
+    """Make rows like a sharpened decoder's."""
+    return _with_peaks(SHARPENED, n, d, vocab, dtype, seed)
+
+
+def tailed(n: int, d: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> Rows:
+    """Make rows as peaked, with a heavy tail."""
+    return _with_peaks(HEAVY_TAIL, n, d, vocab, dtype, seed)
+
+
+def _with_peaks(shape: Peaks, n: int, d: int, vocab: int, dtype: torch.dtype, seed: int) -> Rows:
     """Make rows with a peak of random height above a Zipf tail that each row's context reorders.
 
-    A row's logits are -ZIPF log(rank), with ranks in a random order over the vocabulary, plus Gaussian ones, plus a
+    A row's logits are -zipf log(rank), with ranks in a random order over the vocabulary, plus Gaussian ones, plus a
     peak at one token, which is as frequent as its rank says. The peak is as high as its log-odds against all other
     tokens need, a normal variable, so entropies hardly depend on n, d or vocab.
     """
     generator = torch.Generator().manual_seed(seed)
     log_rank = (torch.randperm(vocab, generator=generator) + 1.0).log()
     frequency = (-log_rank).exp()
-    unigram = -ZIPF * log_rank
+    unigram = -shape.zipf * log_rank
     weight = torch.randn(vocab, d, generator=generator).mul_((d - 1) ** -0.5)
     weight[:, 0] = FREQUENCY_NORM * unigram
     context = torch.randn(n, d - 1, generator=generator)
-    odds = CERTAINTY + CERTAINTY_SD * torch.randn(n, generator=generator)
+    odds = shape.certainty + shape.certainty_sd * torch.randn(n, generator=generator)
     peak = torch.multinomial(frequency, n, replacement=True, generator=generator)
 
     along = weight[peak, 1:]
     norm = along.norm(dim=1, keepdim=True)
-    context = CONTEXT * (context - (context * along).sum(1, keepdim=True) * along / norm**2)
+    context = shape.context * (context - (context * along).sum(1, keepdim=True) * along / norm**2)
     height = torch.zeros(n)
     for _ in range(8):  # the peak's own direction widens the others' logits, which raises the peak
-        others = unigram.logsumexp(0) + (CONTEXT**2 + (height / norm[:, 0]) ** 2 / (d - 1)) / 2
+        others = unigram.logsumexp(0) + (shape.context**2 + (height / norm[:, 0]) ** 2 / (d - 1)) / 2
         height = odds + others - unigram[peak]
     hidden = torch.cat([torch.full((n, 1), 1 / FREQUENCY_NORM), context + height[:, None] * along / norm**2], dim=1)
     return drawn(hidden.to(dtype), weight.to(dtype), generator)

@@ -306,9 +306,10 @@ def _transform(where: str, inputs: HeadInputs, live: Tensor | None, transfer: Tr
 
 def _points(where: str, inputs: HeadInputs) -> Points | None:
     sampled = inputs.head.backward
-    if sampled is None or not any(inputs.needs):
+    if sampled is None:
         return None
-    return Points(sampled.bits, sampled.stream(where, inputs.targets.numel(), inputs.hidden.device))
+    points = Points(sampled.bits, sampled.stream(where, inputs.targets.numel(), inputs.hidden.device))
+    return points if any(inputs.needs) else None
 
 
 def _temperatures(where: str, inputs: HeadInputs, live: Tensor | None, transfer: Transfer) -> Tensor | None:

@@ -13,11 +13,21 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="bench needs pytest-benchmark, which is not installed")
 
-from bench import head, peers, perturb, roofline, table, test_loss_head, test_perturb, test_perturb_rms_norm
+from bench import (
+    head,
+    peers,
+    perturb,
+    roofline,
+    table,
+    test_loss_head,
+    test_perturb,
+    test_perturb_rms_norm,
+    test_sampled_head,
+)
 from bench import test_sweep as sweep
 from bench import test_threads as threads
 from bench import test_tuning as tuning
-from bench.cases import HeadCase, PerturbCase, head_cases, perturb_cases
+from bench.cases import HeadCase, PerturbCase, head_cases, perturb_cases, rows_cases
 from bench.contest import Contest, Group, Turn, Variant, turns
 from tests.support.multiplications import Multiplications
 
@@ -264,6 +274,7 @@ def test_each_column_of_the_tables_is_a_variant():
     layer, output = perturb_cases(CPU, smoke=True)[0], head_cases(CPU, smoke=True)[0]
     known = {
         "loss head forward + backward": test_loss_head.variants(output),
+        test_sampled_head.OP: test_sampled_head.variants(rows_cases(CPU, smoke=True)[0]),
         "perturb forward": test_perturb.variants(layer, with_backward=False),
         "perturb + RMSNorm forward": test_perturb_rms_norm.variants(layer, with_backward=False),
     }
