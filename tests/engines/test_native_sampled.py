@@ -47,9 +47,9 @@ def apart(one, two):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("kind", ["flat", "gaussian", "peaked", "one"])
 def test_entries_are_the_references_except_a_few_at_a_border(dtype, transform, kind):
-    """p differs by 2e-6 of its size between the engines, and so does a point's place: of 1000 entries few change.
+    """p differs by 1e-6 of its size between the engines, and so does a point's place: of 10,000 entries hardly one changes.
 
-    A wrong scan, or another point, would change most. The vocabularies have no block, whole blocks and parts of one.
+    A wrong scan, or another point, would change hundreds. The vocabularies have no block, whole blocks and parts of one.
     """
     changed = total = 0
     for vocab in (1, 3, 127, 128, 129, 2500):
@@ -66,7 +66,7 @@ def test_entries_are_the_references_except_a_few_at_a_border(dtype, transform, k
                 if [t for t, _ in a] == [t for t, _ in e]:
                     assert all(v == pytest.approx(w, rel=1e-5, abs=1e-37) for (_, v), (_, w) in zip(a, e, strict=True))
     assert total > 300
-    assert changed <= 2e-3 * total + 2, f"{changed} of {total} entries differ"
+    assert changed <= 1e-4 * total + 4, f"{changed} of {total} entries differ"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,11 +77,11 @@ def test_entries_are_equal_where_no_probability_is_rounded(dtype, first):
         x, targets = torch.zeros(5, size, dtype=dtype), torch.tensor([0, 1, size // 2, size - 2, size - 1])
         rows = reference.head_fwd(x.double(), targets, LogitTransform())
         rows = reference.HeadRows(rows.logp.float(), rows.entropy.float(), rows.lse.float())
-        assert bool((rows.lse == torch.tensor(float(size)).log()).all())
+        assert bool(((-rows.lse).exp() * size == 1).all())
         at = points(bits, 5, first=first)
         actual, expected = (e.select(x, targets, LogitTransform(), rows, at) for e in (native, reference))
         assert torch.equal(actual.counts, expected.counts)
-        assert apart(actual, expected) <= 2e-3 * len(expected.tokens)
+        assert apart(actual, expected) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
