@@ -456,7 +456,8 @@ def sparse_products(
     """dh = dx W (n, D), dW = dx' h (V, D), and dbias = dx' 1 (V,), for hidden (n, D) and weight (V, D); None if not needed.
 
     Sums are in float32 (float64 for float64) and in a fixed order, so results repeat bit for bit (except the reference's on a
-    device, which adds in any order). dh and dbias stay in that dtype; dW is rounded once, to weight's dtype (float32 for float16). An entry of value 0 adds nothing, even to inf or NaN.
+    device, which adds in any order). dh and dbias stay in that dtype; dW is rounded once, to weight's dtype (float32 for
+    float16). An entry of value 0 adds nothing, even to inf or NaN.
     """
     real = real_of(weight)
     row = torch.arange(len(hidden), device=hidden.device).repeat_interleave(dx.counts)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from alp_kernels import Head, Objective, Sampled, fused_alp_loss, linear_logprob, policy_loss, reference
-from alp_kernels.engine import why_not
+from alp_kernels.engine import pick, why_not
 from alp_kernels.reference import LogitTransform
 from tests.conftest import DEVICE, on_this_device
 from tests.support import processes, sampled
@@ -554,7 +554,7 @@ def test_without_gradients_nothing_is_chosen(engine, monkeypatch):
     def refused(*args):
         raise AssertionError("points without a gradient")
 
-    monkeypatch.setattr(Sampled, "stream", refused)
+    monkeypatch.setattr(pick(engine, torch.device("cpu")), "head_select", refused)
     with torch.no_grad():
         fused([x.requires_grad_() for x in leaves], targets, rest, options, once, engine=engine)
     logprobs([x.detach() for x in leaves], targets, options, once, engine=engine)
