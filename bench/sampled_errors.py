@@ -21,7 +21,8 @@ from . import decoder
 from .rows import Rows, entropies, gaussian, peaked, sharpened, tailed
 
 BITS = (10, 12, 14)
-DRAWS, STEPS = 8, 8
+DRAWS = 8
+STEPS, FIRST = 16, 8  # of Adam; updates count from step FIRST on, and gradients are exact before it
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
@@ -32,7 +33,7 @@ class Errors(NamedTuple):
     dweight: float
     frequent: float  # of the median row of dW, among the hundredth of the tokens with the largest rows
     median: float  # of the median row of dW
-    update: float  # of Adam's update of W after STEPS steps, each on its share of the rows
+    update: float  # of Adam's update of W, each step on its share of the rows
     update_frequent: float  # the same, of those frequent tokens' rows alone
     bound: float  # sampled_error's bound on dhidden
 
@@ -45,12 +46,13 @@ def gradients(rows: Rows, dlogp: Tensor, backward: Sampled | None) -> tuple[Tens
 
 
 def adam(parts: list[Tensor]) -> Tensor:
-    """The sum of Adam's updates at learning rate 1."""
+    """The sum of Adam's updates at learning rate 1, from step FIRST on."""
     first, second, total = (torch.zeros_like(parts[0]) for _ in range(3))
-    for step, gradient in enumerate(parts, start=1):
+    for step, gradient in enumerate(parts, start=1):  # a first step's update is of size 1 for any gradient
         first.lerp_(gradient, 1 - BETAS[0])
         second.lerp_(gradient.square(), 1 - BETAS[1])
-        total += first / (1 - BETAS[0] ** step) / ((second / (1 - BETAS[1] ** step)).sqrt() + EPS)
+        if step > FIRST:
+            total += first / (1 - BETAS[0] ** step) / ((second / (1 - BETAS[1] ** step)).sqrt() + EPS)
     return total
 
 
@@ -68,7 +70,7 @@ def measure(rows: Rows, bits: int) -> Errors:
     steps = [Rows(rows.hidden[i::STEPS], rows.weight, rows.targets[i::STEPS]) for i in range(STEPS)]
     updates = [
         adam([
-            gradients(part, dlogp[i::STEPS], Sampled(0, DRAWS + i, 2.0**-bits) if sampled else None)[1]
+            gradients(part, dlogp[i::STEPS], Sampled(0, DRAWS + i, 2.0**-bits) if sampled and i >= FIRST else None)[1]
             for i, part in enumerate(steps)
         ])
         for sampled in (False, True)

@@ -65,7 +65,8 @@ def fused_alp_loss(
         engine: "triton", "native", "reference" or None for the automatic choice.
 
     Returns:
-        LossOutput(loss, logp, entropy, stats). The gradients are computed with the loss; backward only scales them.
+        LossOutput(loss, logp, entropy, stats). The gradients are computed with the loss; backward only scales them. They are
+        exact, or with a Head whose `backward` is Sampled, unbiased estimates.
 
     Raises:
         ValueError, TypeError: before any kernel runs; the message names the argument, its value and what it needs.
@@ -138,7 +139,7 @@ def linear_logprob(
     """Compute each target's log-probability and its distribution's entropy (nats), shaped like targets, differentiable.
 
     Arguments as in `fused_alp_loss`. Rows off `mask` return 0 and cost nothing. The forward takes one matrix
-    product; backward recomputes the logits, chunk by chunk.
+    product; backward recomputes the logits, chunk by chunk, or needs none if the Head's backward is Sampled.
     """
     where = "linear_logprob"
     head = as_head(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..dtypes import real
 from ..reference import Entries, HeadRows, LogitTransform, SparseRows
 from .plan import Gradients, Needs, Operands, even_sizes
-from .products import Whole
+from .products import Whole, gradient_dtype
 
 
 class Kept(NamedTuple):
@@ -67,7 +67,7 @@ def sampled_gradients(
     dh, dweight, dbias = plan.engine.sparse_products(dx, hidden[order], weight, needs.hidden, needs.weight, needs_dbias)
     dhidden = None
     if dh is not None:
-        dhidden = torch.zeros_like(hidden, dtype=torch.float32 if hidden.dtype == torch.float16 else hidden.dtype)
+        dhidden = torch.zeros_like(hidden, dtype=gradient_dtype(hidden))
         dhidden[order] = dh.to(dhidden.dtype)
     return Gradients(dhidden, dweight, dbias)
 
