@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = {
     "alp_kernels": [
-        {"checks", "dtypes"},
+        {"checks", "dtypes", "memory"},
         {"objective"},
         {"operators"},
         {"stream"},
