@@ -181,7 +181,7 @@ def accumulate(world: World) -> dict[str, Any]:
         if world.size > 1:
             model.set_requires_gradient_sync(part is parts[-1])
         with updater.perturbed(STEP, part):
-            updater.loss(part, num_tokens, float(NUM_ROWS)).loss.backward()
+            updater.loss(0, part, num_tokens, float(NUM_ROWS)).loss.backward()
     world.sum_gradients(updater.parameters)
     assert updater.handle is not None
     gradient = {name: full(p.grad) for name, p in model.named_parameters()}
