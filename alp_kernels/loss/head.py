@@ -62,11 +62,11 @@ class Sampled(NamedTuple):
         fits = f"a power of two from 2**-{MOST_BITS} to 2**-{FEWEST_BITS}"
         if not is_number(self.threshold):
             refuse_type(where, "backward.threshold", self.threshold, fits)
-        threshold = float(python_number(self.threshold))
+        threshold = python_number(self.threshold)
         if not 2.0**-MOST_BITS <= threshold <= 2.0**-FEWEST_BITS or math.frexp(threshold)[0] != 0.5:
             refuse_value(where, "backward.threshold", self.threshold, fits)
         seed, step, _, row_ids, row_start = self._coordinates.check(where, "backward.")
-        return Sampled(seed, step, threshold, row_ids, row_start)
+        return Sampled(seed, step, float(threshold), row_ids, row_start)
 
 
 class Head(NamedTuple):
