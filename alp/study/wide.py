@@ -1,7 +1,7 @@
 """A model with a large vocabulary for the comparison of the sampled backward with the exact one (`--preset sampled`).
 
     python -m alp.study.wide runs/wide                    make the model
-    python -m alp.study.wide runs/wide --of runs/sampled  measure how much is sampled, at the start and at checkpoints
+    python -m alp.study.wide runs/wide --of runs/sampled  measure how much is sampled, at the start and in each run
 
 The model is the warmed-up decoder of the other presets. Its vocabulary gains words that no answer has, and they hold 5 % of
 each token's probability on average, in a long tail (a Zipf law times log-normal noise). So a policy begins with real mass
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from ..policy.models import Policy, hidden_states
 from ..ranks.world import World
 from ..rollout import Request, sample, uniforms
 from ..runs.files import write_json
+from ..runs.folder import Run
 from ..setup import make_policy, make_task
 from ..tasks.task import Task, new_tokens
 from .presets import PRESETS, THRESHOLDS
@@ -88,16 +90,22 @@ def small_mass(policy: Policy, states: Tensor) -> dict[str, list[float]]:
 
 
 def measure(folder: Path, grid: Path, config: TrainConfig) -> dict[str, dict[str, list[float]]]:
-    """`small_mass` of the model in `folder`, and of each run of the comparison, by ARM-sSEED@STEP, at its checkpoints."""
+    """`small_mass` of the model in `folder`, and of each run of the comparison by ARM-sSEED@STEP.
+
+    Of the steps before the end, those with a checkpoint are measured; `alp compare` removes a run's when it ends.
+    """
     task = make_task(config.task, config.seed)
     policy = load_policy(dataclasses.replace(config.model, path=str(folder)), torch.device("cpu"))
     length = new_tokens(config, policy, task)
     found = {"start": small_mass(policy, answer_states(policy, task, length))}
-    for path in sorted(grid.glob("runs/*/checkpoints/0*.pt")):
-        policy.model.load_state_dict(torch.load(path, weights_only=True)["model"])
-        name = f"{path.parents[1].name}@{int(path.stem)}"
-        found[name] = small_mass(policy, answer_states(policy, task, length))
-        print(name, found[name], flush=True)
+    for run in sorted(grid.glob("runs/*")):
+        states = {int(path.stem): torch.load(path, weights_only=True)["model"] for path in Run(run).checkpoints()}
+        states[config.steps] = load_file(run / "model" / "model.safetensors")
+        for step, state in states.items():
+            policy.model.load_state_dict(state)
+            name = f"{run.name}@{step}"
+            found[name] = small_mass(policy, answer_states(policy, task, length))
+            print(name, found[name], flush=True)
     return found
 
 

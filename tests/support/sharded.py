@@ -47,6 +47,7 @@ CASES = {
     "micro-2-tied": Case(tied=True, update={"micro_batch": 2}),
     "tied-checkpointed": Case(tied=True, checkpointing=True),
     "logits": Case(tied=True, update={"layers": "logits", "micro_batch": 3}),
+    "sampled": Case(update={"backward": "sampled", "threshold": 2.0**-3, "micro_batch": 2}),
     "cum-token": Case(update={"method": "alp-cum-token", "micro_batch": 2}),
     "gspo": Case(update={"method": "gspo", "micro_batch": 2}),
     "clipped": Case(update={"grad_clip": 0.01}),
