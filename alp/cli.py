@@ -53,7 +53,7 @@ def _compare_from(preset: Preset) -> Callable[..., None]:
         """Compare methods over several seeds on equal terms. To continue after a stop, run the same command again.
 
         Args:
-            preset: One of lag, stress, mismatch, clip, ablation, settle, search, tools; the other options override it.
+            preset: One of lag, stress, mismatch, clip, ablation, settle, search, tools, sampled; the other options override it.
             methods: Arms: method names in alp/methods.py. Default: the preset's arms.
             vary: Run every arm at each of these values: --vary update.sigma=1e-3,1e-2 rollout.lag=0,8.
             contrasts: Pairs to test, as ARM:BASELINE. Default: the preset's, or ALP against Bypass and all against GRPO.

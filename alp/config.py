@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from alp_kernels import Sampled
 from alp_kernels.checks import LARGEST, SMALLEST
 
 from .errors import UserError, nearest
@@ -162,6 +163,11 @@ class UpdateConfig:
     """Completions per forward; None: the whole minibatch. Changes memory, not the gradient."""
     grad_clip: float = 1.0
     weight_decay: float = 0.0
+    backward: Literal["exact", "sampled"] = "exact"
+    """Gradient of the output head: exact, or an unbiased estimate in which tokens of probability below `threshold` are
+    sampled, so that its time hardly depends on the vocabulary."""
+    threshold: float = 2.0**-12
+    """For backward sampled: a power of two from 2^-20 to 2^-1. Smaller ones cost more and have less noise."""
     normalise_std: bool = True
     """Divide centred rewards by the group's standard deviation."""
     clip_low: float | None = None
@@ -229,6 +235,13 @@ class TrainConfig:
             known = ", ".join(METHODS)
             raise UserError(f"update.method={update.method!r} is not one of {known}{nearest(update.method, METHODS)}")
         layers_of(update.layers)
+        try:
+            Sampled(0, 0, update.threshold).check("update")
+        except (TypeError, ValueError):
+            raise UserError(
+                f"update.threshold={update.threshold!r}; it needs a power of two from 2^-20 to 2^-1, such as "
+                f"{2.0**-12} (2^-12)"
+            ) from None
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise UserError(
                 f"name={self.name!r}; it needs a folder name without slashes; --runs sets the parent folder"
@@ -263,6 +276,12 @@ class TrainConfig:
             ("update.lr", update.lr, update.lr > 0, "a number > 0"),
             ("update.minibatches", update.minibatches, minibatch_fits, "a divisor of rollout.prompts"),
             ("update.micro_batch", update.micro_batch, (update.micro_batch or 1) >= 1, "1 or more"),
+            (
+                "update.backward",
+                update.backward,
+                update.backward == "exact" or update.layers != "logits" or not METHODS[update.method].perturbed,
+                "exact with update.layers='logits': the sampled backward takes no noise on the logits",
+            ),
             ("update.grad_clip", update.grad_clip, update.grad_clip > 0, "a number > 0"),
             ("update.weight_decay", update.weight_decay, update.weight_decay >= 0, "0 or more"),
             ("update.clip_low", update.clip_low, 0 <= (update.clip_low or 0) <= 1, "a number in [0, 1]"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alp_kernels import LossOutput, Perturbation, Stats, attach, fused_alp_loss, linear_logprob, stream
+from alp_kernels import LossOutput, Perturbation, Sampled, Stats, attach, fused_alp_loss, linear_logprob, stream
 from alp_kernels.integrations.hugging_face import output_head
 
 from .config import UpdateConfig, layers_of
@@ -81,6 +81,7 @@ class Updater:
         self, model: PreTrainedModel, config: UpdateConfig, temperature: float, seed: int, world: World
     ) -> None:
         self.model, self.config, self.temperature, self.world = model, config, temperature, world
+        self.seed = seed
         method = METHODS[config.method]
         self.method: Method = method.with_clips(config.clip_low, config.clip_high, config.dual_clip)
         self.weights = [p for p in model.parameters() if p.requires_grad]
@@ -122,7 +123,7 @@ class Updater:
         parts = []
         for part in minibatch.split(self.config.micro_batch):
             with self.perturbed(step, part):
-                out = self.loss(part, num_tokens, num_sequences)
+                out = self.loss(step, part, num_tokens, num_sequences)
                 torch.autograd.backward(out.loss)
             parts.append(out)
         self.world.sum_gradients(self.parameters)
@@ -133,16 +134,20 @@ class Updater:
         stats = Stats.cat([out.stats for out in parts])
         return StepResult(stats, torch.stack([out.loss.detach() for out in parts]).sum(), grad_norm)
 
-    def loss(self, part: Experience, num_tokens: float, num_sequences: float) -> LossOutput:
-        """The method's loss on a micro-batch, as its share of the whole minibatch's loss."""
+    def loss(self, step: int, part: Experience, num_tokens: float, num_sequences: float) -> LossOutput:
+        """The method's loss on a micro-batch, as its share of the whole minibatch's loss.
+
+        `step` determines the points of a sampled backward, as it does the noise.
+        """
         completions = part.completions
         keep = completions.mask.shape[1]
         hidden = hidden_states(self.model, completions.tokens, completions.attention_mask, keep)
         head = output_head(self.model)  # after the forward, which gathers a sharded model's head
-        logit_noise = None
+        logit_noise, ids = None, row_ids(part)[:, -keep:]
         if self.config.layers == "logits" and self.handle is not None:
-            ids = row_ids(part)[:, -keep:]
             logit_noise = self.handle.logit_noise(ids.numel(), ids)
+        if self.config.backward == "sampled":
+            head = head._replace(backward=Sampled(self.seed, step, self.config.threshold, ids))
         return fused_alp_loss(
             hidden,
             head,

@@ -51,7 +51,7 @@ def diagnose(
         parts = []
         for part in experience.split(micro_batch):
             with updater.perturbed(_STEP_BIT | step, part):
-                parts.append(updater.loss(part, 1.0, 1.0).logp)
+                parts.append(updater.loss(_STEP_BIT | step, part, 1.0, 1.0).logp)
         reshard(model)
         differences["perturbation"] = torch.cat(parts) - now
     report: dict[str, float] = {}

@@ -8,6 +8,7 @@ are affordable.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,35 @@ def _tools() -> Preset:
     )
 
 
+THRESHOLDS = (2.0**-10, 2.0**-12, 2.0**-14)
+
+
+def _sampled() -> Preset:
+    """The model has a vocabulary of 32768 (`python -m alp.study.wide runs/wide`)."""
+    arms: dict[str, Changes] = {"exact": {}}
+    for threshold in THRESHOLDS:
+        arms[f"sampled-2^{math.log2(threshold):.0f}"] = {"update.backward": "sampled", "update.threshold": threshold}
+    changes = {
+        "task.options": ("num_steps=6",),
+        "model": ModelConfig(path="runs/wide"),
+        "rollout.lag": 2,
+        "rollout.prompts": 8,
+        "rollout.max_new_tokens": 7,
+        "update.minibatches": 2,
+        "update.lr": 2e-4,
+        "steps": 50,
+        "eval_prompts": 128,
+        "eval_every": 0,
+        "checkpoint_every": 25,
+    }
+    return Preset(
+        "the output head's gradient, exact or sampled below a threshold of 2^-10, 2^-12 or 2^-14, with 32768 tokens",
+        change(_BASE, changes),
+        arms,
+        tuple((arm, "exact") for arm in arms if arm != "exact"),
+    )
+
+
 PRESETS: dict[str, Preset] = {
     "lag": _methods("weights of eight batches ago in the rollout engine, 5-bit weights and 8-bit activations"),
     "stress": _methods("the setting of `lag` at twice the learning rate", update__lr=2e-4),
@@ -192,4 +222,5 @@ PRESETS: dict[str, Preset] = {
     "settle": _settle(),
     "search": _search(),
     "tools": _tools(),
+    "sampled": _sampled(),
 }

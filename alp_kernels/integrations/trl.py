@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import Head, LossOutput, Objective, fused_alp_loss, policy_loss
+from .. import Head, LossOutput, Objective, Sampled, fused_alp_loss, policy_loss
 from ..checks import check_choice, check_flag, check_integer, check_number, check_rate, check_size, refuse_value
 from ..objective import LOG_RATIO_CLAMP, PRESETS, kl_estimate
 from ..stream import NUM_PASSES, row_ids
@@ -73,10 +73,18 @@ class ALPGRPOConfig(ALPOptions, GRPOConfig):
         "Compute the loss directly from hidden states (fused_alp_loss); None: if the model allows it.", None
     )
 
+    alp_backward: str = option(
+        '"exact", or "sampled": an unbiased estimate of the output head\'s gradient; needs the fused head.', "exact"
+    )
+    alp_threshold: float = option(
+        "Probability below which `alp_backward` sampled samples, a power of two from 2**-20 to 2**-1.", 2.0**-12
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_options()
         self._check_trls_options()
+        self._check_backward()
 
     def _check_trls_options(self) -> None:
         """Raise if one of TRL's options does not fit an objective."""
@@ -121,6 +129,16 @@ class ALPGRPOConfig(ALPOptions, GRPOConfig):
         for name, holds, fits in claims:
             if not holds:
                 refuse_value(where, name, getattr(self, name), fits)
+
+    def _check_backward(self) -> None:
+        where = type(self).__name__
+        check_choice(where, "alp_backward", self.alp_backward, ("exact", "sampled"))
+        try:
+            Sampled(0, 0, self.alp_threshold).check(where)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("backward.threshold", "alp_threshold", 1)) from None
+        if self.alp_backward == "sampled" and self.alp_fused_head is False:
+            refuse_value(where, "alp_backward", self.alp_backward, "'exact' with alp_fused_head=False")
 
     def clips(self) -> dict[str, float]:
         given = super().clips()
@@ -192,6 +210,10 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         reason = self._why_not_fused(base)
         if reason is not None and args.alp_fused_head:
             raise ValueError(f"ALPGRPOTrainer: alp_fused_head=True is not possible: {reason}")
+        if reason is not None and args.alp_backward == "sampled":
+            raise ValueError(
+                f"ALPGRPOTrainer: alp_backward='sampled' needs the fused head, which is not possible: {reason}"
+            )
         self.fuses_head = reason is None and args.alp_fused_head is not False
         if self.fuses_head:
             add_policy_loss_head(base)
@@ -310,6 +332,8 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
                 hidden, bias = head.inputs(hidden).float(), None if head.bias is None else head.bias.float()
                 head = head._replace(weight=head.weight.float(), bias=bias)
                 context = torch.autocast(hidden.device.type, enabled=False)
+            if self.args.alp_backward == "sampled":
+                head = head._replace(backward=self._sampled(inputs))
             with context:
                 out = fused_alp_loss(hidden, head, targets, temperature=self.temperature, **compute)
             outs.append(out)
@@ -323,6 +347,15 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
 
         self._get_per_token_logps_and_entropies(forward, *_tokens(inputs), compute_entropy=True, **_multimodal(inputs))
         return outs[0], losses[0]
+
+    def _sampled(self, inputs: dict[str, Any]) -> Sampled:
+        """Return the step's sampled backward: the noise's seed and step, and the row ids of the completion's predictions."""
+        seed = self.args.seed if self.args.alp_seed is None else self.args.alp_seed
+        if self.perturbation is not None:  # a checkpoint restores its seed
+            seed = self.perturbation.seed
+        keep = inputs["completion_ids"].shape[1]
+        ids = self._sample_row_ids(inputs)[:, -keep - 1 : -1]
+        return Sampled(seed, self.state.global_step, self.args.alp_threshold, ids)
 
     def _logp_loss(self, model: Any, inputs: dict[str, Any], compute: dict[str, Any]) -> tuple[LossOutput, Tensor]:
         """Compute the loss from the log-probabilities of TRL's own head."""
@@ -385,9 +418,11 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         return {"num_sequences": num_tokens} | bonus if bonus else {"num_tokens": num_tokens}
 
     def _row_ids(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Return (B, P + T) row identities that do not depend on padding, micro-batches or ranks; None to number the rows."""
-        if self.numbers_rows:
-            return None
+        """Return `_sample_row_ids`; None to number the rows."""
+        return None if self.numbers_rows else self._sample_row_ids(inputs)
+
+    def _sample_row_ids(self, inputs: dict[str, Any]) -> Tensor:
+        """Return (B, P + T) row identities that do not depend on padding, micro-batches or ranks."""
         attending = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         position = (attending.cumsum(dim=1) - 1).clamp(min=0)
         number = self._step // self.args.steps_per_generation % self.num_iterations

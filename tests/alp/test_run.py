@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -116,6 +117,21 @@ def test_a_killed_run_resumes_bit_for_bit(runs: Path, reference: Path) -> None:
     assert without_times(folder) == without_times(reference)
     for name, value in weights(reference).items():
         same = weights(folder)[name]
+        assert torch.equal(same, value) if isinstance(value, torch.Tensor) else same == value, name
+
+
+def test_a_run_with_a_sampled_backward_resumes_bit_for_bit(runs: Path) -> None:
+    config = small(runs, name="sampled", steps=4)
+    config = dataclasses.replace(
+        config, update=dataclasses.replace(config.update, backward="sampled", threshold=2.0**-4)
+    )
+    folder = train(config)
+    earlier = shutil.copytree(folder, runs / "sampled-earlier")
+    (earlier / "checkpoints" / "00000004.pt").unlink()
+    train(TrainConfig(), resume=earlier)
+    assert without_times(earlier) == without_times(folder)
+    for name, value in weights(folder).items():
+        same = weights(earlier)[name]
         assert torch.equal(same, value) if isinstance(value, torch.Tensor) else same == value, name
 
 
@@ -254,6 +270,11 @@ def test_eval_and_report_read_a_run(
         (["train", "--rollout.temperature", "1e-40"], "rollout.temperature=1e-40; it needs 0, or a number"),
         (["train", "--update.dual-clip", "1"], "update.dual_clip=1.0; it needs a number > 1"),
         (["train", "--update.method", "alp-sequense"], "did you mean 'alp-sequence'"),
+        (["train", "--update.threshold", "0.3"], "update.threshold=0.3; it needs a power of two from 2^-20 to 2^-1"),
+        (
+            ["train", "--update.backward", "sampled", "--update.layers", "logits"],
+            "update.backward='sampled'; it needs exact",
+        ),
         (["train", "--update.minibatches", "5"], "a divisor of rollout.prompts"),
         (["train", "--task.name", "mod_chian"], "did you mean 'mod_chain'"),
         (["train", "--model.path", "./no/such/model"], "there is no such directory"),

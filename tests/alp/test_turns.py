@@ -325,7 +325,7 @@ def test_cum_turn_takes_the_ratio_at_each_turns_last_token() -> None:
     out = experience.completions
     updater = updater_of(policy, "alp-cum-turn")
     with updater.perturbed(0, experience):
-        loss = updater.loss(experience, float(out.mask.sum()), 16.0).loss
+        loss = updater.loss(0, experience, float(out.mask.sum()), 16.0).loss
     logp = score_clean(policy.model, experience, 1.0, None).double()
     method, total = updater.method.objective, 0.0
     for row in range(16):
@@ -346,7 +346,7 @@ def test_cum_turn_takes_the_ratio_at_each_turns_last_token() -> None:
     assert float(loss) == pytest.approx(total / float(out.mask.sum()), rel=1e-4)
     several = dataclasses.replace(out, turns=None)
     with updater.perturbed(0, experience):
-        other = updater.loss(dataclasses.replace(experience, completions=several), float(out.mask.sum()), 16.0).loss
+        other = updater.loss(0, dataclasses.replace(experience, completions=several), float(out.mask.sum()), 16.0).loss
     assert abs(float(other) - float(loss)) > 1e-4, "turn ends change nothing here: the test shows nothing"
 
 

@@ -84,9 +84,13 @@ def test_every_method_makes_a_step(policy: Policy, name: str) -> None:
     assert grads["lm_head.weight"].abs().max() > 0 and ("log_sigma" in grads) == name.startswith("alp-")
 
 
-@pytest.mark.parametrize("layers", ["all", "1", "final", "logits"])
-def test_splitting_a_minibatch_changes_no_gradient(policy: Policy, layers: str) -> None:
-    config = dataclasses.replace(CALM, layers=layers)
+SAMPLED = dataclasses.replace(CALM, backward="sampled", threshold=2.0**-3)
+
+
+@pytest.mark.parametrize(
+    "config", [*(dataclasses.replace(CALM, layers=layers) for layers in ("all", "1", "final", "logits")), SAMPLED]
+)
+def test_splitting_a_minibatch_changes_no_gradient(policy: Policy, config: UpdateConfig) -> None:
     experience = make_experience(policy)
     whole = gradients(policy, config, experience)
     assert_same_gradients(whole, gradients(policy, dataclasses.replace(config, micro_batch=1), experience))
@@ -116,8 +120,32 @@ def test_another_step_draws_other_noise(policy: Policy) -> None:
     logps = []
     for step in (1, 1, 2):
         with torch.no_grad(), updater.perturbed(step, experience):
-            logps.append(updater.loss(experience, 1.0, 1.0).logp)
+            logps.append(updater.loss(step, experience, 1.0, 1.0).logp)
     assert torch.equal(logps[0], logps[1]) and not torch.equal(logps[0], logps[2])
+
+
+def head_gradient(policy: Policy, config: UpdateConfig, seed: int = 11, step: int = 3) -> Tensor:
+    experience = make_experience(policy)
+    updater = Updater(policy.model, dataclasses.replace(config, method="bypass-token"), 1.0, seed, World("cpu"))
+    policy.model.zero_grad()
+    updater.loss(step, experience, 50.0, 6.0).loss.backward()
+    grad = policy.model.get_output_embeddings().weight.grad
+    assert isinstance(grad, Tensor)
+    return grad
+
+
+def test_a_sampled_backward_draws_other_tokens_for_another_step_or_seed(policy: Policy) -> None:
+    grads = [head_gradient(policy, SAMPLED, seed, step) for seed, step in ((11, 3), (11, 4), (12, 3))]
+    assert torch.equal(grads[0], head_gradient(policy, SAMPLED))
+    exact = head_gradient(policy, CALM)
+    for i, grad in enumerate(grads):
+        assert not torch.equal(grad, exact) and not torch.equal(grad, grads[i - 1])
+
+
+def test_a_sampled_backward_with_all_tokens_above_the_threshold_is_the_exact_one(policy: Policy) -> None:
+    exact = head_gradient(policy, CALM)
+    grad = head_gradient(policy, dataclasses.replace(SAMPLED, threshold=2.0**-20))
+    assert (grad - exact).abs().max() <= BOUND * exact.abs().max() + 1e-9
 
 
 def test_bypass_on_policy_is_the_policy_gradient(policy: Policy) -> None:

@@ -25,6 +25,8 @@ OURS = {
 }
 TRLS = {
     "alp_fused_head": optional(flag),
+    "alp_backward": lambda good: choice(good) | {"None": None, "True": True},
+    "alp_threshold": lambda good: number(good) | {"0": 0.0, "1": 1.0, "0.3": 0.3, "2**-21": 2.0**-21, "None": None},
     "delta": lambda good: optional(number)(good) | {"1": 1.0, "0": 0.0, "-1": -1.0},
     "beta": rate,
     "use_bias_correction_kl": flag,

@@ -1,5 +1,6 @@
 """The evidence page: it shows what the committed exports give, and its pictures are standalone files."""
 
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -11,8 +12,8 @@ from alp.runs.svg import sheet
 from alp.study import evidence
 from alp.study.grid import load_grid
 from alp.study.pictures import pictures
-from alp.study.statistics import paired
-from alp.study.summary import QUANTITIES, measure
+from alp.study.statistics import holm, paired
+from alp.study.summary import QUANTITIES, measure, p_text, short
 from tests.support.synthetic_grid import make_grid, write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +92,52 @@ def test_the_replication_table_is_what_its_seeds_give() -> None:
         first = "search-fresh" if level == "token" else "search-fresh-sequence"
         sets = ((first,), ("replication",), (first, "replication"))
         assert cells == [pooled(level, POOLED[name], names) for names in sets], (name, level)
+
+
+LEARNED = {
+    "final accuracy": "final_accuracy",
+    "reward area": "reward_area",
+    "gradient norm": "grad_norm",
+    "mean k3 KL": "k3_mean",
+    "mass below 2^-12 after 25 steps": 25,
+    "mass below 2^-12 after 50 steps": 50,
+}
+
+
+def sampled_table() -> list[str]:
+    """Each sampled arm against the exact one, on the first seeds, the others and all, as the page writes it."""
+    folder = PAGE.parent / "evidence" / "sampled"
+    grid, mass = load_grid(folder), json.loads((folder / "small-mass.json").read_text())
+    values = measure(grid)
+    arms = [arm for arm, _ in grid.contrasts]
+    sets = (grid.seeds[:5], grid.seeds[5:], grid.seeds)
+
+    def number(arm: str, seed: int, key: str | int) -> float:
+        return values[arm, seed][key] if isinstance(key, str) else mass[f"{arm}-s{seed}@{key}"]["2^-12"][0]
+
+    lines = []
+    for name, key in LEARNED.items():
+        is_ratio = isinstance(key, int) or QUANTITIES[key].is_ratio
+        cells: dict[str, list[str]] = {arm: [] for arm in arms}
+        for seeds in sets:
+            scale = math.log if is_ratio else float
+            found = [
+                paired([scale(number(arm, s, key)) - scale(number("exact", s, key)) for s in seeds]) for arm in arms
+            ]
+            for arm, one, p in zip(arms, found, holm([one.p_t for one in found]), strict=True):
+                sizes = [one.mean, one.low, one.high]
+                size, low, high = (
+                    short(math.exp(x)) if is_ratio else short(round(x, 5), signed=True, digits=2) for x in sizes
+                )
+                cells[arm].append(f"{'x ' if is_ratio else ''}{size} [{low}, {high}], p {p_text(p)}")
+        lines += [f"| {name} | {arm.removeprefix('sampled-')} | {' | '.join(cells[arm])} |" for arm in arms]
+    return lines
+
+
+def test_the_sampled_table_is_what_its_seeds_give() -> None:
+    text = PAGE.read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| [^|]+ \| 2\^-1[024] \| ", line)]
+    assert rows == sampled_table()
 
 
 def test_the_readme_claims_what_the_page_does() -> None:

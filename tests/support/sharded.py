@@ -47,6 +47,7 @@ CASES = {
     "micro-2-tied": Case(tied=True, update={"micro_batch": 2}),
     "tied-checkpointed": Case(tied=True, checkpointing=True),
     "logits": Case(tied=True, update={"layers": "logits", "micro_batch": 3}),
+    "sampled": Case(update={"backward": "sampled", "threshold": 2.0**-3, "micro_batch": 2}),
     "cum-token": Case(update={"method": "alp-cum-token", "micro_batch": 2}),
     "gspo": Case(update={"method": "gspo", "micro_batch": 2}),
     "clipped": Case(update={"grad_clip": 0.01}),
@@ -181,7 +182,7 @@ def accumulate(world: World) -> dict[str, Any]:
         if world.size > 1:
             model.set_requires_gradient_sync(part is parts[-1])
         with updater.perturbed(STEP, part):
-            updater.loss(part, num_tokens, float(NUM_ROWS)).loss.backward()
+            updater.loss(0, part, num_tokens, float(NUM_ROWS)).loss.backward()
     world.sum_gradients(updater.parameters)
     assert updater.handle is not None
     gradient = {name: full(p.grad) for name, p in model.named_parameters()}
