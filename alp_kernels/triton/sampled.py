@@ -89,12 +89,12 @@ def _point(i, stream, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _write_kept(room_ptr, count, cap, kept, V):
-    """Write the tokens of tile `kept` that are not V, in order; returns the count of entries."""
+def _write_kept(room_ptr, count, cap, kept, target, V):
+    """Write the tokens of tile `kept` that are not V or the target, in order; returns the count of entries."""
     token = tl.min(kept, axis=0)
     while token < V:
-        tl.store(room_ptr + count, token, mask=count < cap)
-        count += 1
+        tl.store(room_ptr + count, token, mask=(token != target) & (count < cap))
+        count += (token != target).to(tl.int32)
         token = tl.min(tl.where(kept > token, kept, V), axis=0)
     return count
 
@@ -125,7 +125,7 @@ def _write_hits(
             inside = tl.cumsum(small, axis=0)
             total = tl.sum(small, axis=0)
             while point < begin + mass:
-                goal = total * tl.div_rn((point - begin).to(tl.float32), mass.to(tl.float32))
+                goal = total * ((point - begin).to(tl.float32) / mass.to(tl.float32))
                 # a parallel scan may rise by a rounding error where small is 0
                 token = tl.min(tl.where((inside > goal) & (small > 0.0), v, V), axis=0)
                 if token == V:  # the part rounds to 1
@@ -161,11 +161,11 @@ def _select_tile(
     mass = tl.sum(masses, axis=0)
     if may_keep | (mass > point - done):
         if may_keep:
-            is_large = power * lost >= tau
-            small = tl.where(is_large | (v == target), 0.0, power)
-            masses = _masses(tl.sum(tl.reshape(small, [blocks, BLOCK]), axis=1) * lost)
+            p = power * lost
+            count = _write_kept(room_ptr, count, cap, tl.where(p >= tau, v, V), target, V)
+            small = tl.where((p < tau) & (v != target), p, 0.0)
+            masses = _masses(tl.sum(tl.reshape(small, [blocks, BLOCK]), axis=1))
             mass = tl.sum(masses, axis=0)
-            count = _write_kept(room_ptr, count, cap, tl.where(is_large & (v != target), v, V), V)
         if mass > point - done:
             count, point, i = _write_hits(
                 x_ptr, room_ptr, start, target, head, stream, done, masses, point, i, count, V, cap, WIDTH, IS_LAST
