@@ -148,6 +148,19 @@ def test_p_are_the_probabilities(kind, dtype):
     torch.testing.assert_close(p.double(), (z - exact.lse[:, None]).exp(), rtol=6e-6, atol=2.0**-126)
 
 
+@triton.jit
+def _masses_kernel(sums_ptr, masses_ptr, SIZE: tl.constexpr):
+    k = tl.arange(0, SIZE)
+    tl.store(masses_ptr + k, sampled._masses(tl.load(sums_ptr + k)))
+
+
+def test_masses_are_sums_rounded_to_nearest():
+    sums = torch.tensor([0.0, 0.4, 0.6, 2.5, 3.5, 8388607.5, 8388609.0, 2.0**39 + 65536.0], device=DEVICE)
+    found = torch.empty(8, dtype=torch.int64, device=DEVICE)
+    _masses_kernel[(1,)](sums * 2.0**-MASS_BITS, found, 8)
+    assert torch.equal(found, sums.round().long())
+
+
 @pytest.mark.parametrize("bits", [1, 3, 8, 9, 12])  # below 9, points have more than 32 bits
 @pytest.mark.parametrize("vocab", [1, 100, 128, 512, 640, 1100])
 def test_powers_of_two_give_exactly_the_references_entries(vocab, bits):
