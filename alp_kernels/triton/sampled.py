@@ -4,7 +4,7 @@
     end_b = M_0 + ... + M_b          point i lies in [i, i + 1) tau and hits the block with end_b - M_b <= point < end_b
 
 A tile is a few blocks, in the vocabulary's order. Its sums alone tell whether it can have an entry: a kept token makes its
-block's sum tau or more. The other tiles cost no comparison. Derivation: docs/math.md, section 5
+block's sum tau or more. The other tiles cost no comparison at each logit. Derivation: docs/math.md, section 5
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -46,10 +46,16 @@ PACK_BLOCK = 128
 
 
 @triton.jit
+def _powers(x, head):
+    """p / lost of logits x, float32."""
+    gain, _, _, base, _ = head
+    return _exp2(tl.fma(_capped(widen(x), head), gain, -base))
+
+
+@triton.jit
 def _probabilities(x, head):
     """p of logits x, float32."""
-    gain, _, _, base, lost = head
-    return _exp2(tl.fma(_capped(widen(x), head), gain, -base)) * lost
+    return _powers(x, head) * head[4]
 
 
 @triton.jit
@@ -83,40 +89,52 @@ def _point(i, stream, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _write_kept(room_ptr, count, cap, kept, V):
-    """Write the tokens of tile `kept` that are not V, in order; returns the count of entries."""
+def _write_kept(room_ptr, count, cap, kept, target, V):
+    """Write the tokens of tile `kept` that are not V or the target, in order; returns the count of entries."""
     token = tl.min(kept, axis=0)
     while token < V:
-        tl.store(room_ptr + count, token, mask=count < cap)
-        count += 1
+        tl.store(room_ptr + count, token, mask=(token != target) & (count < cap))
+        count += (token != target).to(tl.int32)
         token = tl.min(tl.where(kept > token, kept, V), axis=0)
     return count
 
 
 @triton.jit
-def _write_hits(room_ptr, count, cap, start, done, small, masses, point, i, stream, WIDTH: tl.constexpr):
-    """Write the tokens of a tile (blocks, BLOCK) that points hit; returns the count of entries, the next point and its interval.
+def _load(x_ptr, v, V, CHECKED: tl.constexpr):
+    """Logits v; 0 outside the row, if CHECKED."""
+    return tl.load(x_ptr + v, mask=v < V, other=0.0) if CHECKED else tl.load(x_ptr + v)
 
-    small: p, or 0 at tokens that are kept. masses: the blocks'.
+
+@triton.jit
+def _write_hits(
+    x_ptr, room_ptr, start, target, head, stream, done, masses, point, i, count, V, cap,
+    WIDTH: tl.constexpr, IS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Write the tokens of a tile that points hit; returns the count of entries, the next point and its interval.
+
+    masses: of the tile's blocks. The logits of a block with a point are read again, from the cache.
     """
-    block = tl.arange(0, masses.shape[0])
-    place = tl.arange(0, BLOCK)[None, :]
-    ends = done + tl.cumsum(masses, axis=0)
-    inside = tl.cumsum(small, axis=1)
-    stop = done + tl.sum(masses, axis=0)
-    while point < stop:
-        b = tl.sum((ends <= point).to(tl.int32), axis=0)
-        mass = tl.sum(tl.where(block == b, masses, 0), axis=0)
-        begin = tl.sum(tl.where(block == b, ends, 0), axis=0) - mass
-        is_here = (block == b)[:, None] & (small > 0.0)
-        total = tl.max(tl.max(tl.where(is_here, inside, 0.0), axis=1), axis=0)
-        goal = total * tl.div_rn((point - begin).to(tl.float32), mass.to(tl.float32))
-        after = tl.min(tl.min(tl.where(is_here & (inside > goal), place, BLOCK), axis=1), axis=0)
-        last = tl.max(tl.max(tl.where(is_here, place, 0), axis=1), axis=0)  # if the part rounds to 1
-        tl.store(room_ptr + count, start + b * BLOCK + tl.minimum(after, last), mask=count < cap)
-        count += 1
-        i += 1
-        point = _point(i, stream, WIDTH)
+    tau: tl.constexpr = 2.0 ** (WIDTH - ONE_BITS)
+    begin = done
+    for b in range(masses.shape[0]):
+        mass = tl.sum(tl.where(tl.arange(0, masses.shape[0]) == b, masses, 0), axis=0)
+        if point < begin + mass:
+            v = start + b * BLOCK + tl.arange(0, BLOCK)
+            p = _probabilities(_load(x_ptr, v, V, IS_LAST), head)
+            small = tl.where((p < tau) & (v != target) & (v < V), p, 0.0)
+            inside = tl.cumsum(small, axis=0)
+            total = tl.sum(small, axis=0)
+            while point < begin + mass:
+                goal = total * ((point - begin).to(tl.float32) / mass.to(tl.float32))
+                # a parallel scan may rise by a rounding error where small is 0
+                token = tl.min(tl.where((inside > goal) & (small > 0.0), v, V), axis=0)
+                if token == V:  # the part rounds to 1
+                    token = tl.max(tl.where(small > 0.0, v, 0), axis=0)
+                tl.store(room_ptr + count, token, mask=count < cap)
+                count += 1
+                i += 1
+                point = _point(i, stream, WIDTH)
+        begin += mass
     return count, point, i
 
 
@@ -129,28 +147,29 @@ def _select_tile(
 
     done: the mass before the tile; point: the first point from there on, of interval i; count: entries so far.
     """
-    v = start + tl.arange(0, BLOCK_V)
-    if IS_LAST:
-        x = tl.load(x_ptr + v, mask=v < V, other=0.0)
-        p = tl.where(v < V, _probabilities(x, head), 0.0)
-    else:
-        p = _probabilities(tl.load(x_ptr + v), head)
-    small = tl.reshape(p, [BLOCK_V // BLOCK, BLOCK])
-    sums = tl.sum(small, axis=1)
     tau: tl.constexpr = 2.0 ** (WIDTH - ONE_BITS)
+    blocks: tl.constexpr = BLOCK_V // BLOCK
+    lost = head[4]
+    v = start + tl.arange(0, BLOCK_V)
+    power = _powers(_load(x_ptr, v, V, IS_LAST), head)
+    if IS_LAST:
+        power = tl.where(v < V, power, 0.0)
+    sums = tl.sum(tl.reshape(power, [blocks, BLOCK]), axis=1) * lost
     # a comparison with the target at each logit would cost two instructions
     may_keep = (tl.max(sums, axis=0) >= tau) | ((target >= start) & (target < start + BLOCK_V))
     masses = _masses(sums)
     mass = tl.sum(masses, axis=0)
     if may_keep | (mass > point - done):
         if may_keep:
-            is_kept = (p >= tau) & (v != target)
-            small = tl.reshape(tl.where(is_kept | (v == target), 0.0, p), [BLOCK_V // BLOCK, BLOCK])
-            masses = _masses(tl.sum(small, axis=1))
+            p = power * lost
+            count = _write_kept(room_ptr, count, cap, tl.where(p >= tau, v, V), target, V)
+            small = tl.where((p < tau) & (v != target), p, 0.0)
+            masses = _masses(tl.sum(tl.reshape(small, [blocks, BLOCK]), axis=1))
             mass = tl.sum(masses, axis=0)
-            count = _write_kept(room_ptr, count, cap, tl.where(is_kept, v, V), V)
         if mass > point - done:
-            count, point, i = _write_hits(room_ptr, count, cap, start, done, small, masses, point, i, stream, WIDTH)
+            count, point, i = _write_hits(
+                x_ptr, room_ptr, start, target, head, stream, done, masses, point, i, count, V, cap, WIDTH, IS_LAST
+            )
     done += mass
     return done, point, i, count
 

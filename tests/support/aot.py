@@ -49,9 +49,11 @@ RARE = {
     "(target % Q >= start) & (target % Q < start + BLOCK_Q)",  # one tile of a row
     "tl.max(tile, axis=0) > LIMIT",  # true for few rows, a few times
     "_rescale",
-    "mass > point - done",  # a tile with entries
+    "may_keep | (mass > point - done)",  # a tile with entries
     "_write_kept",  # a pass writes one entry
     "_write_hits",
+    "point < begin + mass",  # a block with a point
+    "token == V",  # the part rounds to 1
 }
 """Branches and functions whose instructions are not counted per element."""
 POINTERS = {
@@ -277,7 +279,7 @@ def _reached(following: list[list[int]], first: int) -> set[int]:
 def _following(code: Listing, i: int) -> list[int]:
     """Return the instructions that may run next after instruction i."""
     text = code.instructions[i]
-    branch = re.search(r"(?:BRA.*`\(|branch\w*\s+)(\.L\w+)", text)
+    branch = re.search(r"(?:BRA(?!\.DIV).*`\(|branch\w*\s+)(\.L\w+)", text)  # BRA.DIV: if the warp's threads were apart
     targets = [code.labels[branch[1]]] if branch else []
     if not text.startswith(("EXIT", "s_endpgm", "s_branch")) and (
         branch is None or text.startswith(("@", "s_cbranch"))
