@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ _ROWS_AT_A_TIME = 16
 class SampledError(NamedTuple):
     """What `Head.backward` costs on some rows; errors are root mean squares over draws, divided by the exact gradient's size.
 
-    They are bounds that the estimate reaches if neighbours in the vocabulary are unrelated. The rows' coefficients dlogp are
-    taken as equal in size and independent in sign; dentropy as 0.
+    They are bounds for a loss of the log-probabilities alone whose coefficients dlogp are equal in size and independent in
+    sign. If rows alike have coefficients that cancel, or with an entropy term on flat rows, the exact gradient is smaller and the
+    relative error larger. NaN if hidden or weight holds NaN.
     """
 
     entries: float  # a row's, the target's included, on average
@@ -35,6 +37,8 @@ def sampled_error(
     hidden: Tensor, head: Head, targets: Tensor, *, mask: Tensor | None = None, num_rows: int = 256
 ) -> SampledError:
     """Estimate the relative error of the gradients that `head.backward` samples, on `num_rows` rows of the batch.
+
+    SampledError says for which losses.
 
     Args:
         hidden: (B, T, D) or (N, D), as for `fused_alp_loss`.
@@ -67,7 +71,7 @@ def sampled_error(
             slope = plan.transform.logit_scale * (torch.ones_like(p) if tanh is None else 1 - tanh * tanh)
             if plan.transform.temperature is not None:
                 slope = slope / plan.transform.temperature[index, None]
-            small = torch.where(p < tau, p, 0.0).scatter(1, target, 0.0)
+            small = torch.where(p >= tau, 0.0, p).scatter(1, target, 0.0)  # NaN stays
             num_kept = ((p >= tau).scatter(1, target, True)).sum(dim=1)
             mass = small.sum(dim=1)
             dx = slope * torch.zeros_like(p).scatter(1, target, 1.0).sub(p)
@@ -88,6 +92,8 @@ def sampled_error(
     count = len(chosen)
 
     def ratio(error: float, size: float) -> float:
-        return (error / size) ** 0.5 if size > 0 else 0.0
+        if size == 0:  # a row of one token, or nothing to estimate
+            return 0.0 if error == 0 else math.inf
+        return (error / size) ** 0.5
 
     return SampledError(entries / count, mass_sum / count, ratio(dh_error, dh_size), ratio(dw_error, dw_size))
