@@ -198,6 +198,14 @@ def test_a_point_whose_part_rounds_to_1_hits_the_last_token():
     assert [[token for token, _ in found] for found in entries] == [[200, end] for end in ends.tolist()]
 
 
+def test_a_token_at_the_threshold_alone_in_its_tile_is_kept():
+    x = torch.full((1, 1100), -math.inf, device=DEVICE)
+    x[0, 3], x[0, 600] = -1.0, -12.0
+    targets = torch.tensor([3], device=DEVICE)
+    entries = check(x, targets, TWO, rows_of(x, targets), make_points(12, 1), moved=0)
+    assert entries.tokens.tolist() == [3, 600]
+
+
 def test_head_select_is_both():
     x, targets = make_logits(300, 9, LogitTransform(), torch.float32)
     points = make_points(9, 3)
