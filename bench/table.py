@@ -277,7 +277,11 @@ def _origin(records: list[Record]) -> Iterator[str]:
     commits = ", ".join(
         dict.fromkeys((r["commit"] or "none")[:7] + (" with changes" if r["dirty"] else "") for r in records)
     )
-    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    numbers: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name, number in record["versions"].items():
+            numbers.setdefault(name, {})[number] = None
+    versions = ", ".join(f"{name} {' and '.join(found)}" for name, found in numbers.items())
     dates = sorted({r["time"][:10] for r in records})
     yield (
         f"{first['device']}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {commits}; {versions}. "
