@@ -6,9 +6,9 @@ of 4 KiB that takes several times as long as writing the gradient; with pages of
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
-import sys
 
 import torch
 from torch import Tensor
@@ -30,10 +30,13 @@ def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _large(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """Zeros in huge pages, or None if they are not worth it or not to be had."""
+    """Zeros in huge pages, or None if they are not worth it or the system has no such advice."""
     count = math.prod(shape)
-    if sys.platform != "linux" or count * dtype.itemsize < _WORTHWHILE:
+    if not hasattr(mmap, "MADV_HUGEPAGE") or count * dtype.itemsize < _WORTHWHILE:
         return None
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(
+        OSError
+    ):  # a kernel built without huge pages refuses the advice; the memory serves all the same
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from torch.nn.functional import linear
 
 from alp_kernels import Head, Sampled, fused_alp_loss, linear_logprob, policy_loss
 
-from . import rows
+from . import peers, rows
 from .cases import HeadCase, RowsCase
-from .contest import Variant
+from .contest import Variant, package_unavailable
 from .peers import OBJECTIVES, Batch, target_logp
 
 REFERENCE = "eager PyTorch, token level"
@@ -146,6 +146,26 @@ def check(name: str, inputs: Inputs, returned: tuple[Tensor, Tensor, Tensor], sa
 
 def variant(name: str, step: Step, computes: str = "token", **options: Any) -> Variant:
     return Variant(name, functools.partial(forward_backward, step), functools.partial(check, computes), **options)
+
+
+def public_kernels() -> Iterator[Variant]:
+    """The heads of other libraries; those that compile come last, so an interrupted run has timed the others."""
+    yield variant(
+        "trl chunked log-prob, token level",
+        peers.trl,
+        unavailable=package_unavailable("trl", "trl", wanted="1.16."),
+    )
+    yield variant(
+        "cut-cross-entropy (cross-entropy only)",
+        peers.cut_cross_entropy,
+        "cross-entropy",
+        unavailable=package_unavailable("cut-cross-entropy", "cut_cross_entropy"),
+    )
+    yield variant(
+        "liger-kernel GRPO, token level",
+        peers.liger,
+        unavailable=package_unavailable("liger-kernel", "liger_kernel", wanted="0.8."),
+    )
 
 
 # ------------------------------------------------------------------ bare products

@@ -17,13 +17,14 @@ import torch
 
 from . import peers
 from .cases import HeadCase, head_cases
-from .contest import Contest, Group, Turn, Variant, compile_unavailable, engine_unavailable, package_unavailable
+from .contest import Contest, Group, Turn, Variant, compile_unavailable, engine_unavailable
 from .head import (
     LIMIT,
     REFERENCE,
     check_gemms,
     make_inputs,
     ours,
+    public_kernels,
     three_allocating_gemms,
     three_gemms,
     variant,
@@ -49,23 +50,7 @@ def variants(case: HeadCase) -> Iterator[Variant]:
     needs = case.logits_mib + 2 * case.gradient_mib
     yield Variant(ALLOCATING, three_allocating_gemms, check_gemms, needs_mib=needs)
     yield variant(REFERENCE, peers.eager, needs_mib=case.eager_mib)
-    yield variant(
-        "trl chunked log-prob, token level",
-        peers.trl,
-        unavailable=package_unavailable("trl", "trl", wanted="1.16."),
-    )
-    # variants that compile come last, so an interrupted run has timed the others
-    yield variant(
-        "cut-cross-entropy (cross-entropy only)",
-        peers.cut_cross_entropy,
-        "cross-entropy",
-        unavailable=package_unavailable("cut-cross-entropy", "cut_cross_entropy"),
-    )
-    yield variant(
-        "liger-kernel GRPO, token level",
-        peers.liger,
-        unavailable=package_unavailable("liger-kernel", "liger_kernel", wanted="0.8."),
-    )
+    yield from public_kernels()
     yield variant(
         "torch.compile of its log-probabilities",
         peers.compiled,

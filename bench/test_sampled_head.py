@@ -15,7 +15,7 @@ import torch
 
 from . import peers
 from .cases import RowsCase, rows_cases
-from .contest import Contest, Group, Turn, Variant, engine_unavailable, package_unavailable
+from .contest import Contest, Group, Turn, Variant, engine_unavailable
 from .head import (
     LIMIT,
     REFERENCE,
@@ -26,6 +26,7 @@ from .head import (
     logp_then_loss,
     make_rows,
     ours,
+    public_kernels,
     three_gemms,
     variant,
 )
@@ -50,20 +51,7 @@ def variants(case: RowsCase) -> Iterator[Variant]:
                     unavailable=engine_unavailable(engine),
                 )
     yield variant(REFERENCE, peers.eager, needs_mib=case.eager_mib)
-    yield variant(
-        "trl chunked log-prob, token level", peers.trl, unavailable=package_unavailable("trl", "trl", wanted="1.16.")
-    )
-    yield variant(
-        "cut-cross-entropy (cross-entropy only)",
-        peers.cut_cross_entropy,
-        "cross-entropy",
-        unavailable=package_unavailable("cut-cross-entropy", "cut_cross_entropy"),
-    )
-    yield variant(
-        "liger-kernel GRPO, token level",
-        peers.liger,
-        unavailable=package_unavailable("liger-kernel", "liger_kernel", wanted="0.8."),
-    )
+    yield from public_kernels()
 
 
 def groups(device: torch.device, smoke: bool) -> list[Group]:

@@ -62,6 +62,7 @@ def fused_alp_loss(
         bias, logit_scale, softcap, logit_noise, temperature: as in Head.
         chunk_bytes: memory for one chunk of logits, in bytes; default 240 MiB on a CPU, 2.5 GiB on other devices, and
             for a trained bfloat16 `weight` at least the size of its float32 gradient, which a single chunk does not need.
+            With a sampled backward 88 MiB and 512 MiB.
         engine: "triton", "native", "reference" or None for the automatic choice.
 
     Returns:

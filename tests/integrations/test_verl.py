@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("verl", reason="verl lives in an environment of its own (docs/verl.md)")
 
@@ -352,10 +351,8 @@ def test_verl_loads_the_losses_by_the_entry_point_and_survives_a_broken_plugin(t
 
 @pytest.fixture(scope="module")
 def one_rank():
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", rank=0, world_size=1, init_method="tcp://127.0.0.1:0")
-    yield
-    dist.destroy_process_group()
+    with verl_cpu.one_rank():
+        yield
 
 
 @pytest.fixture(scope="module")

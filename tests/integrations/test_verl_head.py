@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("verl", reason="verl lives in an environment of its own (docs/verl.md)")
 
@@ -29,10 +27,8 @@ TEMPERATURES = {"1": 1.0, "0.7": 0.7, "by sequence": torch.tensor([0.7, 1.0, 1.3
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    dist.init_process_group("gloo", rank=0, world_size=1, init_method="tcp://127.0.0.1:0")
-    yield
-    dist.destroy_process_group()
+    with verl_cpu.one_rank():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from verl.plugin.platform import PlatformBase, set_platform
@@ -20,6 +25,15 @@ def use_cpu() -> None:
         "device_count": lambda self: 1,
     }
     set_platform(type("CPU", (PlatformBase,), body)())
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method="tcp://127.0.0.1:0")
+    yield
+    dist.destroy_process_group()
 
 
 def let_fsdp1_run(monkeypatch) -> None:
