@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..protocol import Tiles
-from ..reference import Norm, head_exp, head_token_loss, sparse_logits
+from ..reference import Norm, head_exp, head_token_loss
 from ..stream import Stream
 from . import head
 from . import library as c

@@ -25,10 +25,9 @@ def roundings(channels):
 @pytest.mark.parametrize("vocab", [SORTED, IN_ORDER])
 def test_logits_are_within_the_error_of_a_dot_product_with_any_processor_and_threads(dtype, channels, vocab):
     for counts in COUNTS.values():
-        for has_bias in (False, True):
-            kept = make_kept(counts, vocab, channels, dtype, has_bias)
-            (x,) = same_bits_everywhere(lambda kept=kept: [native.sparse_logits(*kept)], threads=(1, 2, 3))
-            assert_logits_are_right(x, kept, roundings(channels))
+        kept = make_kept(counts, vocab, channels, dtype, has_bias=sum(counts) % 2 == 1)
+        (x,) = same_bits_everywhere(lambda kept=kept: [native.sparse_logits(*kept)], threads=(1, 2, 3))
+        assert_logits_are_right(x, kept, roundings(channels))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
