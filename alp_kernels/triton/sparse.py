@@ -27,9 +27,10 @@ from .rounding import round_nearest, widen
 BLOCK_E = 8
 BLOCK_D = 256
 """Channels of one warp: eight for each thread, a 128-bit load of a 16-bit dtype."""
-LOGITS_E, LOGITS_D = 4, 256
 TOKENS = 8
 """Tokens of one program; most have no entry, and a program for each would cost more than its zeros."""
+LOGITS_E, LOGITS_D = 4, 256
+"""Entries of one warp, and channels at a time: a float32 sum for each takes 32 registers."""
 
 
 @triton.jit
