@@ -21,7 +21,6 @@ from .plan import Gradients, Needs, Operands
 from .sparse import Kept, sparse_gradients
 from .support import spans
 
-
 _FILLED_BYTES = 16  # of memory for each place of a row that is filled up
 
 
@@ -79,9 +78,10 @@ def _capped(y: Tensor, transform: LogitTransform) -> Tensor:
 def _grids(
     operands: Operands, order: Tensor, counts: Tensor, y: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, LogitTransform]]:
-    """Rows of one width at a time, as many as fit chunk_bytes: which of `order`, and (n, width) where each logit is in y and the logits themselves.
+    """Rows of one width at a time, as many as fit chunk_bytes.
 
-    Then the targets' places (n,), and the transform that is left: the temperatures.
+    Yields which of `order`; (n, width) where each logit is in y, and the logits themselves; the targets' places (n,); and the
+    transform that is left: the temperatures.
     """
     plan = operands.plan
     ragged = plan.support
@@ -89,7 +89,7 @@ def _grids(
     starts, stop = counts.cumsum(0) - counts, 0
     padded = torch.nn.functional.pad(y, (0, 1), value=-torch.inf)
     for exponent, size in enumerate(map(int, ragged.sizes.numbers)):
-        if exponent == 0:  # rows off the mask
+        if exponent == 0 or size == 0:  # 0: rows off the mask
             continue
         column = torch.arange(1 << exponent, device=y.device)
         start, stop = stop, stop + size
