@@ -32,12 +32,13 @@ def support_rows(operands: Operands) -> Kept:
     order = ragged.order[int(ragged.sizes.numbers[0]) :]
     counts, total = ragged.counts[order], int(ragged.total.numbers[0])
     tokens = spans(ragged.tokens, ragged.starts[order], counts, total)
+    rows, weight = hidden[order].contiguous(), weight.contiguous()
     if plan.shard is None:
-        x = plan.engine.sparse_logits(hidden[order], weight, bias, counts, tokens)
+        x = plan.engine.sparse_logits(rows, weight, bias, counts, tokens)
     else:  # a rank computes the logits of its own tokens, and 0 for the others'
         mine, own_counts, own = _own(counts, tokens, plan.shard.start, plan.shard.size)
         x = torch.zeros(total, dtype=real(hidden), device=hidden.device)
-        x[mine] = plan.engine.sparse_logits(hidden[order], weight, bias, own_counts, own)
+        x[mine] = plan.engine.sparse_logits(rows, weight, bias, own_counts, own)
         dist.all_reduce(x, group=plan.shard.group)
     y = _capped(x * plan.transform.logit_scale, plan.transform)
     outs = [

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from alp_kernels import reference
+from alp_kernels import Head, Sampled, Support, linear_logprob, reference
 from alp_kernels.triton import engine, sparse
 from tests.conftest import DEVICE
+from tests.support.compare import assert_within_budget
 from tests.support.kept_tokens import CHANNELS, COUNTS, FLOATS, Kept, assert_logits_are_right, make_kept
 from tests.support.triton_inputs import outputs_begin_as_nan  # noqa: F401
 
@@ -85,3 +86,42 @@ def test_float64_uses_the_reference():
     actual, expected = logits(kept), reference.sparse_logits(*kept)
     assert actual.dtype == torch.float64
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["support", "sampled"])
+def test_strided_inputs_have_the_gradients_of_contiguous_ones(kind):
+    """A weight that is a view of other memory, such as one that was stored transposed."""
+    hidden, stored = torch.randn(6, 20).to(DEVICE), torch.randn(20, 300).to(DEVICE)
+    targets = torch.arange(6, device=DEVICE)
+    tokens = torch.stack([targets, targets + 7, targets + 100], dim=1)
+    fields = {"support": Support.from_padded(tokens)} if kind == "support" else {"backward": Sampled(1, 2, 2.0**-5)}
+    found = []
+    for is_strided in (True, False):
+        h, w = hidden.t().contiguous().t() if is_strided else hidden, stored.t()
+        leaves = [(x if is_strided else x.contiguous()).detach().requires_grad_() for x in (h, w)]
+        assert is_strided != leaves[1].is_contiguous()
+        logp, entropy = linear_logprob(leaves[0], Head(leaves[1], **fields), targets, engine="triton")
+        found.append([logp, entropy, *torch.autograd.grad((logp + entropy).sum(), leaves)])
+    for strided, plain in zip(*found, strict=True):
+        torch.testing.assert_close(strided, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_head_over_a_support_has_the_references_gradients(dtype):
+    hidden, weight = torch.randn(12, 40).to(DEVICE, dtype), torch.randn(200, 40).to(DEVICE, dtype)
+    bias, temperature = torch.randn(200).to(DEVICE, dtype), torch.linspace(0.5, 1.5, 12, device=DEVICE)
+    targets = torch.arange(12, device=DEVICE)
+    kept = torch.rand(12, 200, device=DEVICE) < torch.linspace(0.01, 1, 12, device=DEVICE)[:, None]
+    kept[targets, targets] = True
+    mask = targets % 4 > 0
+
+    def run(*leaves: Tensor, engine: str) -> list[Tensor]:
+        head = Head(leaves[1], leaves[2], temperature, 4.0, 0.8, support=Support.from_mask(kept))
+        logp, entropy = linear_logprob(leaves[0], head, targets, mask=mask, engine=engine)
+        grads = torch.autograd.grad((logp + 0.3 * entropy).sum(), leaves)
+        return [logp.detach(), entropy.detach(), *grads]
+
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    exact = run(*(x.detach().double().requires_grad_() for x in leaves), engine="reference")
+    for actual, ordinary, e in zip(run(*leaves, engine="triton"), run(*leaves, engine="reference"), exact, strict=True):
+        assert_within_budget(actual, ordinary, e, actual.dtype)
