@@ -52,6 +52,7 @@ class Rows:
     numbers: Numbers
     sequence: Tensor  # (n,) int64, non-decreasing
     turn: Tensor | None  # (n,) int64, non-decreasing, increases where a turn or sequence starts
+    index: Tensor  # (n,) int64, ascending: the rows' numbers in the batch
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class Batch:
     objective: Objective
     numbers: Numbers  # of all rows
     sequence: Tensor | None  # (N,) int64, non-decreasing; None if padded, or packed without sequences
+    num_sequences: int  # as Unread.count
     turn: Tensor | None
-    num_nonfinite: Tensor | None  # (1,) int64: rows masked for a NaN or inf rollout_logp; None if nonfinite='raise'
+    num_nonfinite: Tensor | None  # (1,) int64: rows masked for an unknown rollout_logp; None if nonfinite='raise'
 
     @property
     def knows_sequences(self) -> bool:
@@ -74,7 +76,7 @@ class Batch:
     def select(self, index: Tensor) -> Rows:
         """Select the rows `index` (n,), which ascend. A packed batch without sequences counts as one sequence."""
         turn = None if self.turn is None else self.turn[index]
-        return Rows(self.numbers.select(index), sequence_of(index, self.shape, self.sequence), turn)
+        return Rows(self.numbers.select(index), sequence_of(index, self.shape, self.sequence), turn, index)
 
 
 def _count(value: Count, default: float | Tensor) -> Tensor:
@@ -137,6 +139,7 @@ class Unread:
                 self.columns, self.numbers, "old_logp" if objective.denominator == "old" else "rollout_logp"
             ),
             sequence=None if self.sequences is None else self.sequences.of_row,
+            num_sequences=self.count(),
             turn=self.turn,
             num_nonfinite=self.num_nonfinite,
         )

@@ -206,9 +206,8 @@ _operator = Operator(
 
 def _in_graph(logp: Tensor, entropy: Tensor | None, inputs: LossInputs) -> LossOutput:
     out = _operator(_LogProbabilities(logp, entropy), inputs.for_graph(logp.device))
-    stats = StatsRows(out.numbers, out.flags, out.num_nonfinite).stats(
-        inputs.objective, knows_sequences=inputs.knows_sequences(logp.shape), has_entropy=entropy is not None
-    )
+    rows = StatsRows(out.numbers, out.flags, out.num_nonfinite)
+    stats = rows.stats(inputs, logp.shape, has_entropy=entropy is not None)
     return LossOutput(out.loss, out.logp, None if entropy is None else out.entropy, stats)
 
 
