@@ -22,6 +22,7 @@ from .. import Objective, Perturbation, Stats, attach
 from ..checks import check_choice, check_integer, check_number, check_rate, check_size, refuse_type, refuse_value
 from ..noise.perturb import ROUNDINGS, SCALES
 from ..stream import FINAL_LAYER, MAX_SEED
+from .trl_versions import age_metrics
 
 logger = logging.getLogger("alp_kernels")
 
@@ -317,7 +318,7 @@ class SigmaMixin:
         sums, self._sums = self._sums, {}
         stats = Stats.cat(parts).gather()
         summary = stats.summary()
-        for name, value in summary.items():
+        for name, value in (summary | age_metrics(stats)).items():
             metrics[f"alp/{name}"].append(value)
         for name, value in clip_ratios(stats).items():
             metrics[f"clip_ratio/{name}"].append(value)
