@@ -21,7 +21,7 @@ class ALPLossFn:
     """Implements NeMo-RL's LossFunction protocol, with input type LOGPROB.
 
     token_level_loss: mean over the batch's tokens; if False, mean over its sequences of each sequence's mean, as in NeMo-RL.
-    nonfinite: "raise" on NaN or inf among generation_logprobs, or "mask": take those tokens out of the loss.
+    nonfinite: "raise" on NaN, inf or -9999 among generation_logprobs, or "mask": take those tokens out of the loss.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def single_ratio_loss(
 ) -> Any:
     """Return LossOutputs for LossInputs of one sample, tensors (N,). loss_weights, if given, multiply the token losses.
 
-    nonfinite: "raise" on NaN or inf among inference_logprobs, or "mask": take those tokens out of the loss.
+    nonfinite: "raise" on NaN, inf or -9999 among inference_logprobs, or "mask": take those tokens out of the loss.
     """
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
     choice = choose("prime_rl", preset, nonfinite, clips, _NAMES)

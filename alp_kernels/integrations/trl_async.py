@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import Objective, policy_loss
 from ..checks import refuse_value
+from ..loss.inputs import is_known
 from .trl_sigma import ALPOptions, SigmaMixin
 from .trl_versions import SAMPLE_VERSIONS, keep_versions
 
@@ -77,6 +78,8 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         outputs: list[Any] = []
+        sampled = inputs["old_log_probs"]  # TRL drops NaN from its metrics
+        inputs = inputs | {"old_log_probs": torch.where(is_known(sampled), sampled, torch.nan)}
 
         def forward(**named: Any) -> Any:
             outputs.append(model(**named))

@@ -61,7 +61,8 @@ class ALPOptions:
     alp_rounding: str = option('"nearest" or "stochastic" rounding of perturbed hidden states to 16 bits.', "nearest")
     alp_seed: int | None = option("Seed of the noise; None: `seed`.", None)
     alp_nonfinite: str = option(
-        'If rollout log-probabilities are NaN or inf: "mask" and count them, or "raise".', "mask"
+        'If rollout log-probabilities are NaN, inf or -9999 (vLLM\'s placeholder): "mask" and count them, or "raise".',
+        "mask",
     )
 
     def check_options(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import LARGEST, SMALLEST
 from ..objective import LOG_RATIO_CLAMP, LossRows, Objective
-from .inputs import LOG_PROBABILITIES, Count, LossInputs
+from .inputs import LOG_PROBABILITIES, PLACEHOLDER, UNKNOWN, Count, LossInputs, is_known
 from .segments import Sequences, first_and_last, read_sequences, segment_sum, sequence_of
 from .transfer import Asked, Transfer
 
@@ -228,7 +228,7 @@ def flatten(
 
     num_nonfinite = None
     if inputs.nonfinite == "mask":
-        is_bad = live & ~q.isfinite()
+        is_bad = live & ~is_known(q)
         num_nonfinite = is_bad.sum(0, keepdim=True)
         live &= ~is_bad
     checked = {"rollout_logp": q, "advantages": advantages, **extra}
@@ -255,7 +255,8 @@ def flatten(
         finite = all(map(math.isfinite, (*low.numbers, *high.numbers)))
         largest = dict(zip(checked, high.numbers, strict=True))
         is_log = all(largest.get(name, 0.0) <= ROUNDING for name in LOG_PROBABILITIES)
-        if counts.numbers[1] or not finite or not is_log:
+        is_placeholder = low.numbers[0] <= PLACEHOLDER  # of rollout_logp
+        if counts.numbers[1] or not finite or is_placeholder or not is_log:
             _raise_fault(where, shape, dict(zip(checked, numbers, strict=False)), wrong_mask)
 
     transfer.check(check)
@@ -365,7 +366,10 @@ def _raise_fault(where: str, shape: torch.Size, values: dict[str, Tensor], wrong
     hint = "; nonfinite='mask' takes such tokens out of the loss and counts them"
     logp = {name: value for name, value in values.items() if name in LOG_PROBABILITIES}
     faults = [
-        ("rollout_logp" + infinite + hint, ~values["rollout_logp"].isfinite()),
+        (
+            f"rollout_logp is {UNKNOWN} at {{}} tokens of the mask, first at {{}}{hint}",
+            ~is_known(values["rollout_logp"]),
+        ),
         (wrong, wrong_mask),
         *((name + infinite, ~value.isfinite()) for name, value in values.items()),
         *((name + positive, value > ROUNDING) for name, value in logp.items()),

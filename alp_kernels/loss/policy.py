@@ -56,7 +56,7 @@ def policy_loss(
         turn_ends: like logp, 1 at the last token of each turn; for level "cum-turn". A 1 off the mask ends a turn, too.
         num_tokens, num_sequences: counts of the whole optimiser batch, over all micro-batches and ranks, so that
             splitting never changes the gradient; by default this call's own. A tensor of 0 counts as 1.
-        nonfinite: "raise" on NaN or inf in rollout_logp, or "mask" those tokens and count them.
+        nonfinite: "raise" on NaN, inf or vLLM's placeholder -9999 in rollout_logp, or "mask" those tokens and count them.
 
     Raises:
         ValueError, TypeError: the message names the argument, its value and what it needs. Compiled code raises when it runs.

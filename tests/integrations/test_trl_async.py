@@ -205,12 +205,16 @@ def test_turns_end_before_a_tools_output(tmp_path: Path) -> None:
     assert ends.tolist() == [False, True, False, False, True, False, True]
 
 
-def test_nan_log_probabilities_are_counted_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trained(tmp_path, monkeypatch, nan=np.nan, max_steps=1)
+@pytest.mark.parametrize("value", [np.nan, -9999.0])
+def test_unknown_log_probabilities_are_counted_or_refused(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(tmp_path, monkeypatch, nan=value, max_steps=1)
     assert trl_cases.logged(trainer, "alp/num_nonfinite") == [1.0]
     assert all(p.isfinite().all() for p in trainer.model.parameters())
-    with pytest.raises(ValueError, match="rollout_logp is NaN or inf at 1 tokens"):
-        trained(tmp_path, monkeypatch, nan=np.nan, max_steps=1, alp_nonfinite="raise")
+    assert all(np.isfinite(kl) for kl in trl_cases.logged(trainer, "kl") if kl is not None)
+    with pytest.raises(ValueError, match="rollout_logp is NaN, inf or vLLM's placeholder -9999 at 1 tokens"):
+        trained(tmp_path, monkeypatch, nan=value, max_steps=1, alp_nonfinite="raise")
 
 
 def test_statistics_by_age_are_those_of_each_samples_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
