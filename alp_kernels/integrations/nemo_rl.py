@@ -22,7 +22,7 @@ class ALPLossFn:
     """Implements NeMo-RL's LossFunction protocol, with input type LOGPROB.
 
     token_level_loss: mean over the batch's tokens; if False, mean over its sequences of each sequence's mean, as in NeMo-RL.
-    nonfinite: "raise" on NaN or inf among generation_logprobs, or "mask": take those tokens out of the loss.
+    nonfinite: "raise" on NaN, inf or -9999 among generation_logprobs, or "mask": take those tokens out of the loss.
     support: "full": policy.generation has top_p 1 and top_k null. It has no default, since the loss sees no sampling
     settings. With them NeMo-RL filters the current policy's logits by its own top-k and top-p, which is not the set that
     was sampled from, and puts 0 for the log-probability of a token outside.

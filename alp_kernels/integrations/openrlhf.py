@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import check_flag, refuse_value
 from ..layers.attach import attach
+from ..loss.inputs import is_known
 from ._shared import (
     aggregated_loss,
     average_gradient,
@@ -35,7 +36,7 @@ _NAMES = {"clip_low": "clip_eps_low", "clip_high": "clip_eps_high"}
 class ALPPolicyLoss(nn.Module):
     """Replaces OpenRLHF's `PolicyLoss`, with its arguments, call, aggregation (`aggregate_loss`) and five results.
 
-    nonfinite: "raise" on NaN or inf among rollout_log_probs, or "mask": take those tokens out of the loss. The four is_*
+    nonfinite: "raise" on NaN, inf or -9999 among rollout_log_probs, or "mask": take those tokens out of the loss. The four is_*
     arguments have no effect: they describe a correction for a second ratio, and this loss has one.
     """
 
@@ -105,7 +106,7 @@ class ALPPolicyLoss(nn.Module):
         )
         vllm_kl = is_filter_ratio = None
         if self.choice.nonfinite == "mask":
-            live = action_mask.bool() & rollout_log_probs.isfinite()
+            live = action_mask.bool() & is_known(rollout_log_probs)
             drift = torch.where(live, rollout_log_probs - old_log_probs, 0.0)
             vllm_kl, is_filter_ratio = drift.sum() / live.sum().clamp(min=1), nonfinite_fraction(out.stats)
         return out.loss, clipped_fractions(out.stats)[0], k1_kl(out.stats), vllm_kl, is_filter_ratio
@@ -123,7 +124,7 @@ def install(
 
     The actor refuses sampling settings under which vLLM's log-probabilities are not over the whole vocabulary.
 
-    nonfinite: "raise" on NaN or inf among the rollout's log-probabilities, or "mask": take those tokens out of the loss.
+    nonfinite: "raise" on NaN, inf or -9999 among the rollout's log-probabilities, or "mask": take those tokens out of the loss.
     """
     choose("openrlhf: install", preset, nonfinite)
     check_noise("openrlhf: install", sigma, sigma_lr, seed)

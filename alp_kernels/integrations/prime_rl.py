@@ -34,7 +34,7 @@ def single_ratio_loss(
 ) -> Any:
     """Return LossOutputs for LossInputs of one sample, tensors (N,). loss_weights, if given, multiply the token losses.
 
-    nonfinite: "raise" on NaN or inf among inference_logprobs, or "mask": take those tokens out of the loss.
+    nonfinite: "raise" on NaN, inf or -9999 among inference_logprobs, or "mask": take those tokens out of the loss.
     support: "full": the rollouts were sampled from the whole vocabulary. "replayed": prime-rl's trainer normalises
     trainer_logprobs over the tokens that vLLM kept, as it does since September 2026 (its #3431) where the sampling of
     training truncates. It has no default: the inputs do not tell.

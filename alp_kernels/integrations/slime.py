@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..layers.attach import attach
 from ..layers.perturbation import Perturbation
+from ..loss.inputs import is_known
 from ..stream import MAX_SEED
 from ._shared import aggregated_loss, average_gradient, check_noise, choose, from_text, require_noise
 from .truncation import check_sampling
@@ -41,7 +42,8 @@ def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sam
     """Return (loss, metrics), summed over samples; the trainer divides. logits: (1, T, V).
 
     Clips: --eps-clip, --eps-clip-high (by default --eps-clip), and --eps-clip-c if the trainer has it. alp_nonfinite in
-    --custom-config-path: "raise" on NaN or inf among rollout_log_probs, or "mask": take those tokens out of the loss.
+    --custom-config-path: "raise" on NaN, inf or -9999 among rollout_log_probs, or "mask": take those tokens
+    out of the loss.
     """
     where = f"slime: custom loss {preset}"
     clips = {name: getattr(args, theirs, None) for name, theirs in _NAMES.items() if name != "nonfinite"}
@@ -72,12 +74,12 @@ def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sam
     out = aggregated_loss(
         choice, sum_of_sample_mean, torch.cat(logp), rollout_logp, advantages, mask, cu_seqlens=cu_seqlens
     )
-    is_finite = rollout_logp.isfinite()
+    known = is_known(rollout_logp)
 
     def reduced(values: Tensor) -> Tensor:
         """Reduce values of the tokens in the loss as the trainer reduces its metrics."""
         of_all = torch.zeros_like(out.logp.reshape(-1)[: mask.numel()])
-        return sum_of_sample_mean(of_all.masked_scatter(mask.bool() & is_finite, values.to(of_all.dtype)))
+        return sum_of_sample_mean(of_all.masked_scatter(mask.bool() & known, values.to(of_all.dtype)))
 
     metrics = {
         "loss": out.loss.detach(),
@@ -85,7 +87,7 @@ def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sam
         "ppo_kl": reduced(-out.stats.log_ratio),
     }
     if choice.nonfinite == "mask":
-        metrics["alp_nonfinite_frac"] = sum_of_sample_mean((~is_finite).to(out.logp.dtype))
+        metrics["alp_nonfinite_frac"] = sum_of_sample_mean((~known).to(out.logp.dtype))
     return out.loss, metrics
 
 

@@ -120,14 +120,17 @@ def test_an_empty_mask_has_loss_zero_and_a_backward(token_level_loss, counts):
     assert all(value == 0 for value in out) and not logp.grad.any()
 
 
+@pytest.mark.parametrize("value", [torch.inf, -9999.0])
 @pytest.mark.parametrize("preset", ["bypass-sequence", "bypass-token"])
-def test_what_is_not_finite_is_masked_if_asked(preset):
+def test_what_is_not_finite_is_masked_if_asked(preset, value):
     logp, rollout, advantages, mask = batch()
     bad, fewer = rollout.clone(), mask.clone()
-    bad[0, 2], fewer[0, 2] = torch.inf, False
+    bad[0, 2], fewer[0, 2] = value, False
     bad[2, 5] = torch.nan  # not in the mask
     counts = {"batch_num_tokens": 14.0}
-    with pytest.raises(ValueError, match=r"openrlhf: rollout_logp is NaN or inf at 1 .*nonfinite='mask'"):
+    with pytest.raises(
+        ValueError, match=r"openrlhf: rollout_logp is NaN, inf or vLLM's placeholder -9999 at 1 .*nonfinite='mask'"
+    ):
         ours.ALPPolicyLoss(preset, **CLIPS)(logp, rollout, advantages, mask, bad, **counts)
     masking = ours.ALPPolicyLoss(preset, **CLIPS, nonfinite="mask")
     loss, _, ppo_kl, vllm_kl, is_filter_ratio = masking(logp, rollout - 0.25, advantages, mask, bad, **counts)

@@ -90,11 +90,11 @@ def assert_same_loss(loss, other, batch):
         torch.testing.assert_close(one, two, rtol=2e-6, atol=1e-7)
 
 
-def without(sample, index):
-    """The sample with a NaN rollout log-probability there, and the sample whose mask leaves that token out."""
+def without(sample, index, value):
+    """The sample with the rollout log-probability `value` there, and the sample whose mask leaves that token out."""
     p, q, a, m = sample
     bad, fewer = q.clone(), m.clone()
-    bad[index], fewer[index] = math.nan, False
+    bad[index], fewer[index] = value, False
     return (p, bad, a, m), (p, q, a, fewer)
 
 
@@ -238,11 +238,12 @@ def test_prime_rls_sample_without_tokens_has_loss_zero(module, noise, preset):
         assert len(out.metrics.pop("alp_token_ratio")) == 0 and all(value == 0 for value in out.metrics.values())
 
 
-def test_prime_rl_masks_what_is_not_finite_if_asked(module):
+@pytest.mark.parametrize("value", [math.nan, -9999.0])
+def test_prime_rl_masks_what_is_not_finite_if_asked(module, value):
     module("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
     single_ratio_loss = prime_loss()
 
-    (p, q, a, m), fewer = without(samples()[0], 3)
+    (p, q, a, m), fewer = without(samples()[0], 3, value)
     with pytest.raises(ValueError, match=r"prime_rl: rollout_logp is NaN.*trainer\.loss\.kwargs\.nonfinite='mask'"):
         single_ratio_loss(LossInputs(p, q, None, a, m))
     out = single_ratio_loss(LossInputs(p, q, None, a, m), nonfinite="mask")
@@ -386,8 +387,9 @@ def test_nemo_rls_metrics_are_zero_where_nothing_is_valid(nemo, token_level):
             assert set(metrics) == set(loss_fn.metric_normalizations)
 
 
-def test_nemo_rl_masks_what_is_not_finite_if_asked(nemo):
-    bad, fewer = without(samples()[0], 3)
+@pytest.mark.parametrize("value", [math.nan, -9999.0])
+def test_nemo_rl_masks_what_is_not_finite_if_asked(nemo, value):
+    bad, fewer = without(samples()[0], 3, value)
     logp, data = nemo_batch([bad])
     seqs, toks = torch.tensor(1.0), torch.tensor(4.0)
     with pytest.raises(ValueError, match=r"ALPLossFn: rollout_logp is NaN.* \(0, 3\); nonfinite='mask'"):
@@ -541,9 +543,10 @@ def test_slimes_responses_without_tokens_have_loss_zero(slime, noise, lengths, p
     assert all(metrics[name] == 0 for name in zero) and all(value.isfinite() for value in metrics.values())
 
 
-def test_slime_masks_what_is_not_finite_if_asked(slime):
+@pytest.mark.parametrize("value", [math.nan, -9999.0])
+def test_slime_masks_what_is_not_finite_if_asked(slime, value):
     first, *others = samples()
-    bad, fewer = without(first, 3)
+    bad, fewer = without(first, 3, value)
     with pytest.raises(ValueError, match=r"slime: custom loss bypass-token: rollout_logp is NaN.*alp_nonfinite='mask'"):
         slime.call([bad, *others])
     loss, metrics = slime.call([bad, *others], args=slime_args(alp_nonfinite="mask"), per_token=True)

@@ -266,11 +266,12 @@ def masking(**changes):
     return config
 
 
+@pytest.mark.parametrize("value", [torch.nan, -9999.0])
 @pytest.mark.parametrize("loss_mode", ["bypass_token", "bypass_sequence"])
-def test_what_is_not_finite_is_masked_if_asked(loss_mode):
+def test_what_is_not_finite_is_masked_if_asked(loss_mode, value):
     old, log_prob, advantages, mask = padded_batch()
     bad, fewer = old.clone(), mask.clone()
-    bad[0, 2], fewer[0, 2] = torch.nan, 0
+    bad[0, 2], fewer[0, 2] = value, 0
     info = {"dp_size": 1, "batch_num_tokens": int(mask.sum()), "global_batch_size": 4}
     with pytest.raises(
         ValueError, match=rf"loss_mode={loss_mode}: rollout_logp .*override_config\.alp_nonfinite='mask'"

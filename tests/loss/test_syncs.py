@@ -164,6 +164,18 @@ def test_a_loss_of_log_probabilities_waits_once(level, monkeypatch):
     assert counter.waits == ["tolist"]
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_versions_wait_for_nothing(is_packed, monkeypatch):
+    b = make_batch(0)
+    b = pack(b)[0] if is_packed else b
+    stats = policy_loss(**b, objective=Objective("sequence")).stats
+    of_token = torch.zeros(b["mask"].shape, dtype=torch.int64)
+    with counted(monkeypatch) as counter:
+        aged = [stats.with_versions(versions, 3) for versions in (of_token, torch.zeros(4, dtype=torch.int64))]
+    assert counter.waits == [] and len(counter.operations) > 0
+    assert all(list(each.by_age()) == [3] for each in aged)
+
+
 @pytest.mark.parametrize("is_masked", [True, False])
 def test_log_probabilities_wait_once(is_masked, monkeypatch):
     hidden, weight, targets, rest = make_inputs()
