@@ -20,6 +20,7 @@ from alp.rollout import Request, sample, uniforms
 from alp.update import Experience, Updater, last_token, score_clean
 from alp_kernels import record_routing
 from alp_kernels.integrations.hugging_face import output_head
+from alp_kernels.layers import routing
 from tests.support.compare import likely_order_bound
 from tests.support.tiny_models import SMALL
 from tests.support.updates import step_gradients
@@ -241,6 +242,7 @@ def test_diagnosis_counts_the_tokens_whose_experts_change(policy: Policy) -> Non
 
 
 def test_a_router_that_is_not_recognised_is_said_once(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
+    routing._say_once.cache_clear()
     policy.model.config.num_experts = 4  # a dense model's
     experience = make_experience(policy)
     updater = make_updater(policy, CALM)
