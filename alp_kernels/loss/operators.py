@@ -21,6 +21,7 @@ from .fused import fused_head, logprob_gradients, logprob_rows, prepare, row_ord
 from .head import Head
 from .inputs import LossInputs
 from .plan import Gradients, Needs
+from .precision import FLOAT32
 from .products import gradient_dtype
 from .stats import StatsRows
 from .transfer import Transfer
@@ -43,6 +44,7 @@ class Wire(NamedTuple):
     row_ids: Tensor | None
     chunk_bytes: int | None
     engine: str | None
+    precision: str | None  # of Head.dtype
     needs: list[bool]
 
     @staticmethod
@@ -64,6 +66,7 @@ class Wire(NamedTuple):
             row_ids=None if noise is None else noise.row_ids,
             chunk_bytes=inputs.chunk_bytes,
             engine=inputs.engine,
+            precision=head.precision,
             needs=list(inputs.needs),
         )
 
@@ -80,6 +83,7 @@ class Wire(NamedTuple):
             self.softcap,
             self.logit_scale,
             noise,
+            dtype=torch.float32 if self.precision == FLOAT32 else self.precision,
         )
         rest = (self.targets, self.is_wanted, self.chunk_bytes, self.engine, Needs(*self.needs))
         return HeadInputs(self.hidden.detach(), head, *rest)

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..dtypes import real
 from ..reference import Entries, HeadRows, LogitTransform, SparseRows
 from .plan import Gradients, Needs, Operands, even_sizes
-from .products import Whole, gradient_dtype
+from .products import gradient_dtype
+from .widened import whole
 
 
 class Kept(NamedTuple):
@@ -29,7 +30,7 @@ class Kept(NamedTuple):
 
 def sampled_rows(operands: Operands, order: Tensor) -> Kept:
     """Compute rows `order` of the head and choose their entries, chunk by chunk: one product, no logits left."""
-    plan, products = operands.plan, Whole(operands, Needs(), 0)
+    plan, products = operands.plan, whole(operands, Needs(), 0)
     assert plan.points is not None
     outs, chosen = [], []
     for part in order.split(even_sizes(len(order), plan.chunk_rows, plan.chunk_rows)):

@@ -42,6 +42,7 @@ class HeadCase:
     certain: bool = False  # the target's logit is at least 15 nats above the others
     chunk_bytes: int | None = None
     dtensor: bool = False
+    widened: str | torch.dtype | None = None  # the Head's dtype
 
     def inputs(self) -> dict[str, Any]:
         """The unsplit tensors."""
@@ -85,7 +86,7 @@ def head_case(head: HeadCase, preset: str | None, is_split: bool, exact: bool = 
         leaves.append(bias.clone().requires_grad_())
         keywords["bias"] = leaves[2]
     keywords["chunk_bytes"] = head.chunk_bytes
-    given = Head(leaves[1], split=VocabSplit()) if is_split else leaves[1]
+    given = Head(leaves[1], split=VocabSplit() if is_split else None, dtype=None if exact else head.widened)
     out: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(6)
     if preset is None:
@@ -171,6 +172,9 @@ def refusals() -> dict[str, str]:
         given |= {"objective": Objective(), "num_tokens": 15, **changes}
         fused_alp_loss(hidden, Head(rows, split=VocabSplit()), targets, **given)
 
+    def widened(dtype: Any) -> None:
+        linear_logprob(hidden.float(), Head(rows.float(), split=VocabSplit(), dtype=dtype), targets)
+
     loss()
     mask = torch.ones(B, T)
     mask[0, 0] = 0  # masked rows may differ between ranks
@@ -196,6 +200,8 @@ def refusals() -> dict[str, str]:
         "num_tokens": lambda: loss(num_tokens=15 + rank),
         "other arguments": lambda: loss(**{} if rank else {"token_weight": torch.ones(B, T)}),
         "noise": lambda: linear_logprob(hidden, Head(rows, split=VocabSplit(), logit_noise=noise), targets),
+        "dtypes": lambda: widened("tf32" if rank else torch.float32),
+        "one dtype": lambda: widened("tf32" if rank else None),
     }
     said = {}
     for name, mistake in mistakes.items():
