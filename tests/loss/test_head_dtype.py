@@ -296,9 +296,9 @@ def process(kind):
     try:
         yield
     finally:
+        torch.set_float32_matmul_precision("highest")  # which sets the next ones, too
         torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
         torch.backends.mkldnn.matmul.fp32_precision = "none"
-        torch.set_float32_matmul_precision("highest")
 
 
 PROCESSES = [
@@ -321,6 +321,7 @@ def test_products_do_not_depend_on_the_process_and_leave_it_as_it_was(kind, dtyp
     inputs = [leaves["hidden"].requires_grad_(), leaves["weight"].to(weight_dtype).requires_grad_()]
     with process(kind):
         before = setting()
+        assert kind.split()[1] in ("default", "highest", "high", "medium", before[0])
         for make_loss in (logprob_of, lambda t, head: fused_of(t, head, rest, "token")):
             with Settings() as found:
                 make_loss(targets, lambda w: Head(w, dtype=dtype))(*inputs).backward()
