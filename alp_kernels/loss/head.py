@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..checks import is_number, python_number, refuse_type, refuse_value
 from ..stream import LOGITS_LAYER, SAMPLED_LAYER, Coordinates, LogitNoise, Stream
 from .precision import FLOAT32, TF32, float32_products
+from .support import Support
 
 _DEFAULTS = {"bias": None, "temperature": 1.0, "softcap": None, "logit_scale": 1.0, "logit_noise": None}
 
@@ -87,6 +88,9 @@ class Head(NamedTuple):
     )
     adapters: tuple[nn.Module, ...] = ()  # LoRA on the head, each D -> rank; `weight` has columns for their outputs
     backward: Sampled | None = None  # None: exact gradients. Not with logit_noise
+    support: Support | None = (
+        None  # the tokens that truncated sampling kept; None: all. Not with logit_noise or backward
+    )
     dtype: torch.dtype | str | None = None  # torch.float32 or "tf32": a float32 head over 16-bit states; None: hidden's
 
     @property

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..protocol import Engine
 from ..reference import LogitTransform, Points
+from .ragged import Ragged
 from .split import Shard
+from .transfer import is_on_host
 
 CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 5 << 29
 """Default memory for a chunk of logits; on a device, 8704 rows of a vocabulary of 151936 in bfloat16.
@@ -56,6 +58,7 @@ class Plan:
     chunk_rows: int  # how many rows of logits are kept at a time
     first_rows: int  # the same for the first chunk, which may use dW's memory
     points: Points | None = None  # for all N rows, if the backward is sampled
+    support: Ragged | None = None  # for all N rows, if the sampling was truncated
     shard: Shard | None = None  # if ranks split the vocabulary; targets are still in the whole vocabulary
     precision: str | None = None  # of a float32 head's products (precision.py); None: products in hidden's dtype
 
@@ -132,10 +135,6 @@ def make_plan(
         and plan.is_tiled(hidden.dtype, 1)
     )
     return replace(plan, first_rows=max(rows, channels)) if lies_in_dweight else plan
-
-
-def is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def even_sizes(num_rows: int, first: int, rest: int) -> list[int]:

@@ -22,6 +22,7 @@ from .arguments import DTYPES, at, floats, row_ids_of, scalar, stream_argument, 
 from .head import head_bwd, head_fwd
 from .library import isa
 from .sampled import head_select, select, sparse_products
+from .support import sparse_logits
 
 __all__ = [
     "FUSES_TOKEN_LOSS",
@@ -43,6 +44,7 @@ __all__ = [
     "random_words",
     "scale_",
     "select",
+    "sparse_logits",
     "sparse_products",
     "tiles",
     "unavailable",

@@ -12,7 +12,7 @@ from .perturb import measure, perturb_bwd, perturb_fwd
 from .rms_norm import perturb_rms_norm_bwd, perturb_rms_norm_fwd
 from .sampled import head_select, select
 from .scale import scale_
-from .sparse import sparse_products
+from .sparse import sparse_logits, sparse_products
 
 __all__ = [
     "FUSES_TOKEN_LOSS",
@@ -32,6 +32,7 @@ __all__ = [
     "philox",
     "scale_",
     "select",
+    "sparse_logits",
     "sparse_products",
     "tiles",
     "unavailable",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alp_kernels import Head, LogitNoise, Objective, Sampled, fused_alp_loss, linear_logprob, reference
+from alp_kernels import Head, LogitNoise, Objective, Sampled, Support, fused_alp_loss, linear_logprob, reference
 from alp_kernels.engine import ENGINES
 from alp_kernels.loss import plan as plans
 from alp_kernels.loss import widened
@@ -215,6 +215,18 @@ def test_adapters_and_weights_in_any_layout(engine):
         strict=True,
     ):  # fmt: skip
         assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, "tf32"])
+def test_kept_logits_are_float32_in_any_case(engine, kind):
+    leaves, targets, rest, options = make(torch.bfloat16, "bias")
+    kept = torch.rand(targets.numel(), VOCAB, generator=torch.Generator().manual_seed(3)) < 0.1
+    support = Support.from_mask(kept.to(DEVICE).scatter(1, targets.view(-1, 1), True))
+    options["support"] = support
+    for make_loss in (logprob_of, lambda t, head, **more: fused_of(t, head, rest, "token", **more)):
+        heads = (head_of(list(leaves), options, dtype=dtype) for dtype in (kind, None))
+        wide, plain = (all_gradients(make_loss(targets, head, engine=engine), leaves.values()) for head in heads)
+        assert all(torch.equal(w, p) for w, p in zip(wide, plain, strict=True))
 
 
 def test_all_logits_of_a_float32_head():

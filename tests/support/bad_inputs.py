@@ -44,6 +44,7 @@ from tests.support.bad_values import (
     log_probabilities,
     mask,
     module,
+    no_batch,
     no_tensor,
     number,
     numbers,
@@ -291,6 +292,7 @@ def functions() -> Iterator[Function]:
         ("adapters", instance, ()),
         ("split", instance, None),
         ("backward", instance, None),
+        ("support", instance, None),
         ("dtype", instance, None),
         ("dtype", choice, "tf32"),
     ]
@@ -472,6 +474,15 @@ def functions() -> Iterator[Function]:
         lambda num_bins: _stats().envelope(num_bins),
         lambda: {"num_bins": 4},
         {"num_bins": integer(1)},
+    )
+    yield Function(
+        "Stats.with_versions",
+        lambda **given: _stats().with_versions(**given),
+        lambda: {"versions": torch.zeros(BATCH, TIME, dtype=torch.int64), "current": 1},
+        {
+            "versions": lambda good: no_batch(good) | {"None": None, "floats": good.float(), "bools": good.bool()},
+            "current": integer(0),
+        },
     )
 
 
