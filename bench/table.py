@@ -84,6 +84,18 @@ LAYOUTS = (
         memory=True,
     ),
     Layout(
+        {"float32 loss head forward + backward": ""},
+        (
+            Column("limit: three bare bfloat16 GEMMs", "three bare GEMMs (limit)", "limit"),
+            Column("`Head.dtype` float32", "alp_kernels {engine}, token level, float32 head", "ours"),
+            Column("`Head.dtype` TF32", "alp_kernels {engine}, token level, TF32 head", "less"),
+            Column("bfloat16 head", "alp_kernels {engine}, token level, bfloat16 head", "less"),
+            Column("`fused_alp_loss` of float32 copies", "alp_kernels {engine}, token level, float32 copies", "ours"),
+            Column("eager PyTorch, float32 copies", "eager PyTorch, float32 copies, token level"),
+        ),
+        memory=True,
+    ),
+    Layout(
         {"loss head forward + backward, over a support": "support, "},
         (
             Column("limit: three batched products", "three batched products of gathered rows (limit)", "limit"),

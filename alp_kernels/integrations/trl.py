@@ -10,7 +10,6 @@ B: sequences of a micro-batch. T: completion tokens. P + T: tokens with the prom
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -328,15 +327,11 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         def policy_loss_head(hidden: Tensor, head: Head) -> LossOutput:
             keep = targets.shape[1]
             hidden = hidden[:, -keep - 1 : -1]  # a position predicts the next position's token
-            context: Any = contextlib.nullcontext()
             if self.args.cast_lm_head_to_fp32:
-                hidden, bias = head.inputs(hidden).float(), None if head.bias is None else head.bias.float()
-                head = head._replace(weight=head.weight.float(), bias=bias)
-                context = torch.autocast(hidden.device.type, enabled=False)
+                head = head._replace(dtype=torch.float32)
             if self.args.alp_backward == "sampled":
                 head = head._replace(backward=self._sampled(inputs))
-            with context:
-                out = fused_alp_loss(hidden, head, targets, temperature=self.temperature, **compute)
+            out = fused_alp_loss(hidden, head, targets, temperature=self.temperature, **compute)
             outs.append(out)
             return out
 

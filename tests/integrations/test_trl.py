@@ -30,7 +30,7 @@ import alp_kernels.integrations.trl as integration
 import alp_kernels.loss.stats
 import alp_kernels.noise.perturb
 from alp.policy.tiny import character_tokenizer
-from alp_kernels import Objective, policy_loss
+from alp_kernels import Head, LossOutput, Objective, policy_loss
 from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer, check_logprobs_mode
 from alp_kernels.objective import surrogate
 from tests.support import trl_ranks
@@ -462,6 +462,30 @@ def other_model(name: str) -> PreTrainedModel:
     if name == "Phi":
         torch.nn.init.normal_(model.lm_head.bias)
     return model
+
+
+def test_a_head_in_float32_has_float32s_log_probabilities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 model with TRL's cast_lm_head_to_fp32, under autocast: the weight is not rounded to 16 bits again."""
+    errors, real = [], integration.fused_alp_loss
+
+    def spy(hidden: Tensor, head: Head, targets: Tensor, **named: Any) -> LossOutput:
+        out = real(hidden, head, targets, **named)
+        assert hidden.dtype == torch.bfloat16 and head.weight.dtype == torch.float32
+        with torch.autocast("cpu", enabled=False):
+            exact = (hidden.double() @ head.weight.double().T).log_softmax(-1).gather(-1, targets[..., None])
+        errors.append(float(((out.logp - exact.squeeze(-1)) * named["mask"]).detach().abs().max()))
+        return out
+
+    monkeypatch.setattr(integration, "fused_alp_loss", spy)
+    largest = {}
+    for cast in (True, False):
+        model = qwen2().bfloat16()
+        if not cast:
+            model.lm_head.float()
+        rolled(tmp_path, model=model, bf16=True, max_steps=1, cast_lm_head_to_fp32=cast)
+        largest[cast] = max(errors)
+        errors.clear()
+    assert largest[True] < 2e-6 and largest[False] > 1e-4
 
 
 @pytest.mark.parametrize("name", ["Gemma2", "Granite", "Cohere", "Phi"])

@@ -301,12 +301,15 @@ def functions() -> Iterator[Function]:
         yield Function(
             function.__name__, _sampled(function), lambda: of_points, {**kinds, "threshold": power_of_two(-20, -1)}
         )
-    for field, kind, good in (
+    fields: list[tuple[str, Kind, Any]] = [
         ("adapters", instance, ()),
         ("split", instance, None),
         ("backward", instance, None),
         ("support", instance, None),
-    ):
+        ("dtype", instance, None),
+        ("dtype", choice, "tf32"),
+    ]
+    for field, kind, good in fields:
         yield Function("linear_logprob", _with_head(field), lambda field=field, good=good: {field: good}, {field: kind})
     yield Function(
         "linear_logprob",

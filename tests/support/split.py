@@ -44,6 +44,7 @@ class HeadCase:
     chunk_bytes: int | None = None
     dtensor: bool = False
     support: bool = False  # about a third of the tokens are kept
+    widened: str | torch.dtype | None = None  # the Head's dtype
 
     def inputs(self) -> dict[str, Any]:
         """The unsplit tensors."""
@@ -93,7 +94,8 @@ def head_case(head: HeadCase, preset: str | None, is_split: bool, exact: bool = 
         leaves.append(bias.clone().requires_grad_())
         keywords["bias"] = leaves[2]
     keywords["chunk_bytes"] = head.chunk_bytes
-    given = Head(leaves[1], split=VocabSplit() if is_split else None, support=whole["support"])
+    split_over = VocabSplit() if is_split else None
+    given = Head(leaves[1], split=split_over, support=whole["support"], dtype=None if exact else head.widened)
     out: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(6)
     if preset is None:
@@ -181,6 +183,9 @@ def refusals() -> dict[str, str]:
         head = Head(rows, split=VocabSplit(), support=given.pop("support", None))
         fused_alp_loss(hidden, head, targets, **given)
 
+    def widened(dtype: Any) -> None:
+        linear_logprob(hidden.float(), Head(rows.float(), split=VocabSplit(), dtype=dtype), targets)
+
     loss()
     mask = torch.ones(B, T)
     mask[0, 0] = 0  # masked rows may differ between ranks
@@ -208,6 +213,8 @@ def refusals() -> dict[str, str]:
         "kept token": lambda: loss(support=Support.from_padded(torch.stack([targets, targets + V], dim=-1))),
         "other arguments": lambda: loss(**{} if rank else {"token_weight": torch.ones(B, T)}),
         "noise": lambda: linear_logprob(hidden, Head(rows, split=VocabSplit(), logit_noise=noise), targets),
+        "dtypes": lambda: widened("tf32" if rank else torch.float32),
+        "one dtype": lambda: widened("tf32" if rank else None),
     }
     said = {}
     for name, mistake in mistakes.items():
