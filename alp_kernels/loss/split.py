@@ -26,7 +26,7 @@ from ..protocol import Engine
 from ..reference import HeadRows, LogitTransform
 from .head import VocabSplit, hint_at_mask
 
-_NUM_SAMPLES, _NUM_WEIGHTS, _NUM_SHARED = 256, 16, 12
+_NUM_SAMPLES, _NUM_WEIGHTS, _NUM_SHARED = 256, 16, 16
 
 
 class Shard(NamedTuple):
