@@ -335,7 +335,7 @@ class TrainConfig:
         for name, value, holds, fits in claims:
             if not holds:
                 raise UserError(f"{name}={value!r}; it needs {fits}")
-        _check_floats(self)
+        check_floats(self)
 
     def to_json(self) -> str:
         """The resolved configuration; `load` reads it back."""
@@ -362,40 +362,12 @@ class TrainConfig:
         return config
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    """What `alp eval --on` measures."""
-
-    on: tuple[str, ...] = ()
-    """What to measure avg@n and pass@k on: files (all problems), `datasets` names (test or validation split, else all)
-    or reasoning-gym datasets (eval_prompts problems). Empty: the run's own task, as before and after training."""
-    samples: int = 8
-    """Completions per problem (n)."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int | None = None
-    """None: the limit of the run's completions, or 256 per turn."""
-    json: Path | None = None
-    """Also write the table to this file."""
-
-    def __post_init__(self) -> None:
-        for name, holds, fits in (
-            ("samples", self.samples >= 1, "1 or more"),
-            ("temperature", self.temperature > 0, "a number > 0"),
-            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
-            ("max_new_tokens", (self.max_new_tokens or 1) >= 1, "1 or more"),
-        ):
-            if not holds:
-                raise UserError(f"{name}={getattr(self, name)!r}; it needs {fits}")
-        _check_floats(self)
-
-
-def _check_floats(config: Any, group: str = "") -> None:
+def check_floats(config: Any, group: str = "") -> None:
     """Raise a UserError for a number that is not finite in float32, or not 0 but 0 there."""
     for field_ in dataclasses.fields(config):
         name, value = group + field_.name, getattr(config, field_.name)
         if dataclasses.is_dataclass(value):
-            _check_floats(value, f"{name}.")
+            check_floats(value, f"{name}.")
         elif isinstance(value, float) and value != 0 and not SMALLEST <= abs(value) <= LARGEST:
             raise UserError(f"{name}={value!r}; it needs 0, or a number between 1.2e-38 and 3.4e38 in size (float32)")
 

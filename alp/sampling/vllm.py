@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from ..config import RolloutConfig
 from ..errors import UserError
-from ..policy.adapters import Weights, served
+from ..policy.adapters import Weights
+from ..policy.merge import served
 from ..policy.models import Policy
 from ..rollout import Completions, Request, Stop
 from .history import History

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from alp.config import RolloutConfig, UpdateConfig
-from alp.policy.adapters import served, snapshot
+from alp.policy.adapters import snapshot
+from alp.policy.merge import served
 from alp.policy.lora import add_lora
 from alp.ranks.shard import PlainCopy, full, full_tree, shard, shard_like, shard_optimiser_state
 from alp.ranks.world import World
