@@ -15,6 +15,7 @@ from .loss.head import Head, Sampled, VocabSplit
 from .loss.policy import importance_weight, policy_loss
 from .loss.sampled_error import SampledError, sampled_error
 from .loss.stats import LossOutput, Stats
+from .loss.support import Support
 from .noise.normal import normal
 from .noise.perturb import perturb
 from .noise.rms_norm import perturb_rms_norm
@@ -37,6 +38,7 @@ __all__ = [
     "Sampled",
     "SampledError",
     "Stats",
+    "Support",
     "VocabSplit",
     "attach",
     "detach",

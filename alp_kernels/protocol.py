@@ -102,6 +102,10 @@ class Engine(Protocol):
         needs_dbias: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
+    def sparse_logits(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, tokens: Tensor
+    ) -> Tensor: ...
+
     def scale_(self, tensor: Tensor, by: Tensor) -> Tensor: ...
 
     @property

@@ -477,3 +477,21 @@ def sparse_products(
     if dweight is not None and weight.dtype == torch.bfloat16:
         dweight = dweight.to(weight.dtype)
     return dhidden, dweight, dbias
+
+
+# ------------------------------------------------------------------ a ragged support
+
+
+def sparse_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, tokens: Tensor) -> Tensor:
+    """Logits at some tokens of each row: x_e = h_row(e) . w_token(e) + bias_token(e), (m,) float32 (float64 for float64).
+
+    hidden (n, D), weight (V, D), bias (V,); counts (n,) int64 and tokens (m,) int32 as in SparseRows, where a row may have no
+    entry. Sums are in float32, and an entry's bits depend on no other entry.
+    """
+    real = real_of(weight)
+    row, token = torch.arange(len(hidden), device=hidden.device).repeat_interleave(counts), tokens.long()
+    parts = [hidden.new_empty(0, dtype=real)]
+    for r, t in zip(row.split(1 << 14), token.split(1 << 14), strict=True):
+        parts.append((hidden[r].to(real) * weight[t].to(real)).sum(dim=1))
+    x = torch.cat(parts)
+    return x if bias is None else x + bias[token].to(real)

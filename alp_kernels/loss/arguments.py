@@ -5,6 +5,7 @@ All checks run before any kernel; one transfer brings the values to the host.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,9 @@ from .gather import check_group, local_rows
 from .head import Head, Sampled, VocabSplit, hint_at_mask
 from .inputs import LossInputs
 from .plan import Needs, Operands, make_plan
+from .ragged import check_support
 from .split import agree, sum_gradient
+from .support import Support
 from .transfer import Transfer
 
 
@@ -66,6 +69,8 @@ class HeadInputs(NamedTuple):
             head = _local(where, head)
         hidden, weight, bias = _in_one_dtype(head.inputs(hidden, _fitting(mask, hidden)), head.weight, head.bias)
         log_sigma = None
+        if head.support is not None:
+            _check_support_alone(where, head)
         if head.backward is not None:
             head = head._replace(backward=_sampled(where, head, targets.shape))
         if head.logit_noise is not None:
@@ -96,6 +101,9 @@ def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
     return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
+_KINDS = (("logit_noise", LogitNoise), ("split", VocabSplit), ("backward", Sampled), ("support", Support))
+
+
 def _check_head(where: str, head: Head) -> None:
     """Check the head's fields, each by its kind, apart from shapes and the values of tensors."""
     whole = "output_head(model), which has its adapters, too: alp_kernels.integrations.hugging_face"
@@ -115,7 +123,7 @@ def _check_head(where: str, head: Head) -> None:
             raise ValueError(f"{where}: temperature requires grad but gets no gradient; give temperature.detach()")
         if head.temperature.dtype == torch.bool:
             refuse_type(where, "temperature", head.temperature, "numbers > 0")
-    for name, kind in (("logit_noise", LogitNoise), ("split", VocabSplit), ("backward", Sampled)):
+    for name, kind in _KINDS:
         if not isinstance(getattr(head, name), kind | None):
             refuse_type(where, name, getattr(head, name), f"a {kind.__name__}, or None")
     if not isinstance(head.adapters, tuple) or not all(isinstance(adapter, nn.Module) for adapter in head.adapters):
@@ -127,6 +135,19 @@ def _check_head(where: str, head: Head) -> None:
     if head.logit_noise is not None:
         head.logit_noise.coordinates.check(where, "logit_noise.")
         check_tensor(where, "logit_noise.log_sigma", head.logit_noise.log_sigma)
+
+
+def _check_support_alone(where: str, head: Head) -> None:
+    """Check the support's types, and that no field of the head needs the whole row's logits."""
+    assert head.support is not None
+    head.support.check(where)
+    if head.logit_noise is not None:
+        raise ValueError(f"{where}: support was given with logit_noise; the noise needs whole rows of logits")
+    if head.backward is not None:
+        raise ValueError(
+            f"{where}: support was given with backward=Sampled(...); over a support the exact gradients are sparse products "
+            "already: leave backward out"
+        )
 
 
 def _sampled(where: str, head: Head, shape: torch.Size) -> Sampled:
@@ -171,11 +192,16 @@ def check_head(where: str, inputs: HeadInputs, transfer: Transfer, loss: LossInp
     )
     if head.split is not None:
         shared = {} if loss is None else loss.fingerprints(hidden.device)
+        if head.support is not None:
+            shared["support"] = head.support.fingerprint(hidden.device)
         shard, chunk_rows = agree(
             where, flat, head.weight, targets, mask, head.split, plan.chunk_rows, transform, shared
         )
         plan = plan.for_shard(shard, targets.reshape(-1).long().clamp(0, shard.vocab - 1), chunk_rows)
         flat = sum_gradient(flat, shard.group)
+    if head.support is not None:
+        vocab = len(head.weight) if plan.shard is None else plan.shard.vocab
+        plan = replace(plan, support=check_support(where, head.support, plan.targets, live, vocab, transfer))
     return Operands(flat, head.weight, head.bias, plan)
 
 

@@ -9,7 +9,7 @@ from ..objective import Objective
 from ..operators import gate
 from ..stream import LogitNoise
 from .arguments import HeadInputs, check_head
-from .fused import FusedLoss, LinearLogprob, SampledLogprob, fused_head, prepare, row_order
+from .fused import FusedLoss, LinearLogprob, SparseLogprob, fused_head, prepare, row_order
 from .head import Head, as_head
 from .inputs import Count, LossInputs
 from .operators import Wire, fused_alp_loss_operator, linear_logprob_operator
@@ -167,10 +167,10 @@ def _logprob_eager(head: HeadInputs) -> tuple[Tensor, Tensor]:
     hidden, weight, bias, plan = check_head(where, head, transfer)
     log_sigma = None if noise is None else noise.log_sigma
     order = row_order(where, hidden, head.mask, transfer)
-    if plan.points is None:
+    if plan.points is None and plan.support is None:
         logp, entropy = LinearLogprob.apply(hidden, weight, bias, log_sigma, plan, order)
     else:
-        logp, entropy = SampledLogprob.apply(hidden, weight, bias, plan, order)
+        logp, entropy = SparseLogprob.apply(hidden, weight, bias, plan, order)
     return logp.view(head.targets.shape), entropy.view(head.targets.shape)
 
 

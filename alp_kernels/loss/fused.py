@@ -17,15 +17,17 @@ from torch import Tensor
 
 from ..dtypes import real
 from ..objective import row_gradient, weighted_loss
-from ..reference import Entries, HeadRows
+from ..reference import HeadRows
 from .batch import Batch, Unread, flatten, place_of
 from .inputs import LossInputs
 from .levels import level_log_ratio
 from .plan import Gradients, Needs, Operands, Plan, even_sizes
 from .products import Whole
-from .sampled import Kept, sampled_gradients, sampled_rows
+from .sampled import sampled_gradients, sampled_rows
 from .segments import highest_first
+from .sparse import Kept
 from .stats import Stats
+from .supported import support_gradients, support_rows
 from .tiled import Tiled
 from .transfer import Asked, Transfer
 
@@ -73,7 +75,11 @@ def prepare(
 def fused_head(given: Given) -> Fused:
     """Compute the loss and its gradients, chunk by chunk."""
     with torch.no_grad(), torch.autocast(given.operands.hidden.device.type, enabled=False):
-        return (_exact_head if given.operands.plan.points is None else _sampled_head)(*given)
+        return (_sparse_head if _is_sparse(given.operands.plan) else _exact_head)(*given)
+
+
+def _is_sparse(plan: Plan) -> bool:
+    return plan.points is not None or plan.support is not None
 
 
 def _products(operands: Operands, needs: Needs, num_parts: int) -> Whole | Tiled:
@@ -120,29 +126,40 @@ def _exact_head(operands: Operands, batch: Batch, order: Order, needs: Needs) ->
     return Fused(loss, logp, entropy, products.gradients(), index, Stats.measure(p, h, ell, live, batch))
 
 
-def _sampled_head(operands: Operands, batch: Batch, order: Order, needs: Needs) -> Fused:
-    """As _exact_head. The entries do not depend on the loss, so at every level one pass over the rows comes before it."""
-    hidden, objective = operands.hidden, batch.objective
-    logp, entropy = (torch.zeros(len(hidden), dtype=real(hidden), device=hidden.device) for _ in range(2))
-    graded, plain = order.rows.tensor_split([len(order.rows) - order.num_plain])
-    products = _products(operands, Needs(), 0)
-    for part in products.parts(plain):
-        out = products.logprob(part)
-        logp[part], entropy[part] = out.logp, out.entropy
-    del products
-    kept = sampled_rows(operands, graded)
-    logp[graded], entropy[graded] = kept.rows.logp, kept.rows.entropy
+def _sparse_head(operands: Operands, batch: Batch, order: Order, needs: Needs) -> Fused:
+    """As _exact_head. What backward keeps does not depend on the loss: at every level, one pass over the rows comes first."""
+    hidden, plan, objective = operands.hidden, operands.plan, batch.objective
+    every, entropies = (torch.zeros(len(hidden), dtype=real(hidden), device=hidden.device) for _ in range(2))
+    if plan.support is None:
+        graded, plain = order.rows.tensor_split([len(order.rows) - order.num_plain])
+        products = _products(operands, Needs(), 0)
+        for part in products.parts(plain):
+            out = products.logprob(part)
+            every[part], entropies[part] = out.logp, out.entropy
+        del products
+        kept = sampled_rows(operands, graded)
+    else:
+        kept = support_rows(operands)
+    every[kept.order], entropies[kept.order] = kept.logp, kept.entropy
     index = order.rows.sort().values
-    live, p, h = batch.select(index), logp[index], entropy[index]
+    live, p, h = batch.select(index), every[index], entropies[index]
+    logp, entropy = (torch.zeros_like(every).index_copy_(0, index, values) for values in (p, h))
     rows, ell = live.numbers.loss_rows(), level_log_ratio(p, live, objective)
     loss = weighted_loss(ell, p, h, rows, objective).sum()
     dlogp, dentropy = (
-        None if g is None else torch.zeros_like(logp).index_copy_(0, index, g)[graded]
+        None if g is None else torch.zeros_like(logp).index_copy_(0, index, g)[kept.order]
         for g in row_gradient(ell, p, rows, objective)
     )
     assert dlogp is not None
-    gradients = sampled_gradients(operands, kept, dlogp, dentropy, needs)
+    gradients = _sparse_gradients(operands, kept, dlogp, dentropy, needs)
     return Fused(loss, logp, entropy, gradients, index, Stats.measure(p, h, ell, live, batch))
+
+
+def _sparse_gradients(
+    operands: Operands, kept: Kept, dlogp: Tensor, dentropy: Tensor | None, needs: Needs
+) -> Gradients:
+    way = sampled_gradients if operands.plan.support is None else support_gradients
+    return way(operands, kept, dlogp, dentropy, needs)
 
 
 class FusedLoss(torch.autograd.Function):
@@ -222,18 +239,19 @@ class LinearLogprob(torch.autograd.Function):
         return grads.hidden, grads.weight, grads.bias, dlog_sigma, None, None
 
 
-class SampledLogprob(torch.autograd.Function):
-    """As LinearLogprob, with a sampled backward: it keeps the entries and needs no logits again."""
+class SparseLogprob(torch.autograd.Function):
+    """As LinearLogprob, with a sparse backward: it keeps some values of each row and needs no logits again."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, order: Tensor
     ) -> tuple[Tensor, Tensor]:
         logp, entropy = (torch.zeros(len(hidden), dtype=real(hidden), device=hidden.device) for _ in range(2))
+        operands = Operands(hidden, weight, bias, plan)
         with torch.autocast(hidden.device.type, enabled=False):
-            kept = sampled_rows(Operands(hidden, weight, bias, plan), order)
-        logp[order], entropy[order] = kept.rows.logp, kept.rows.entropy
-        ctx.save_for_backward(hidden, weight, bias, order, *kept.rows, *kept.entries)
+            kept = sampled_rows(operands, order) if plan.support is None else support_rows(operands)
+        logp[kept.order], entropy[kept.order] = kept.logp, kept.entropy
+        ctx.save_for_backward(hidden, weight, bias, *kept)
         ctx.plan = plan
         ctx.set_materialize_grads(False)  # most losses have no entropy gradient
         return logp, entropy
@@ -241,17 +259,22 @@ class SampledLogprob(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, order, *saved = ctx.saved_tensors
+        hidden, weight, bias, *saved = ctx.saved_tensors
         if dlogp is None:
             assert dentropy is not None
             dlogp = torch.zeros_like(dentropy)
-        kept = Kept(order, HeadRows(*saved[:3]), Entries(*saved[3:]))
+        kept = Kept(*saved)
         operands, needs = Operands(hidden, weight, bias, ctx.plan), Needs(*ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
-            by_entropy = None if dentropy is None else dentropy[order]
-            grads = sampled_gradients(operands, kept, dlogp[order], by_entropy, needs)
-        like = zip(grads[:3], (hidden, weight, bias), strict=True)
-        return *(None if g is None or x is None else g.to(x.dtype) for g, x in like), None, None
+            by_entropy = None if dentropy is None else dentropy[kept.order]
+            grads = _sparse_gradients(operands, kept, dlogp[kept.order], by_entropy, needs)
+        return *_in_dtypes(grads, operands)[:3], None, None
+
+
+def _in_dtypes(grads: Gradients, operands: Operands) -> Gradients:
+    """Round the gradients to their tensors' dtypes."""
+    like = zip(grads[:3], operands[:3], strict=True)
+    return Gradients(*(None if g is None or x is None else g.to(x.dtype) for g, x in like))
 
 
 def row_order(where: str, hidden: Tensor, mask: Tensor | None, transfer: Transfer) -> Tensor:
@@ -278,8 +301,13 @@ def logprob_rows(operands: Operands, order: Tensor) -> HeadRows:
     hidden = operands.hidden
     dtypes = (real(hidden), real(hidden), torch.float64)
     out = HeadRows(*(torch.zeros(len(hidden), dtype=dtype, device=hidden.device) for dtype in dtypes))
-    products = _products(operands, Needs(), 0)
     with torch.autocast(hidden.device.type, enabled=False):
+        if operands.plan.support is not None:
+            kept = support_rows(operands)
+            for whole, part in zip(out, kept.head_rows, strict=True):
+                whole[kept.order] = part.to(whole.dtype)
+            return out
+        products = _products(operands, Needs(), 0)
         for index in products.parts(order):
             for whole, part in zip(out, products.logprob(index), strict=True):
                 whole[index] = part.to(whole.dtype)
@@ -291,6 +319,11 @@ def logprob_gradients(
 ) -> Gradients:
     """Compute the gradients of hidden, weight, bias and log_sigma () from dlogp and dentropy; recomputes the logits."""
     hidden, weight, bias, plan = operands
+    if plan.support is not None:
+        with torch.autocast(hidden.device.type, enabled=False):
+            kept = support_rows(operands)
+            by_row = dlogp[kept.order], dentropy[kept.order]
+            return _in_dtypes(support_gradients(operands, kept, *by_row, needs), operands)
     products = _products(operands, needs, -(-len(order) // plan.chunk_rows))
     with torch.autocast(hidden.device.type, enabled=False):
         for index in products.parts(order):

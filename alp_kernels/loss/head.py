@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import is_number, python_number, refuse_type, refuse_value
 from ..stream import LOGITS_LAYER, SAMPLED_LAYER, Coordinates, LogitNoise, Stream
+from .support import Support
 
 _DEFAULTS = {"bias": None, "temperature": 1.0, "softcap": None, "logit_scale": 1.0, "logit_noise": None}
 
@@ -86,6 +87,9 @@ class Head(NamedTuple):
     )
     adapters: tuple[nn.Module, ...] = ()  # LoRA on the head, each D -> rank; `weight` has columns for their outputs
     backward: Sampled | None = None  # None: exact gradients. Not with logit_noise
+    support: Support | None = (
+        None  # the tokens that truncated sampling kept; None: all. Not with logit_noise or backward
+    )
 
     def inputs(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return what `weight` multiplies: hidden (..., D), with the adapters' outputs appended if they are not yet.

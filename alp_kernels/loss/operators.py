@@ -23,6 +23,7 @@ from .inputs import LossInputs
 from .plan import Gradients, Needs
 from .products import gradient_dtype
 from .stats import StatsRows
+from .support import Support
 from .transfer import Transfer
 
 
@@ -41,6 +42,8 @@ class Wire(NamedTuple):
     logit_scale: float
     at: Tensor | None  # coordinates of the noise on the logits, with row_ids: noise/operators.py
     row_ids: Tensor | None
+    support_tokens: Tensor | None  # Head.support
+    support_offsets: Tensor | None
     chunk_bytes: int | None
     engine: str | None
     needs: list[bool]
@@ -62,6 +65,8 @@ class Wire(NamedTuple):
             logit_scale=head.logit_scale,
             at=None if noise is None else in_tensors(noise.coordinates.check("logit_noise")).at,
             row_ids=None if noise is None else noise.row_ids,
+            support_tokens=None if head.support is None else head.support.tokens,
+            support_offsets=None if head.support is None else head.support.offsets,
             chunk_bytes=inputs.chunk_bytes,
             engine=inputs.engine,
             needs=list(inputs.needs),
@@ -73,6 +78,9 @@ class Wire(NamedTuple):
         if self.log_sigma is not None and self.at is not None:
             stream = stream_of(self.at, LOGITS_LAYER, self.row_ids)
             noise = LogitNoise(self.log_sigma.detach(), stream.seed, stream.step, self.row_ids, stream.row_start)
+        support = None
+        if self.support_tokens is not None and self.support_offsets is not None:
+            support = Support(self.support_tokens, self.support_offsets)
         head = Head(
             self.weight.detach(),
             None if self.bias is None else self.bias.detach(),
@@ -80,6 +88,7 @@ class Wire(NamedTuple):
             self.softcap,
             self.logit_scale,
             noise,
+            support=support,
         )
         rest = (self.targets, self.is_wanted, self.chunk_bytes, self.engine, Needs(*self.needs))
         return HeadInputs(self.hidden.detach(), head, *rest)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..protocol import Engine
 from ..reference import LogitTransform, Points
+from .ragged import Ragged
 from .split import Shard
 
 CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 5 << 29
@@ -56,6 +57,7 @@ class Plan:
     chunk_rows: int  # how many rows of logits are kept at a time
     first_rows: int  # the same for the first chunk, which may use dW's memory
     points: Points | None = None  # for all N rows, if the backward is sampled
+    support: Ragged | None = None  # for all N rows, if the sampling was truncated
     shard: Shard | None = None  # if ranks split the vocabulary; targets are still in the whole vocabulary
 
     def is_tiled(self, dtype: torch.dtype, num_parts: int) -> bool:

@@ -8,27 +8,21 @@ Backward is two sparse products, whatever loss comes after. Derivation: docs/mat
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..dtypes import real
-from ..reference import Entries, HeadRows, LogitTransform, SparseRows
+from ..reference import LogitTransform, SparseRows
 from .plan import Gradients, Needs, Operands, even_sizes
-from .products import Whole, gradient_dtype
-
-
-class Kept(NamedTuple):
-    """What forward keeps of the rows `order` for a sampled backward."""
-
-    order: Tensor  # (n,) int64
-    rows: HeadRows  # (n,)
-    entries: Entries
+from .products import Whole
+from .sparse import Kept, sparse_gradients
 
 
 def sampled_rows(operands: Operands, order: Tensor) -> Kept:
-    """Compute rows `order` of the head and choose their entries, chunk by chunk: one product, no logits left."""
+    """Compute rows `order` of the head and choose their entries, chunk by chunk: one product, no logits left.
+
+    `values` are the entries' probabilities; a row's first entry is its target.
+    """
     plan, products = operands.plan, Whole(operands, Needs(), 0)
     assert plan.points is not None
     outs, chosen = [], []
@@ -46,30 +40,22 @@ def sampled_rows(operands: Operands, order: Tensor) -> Kept:
     if not outs:
         empty = operands.hidden.new_empty(0, dtype=real(operands.hidden))
         counts, tokens = order.new_empty(0), order.new_empty(0, dtype=torch.int32)
-        return Kept(order, HeadRows(empty, empty, empty.double()), Entries(counts, tokens, empty))
-    rows = HeadRows(*(torch.cat(parts) for parts in zip(*outs, strict=True)))
-    return Kept(order, rows, Entries(*(torch.cat(parts) for parts in zip(*chosen, strict=True))))
+        return Kept(order, empty, empty, empty.double(), counts, tokens, empty)
+    logp, entropy, lse = (torch.cat(parts) for parts in zip(*outs, strict=True))
+    return Kept(order, logp, entropy, lse, *(torch.cat(parts) for parts in zip(*chosen, strict=True)))
 
 
 def sampled_gradients(
     operands: Operands, kept: Kept, dlogp: Tensor, dentropy: Tensor | None, needs: Needs
 ) -> Gradients:
     """The gradients of hidden, weight and bias; dlogp, dentropy: (n,), of the kept rows."""
-    hidden, weight, bias, plan = operands
-    order, rows, entries = kept
+    plan, order, counts = operands.plan, kept.order, kept.counts
     assert plan.points is not None
-    transform = plan.transform.rows(order)
-    values = _logit_gradient(entries, rows, transform, plan.points.threshold, dlogp, dentropy)
+    values = _logit_gradient(kept, plan.transform.rows(order), plan.points.threshold, dlogp, dentropy)
     if plan.shard is not None:  # the target's entry belongs to the rank that holds the target
-        first = _first(entries.counts)
+        first = _first(counts)
         values[first] = torch.where(plan.shard.columns(plan.targets[order])[0], values[first], 0.0)
-    dx, needs_dbias = SparseRows(entries.counts, entries.tokens, values), needs.bias and bias is not None
-    dh, dweight, dbias = plan.engine.sparse_products(dx, hidden[order], weight, needs.hidden, needs.weight, needs_dbias)
-    dhidden = None
-    if dh is not None:
-        dhidden = torch.zeros_like(hidden, dtype=gradient_dtype(hidden))
-        dhidden[order] = dh.to(dhidden.dtype)
-    return Gradients(dhidden, dweight, dbias)
+    return sparse_gradients(operands, order, SparseRows(counts, kept.tokens, values), needs)
 
 
 def _first(counts: Tensor) -> Tensor:
@@ -78,35 +64,34 @@ def _first(counts: Tensor) -> Tensor:
 
 
 def _logit_gradient(
-    entries: Entries,
-    rows: HeadRows,
+    kept: Kept,
     transform: LogitTransform,
     threshold: float,
     dlogp: Tensor,
     dentropy: Tensor | None,
 ) -> Tensor:
     """The gradient of the logits at the entries, (m,) float32 (float64 for float64); as reference.head_bwd with p^ for p."""
-    counts, p = entries.counts, entries.p
+    counts, p = kept.counts, kept.values
     first = _first(counts)
 
     def spread(value: Tensor) -> Tensor:
         return value.to(p.dtype).repeat_interleave(counts, output_size=len(p))
 
     log_p = p.log()
-    log_p[first] = rows.logp.to(p.dtype)
+    log_p[first] = kept.logp.to(p.dtype)
     weight = p.clamp(min=threshold)
     values = -spread(dlogp) * weight
-    values[first] = dlogp * -torch.expm1(rows.logp)
+    values[first] = dlogp * -torch.expm1(kept.logp)
     if dentropy is not None:
         weight[first] = p[first]
-        by_entropy = spread(dentropy) * weight * (log_p + spread(rows.entropy))
+        by_entropy = spread(dentropy) * weight * (log_p + spread(kept.entropy))
         values -= torch.where(weight > 0, by_entropy, 0.0)
     by: float | Tensor = transform.logit_scale
     if transform.temperature is not None:
         by = by / transform.temperature
     values *= spread(by) if isinstance(by, Tensor) else by
     if transform.softcap is not None:
-        z = log_p + spread(rows.lse)
+        z = log_p + spread(kept.lse)
         if transform.temperature is not None:
             z = z * spread(transform.temperature)
         slope = 1 - (z / transform.softcap).square()

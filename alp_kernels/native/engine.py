@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..protocol import Tiles
-from ..reference import Norm, head_exp, head_token_loss
+from ..reference import Norm, head_exp, head_token_loss, sparse_logits
 from ..stream import Stream
 from . import head
 from . import library as c
@@ -43,6 +43,7 @@ __all__ = [
     "random_words",
     "scale_",
     "select",
+    "sparse_logits",
     "sparse_products",
     "tiles",
     "unavailable",

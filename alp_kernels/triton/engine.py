@@ -6,6 +6,7 @@ float32, bfloat16 and float16 tensors run in kernels; float64 tensors, which no 
 import torch
 import triton
 
+from ..reference import sparse_logits
 from .head import head_bwd, head_exp, head_fwd, head_token_loss
 from .noise import normal, philox
 from .perturb import measure, perturb_bwd, perturb_fwd
@@ -32,6 +33,7 @@ __all__ = [
     "philox",
     "scale_",
     "select",
+    "sparse_logits",
     "sparse_products",
     "tiles",
     "unavailable",
