@@ -19,8 +19,8 @@ from alp.errors import UserError
 from alp.measures.benchmark import _problems, evaluate_on
 from alp.measures.settings import EvalConfig
 from alp.policy.adapters import snapshot
-from alp.policy.merge import served, strip
 from alp.policy.load import load_policy
+from alp.policy.merge import served, strip
 from alp.policy.models import Policy
 from alp.ranks.world import World
 from alp.rollout import Request, sample, uniforms
