@@ -356,6 +356,7 @@ def test_a_server_returns_the_tokens_it_kept(policy: Policy, task: Task, server:
     assert fault.mean() < 0.9, "over the whole vocabulary"
     report = measured(sampler, policy, task, path="vllm", server=url, **TRUNCATED)
     assert report["k3_kl"] < 1e-6 and report["tokens"] > 32
+    assert {name: fake.requests[-1][name] for name in TRUNCATED} == TRUNCATED, "measured as the run samples"
     # evaluations: greedy decoding keeps one token, other requests get the run's top_k, none asks for supports
     fake.calls.clear()
     greedy = sampler.sample(policy, Request(prompts(policy), 1, 5, u=None))
