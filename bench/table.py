@@ -84,6 +84,18 @@ LAYOUTS = (
         memory=True,
     ),
     Layout(
+        {"loss head forward + backward, over a support": "support, "},
+        (
+            Column("limit: three batched products", "three batched products of gathered rows (limit)", "limit"),
+            Column("`fused_alp_loss`", "alp_kernels {engine}, token level", "ours"),
+            Column("`linear_logprob`", "alp_kernels {engine}, linear_logprob", "ours"),
+            Column("`fused_alp_loss`, all tokens", "alp_kernels {engine}, whole head", "less"),
+            Column("eager PyTorch, masked logits", "eager PyTorch, masked logits", "peer"),
+            Column("eager PyTorch, gathered rows", "eager PyTorch, gathered rows", "peer"),
+        ),
+        memory=True,
+    ),
+    Layout(
         {"perturb forward": "forward, ", "perturb forward + backward": "forward + backward, "},
         (
             Column("limit: its bytes at copy speed", "copy of h (limit)", "limit", LIMIT),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import Head, LossOutput, Objective, Sampled, fused_alp_loss, policy_loss
 from ..checks import check_choice, check_flag, check_integer, check_number, check_rate, check_size, refuse_value
+from ..loss.inputs import UNKNOWN, is_known
 from ..objective import LOG_RATIO_CLAMP, PRESETS, kl_estimate
 from ..stream import NUM_PASSES, row_ids
 from ._shared import turn_ends
@@ -274,7 +275,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         return super()._get_per_token_logps_and_entropies(*args, **named)
 
     def _check_sampled(self, batch: dict[str, Any]) -> None:
-        """Raise if all rollout log-probabilities are NaN or inf, or if any is and alp_nonfinite is "raise".
+        """Raise if all rollout log-probabilities are NaN, inf or -9999, or if any is and alp_nonfinite is "raise".
 
         Otherwise policy_loss masks and counts the bad ones.
         """
@@ -284,12 +285,12 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
                 f"ALPGRPOTrainer: the rollouts' log-probabilities have shape {shape}, padded; the completions need "
                 f"{tuple(mask.shape)}: a rollout_func returns one value in `logprobs` for each completion token"
             )
-        bad = mask & ~batch["sampling_per_token_logps"].isfinite()
+        bad = mask & ~is_known(batch["sampling_per_token_logps"])
         num_bad, num_tokens = torch.stack([bad.sum(), mask.sum()]).tolist()
         if num_bad and (num_bad == num_tokens or self.args.alp_nonfinite == "raise"):
             hint = "" if num_bad == num_tokens else "; alp_nonfinite='mask' takes them out of the loss and counts them"
             raise ValueError(
-                f"ALPGRPOTrainer: {num_bad} of the rollouts' {num_tokens} log-probabilities are NaN or inf{hint}"
+                f"ALPGRPOTrainer: {num_bad} of the rollouts' {num_tokens} log-probabilities are {UNKNOWN}{hint}"
             )
 
     # -------------------------------------------------------------- the update
@@ -377,7 +378,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         """Keep TRL's metrics `kl` and, with an entropy bonus, `policy_loss`: the loss without the bonus."""
         stats = out.stats.live()
         if self.beta != 0:
-            live = mask.bool() & inputs["sampling_per_token_logps"].isfinite()
+            live = mask.bool() & is_known(inputs["sampling_per_token_logps"])
             kl = kl_estimate(out.logp, inputs["ref_per_token_logps"].float(), "k3")
             if self.objective.kl_bias_correction:
                 ell = stats.level_log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)

@@ -3,6 +3,7 @@
     actor_rollout_ref.model.external_lib=alp_kernels.integrations.verl_engine
     +actor_rollout_ref.model.override_config.alp_sigma=0.01
     +actor_rollout_ref.model.override_config.alp_sigma_lr=5e-4
+    +actor_rollout_ref.model.override_config.alp_support=full
 
 verl imports external_lib in each worker before it builds an engine. Importing registers `ALPEngineWithLMHead` for this
 machine's vendor, and verl prefers a vendor's engine to a device's. The critic's engine does not change.
@@ -33,7 +34,8 @@ from ..layers.rows import Rows
 from ..loss.stats import Stats
 from ..noise.perturb import ROUNDINGS, SCALES
 from ._shared import REPORTED, average_gradient, check_noise, from_text
-from .verl import collected
+from .truncation import check_stated
+from .verl import SUPPORT, collected
 from .verl_head import Score, ScoredTokens, add_score
 
 logger = logging.getLogger("alp_kernels")
@@ -51,11 +53,13 @@ _NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk", "distillati
 class Settings:
     """The keys alp_* of model.override_config, as `attach` takes them; sigma_lr=0 keeps sigma fixed.
 
-    nonfinite is for the losses, which read it there themselves. fused_head: None fuses where the model allows it.
+    nonfinite is for the losses, which read it there themselves, and support for both. fused_head: None fuses where the model
+    allows it.
     """
 
     sigma: float
     sigma_lr: float
+    support: str | None = None
     seed: int = 0
     scale: str = "absolute"
     rounding: str = "nearest"
@@ -88,6 +92,7 @@ class Settings:
         numbers = self.layers if isinstance(self.layers, Sequence) and len(self.layers) else [None]
         if self.layers not in ("all", "final", "logits") and not all(type(number) is int for number in numbers):
             refuse_value(where, _PREFIX + "layers", self.layers, "'all', 'final', 'logits' or a list of ints")
+        check_stated(where, self.support, name=SUPPORT)
 
     @staticmethod
     def take(model_config: Any) -> Settings:
@@ -99,8 +104,8 @@ class Settings:
         known = [field.name for field in fields(Settings)]
         if not set(given) <= set(known) or not {"sigma", "sigma_lr"} <= set(given):
             raise ValueError(
-                f"ALP engine: model.override_config has {sorted(_PREFIX + key for key in given)}; it needs alp_sigma and "
-                f"alp_sigma_lr, and may have {', '.join(_PREFIX + key for key in known[2:])}"
+                f"ALP engine: model.override_config has {sorted(_PREFIX + key for key in given)}; it needs alp_sigma, "
+                f"alp_sigma_lr and alp_support, and may have {', '.join(_PREFIX + key for key in known[3:])}"
             )
         numbers = {key: from_text(given[key]) for key in ("sigma", "sigma_lr", "threshold") if key in given}
         return Settings(**given | numbers)

@@ -12,6 +12,7 @@ from ..protocol import Engine
 from ..reference import LogitTransform, Points
 from .ragged import Ragged
 from .split import Shard
+from .transfer import is_on_host
 
 CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 5 << 29
 """Default memory for a chunk of logits; on a device, 8704 rows of a vocabulary of 151936 in bfloat16.
@@ -125,10 +126,6 @@ def make_plan(
         and plan.is_tiled(hidden.dtype, 1)
     )
     return replace(plan, first_rows=max(rows, channels)) if lies_in_dweight else plan
-
-
-def is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def even_sizes(num_rows: int, first: int, rest: int) -> list[int]:

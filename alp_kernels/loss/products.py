@@ -18,7 +18,8 @@ from .. import memory
 from ..dtypes import real
 from ..objective import LossRows, Objective
 from ..reference import HeadRows, LogitTransform, exp_coefficient, is_plain
-from .plan import BLOCK_ROWS, Gradients, Needs, Operands, is_on_host
+from .plan import BLOCK_ROWS, Gradients, Needs, Operands
+from .transfer import is_on_host
 
 _WORTH_DROPPING = 0.95
 """Rows without a gradient are dropped from a chunk if fewer than this fraction have one; dropping copies the others."""

@@ -350,33 +350,45 @@ def test_rollouts_without_log_probabilities_are_refused(tmp_path: Path) -> None:
         trained(tmp_path, trainer={"rollout_func": silent})
 
 
-def with_nan(count: int | None) -> Any:
+def with_nan(count: int | None, value: float | None = float("nan")) -> Any:
+    """Rollouts where so many log-probabilities, or all, are `value`; None is what TRL makes of a NaN of vLLM's."""
+
     def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
         out = made_up_rollouts(prompts, trainer)
-        nan = float("nan")
         if count is None:
-            out["logprobs"] = [[nan] * len(row) for row in out["logprobs"]]
+            out["logprobs"] = [[value] * len(row) for row in out["logprobs"]]
         else:
             for i in range(count):
-                out["logprobs"][i][1] = nan
+                out["logprobs"][i][1] = value
         return out
 
     return {"rollout_func": rollout}
 
 
-def test_nan_log_probabilities_are_masked_and_counted(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, trainer=with_nan(3), max_steps=2)
+@pytest.mark.parametrize("value", [float("nan"), None, -9999.0])
+def test_unknown_log_probabilities_are_masked_and_counted(tmp_path: Path, value: float | None) -> None:
+    trainer = trained(tmp_path, trainer=with_nan(3, value), max_steps=2)
     assert logged(trainer, "alp/num_nonfinite") == [3.0, 3.0]
+    assert max(logged(trainer, "alp/k3_kl")) < 100
     assert all(value.isfinite().all() for value in weights(trainer).values())
 
 
-def test_nan_log_probabilities_are_an_error_where_asked_for_or_where_all_are(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"3 of the rollouts' \d+ log-probabilities are NaN or inf; alp_nonfinite='mask'"
-    ):
-        trained(tmp_path, trainer=with_nan(3), alp_nonfinite="raise")
-    with pytest.raises(ValueError, match="log-probabilities are NaN or inf"):
-        trained(tmp_path, trainer=with_nan(None))
+def test_the_kl_leaves_out_a_placeholder_as_it_does_nan(tmp_path: Path) -> None:
+    path = str(write_llama(tmp_path / "llama"))
+    by_nan, by_placeholder = (
+        logged(trained(tmp_path, model=path, trainer=with_nan(3, value), max_steps=2, beta=0.1), "kl")
+        for value in (float("nan"), -9999.0)
+    )
+    assert by_nan[1] > 0 and by_nan == by_placeholder
+
+
+@pytest.mark.parametrize("value", [float("nan"), -9999.0])
+def test_unknown_log_probabilities_are_an_error_where_asked_for_or_where_all_are(tmp_path: Path, value: float) -> None:
+    unknown = "log-probabilities are NaN, inf or vLLM's placeholder -9999"
+    with pytest.raises(ValueError, match=rf"3 of the rollouts' \d+ {unknown}; alp_nonfinite='mask'"):
+        trained(tmp_path, trainer=with_nan(3, value), alp_nonfinite="raise")
+    with pytest.raises(ValueError, match=unknown):
+        trained(tmp_path, trainer=with_nan(None, value))
 
 
 class VLLM:

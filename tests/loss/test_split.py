@@ -23,12 +23,13 @@ EXACT: list[tuple[HeadCase, str | None]] = [
         for p in ("alp-token", "alp-sequence", "alp-cum-token")
     ),
     (HeadCase(dtensor=True), "alp-sequence"),
+    *((HeadCase(options=o, support=True), p) for o in (False, True) for p in (None, "alp-token", "alp-sequence")),
 ]
 BUDGETED = [
     (HeadCase(dtype, options=o), p)
     for dtype in (torch.float32, torch.bfloat16)
     for o, p in ((False, None), (True, "alp-token"))
-]
+] + [(HeadCase(torch.bfloat16, options=True, support=True), "alp-token")]
 CERTAIN = (HeadCase(torch.float32, certain=True), None)
 UPDATES = {
     "fused": {"fused": True},
@@ -131,8 +132,9 @@ def test_mistakes_are_said_on_every_rank(size: int, ranks: dict[int, Any]) -> No
         assert "VocabSplit's group and start must be None" in said["placed twice"]
         assert "logit_noise was given with a split vocabulary" in said["noise"]
         assert "temperature are not the same on the ranks" in said["temperature"]
-        for name in ("advantages", "rollout_logp", "objective", "num_tokens"):
+        for name in ("advantages", "rollout_logp", "objective", "num_tokens", "support"):
             assert f"fused_alp_loss: {name} is not the same on the ranks of the group" in said[name]
+        assert "support.tokens range from" in said["kept token"] and "the vocabulary is [0, 61)" in said["kept token"]
         assert "the ranks of the group were given different arguments of the loss" in said["other arguments"]
 
 

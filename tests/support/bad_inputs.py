@@ -44,6 +44,7 @@ from tests.support.bad_values import (
     log_probabilities,
     mask,
     module,
+    no_batch,
     no_tensor,
     number,
     numbers,
@@ -287,7 +288,12 @@ def functions() -> Iterator[Function]:
         yield Function(
             function.__name__, _sampled(function), lambda: of_points, {**kinds, "threshold": power_of_two(-20, -1)}
         )
-    for field, kind, good in (("adapters", instance, ()), ("split", instance, None), ("backward", instance, None)):
+    for field, kind, good in (
+        ("adapters", instance, ()),
+        ("split", instance, None),
+        ("backward", instance, None),
+        ("support", instance, None),
+    ):
         yield Function("linear_logprob", _with_head(field), lambda field=field, good=good: {field: good}, {field: kind})
     yield Function(
         "linear_logprob",
@@ -465,6 +471,15 @@ def functions() -> Iterator[Function]:
         lambda num_bins: _stats().envelope(num_bins),
         lambda: {"num_bins": 4},
         {"num_bins": integer(1)},
+    )
+    yield Function(
+        "Stats.with_versions",
+        lambda **given: _stats().with_versions(**given),
+        lambda: {"versions": torch.zeros(BATCH, TIME, dtype=torch.int64), "current": 1},
+        {
+            "versions": lambda good: no_batch(good) | {"None": None, "floats": good.float(), "bools": good.bool()},
+            "current": integer(0),
+        },
     )
 
 
