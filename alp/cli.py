@@ -10,8 +10,9 @@ from typing import Annotated
 
 import tyro
 
-from .config import EvalConfig, TrainConfig
+from .config import TrainConfig
 from .errors import UserError, nearest
+from .measures.settings import EvalConfig
 from .quiet import leave_out_import_chatter
 from .runs.signals import Stopped
 from .study.presets import PRESETS, Preset, arms_of, contrasts_of

@@ -121,10 +121,27 @@ class RolloutConfig:
     samples: int = 8
     """Completions per prompt: the group whose mean reward is the baseline."""
     temperature: float = 1.0
+    top_p: float = 1.0
+    """Keep the fewest tokens that hold this probability. The update's log-probabilities are over the tokens kept, too."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0: all."""
+    min_p: float = 0.0
+    """Keep tokens of at least this fraction of the largest probability. First min_p applies, then top_k, then top_p."""
     max_new_tokens: int | None = None
     """Length limit of a completion. None: what the longest demonstration needs (tiny model), or 256 per turn."""
     chunk: int = 512
     """Completions sampled together; bounds the memory of the key-value cache."""
+
+    @property
+    def distribution(self) -> dict[str, Any]:
+        """What a `Request` takes of these options."""
+        return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+
+    @property
+    def truncation(self) -> str:
+        """The options that leave tokens out of sampling, with their values; "" if none does."""
+        off = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        return ", ".join(f"rollout.{k}={getattr(self, k)}" for k, v in off.items() if getattr(self, k) != v)
 
 
 @dataclass(frozen=True)
@@ -230,7 +247,7 @@ class TrainConfig:
         """Check the fields; raises a UserError that names the field, its value and what fits."""
         load_plugins(self.plugins)
         rollout, update, warmup, model = self.rollout, self.update, self.warmup, self.model
-        tools = self.tools
+        tools, kept = self.tools, rollout.truncation
         if update.method not in METHODS:
             known = ", ".join(METHODS)
             raise UserError(f"update.method={update.method!r} is not one of {known}{nearest(update.method, METHODS)}")
@@ -266,6 +283,15 @@ class TrainConfig:
             ("rollout.prompts", rollout.prompts, rollout.prompts >= 1, "1 or more"),
             ("rollout.samples", rollout.samples, rollout.samples >= 2, "2 or more: a group's mean is the baseline"),
             ("rollout.temperature", rollout.temperature, rollout.temperature > 0, "a number > 0"),
+            ("rollout.top_p", rollout.top_p, 0 < rollout.top_p <= 1, "a number in (0, 1]"),
+            ("rollout.top_k", rollout.top_k, rollout.top_k >= 0, "0 or more (0: all tokens)"),
+            ("rollout.min_p", rollout.min_p, 0 <= rollout.min_p < 1, "a number in [0, 1)"),
+            (
+                "rollout.top_k",
+                rollout.top_k,
+                rollout.top_k > 0 or not kept or rollout.path != "vllm",
+                f"1 or more with rollout.path='vllm' and {kept}: vLLM returns the tokens it kept only if top_k bounds them",
+            ),
             ("rollout.chunk", rollout.chunk, rollout.chunk >= 1, "1 or more"),
             (
                 "rollout.max_new_tokens",
@@ -281,6 +307,13 @@ class TrainConfig:
                 update.backward,
                 update.backward == "exact" or update.layers != "logits" or not METHODS[update.method].perturbed,
                 "exact with update.layers='logits': the sampled backward takes no noise on the logits",
+            ),
+            ("update.backward", update.backward, update.backward == "exact" or not kept, f"exact with {kept}"),
+            (
+                "update.layers",
+                update.layers,
+                update.layers != "logits" or not kept or not METHODS[update.method].perturbed,
+                f"'all', 'final' or numbers with {kept}: noise on the logits is over the whole vocabulary",
             ),
             ("update.grad_clip", update.grad_clip, update.grad_clip > 0, "a number > 0"),
             ("update.weight_decay", update.weight_decay, update.weight_decay >= 0, "0 or more"),
@@ -335,7 +368,7 @@ class TrainConfig:
         for name, value, holds, fits in claims:
             if not holds:
                 raise UserError(f"{name}={value!r}; it needs {fits}")
-        _check_floats(self)
+        check_floats(self)
 
     def to_json(self) -> str:
         """The resolved configuration; `load` reads it back."""
@@ -362,40 +395,12 @@ class TrainConfig:
         return config
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    """What `alp eval --on` measures."""
-
-    on: tuple[str, ...] = ()
-    """What to measure avg@n and pass@k on: files (all problems), `datasets` names (test or validation split, else all)
-    or reasoning-gym datasets (eval_prompts problems). Empty: the run's own task, as before and after training."""
-    samples: int = 8
-    """Completions per problem (n)."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int | None = None
-    """None: the limit of the run's completions, or 256 per turn."""
-    json: Path | None = None
-    """Also write the table to this file."""
-
-    def __post_init__(self) -> None:
-        for name, holds, fits in (
-            ("samples", self.samples >= 1, "1 or more"),
-            ("temperature", self.temperature > 0, "a number > 0"),
-            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
-            ("max_new_tokens", (self.max_new_tokens or 1) >= 1, "1 or more"),
-        ):
-            if not holds:
-                raise UserError(f"{name}={getattr(self, name)!r}; it needs {fits}")
-        _check_floats(self)
-
-
-def _check_floats(config: Any, group: str = "") -> None:
+def check_floats(config: Any, group: str = "") -> None:
     """Raise a UserError for a number that is not finite in float32, or not 0 but 0 there."""
     for field_ in dataclasses.fields(config):
         name, value = group + field_.name, getattr(config, field_.name)
         if dataclasses.is_dataclass(value):
-            _check_floats(value, f"{name}.")
+            check_floats(value, f"{name}.")
         elif isinstance(value, float) and value != 0 and not SMALLEST <= abs(value) <= LARGEST:
             raise UserError(f"{name}={value!r}; it needs 0, or a number between 1.2e-38 and 3.4e38 in size (float32)")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from alp_kernels import Support
 
 from .config import RolloutConfig
 from .policy.adapters import Weights
@@ -52,6 +55,7 @@ class Completions:
     texts: list[str]
     truncated: Tensor  # (B,) bool; reached the length limit, or ran out of turns
     turns: Turns | None = None  # None: one turn, without tools
+    support: Support | None = None  # the tokens that sampling kept, B * T rows, of any length off the mask; None: all
 
     @property
     def targets(self) -> Tensor:
@@ -59,6 +63,7 @@ class Completions:
         return self.tokens[:, -self.mask.shape[1] :]
 
     def rows(self, index: slice) -> Completions:
+        start, stop, _ = (n * self.mask.shape[1] for n in index.indices(len(self.mask)))
         return Completions(
             self.tokens[index],
             self.attention_mask[index],
@@ -67,6 +72,7 @@ class Completions:
             self.texts[index],
             self.truncated[index],
             None if self.turns is None else self.turns.rows(index),
+            None if self.support is None else self.support.select(slice(start, stop)),
         )
 
     def without_void(self) -> Completions:
@@ -92,8 +98,15 @@ class Request:
     max_new_tokens: int
     u: Tensor | None  # (B, max_new_tokens) in [0, 1): picks the tokens; None: greedy decoding
     temperature: float = 1.0  # divides the logits, for sampling and for the returned log-probabilities
-    top_p: float = 1.0  # nucleus sampling, for sampling and for the returned log-probabilities
+    top_p: float = 1.0  # this and the next two as in `truncate`, for sampling and for the returned log-probabilities
+    top_k: int = 0
+    min_p: float = 0.0
     stop: Stop | None = None  # ends rows before their end token
+
+    @property
+    def truncates(self) -> bool:
+        """Whether sampling leaves tokens out; its completions then have a support."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 Sample = Callable[[Policy, Request], Completions]
@@ -145,13 +158,16 @@ def sample(policy: Policy, request: Request, *, chunk: int = 512) -> Completions
         some = prompts[start : start + per_chunk]
         rows = None if u is None else u[start * num_samples : (start + len(some)) * num_samples]
         parts.append(_sample_chunk(policy, dataclasses.replace(request, prompts=some, u=rows), width))
-    tokens, attention_mask, mask, logp, truncated = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    tokens, attention_mask, mask, logp, truncated = (
+        torch.cat(columns) for columns in zip(*(columns for columns, _ in parts), strict=True)
+    )
+    support = Support.cat(kept for _, kept in parts if kept is not None) if request.truncates else None
     lengths = mask.sum(dim=1).tolist()
     texts = [policy.decode(row[:n]) for row, n in zip(tokens[:, width:].tolist(), lengths, strict=True)]
-    return Completions(tokens, attention_mask, mask, logp, texts, truncated)
+    return Completions(tokens, attention_mask, mask, logp, texts, truncated, support=support)
 
 
-def _sample_chunk(policy: Policy, request: Request, width: int) -> tuple[Tensor, ...]:
+def _sample_chunk(policy: Policy, request: Request, width: int) -> tuple[tuple[Tensor, ...], Support | None]:
     prompts, num_samples, max_new_tokens = request.prompts, request.num_samples, request.max_new_tokens
     temperature, stop = request.temperature, request.stop
     model, device = policy.model, policy.model.device
@@ -180,11 +196,14 @@ def _sample_chunk(policy: Policy, request: Request, width: int) -> tuple[Tensor,
     tokens = ids.new_full((num_rows, max_new_tokens), policy.pad_id)
     mask = torch.zeros(num_rows, max_new_tokens, dtype=torch.bool, device=device)
     logp = torch.zeros(num_rows, max_new_tokens, device=device)
+    supports: list[Support] = []  # of each step's rows
     for t in range(max_new_tokens):
         scaled = logits.float() if temperature == 1 else logits.float() / temperature
         log_probs = scaled.log_softmax(dim=-1)
-        if request.top_p < 1:
-            log_probs = _nucleus(log_probs, request.top_p)
+        if request.truncates:
+            log_probs = truncate(log_probs, request.top_p, request.top_k, request.min_p)
+            kept = Support.from_mask((log_probs > -torch.inf) & alive[:, None])
+            supports.append(kept._replace(tokens=kept.tokens.int()))
         token = log_probs.argmax(dim=-1) if u is None else _pick(log_probs, u[:, t])
         tokens[:, t] = torch.where(alive, token, policy.pad_id)
         mask[:, t] = alive
@@ -203,7 +222,11 @@ def _sample_chunk(policy: Policy, request: Request, width: int) -> tuple[Tensor,
         )
         logits = out.logits[:, -1]
     attention_mask = torch.cat([attending[:, :width], mask.long()], dim=1)
-    return torch.cat([ids, tokens], dim=1), attention_mask, mask, logp, alive
+    support = None
+    if request.truncates:
+        by_step = torch.arange(num_rows * max_new_tokens, device=device).view(max_new_tokens, num_rows)
+        support = Support.cat(supports).pad_to(num_rows * max_new_tokens).select(by_step.T.flatten())
+    return (torch.cat([ids, tokens], dim=1), attention_mask, mask, logp, alive), support
 
 
 def _cache_name(model: PreTrainedModel) -> str:
@@ -251,12 +274,25 @@ def _for_samples(layer: DynamicLayer, num_samples: int, num_tokens: int) -> Dyna
     return _RoomyLayer(with_room(layer.keys), with_room(layer.values), layer.keys.shape[2])
 
 
-def _nucleus(log_probs: Tensor, top_p: float) -> Tensor:
-    """Keep the fewest tokens that hold probability `top_p`, always the most probable one, and renormalise."""
-    ordered, order = log_probs.sort(dim=-1, descending=True)
-    before = ordered.exp().cumsum(dim=-1) - ordered.exp()
-    out = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order, before >= top_p)
-    return log_probs.masked_fill(out, -torch.inf).log_softmax(dim=-1)
+def truncate(log_probs: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
+    """Renormalise over the tokens that min_p, then top_k, then top_p keep, as vLLM does; the others become -inf.
+
+    min_p keeps what has at least this fraction of the largest probability. top_k (0: all) keeps the k most probable tokens,
+    and those that tie with the last of them. top_p keeps the fewest that hold this probability of what is left. The
+    most probable token stays. log_probs is (R, V).
+    """
+    if min_p > 0:
+        least = log_probs.amax(dim=-1, keepdim=True) + math.log(min_p)
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
+    if 0 < top_k < log_probs.shape[-1]:
+        least = log_probs.topk(top_k, dim=-1).values[:, -1:]
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
+    if top_p < 1:
+        ordered, order = log_probs.sort(dim=-1, descending=True)
+        p = ordered.softmax(dim=-1)
+        is_out = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order, p.cumsum(dim=-1) - p >= top_p)
+        log_probs = log_probs.masked_fill(is_out, -torch.inf)
+    return log_probs.log_softmax(dim=-1)
 
 
 def _pick(log_probs: Tensor, u: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from .config import RolloutConfig, TaskConfig, ToolsConfig, TrainConfig
 from .errors import UserError
-from .policy.load import load_policy
-from .policy.models import Policy, attention
+from .policy.load import attention, load_policy
+from .policy.models import Policy
 from .policy.tiny import make_tiny
 from .ranks.world import World
 from .rollout import Sampler

@@ -128,7 +128,7 @@ class Trainer:
             rollout.samples,
             self.max_new_tokens,
             u=u.view(rollout.prompts, rollout.samples, -1)[self.prompt_ids].flatten(0, 1),
-            temperature=rollout.temperature,
+            **rollout.distribution,
         )
         return self.task.roll_out(self.sampler.sample, self.policy, request)
 

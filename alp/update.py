@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alp_kernels import LossOutput, Perturbation, Sampled, Stats, attach, fused_alp_loss, linear_logprob, stream
+from alp_kernels import Head, LossOutput, Perturbation, Sampled, Stats, attach, fused_alp_loss, linear_logprob, stream
 from alp_kernels.integrations.hugging_face import output_head
 
 from .config import UpdateConfig, layers_of
@@ -69,9 +69,14 @@ def _forward_logp(model: PreTrainedModel, part: Experience, temperature: float) 
     completions = part.completions
     keep = completions.mask.shape[1]
     hidden = hidden_states(model, completions.tokens, completions.attention_mask, keep)
-    head = output_head(model)  # after the forward, which gathers a sharded model's head
+    head = _head(model, completions)
     logp, _ = linear_logprob(hidden, head, completions.targets, mask=completions.mask, temperature=temperature)
     return logp
+
+
+def _head(model: PreTrainedModel, completions: Completions) -> Head:
+    """The model's head over the tokens that sampling kept. Call it after the forward, which gathers a sharded model's."""
+    return output_head(model)._replace(support=completions.support)
 
 
 class Updater:
@@ -137,7 +142,7 @@ class Updater:
         completions = part.completions
         keep = completions.mask.shape[1]
         hidden = hidden_states(self.model, completions.tokens, completions.attention_mask, keep)
-        head = output_head(self.model)  # after the forward, which gathers a sharded model's head
+        head = _head(self.model, completions)
         logit_noise, ids = None, row_ids(part)[:, -keep:]
         if self.config.layers == "logits" and self.handle is not None:
             logit_noise = self.handle.logit_noise(ids.numel(), ids)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import EvalConfig, TaskConfig, TrainConfig
+from ..config import TaskConfig, TrainConfig
 from ..errors import UserError
 from ..policy.load import load_policy
 from ..policy.models import Policy
@@ -23,6 +23,7 @@ from ..setup import make_sampler, make_task, with_tools
 from ..tasks.gym import datasets
 from ..tasks.task import Problem, Task, new_tokens
 from .accuracy import evaluate
+from .settings import EvalConfig
 
 _STREAM = 1 << 31  # OR'd with the problem's index; training's batch numbers stay below
 

@@ -35,7 +35,7 @@ def measure_mismatch(
     """Measure mean_abs, k1_kl, k3_kl and max_ratio of the unperturbed training path over the sampler; count tokens."""
     prompts = [policy.encode_prompt(task.problem("train", i).question) for i in range(_PROMPTS)]
     u = uniforms(_PROMPTS * _SAMPLES, max_new_tokens, seed, _STREAM)
-    request = Request(prompts, _SAMPLES, max_new_tokens, u=u, temperature=config.temperature)
+    request = Request(prompts, _SAMPLES, max_new_tokens, u=u, **config.distribution)
     completions = task.roll_out(sampler.sample, policy, request)
     rows = len(completions.mask)
     experience = Experience(completions, torch.zeros(rows), torch.arange(rows), old_logp=None)

@@ -1,6 +1,6 @@
 """LoRA: small matrices A (r, K) and B (N, r) beside each frozen linear weight W (N, K), which acts as W + s B A.
 
-The training path computes the two products separately, as peft does; samplers get the one merged matrix.
+The training path computes the two products separately, as peft does; samplers get the one merged matrix (merge.py).
 These functions also take models without adapters, whose parameters are all trained.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -68,35 +67,3 @@ def load_trained_state(model: nn.Module, state: dict[str, Any]) -> None:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if unexpected or trained & set(missing):
         raise UserError(f"the checkpoint does not fit the model: {[*unexpected, *sorted(trained & set(missing))][:3]}")
-
-
-def strip(model: PreTrainedModel) -> None:
-    """Remove the adapters in place; the plain model with its frozen weights remains."""
-    for name, module in adapted(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.base_layer)
-
-
-@torch.no_grad()
-def served(model: nn.Module, weights: Weights) -> Weights:
-    """Merge a `snapshot` into the plain model's parameters; returns them by the plain model's names.
-
-    The product B A is computed in float32; the sum is rounded once, to the weight's own dtype.
-    """
-    layers = adapted(model)
-    if not layers:
-        return weights
-    merged = {}
-    for name, parameter in model.named_parameters():
-        layer, dot, leaf = name.rpartition(".base_layer.")
-        if not dot:
-            if f".{ADAPTER}." not in name:
-                merged[name] = parameter.detach()
-            continue
-        value = parameter.detach()
-        if leaf == "weight":
-            a, b = (weights[f"{layer}.lora_{which}.{ADAPTER}.weight"].float() for which in "AB")
-            product = (b @ a).T if layers[layer].fan_in_fan_out else b @ a
-            value = (value.float() + layers[layer].scaling[ADAPTER] * product).to(value.dtype)
-        merged[f"{layer}.{leaf}"] = value
-    return merged

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, is_flash_attn_2_available
 
 from ..config import ModelConfig
 from ..errors import UserError
 from .lora import add_lora, base_of, load_adapter, require_peft
-from .models import Policy, attention, checkpoint_activations
+from .models import Policy, checkpoint_activations
 
 
 def load_policy(config: ModelConfig, device: torch.device) -> Policy:
@@ -40,6 +40,17 @@ def load_policy(config: ModelConfig, device: torch.device) -> Policy:
     except Exception as error:  # libraries raise anything on files of any kind
         raise UserError(f"model.path={path!r} cannot be loaded: {_reason(error)}") from error
     return Policy(model.train(), tokenizer)
+
+
+def attention(config: ModelConfig) -> dict[str, str]:
+    """transformers' argument for the attention; none for sdpa, which transformers chooses itself if a model has it."""
+    chosen = config.attn_implementation
+    if chosen == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserError(
+            "model.attn_implementation=flash_attention_2 needs a GPU and flash-attn, which is not installed: "
+            "pip install 'alp-kernels[flash]'"
+        )
+    return {} if chosen == "sdpa" else {"attn_implementation": chosen}
 
 
 def _is_missing(path: str) -> bool:

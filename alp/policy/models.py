@@ -10,9 +10,7 @@ import jinja2
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import is_flash_attn_2_available
 
-from ..config import ModelConfig
 from ..errors import UserError
 from .adapters import adapted, save_adapter
 
@@ -109,14 +107,3 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def attention(config: ModelConfig) -> dict[str, str]:
-    """transformers' argument for the attention; none for sdpa, which transformers chooses itself if a model has it."""
-    chosen = config.attn_implementation
-    if chosen == "flash_attention_2" and not is_flash_attn_2_available():
-        raise UserError(
-            "model.attn_implementation=flash_attention_2 needs a GPU and flash-attn, which is not installed: "
-            "pip install 'alp-kernels[flash]'"
-        )
-    return {} if chosen == "sdpa" else {"attn_implementation": chosen}

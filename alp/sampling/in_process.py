@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import RolloutConfig
-from ..policy.adapters import Weights, served, strip
+from ..policy.adapters import Weights
+from ..policy.merge import served, strip
 from ..policy.models import Policy
 from ..ranks.shard import full
 from ..rollout import Completions, Request, sample

@@ -1,16 +1,21 @@
 """vLLM as the sampler: a server (rollout.server), or its LLM class in this process.
 
-Requests and replies are token ids; replies hold vLLM's own log-probability of each sampled token. New weights go to a
+Requests and replies are token ids; replies hold vLLM's own log-probability of each sampled token, and with top_p, top_k
+or min_p also the tokens that each one was sampled from, which a vLLM started for it returns. New weights go to a
 folder with one safetensors file, which vLLM reloads. Adapters are merged; log_sigma is not sent, since it is not part
 of the model. vLLM draws its own random numbers, with seeds derived from the run's; batching changes its last bits.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import http.client
 import importlib.util
+import itertools
 import json
 import math
+import operator
 import tempfile
 import urllib.error
 import urllib.request
@@ -23,17 +28,21 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from alp_kernels import Support
 from alp_kernels.loss.inputs import UNKNOWN, is_known
 
 from ..config import RolloutConfig
 from ..errors import UserError
-from ..policy.adapters import Weights, served
+from ..policy.adapters import Weights
+from ..policy.merge import served
 from ..policy.models import Policy
 from ..rollout import Completions, Request, Stop
 from .history import History
 
 _CONCURRENT = 64  # requests in flight at once
 _TIMEOUT_S = 3600.0  # per request: allows a long completion under load
+_GENERATE = "/inference/v1/generate"  # the only path whose replies hold the tokens that sampling kept
+_STARTED_FOR_SUPPORTS = "--return-sampling-mask --logprobs-mode processed_logprobs --enable-scale-out"
 _MEMORY = 0.4  # vLLM's share of the GPU's memory, beside the trainer in this process
 
 
@@ -41,6 +50,7 @@ class Sampled(NamedTuple):
     tokens: list[int]  # including the end token
     logp: list[float]
     ended: bool  # by an end token, not by the length limit
+    kept: list[list[int]] | None = None  # the tokens that each token was sampled from; None: all, or not returned
 
 
 class Backend(Protocol):
@@ -49,7 +59,11 @@ class Backend(Protocol):
     holds: object | None
     """The weights that were sent last."""
 
-    def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[Sampled]]: ...
+    def generate(
+        self, prompts: list[list[int]], params: list[dict[str, Any]], *, with_kept: bool = False
+    ) -> list[list[Sampled]]:
+        """Complete each prompt; `with_kept`: also return the tokens that each one was sampled from."""
+        ...
 
     def reload(self, folder: str) -> None: ...
 
@@ -64,7 +78,9 @@ class VllmSampler(History):
             )
         super().__init__(config.lag)
         self._trained = model
-        self._backend = connect(config.server) if config.server is not None else in_process(model)
+        # a vLLM that returns the tokens it kept asks for a top_k in every request, and samples none greedily
+        self._top_k = config.top_k if config.truncation else 0
+        self._backend = connect(config.server) if config.server is not None else in_process(model, self._top_k > 0)
         self.push(model)
 
     def _load(self, weights: Weights) -> None:
@@ -84,6 +100,8 @@ class VllmSampler(History):
     def sample(self, policy: Policy, request: Request) -> Completions:
         """Like `rollout.sample`. A prompt's first number in `u` seeds its request; tokens after a stop are dropped.
 
+        If the run truncates, so do requests without a top_k: they get the run's. Completions have a support if both do.
+
         Raises:
             UserError: vLLM cannot be reached, or its reply does not fit the request; so does a log-probability that is
                 null, NaN, inf or its placeholder -9999, because its token could not be trained on.
@@ -92,23 +110,29 @@ class VllmSampler(History):
         shared = {
             "n": request.num_samples,
             "max_tokens": request.max_new_tokens,
-            "temperature": 0.0 if request.u is None else request.temperature,
+            "temperature": request.temperature,
             "logprobs": 0,
             "stop_token_ids": policy.eos_ids,
             # override a model's generation_config.json, which could change the sampling distribution
             "top_p": request.top_p,
-            "top_k": 0,
-            "min_p": 0.0,
+            "top_k": request.top_k or self._top_k,
+            "min_p": request.min_p,
             "repetition_penalty": 1.0,
         }
+        if request.u is None:
+            shared |= {"top_k": 1} if self._top_k else {"temperature": 0.0}
         params = [shared] * len(request.prompts)
         if request.u is not None:
             params = [
                 shared | {"seed": int(first * (1 << 31))} for first in request.u[:: request.num_samples, 0].tolist()
             ]
-        groups = self._backend.generate(request.prompts, params)
+        with_kept = self._top_k > 0 and request.truncates
+        groups = self._backend.generate(request.prompts, params, with_kept=with_kept)
         sampled = [one for group in groups for one in group]
         completions = _completions(policy, request, sampled)
+        if with_kept:
+            support = _support(sampled, request.max_new_tokens, policy.model)
+            completions = dataclasses.replace(completions, support=support)
         return completions if request.stop is None else cut_off(policy, completions, request.stop)
 
 
@@ -151,6 +175,25 @@ def _completions(policy: Policy, request: Request, sampled: list[Sampled]) -> Co
     )
 
 
+def _support(sampled: list[Sampled], length: int, model: PreTrainedModel) -> Support:
+    """The tokens that vLLM kept, a row per token of completions padded to `length`."""
+    num_known = model.get_input_embeddings().num_embeddings
+    rows: list[list[int]] = []
+    for one in sampled:
+        if one.kept is None:
+            raise UserError(
+                "rollout.top_p, top_k and min_p need the tokens that vLLM kept, and its answer has none; start it with "
+                f"{_STARTED_FOR_SUPPORTS} (vLLM 0.28 or later)"
+            )
+        if len(one.kept) != len(one.tokens) or not all(map(operator.contains, one.kept, one.tokens)):
+            raise UserError("vLLM returned tokens that are not among those it kept for them")
+        if unknown := [token for kept in one.kept for token in kept if not 0 <= token < num_known]:
+            raise UserError(f"vLLM kept token {unknown[0]}, but the model has {num_known}: vLLM runs another model")
+        rows += [*one.kept, *[[]] * (length - len(one.tokens))]
+    support = Support.from_lists(rows)
+    return Support(support.tokens.int(), support.offsets).to(model.device)
+
+
 def cut_off(policy: Policy, completions: Completions, stop: Stop) -> Completions:
     """Cut completions where `stop` would have ended them; a prefix has the same distribution as if sampled alone."""
     targets, mask = completions.targets, completions.mask.clone()
@@ -163,13 +206,14 @@ def cut_off(policy: Policy, completions: Completions, stop: Stop) -> Completions
         alive &= ~stopped
     width = completions.tokens.shape[1] - mask.shape[1]
     kept = [row[:n] for row, n in zip(targets.tolist(), mask.sum(dim=1).tolist(), strict=True)]
-    return Completions(
-        torch.cat([completions.tokens[:, :width], targets.masked_fill(~mask, policy.pad_id)], dim=1),
-        torch.cat([completions.attention_mask[:, :width], mask.long()], dim=1),
-        mask,
-        completions.logp.masked_fill(~mask, 0.0),
-        [policy.decode(row) for row in kept],
-        truncated,
+    return dataclasses.replace(
+        completions,
+        tokens=torch.cat([completions.tokens[:, :width], targets.masked_fill(~mask, policy.pad_id)], dim=1),
+        attention_mask=torch.cat([completions.attention_mask[:, :width], mask.long()], dim=1),
+        mask=mask,
+        logp=completions.logp.masked_fill(~mask, 0.0),
+        texts=[policy.decode(row) for row in kept],
+        truncated=truncated,
     )
 
 
@@ -197,17 +241,20 @@ class _Server:
             raise UserError(f"{self._named('/v1/models')} names no model; start vLLM with one")
         self._model = _field(self._named("/v1/models"), models[0], "id", str)
 
-    def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[Sampled]]:
+    def generate(
+        self, prompts: list[list[int]], params: list[dict[str, Any]], *, with_kept: bool = False
+    ) -> list[list[Sampled]]:
         with ThreadPoolExecutor(_CONCURRENT) as pool:
-            return list(pool.map(self._complete, prompts, params))
+            return list(pool.map(functools.partial(self._complete, with_kept=with_kept), prompts, params))
 
-    def _complete(self, prompt: list[int], params: dict[str, Any]) -> list[Sampled]:
-        reply = self._call(
-            "/v1/completions", {"model": self._model, "prompt": prompt, "return_token_ids": True, **params}
-        )
-        where = self._named("/v1/completions")
-        choices = _field(where, reply, "choices", list)
-        return [_sampled(where, one) for one in sorted(choices, key=lambda one: _field(where, one, "index", int))]
+    def _complete(self, prompt: list[int], params: dict[str, Any], with_kept: bool) -> list[Sampled]:
+        path, body = "/v1/completions", {"prompt": prompt, "return_token_ids": True, **params}
+        if with_kept:
+            path, body = _GENERATE, {"token_ids": prompt, "sampling_params": params}
+        where = self._named(path)
+        choices = _field(where, self._call(path, {"model": self._model, **body}), "choices", list)
+        choices = sorted(choices, key=lambda one: _field(where, one, "index", int))
+        return [_sampled(where, one, with_kept) for one in choices]
 
     def _named(self, path: str) -> str:
         return f"rollout.server={self._url}{path}"
@@ -223,7 +270,11 @@ class _Server:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
                 text = reply.read()
         except urllib.error.HTTPError as error:
-            hint = "; start it with VLLM_SERVER_DEV_MODE=1" if error.code == 404 and not path.startswith("/v1") else ""
+            hint = ""
+            if path == _GENERATE and error.code in (403, 404):
+                hint = f"; rollout.top_p, top_k and min_p need one started with {_STARTED_FOR_SUPPORTS} (vLLM 0.28 or later)"
+            elif error.code == 404 and not path.startswith("/v1"):
+                hint = "; start it with VLLM_SERVER_DEV_MODE=1"
             said = error.read().decode(errors="replace")[:300]
             raise UserError(f"{self._named(path)} answers {error.code}: {said}{hint}") from None
         except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
@@ -245,48 +296,76 @@ def _field(where: str, owner: Any, name: str, kind: type) -> Any:
     raise UserError(f"{where}: its answer {lacks}; it needs a vLLM that supports return_token_ids (0.10.2 or later)")
 
 
-def _sampled(where: str, choice: Any) -> Sampled:
+def _sampled(where: str, choice: Any, with_kept: bool) -> Sampled:
     """Read a completion. A log-probability that is null becomes NaN: JSON has no other number for it."""
-    tokens = _field(where, choice, "token_ids", list)
-    logp = _field(where, _field(where, choice, "logprobs", dict), "token_logprobs", list)
+    tokens, logprobs = _field(where, choice, "token_ids", list), _field(where, choice, "logprobs", dict)
+    kept = choice.get("sampling_mask")
+    if with_kept:
+        content = _field(where, logprobs, "content", list)
+        logp = [one.get("logprob") if isinstance(one, dict) else one for one in content]
+        if kept is not None and not _is_lists_of_ids(kept):
+            raise UserError(
+                f"{where}: its answer has sampling_mask={kept!r:.80}; it needs one list of token ids per token"
+            )
+    else:
+        logp = _field(where, logprobs, "token_logprobs", list)
     for name, values, kinds in (("token_ids", tokens, {int}), ("token_logprobs", logp, {int, float, type(None)})):
         if wrong := [value for value in values if type(value) not in kinds]:
             raise UserError(f"{where}: its answer has {wrong[0]!r:.80} among {name}; it needs numbers")
     ended = _field(where, choice, "finish_reason", str) == "stop"
-    return Sampled(tokens, [math.nan if value is None else float(value) for value in logp], ended)
+    return Sampled(
+        tokens, [math.nan if value is None else float(value) for value in logp], ended, kept if with_kept else None
+    )
+
+
+def _is_lists_of_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, list) and all(type(token) is int for token in row) for row in value
+    )
 
 
 # ------------------------------------------------------------------ in this process
 
 
-def in_process(model: PreTrainedModel) -> Backend:
-    key = f"in process: {model.name_or_path}"
+def in_process(model: PreTrainedModel, returns_kept: bool = False) -> Backend:
+    key = f"in process: {model.name_or_path}, {returns_kept}"
     if key not in _connections:
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
                 "rollout.path='vllm' needs vLLM: pip install 'alp-kernels[vllm]', or give the URL of a server as "
                 "rollout.server"
             )
-        _connections[key] = _InProcess(model)
+        _connections[key] = _InProcess(model, returns_kept)
     return _connections[key]
 
 
 class _InProcess:
     """vllm.LLM on the trainer's own GPU."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, returns_kept: bool) -> None:
         import vllm
 
         self._vllm = vllm
         self.holds: object | None = None
-        self._llm = vllm.LLM(
-            model=model.name_or_path,
-            dtype=str(model.dtype).removeprefix("torch."),
-            gpu_memory_utilization=_MEMORY,
-            logprobs_mode="processed_logprobs",
-        )
+        options = {"return_sampling_mask": True} if returns_kept else {}
+        try:
+            self._llm = vllm.LLM(
+                model=model.name_or_path,
+                dtype=str(model.dtype).removeprefix("torch."),
+                gpu_memory_utilization=_MEMORY,
+                logprobs_mode="processed_logprobs",
+                **options,
+            )
+        except TypeError as error:  # an older vLLM does not know the option
+            if not returns_kept:
+                raise
+            raise UserError(
+                f"rollout.top_p, top_k and min_p need vLLM 0.28 or later; this one says: {error}"
+            ) from error
 
-    def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[Sampled]]:
+    def generate(
+        self, prompts: list[list[int]], params: list[dict[str, Any]], *, with_kept: bool = False
+    ) -> list[list[Sampled]]:
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts],
             [self._vllm.SamplingParams(**some) for some in params],
@@ -298,6 +377,7 @@ class _InProcess:
                     list(one.token_ids),
                     [position[token].logprob for position, token in zip(one.logprobs, one.token_ids, strict=True)],
                     one.finish_reason == "stop",
+                    _lists(one.sampling_mask) if with_kept else None,
                 )
                 for one in output.outputs
             ]
@@ -307,3 +387,10 @@ class _InProcess:
     def reload(self, folder: str) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self._llm.reset_prefix_cache()
+
+
+def _lists(mask: Any) -> list[list[int]] | None:
+    """The ids of vLLM's mask, one list per token; some versions hold them flat, with offsets."""
+    if mask is None or not hasattr(mask, "offsets"):
+        return None if mask is None else [list(row) for row in mask.token_ids]
+    return [list(mask.token_ids[start:end]) for start, end in itertools.pairwise(mask.offsets)]

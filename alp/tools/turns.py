@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from alp_kernels import Support
+
 from ..policy.models import Policy
 from ..rollout import Completions, Request, Sample, Turns
 from ..tasks.files import last_boxed
@@ -123,12 +125,18 @@ class _Trajectory:
     is_sampled: list[bool] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=lambda: dict.fromkeys(FIGURES, 0.0))
+    support: Support | None = None  # the tokens that sampling kept; a row per token, up to the last sampled one
     text: str = ""  # the last turn's text, without code
     is_open: bool = True
     is_truncated: bool = False
 
-    def take(self, ids: list[int], logp: list[float], text: str, has_ended: bool) -> str | None:
+    def take(
+        self, ids: list[int], logp: list[float], support: Support | None, text: str, has_ended: bool
+    ) -> str | None:
         """Add a turn; returns the code to run, or None if the trajectory is complete."""
+        if support is not None:
+            before = [] if self.support is None else [self.support.pad_to(len(self.tokens))]
+            self.support = Support.cat([*before, support])
         self.tokens += ids
         self.logp += logp
         self.is_sampled += [True] * len(ids)
@@ -187,9 +195,12 @@ def sample_turns(
         # rows with less room than the widest are sampled past their own limit: the excess is dropped
         lengths = [min(n, max_new_tokens - k) for n, k in zip(out.mask.sum(dim=1).tolist(), used, strict=True)]
         calls = []
-        for i, ids, logp, n in zip(is_open, out.targets.tolist(), out.logp.tolist(), lengths, strict=True):
+        supports = _supports(out, lengths)
+        for i, ids, logp, n, kept in zip(
+            is_open, out.targets.tolist(), out.logp.tolist(), lengths, supports, strict=True
+        ):
             text = _decode(policy.tokenizer, ids[:n])
-            code = rows[i].take(ids[:n], logp[:n], text, has_ended=ids[n - 1] in policy.eos_ids)
+            code = rows[i].take(ids[:n], logp[:n], kept, text, has_ended=ids[n - 1] in policy.eos_ids)
             if code is None:
                 continue
             if turn == max_turns or len(rows[i].tokens) == max_new_tokens:
@@ -210,6 +221,14 @@ def sample_turns(
     return _assemble(policy, rows, tool_s)
 
 
+def _supports(out: Completions, lengths: list[int]) -> list[Support | None]:
+    """The tokens that sampling kept in the first `lengths` rows of each completion."""
+    if out.support is None:
+        return [None] * len(lengths)
+    width = out.mask.shape[1]
+    return [out.support.select(slice(i * width, i * width + n)) for i, n in enumerate(lengths)]
+
+
 def _shifted(u: Tensor, used: list[int], room: int) -> Tensor:
     """(R, room): a token's random number depends only on its position in the response."""
     places = torch.tensor(used)[:, None] + torch.arange(room)
@@ -227,6 +246,7 @@ def _assemble(policy: Policy, rows: list[_Trajectory], tool_s: float) -> Complet
     before = [[policy.pad_id] * (width - len(row.prompt)) + row.prompt for row in rows]
     is_prompt = [[0] * (width - len(row.prompt)) + [1] * len(row.prompt) for row in rows]
     ends = [[i in row.ends for i in range(len(row.tokens))] for row in rows]
+    supports = [row.support.pad_to(length) for row in rows if row.support is not None]
     tokens = padded([row.tokens for row in rows], policy.pad_id, torch.int64)
     attending = padded([[1] * len(row.tokens) for row in rows], 0, torch.int64)
     return Completions(
@@ -241,4 +261,5 @@ def _assemble(policy: Policy, rows: list[_Trajectory], tool_s: float) -> Complet
             {name: torch.tensor([row.figures[name] for row in rows]) for name in FIGURES},
             tool_s,
         ),
+        Support.cat(supports) if supports else None,
     )

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mixt
 from alp import cli
 from alp.config import ModelConfig
 from alp.errors import UserError
-from alp.policy.adapters import adapted, served, snapshot
+from alp.policy.adapters import adapted, snapshot
 from alp.policy.load import load_policy
 from alp.policy.lora import add_lora
+from alp.policy.merge import served
 from alp.policy.models import Policy
 from tests.support.tiny_models import write_llama, write_sums
 

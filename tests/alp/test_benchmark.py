@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from alp.config import EvalConfig, RolloutConfig, TaskConfig, TrainConfig
+from alp.config import RolloutConfig, TaskConfig, TrainConfig
 from alp.errors import UserError
 from alp.measures.accuracy import evaluate
 from alp.measures.benchmark import benchmark, evaluate_on, pass_at_k
+from alp.measures.settings import EvalConfig
 from alp.policy.models import Policy
 from alp.ranks.world import World
 from alp.rollout import Request, sample, uniforms

@@ -16,7 +16,7 @@ from alp.methods import METHODS
 from alp.ranks.world import World
 from alp.rollout import Completions
 from alp.update import Experience, Updater, last_token
-from alp_kernels import Stats, policy_loss
+from alp_kernels import Stats, Support, policy_loss
 from tests.support.compare import likely_order_bound
 from tests.support.sharded import NUM_ROWS, ROUNDINGS, Case, make_experience, sharded_model
 
@@ -42,14 +42,18 @@ def step(method: str, experience: Experience, micro_batch: int | None) -> Step:
 
 
 @functools.cache
-def whole(method: str) -> Step:
-    return step(method, make_experience(Case()), None)
+def whole(method: str, truncated: bool) -> Step:
+    return step(method, make_experience(Case(truncated=truncated)), None)
 
 
 def rearranged(experience: Experience, order: list[int], left: int, right: int) -> Experience:
     """Return the rows in another order, with more padding on the left and on the right."""
     c = experience.completions
     assert experience.old_logp is not None
+    support, length = c.support, c.mask.shape[1]
+    if support is not None:
+        rows = [support.select(slice(i * length, (i + 1) * length)).pad_to(length + right) for i in order]
+        support = Support.cat(rows)
     return Experience(
         Completions(
             F.pad(c.tokens[order], (left, right)),
@@ -58,6 +62,7 @@ def rearranged(experience: Experience, order: list[int], left: int, right: int) 
             F.pad(c.logp[order], (0, right)),
             c.texts,
             c.truncated[order],
+            support=support,
         ),
         experience.advantages[order],
         experience.sample_ids[order],
@@ -72,7 +77,10 @@ def assert_same_figures(stats: Stats, expected: Stats) -> None:
         assert stats.summary()[name] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-5)), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "truncated"),
+    [*((method, False) for method in METHODS), ("alp-sequence", True), ("gspo", True)],
+)
 @settings(max_examples=6)
 @given(
     micro_batch=st.integers(1, NUM_ROWS),
@@ -81,10 +89,11 @@ def assert_same_figures(stats: Stats, expected: Stats) -> None:
     right=st.integers(0, 3),
 )
 def test_micro_batches_order_and_padding_change_no_gradient(
-    method: str, micro_batch: int, order: list[int], left: int, right: int
+    method: str, truncated: bool, micro_batch: int, order: list[int], left: int, right: int
 ) -> None:
-    expected = whole(method)
-    split = step(method, rearranged(make_experience(Case()), order, left, right), micro_batch)
+    expected = whole(method, truncated)
+    experience = rearranged(make_experience(Case(truncated=truncated)), order, left, right)
+    split = step(method, experience, micro_batch)
     assert split.gradient.keys() == expected.gradient.keys()
     for name, value in expected.gradient.items():
         assert (split.gradient[name] - value).abs().max() <= BOUND * value.abs().max() + 1e-9, name

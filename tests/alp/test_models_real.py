@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from alp import train as loop
-from alp.config import EvalConfig, ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig
+from alp.config import ModelConfig, RolloutConfig, TaskConfig, TrainConfig, UpdateConfig
 from alp.errors import UserError
 from alp.measures.benchmark import _problems, evaluate_on
-from alp.policy.adapters import served, snapshot, strip
+from alp.measures.settings import EvalConfig
+from alp.policy.adapters import snapshot
 from alp.policy.load import load_policy
+from alp.policy.merge import served, strip
 from alp.policy.models import Policy
 from alp.ranks.world import World
 from alp.rollout import Request, sample, uniforms

@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from alp import warmup
-from alp.config import EvalConfig, RolloutConfig, TrainConfig, UpdateConfig, WarmupConfig
+from alp.config import RolloutConfig, TrainConfig, UpdateConfig, WarmupConfig
 from alp.measures.benchmark import benchmark
+from alp.measures.settings import EvalConfig
 from alp.policy import models
 from alp.policy.adapters import Weights, snapshot
 from alp.policy.models import Policy

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 import threading
@@ -28,6 +29,7 @@ from alp.sampling import vllm
 from alp.sampling.in_process import InProcessSampler
 from alp.setup import make_sampler, make_task
 from alp.tasks.task import Task
+from alp.update import Experience, score_clean
 from alp_kernels.integrations.hugging_face import output_head
 from tests.support.tiny_models import write_llama, write_sums
 
@@ -157,23 +159,36 @@ class FakeVllm:
         self.policy = load_policy(ModelConfig(path=str(folder)), CPU)
         self.policy.model.eval()
         self.temperature = served_temperature
+        self.returns_kept = False  # as if started with --return-sampling-mask
         self.requests: list[dict[str, Any]] = []
         self.weight_names: list[set[str]] = []
         self.calls: list[str] = []
 
     def complete(self, prompt: list[int], asked: dict[str, Any]) -> Completions:
-        assert (asked["top_k"], asked["min_p"], asked["repetition_penalty"]) == (0, 0.0, 1.0)
+        assert asked["repetition_penalty"] == 1.0
+        if self.returns_kept:  # vLLM refuses other requests then
+            assert asked["top_k"] > 0 and asked["temperature"] > 0
         assert asked["stop_token_ids"] == self.policy.eos_ids and asked["logprobs"] == 0
         self.requests.append(asked)
         n, length = asked["n"], asked["max_tokens"]
-        u = uniforms(n, length, asked["seed"], 0) if asked["temperature"] else None
+        u = uniforms(n, length, asked.get("seed", 0), 0) if asked["temperature"] else None
         temperature = self.temperature or asked["temperature"] or 1.0
-        return sample(self.policy, Request([prompt], n, length, u=u, temperature=temperature, top_p=asked["top_p"]))
+        truncation = {name: asked[name] for name in ("top_p", "top_k", "min_p")}
+        return sample(self.policy, Request([prompt], n, length, u=u, temperature=temperature, **truncation))
 
     def reload(self, folder: str) -> None:
         weights = load_file(Path(folder) / "model.safetensors")
         self.weight_names.append(set(weights))
         self.policy.model.load_state_dict(weights)
+
+
+def kept_of(out: Completions) -> list[list[list[int]]]:
+    """The tokens that each token was sampled from, as vLLM's sampling_mask."""
+    assert out.support is not None
+    tokens, ends = out.support.tokens.tolist(), out.support.offsets.tolist()
+    rows = [tokens[start:end] for start, end in itertools.pairwise(ends)]
+    length = out.mask.shape[1]
+    return [rows[i * length : i * length + n] for i, n in enumerate(out.mask.sum(dim=1).tolist())]
 
 
 def rows_of(out: Completions) -> Iterator[tuple[list[int], list[float], bool]]:
@@ -207,6 +222,25 @@ def server(folder: Path) -> Iterator[tuple[FakeVllm, str]]:
                             "finish_reason": "stop" if ended else "length",
                         }
                         for i, (tokens, logp, ended) in enumerate(rows_of(out))
+                    ]
+                    self.answer({"choices": choices[::-1]})
+                elif self.path == "/inference/v1/generate" and fake.returns_kept:
+                    assert body["model"] == "the-model"
+                    out = fake.complete(body["token_ids"], body["sampling_params"])
+                    choices = [
+                        {
+                            "index": i,
+                            "token_ids": tokens,
+                            "logprobs": {
+                                "content": [
+                                    {"token_id": t, "logprob": v, "rank": None, "top_logprobs": []}
+                                    for t, v in zip(tokens, logp, strict=True)
+                                ]
+                            },
+                            "finish_reason": "stop" if ended else "length",
+                            "sampling_mask": kept,
+                        }
+                        for i, ((tokens, logp, ended), kept) in enumerate(zip(rows_of(out), kept_of(out), strict=True))
                     ]
                     self.answer({"choices": choices[::-1]})
                 elif self.path == "/collective_rpc":
@@ -302,6 +336,83 @@ def test_a_server_of_another_temperature_is_questioned(
     fake.temperature = 1.5
     report = measured(sampler, policy, task, path="vllm", server=url, temperature=0.5)
     assert "processed_logprobs" in describe(report, config)
+
+
+TRUNCATED: dict[str, Any] = {"top_p": 0.8, "top_k": 7, "min_p": 0.01, "temperature": 0.7}
+
+
+def test_a_server_returns_the_tokens_it_kept(policy: Policy, task: Task, server: tuple[FakeVllm, str]) -> None:
+    fake, url = server
+    fake.returns_kept = True
+    config = RolloutConfig(path="vllm", server=url, lag=0, **TRUNCATED)
+    sampler = make_sampler(policy.model, config)
+    out = sampler.sample(policy, Request(prompts(policy), 4, 9, u=uniforms(12, 9, 1, 2), **TRUNCATED))
+    assert {path for path in fake.calls if "v1" in path} == {"/inference/v1/generate"}
+    assert out.support is not None and out.support.tokens.dtype == torch.int32
+    assert torch.equal(out.support.counts > 0, out.mask.flatten()) and out.support.counts.max() <= 7
+    experience = Experience(out, torch.zeros(12), torch.arange(12), None)
+    torch.testing.assert_close(score_clean(policy.model, experience, 0.7, 5)[out.mask], out.logp[out.mask], **CLOSE)
+    fault = (scores(policy.model, out, 0.7) - out.logp)[out.mask].exp()
+    assert fault.mean() < 0.9, "over the whole vocabulary"
+    report = measured(sampler, policy, task, path="vllm", server=url, **TRUNCATED)
+    assert report["k3_kl"] < 1e-6 and report["tokens"] > 32
+    assert {name: fake.requests[-1][name] for name in TRUNCATED} == TRUNCATED, "measured as the run samples"
+    # evaluations: greedy decoding keeps one token, other requests get the run's top_k, none asks for supports
+    fake.calls.clear()
+    greedy = sampler.sample(policy, Request(prompts(policy), 1, 5, u=None))
+    assert torch.equal(greedy.tokens, sample(policy, Request(prompts(policy), 1, 5, u=None)).tokens)
+    free = sampler.sample(policy, Request(prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0)))
+    assert fake.requests[-1]["top_k"] == 7 and fake.requests[-1]["top_p"] == 1.0
+    assert greedy.support is None is free.support and set(fake.calls) == {"/v1/completions"}
+
+
+CLOSE: dict[str, float] = {"rtol": 0, "atol": 1e-4}
+KEPT = {
+    "index": 0,
+    "token_ids": [4, 5],
+    "logprobs": {"content": [{"token_id": 4, "logprob": -0.5}, {"token_id": 5, "logprob": -1}]},
+    "finish_reason": "length",
+    "sampling_mask": [[9, 4], [5]],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sampling_mask": None}, "start it with --return-sampling-mask --logprobs-mode processed_logprobs"),
+        ({"sampling_mask": [[9, 4]]}, "not among those it kept"),
+        ({"sampling_mask": [[9, 4], [6]]}, "not among those it kept"),
+        ({"sampling_mask": [[9, 4], [5, 1 << 40]]}, "kept token 1099511627776, but the model has"),
+        ({"sampling_mask": [[-1, 4], [5]]}, "kept token -1, but the model has"),
+        *[({"sampling_mask": value}, "one list of token ids per token") for value in (3, [4, 5], [[4], ["5"]], {})],
+        *[({"logprobs": {"content": value}}, "among token_logprobs") for value in ([{"logprob": "x"}, {}], [[], {}])],
+        ({"logprobs": {"content": [{}, {"logprob": -1}]}}, "1 of 2 log-probabilities as null"),
+        ({"logprobs": {"token_logprobs": [-0.5, -1]}}, "lacks 'content'"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_an_answer_whose_kept_tokens_do_not_fit_is_named(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str
+) -> None:
+    answers: dict[str, Any] = {"/v1/models": {"data": [{"id": "the-model"}]}}
+    answers["/inference/v1/generate"] = json.loads(json.dumps({"choices": [KEPT]}))
+    monkeypatch.setattr(vllm._Server, "_call", lambda _, path, body=None: answers.get(path))
+    monkeypatch.setattr(vllm, "_connections", {})
+    sampler = make_sampler(policy.model, RolloutConfig(path="vllm", server="http://nowhere", top_k=3))
+    request = Request(prompts(policy)[:1], 1, 8, u=uniforms(1, 8, 0, 0), top_k=3)
+    support = sampler.sample(policy, request).support
+    assert support is not None and support.counts.tolist() == [2, 1, 0, 0, 0, 0, 0, 0]
+    answers["/inference/v1/generate"] = json.loads(json.dumps({"choices": [KEPT | changes]}))
+    with pytest.raises(UserError, match=says) as raised:
+        sampler.sample(policy, request)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_server_without_supports_says_how_to_start_it(policy: Policy, server: tuple[FakeVllm, str]) -> None:
+    _, url = server
+    sampler = make_sampler(policy.model, RolloutConfig(path="vllm", server=url, lag=0, top_k=3))
+    with pytest.raises(UserError, match=r"(?s)generate answers 404.*--return-sampling-mask.*--enable-scale-out"):
+        sampler.sample(policy, Request(prompts(policy), 2, 5, u=uniforms(6, 5, 0, 0), top_k=3))
 
 
 def test_servers_that_cannot_serve_say_why(
@@ -421,13 +532,26 @@ def test_a_server_that_is_none_of_vllm_is_named(policy: Policy, body: bytes | No
         thread.join()
 
 
-def test_vllm_in_this_process_is_asked_the_same(policy: Policy, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("masks", ["none", "nested", "flat"])
+def test_vllm_in_this_process_is_asked_the_same(
+    policy: Policy, folder: Path, monkeypatch: pytest.MonkeyPatch, masks: str
+) -> None:
     fake = FakeVllm(folder)
+    fake.returns_kept = masks != "none"
+
+    def answers(out: Completions) -> Iterator[tuple[tuple[list[int], list[float], bool], Any]]:
+        all_kept = kept_of(out) if fake.returns_kept else [[]] * len(out.mask)
+        for row, kept in zip(rows_of(out), all_kept, strict=True):
+            nested = SimpleNamespace(token_ids=kept)
+            flat = SimpleNamespace(token_ids=list(itertools.chain(*kept)))
+            flat.offsets = [0, *itertools.accumulate(map(len, kept))]
+            yield row, {"none": None, "nested": nested, "flat": flat}[masks]
 
     class LLM:
         def __init__(self, **options: Any) -> None:
             assert options["model"] == str(folder) and options["logprobs_mode"] == "processed_logprobs"
             assert options["dtype"] == "float32"
+            assert options.get("return_sampling_mask", False) is fake.returns_kept
 
         def generate(self, asked: list[dict[str, Any]], params: list[Any], use_tqdm: bool) -> list[Any]:
             return [
@@ -437,8 +561,9 @@ def test_vllm_in_this_process_is_asked_the_same(policy: Policy, folder: Path, mo
                             token_ids=tuple(tokens),
                             logprobs=[{t: SimpleNamespace(logprob=v)} for t, v in zip(tokens, logp, strict=True)],
                             finish_reason="stop" if ended else "length",
+                            sampling_mask=mask,
                         )
-                        for tokens, logp, ended in rows_of(fake.complete(one["prompt_token_ids"], vars(some)))
+                        for (tokens, logp, ended), mask in answers(fake.complete(one["prompt_token_ids"], vars(some)))
                     ]
                 )
                 for one, some in zip(asked, params, strict=True)
@@ -457,16 +582,38 @@ def test_vllm_in_this_process_is_asked_the_same(policy: Policy, folder: Path, mo
     monkeypatch.setattr(vllm, "_connections", {})
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.mul_(0.5)
-    sampler = make_sampler(policy.model, RolloutConfig(path="vllm", lag=0))
-    out = sampler.sample(policy, Request(prompts(policy), 2, 6, u=uniforms(6, 6, 0, 0)))
-    torch.testing.assert_close(out.logp, scores(policy.model, out) * out.mask, rtol=0, atol=1e-4)
+    truncation: dict[str, Any] = {} if masks == "none" else {"top_p": 0.8, "top_k": 7}
+    sampler = make_sampler(policy.model, RolloutConfig(path="vllm", lag=0, **truncation))
+    out = sampler.sample(policy, Request(prompts(policy), 2, 6, u=uniforms(6, 6, 0, 0), **truncation))
+    assert (out.support is None) is (masks == "none")
+    experience = Experience(out, torch.zeros(6), torch.arange(6), None)
+    torch.testing.assert_close(score_clean(policy.model, experience, 1.0, None)[out.mask], out.logp[out.mask], **CLOSE)
     assert fake.calls == ["reset"]
+
+
+def test_an_older_vllm_in_this_process_is_named(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def older(*, model: str, dtype: str, gpu_memory_utilization: float, logprobs_mode: str) -> None:
+        raise AssertionError("it was given only what it knows")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=older, __spec__=object()))  # type: ignore[arg-type]
+    monkeypatch.setattr(vllm, "_connections", {})
+    with pytest.raises(UserError, match=r"need vLLM 0\.28 or later.*return_sampling_mask"):
+        make_sampler(policy.model, RolloutConfig(path="vllm", lag=0, top_k=3))
 
 
 # ------------------------------------------------------------------ whole runs
 
 
-@pytest.mark.parametrize(("path", "lora"), [("vllm", None), ("vllm", 4), ("ao-int8", 4)])
+@pytest.mark.parametrize(
+    ("path", "lora", "truncation"),
+    [
+        ("vllm", None, {}),
+        ("vllm", 4, {}),
+        ("ao-int8", 4, {}),
+        ("vllm", None, {"top_p": 0.8, "top_k": 7}),
+        ("ao-int8-weights", None, {"min_p": 0.1}),
+    ],
+)
 def test_a_run_trains_against_the_sampler_and_records_its_mismatch(
     folder: Path,
     tmp_path: Path,
@@ -474,13 +621,21 @@ def test_a_run_trains_against_the_sampler_and_records_its_mismatch(
     capsys: pytest.CaptureFixture[str],
     path: Any,
     lora: int | None,
+    truncation: dict[str, Any],
 ) -> None:
     fake, url = server
+    fake.returns_kept = bool(truncation)
     config = TrainConfig(
         task=TaskConfig(path=write_sums(tmp_path / "sums.jsonl")),
         model=ModelConfig(path=str(folder), lora=lora),
         rollout=RolloutConfig(
-            path=path, server=url if path == "vllm" else None, prompts=4, samples=2, lag=1, max_new_tokens=5
+            path=path,
+            server=url if path == "vllm" else None,
+            prompts=4,
+            samples=2,
+            lag=1,
+            max_new_tokens=5,
+            **truncation,
         ),
         update=UpdateConfig(lr=1e-2, minibatches=2, normalise_std=False),
         steps=2,

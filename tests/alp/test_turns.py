@@ -209,6 +209,21 @@ def test_scoring_a_sequence_again_gives_the_recorded_logp_at_each_sampled_token(
     assert (out.logp - scored)[out.mask].abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("changes", [{"top_p": 0.8}, {"top_k": 6, "min_p": 0.01}], ids=["top_p", "top_k and min_p"])
+def test_the_support_of_a_turn_stays_with_its_tokens(changes: dict[str, Any]) -> None:
+    policy = babbler()
+    out = roll_out(policy, **changes)
+    assert out.support is not None and out.turns is not None and out.turns.figures["turns"].max() > 1
+    assert torch.equal(out.support.counts > 0, out.mask.flatten()), "what was read has no support"
+    experience = Experience(out, torch.zeros(len(out.logp)), torch.arange(len(out.logp)), None)
+    scored = score_clean(policy.model, experience, 1.0, 17)
+    assert (out.logp - scored)[out.mask].abs().max() < 2e-5
+    whole = dataclasses.replace(experience, completions=dataclasses.replace(out, support=None))
+    assert (score_clean(policy.model, whole, 1.0, 17) - out.logp)[out.mask].exp().mean() < 0.98
+    chunked = roll_out(policy, by=functools.partial(sample, chunk=16), **changes)
+    assert chunked.support is not None and all(map(torch.equal, chunked.support, out.support))
+
+
 def test_a_response_is_turns_and_what_the_tool_said_of_their_code() -> None:
     policy, tool = babbler(), Echo()
     out = roll_out(policy, tool=tool)
@@ -247,8 +262,12 @@ def test_cutting_off_afterwards_is_stopping_in_time() -> None:
     def stop(tokens: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
         return alive & (tokens[:, -1] % 7 == 3)
 
-    whole = sample(policy, Request(asked, 16, 40, u=u))
-    in_time, afterwards = sample(policy, Request(asked, 16, 40, u=u, stop=stop)), cut_off(policy, whole, stop)
+    whole = sample(policy, Request(asked, 16, 40, u=u, top_p=0.9))
+    in_time = sample(policy, Request(asked, 16, 40, u=u, top_p=0.9, stop=stop))
+    afterwards = cut_off(policy, whole, stop)
+    assert in_time.support is not None and afterwards.support is not None
+    rows = in_time.mask.flatten()
+    assert all(map(torch.equal, afterwards.support.select(rows), in_time.support.select(rows)))
     assert 0 < int(in_time.mask.sum()) < int(whole.mask.sum())
     for name in ("tokens", "attention_mask", "mask", "truncated"):
         assert torch.equal(getattr(afterwards, name), getattr(in_time, name)), name

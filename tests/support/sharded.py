@@ -13,13 +13,15 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from alp.config import RolloutConfig, UpdateConfig
-from alp.policy.adapters import served, snapshot
+from alp.policy.adapters import snapshot
 from alp.policy.lora import add_lora
+from alp.policy.merge import served
 from alp.ranks.shard import PlainCopy, full, full_tree, shard, shard_like, shard_optimiser_state
 from alp.ranks.world import World
 from alp.rollout import Completions
 from alp.sampling.in_process import InProcessSampler
 from alp.update import Experience, Updater, score_clean
+from alp_kernels import Support
 
 RANKS = 2
 NUM_ROWS, WIDTH, LENGTH, VOCAB = 8, 5, 6, 61  # 61: rows of the embedding do not divide by two ranks
@@ -38,6 +40,7 @@ class Case:
     compute_dtype: torch.dtype | None = None
     lora: bool = False
     path: str = "same"  # the sampler's
+    truncated: bool = False  # sampling kept about half of the tokens
     update: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -54,6 +57,7 @@ CASES = {
     "idle-rank": Case(idle_rank=True, update={"micro_batch": 2}),
     "int8-sampler": Case(path="int8"),
     "lora": Case(lora=True, path="bf16", update={"micro_batch": 2}),
+    "truncated": Case(truncated=True, update={"micro_batch": 3}),
     "bfloat16": Case(compute_dtype=torch.bfloat16, update={"micro_batch": 2}),
 }
 
@@ -94,6 +98,10 @@ def make_experience(case: Case) -> Experience:
         advantages[NUM_ROWS // RANKS :] = 0
     texts = [""] * NUM_ROWS
     completions = Completions(tokens, attending, mask, logp * mask, texts, torch.zeros(NUM_ROWS, dtype=torch.bool))
+    if case.truncated:
+        kept = torch.rand(NUM_ROWS, LENGTH, VOCAB, generator=generator) < 0.5
+        kept = kept.scatter(2, completions.targets[..., None], True) & mask[..., None]
+        completions = dataclasses.replace(completions, support=Support.from_mask(kept))
     return Experience(completions, advantages, torch.arange(NUM_ROWS), old_logp=logp * mask)
 
 
