@@ -40,6 +40,7 @@ from tests.support.trl_cases import (
     GROUP,
     PROMPTS,
     SGD,
+    assert_same_training,
     assert_same_weights,
     logged,
     made_up_rollouts,
@@ -58,15 +59,6 @@ def _quick_collection() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-def assert_same_training(actual: GRPOTrainer, expected: GRPOTrainer) -> None:
-    """Assert that two trainers with SGD made the same steps."""
-    a, b = weights(actual), weights(expected)
-    assert a.keys() - {"log_sigma"} == b.keys() - {"log_sigma"}
-    assert_same_weights(a, expected)
-    losses = list(zip(logged(actual, "loss"), logged(expected, "loss"), strict=True))
-    assert losses and all(x == pytest.approx(y, rel=1e-4, abs=2e-6) for x, y in losses)
 
 
 # ------------------------------------------------------------------ without noise: TRL's own numbers

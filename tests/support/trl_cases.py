@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -136,3 +137,12 @@ def assert_same_weights(actual: dict[str, Tensor], expected: GRPOTrainer) -> Non
 
 def logged(trainer: GRPOTrainer, name: str) -> list[float]:
     return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def assert_same_training(actual: GRPOTrainer, expected: GRPOTrainer) -> None:
+    """Assert that two trainers with SGD made the same steps."""
+    a, b = weights(actual), weights(expected)
+    assert a.keys() - {"log_sigma"} == b.keys() - {"log_sigma"}
+    assert_same_weights(a, expected)
+    losses = list(zip(logged(actual, "loss"), logged(expected, "loss"), strict=True))
+    assert losses and all(x == pytest.approx(y, rel=1e-4, abs=2e-6) for x, y in losses)
