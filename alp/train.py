@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from alp_kernels import Stats
+from alp_kernels.loss.inputs import is_known
 
 from .advantage import centre
 from .config import TrainConfig
@@ -88,7 +89,7 @@ class Trainer:
         with clock("rollout"):
             problems = self.problems()
             completions = self.roll_out(problems)
-        if self.world.max(int(not completions.logp.isfinite().all())):
+        if self.world.max(int(not is_known(completions.logp).all())):
             raise Diverged(f"step {self.num_steps}: log-probabilities of the rollouts are not finite; lower update.lr")
         with clock("score"):
             scores = self.score(problems, completions)

@@ -5,8 +5,8 @@ B sequences of this rank's minibatch, T response tokens, W + T tokens with the p
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -105,14 +105,9 @@ class Updater:
         self.optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
 
-    @contextlib.contextmanager
-    def perturbed(self, step: int, experience: Experience) -> Iterator[None]:
+    def perturbed(self, step: int, experience: Experience) -> AbstractContextManager[object]:
         """Turn the noise on, for methods that perturb."""
-        if self.handle is None:
-            yield
-            return
-        with self.handle.perturbed(step=step, row_ids=row_ids(experience)):
-            yield
+        return self.handle.perturbed(step, row_ids(experience)) if self.handle is not None else nullcontext()
 
     def step(self, step: int, minibatch: Experience) -> StepResult:
         """Take one optimiser step on a minibatch. `step` counts them over the whole run and determines the noise."""

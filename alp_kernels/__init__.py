@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .engine import EngineUnavailable
 from .layers.attach import attach, detach
 from .layers.perturbation import Perturbation
+from .layers.routing import RouterNotRecognised, Routing, RoutingChanges, record_routing
 from .loss.from_hidden import fused_alp_loss, linear_logprob
 from .loss.gather import gather_sequence, gather_weight
 from .loss.head import Head, Sampled, VocabSplit
@@ -35,6 +36,9 @@ __all__ = [
     "LossOutput",
     "Objective",
     "Perturbation",
+    "RouterNotRecognised",
+    "Routing",
+    "RoutingChanges",
     "Sampled",
     "SampledError",
     "Stats",
@@ -51,5 +55,6 @@ __all__ = [
     "perturb",
     "perturb_rms_norm",
     "policy_loss",
+    "record_routing",
     "sampled_error",
 ]

@@ -84,6 +84,30 @@ LAYOUTS = (
         memory=True,
     ),
     Layout(
+        {"float32 loss head forward + backward": ""},
+        (
+            Column("limit: three bare bfloat16 GEMMs", "three bare GEMMs (limit)", "limit"),
+            Column("`Head.dtype` float32", "alp_kernels {engine}, token level, float32 head", "ours"),
+            Column("`Head.dtype` TF32", "alp_kernels {engine}, token level, TF32 head", "less"),
+            Column("bfloat16 head", "alp_kernels {engine}, token level, bfloat16 head", "less"),
+            Column("`fused_alp_loss` of float32 copies", "alp_kernels {engine}, token level, float32 copies", "ours"),
+            Column("eager PyTorch, float32 copies", "eager PyTorch, float32 copies, token level"),
+        ),
+        memory=True,
+    ),
+    Layout(
+        {"loss head forward + backward, over a support": "support, "},
+        (
+            Column("limit: three batched products", "three batched products of gathered rows (limit)", "limit"),
+            Column("`fused_alp_loss`", "alp_kernels {engine}, token level", "ours"),
+            Column("`linear_logprob`", "alp_kernels {engine}, linear_logprob", "ours"),
+            Column("`fused_alp_loss`, all tokens", "alp_kernels {engine}, whole head", "less"),
+            Column("eager PyTorch, masked logits", "eager PyTorch, masked logits", "peer"),
+            Column("eager PyTorch, gathered rows", "eager PyTorch, gathered rows", "peer"),
+        ),
+        memory=True,
+    ),
+    Layout(
         {"perturb forward": "forward, ", "perturb forward + backward": "forward + backward, "},
         (
             Column("limit: its bytes at copy speed", "copy of h (limit)", "limit", LIMIT),

@@ -17,4 +17,5 @@ python3 -m verl.trainer.main_ppo \
   actor_rollout_ref.model.external_lib=alp_kernels.integrations.verl_engine \
   +actor_rollout_ref.model.override_config.alp_sigma=0.01 \
   +actor_rollout_ref.model.override_config.alp_sigma_lr=5e-4 \
+  +actor_rollout_ref.model.override_config.alp_support=full \
   "$@"

@@ -131,12 +131,13 @@ def _slow_first(found: list[str]) -> list[str]:
 
 
 def kernel_tests() -> list[Path]:
-    """Return the test files that compute on the device: those that import DEVICE from conftest, and six others."""
+    """Return the test files that compute on the device: those that import DEVICE from conftest, and seven others."""
     folder = ROOT / "tests"
     files = [
         folder / "engines" / "triton_cases.py",
         folder / "engines" / "triton_head_cases.py",
         folder / "engines" / "triton_sampled_cases.py",
+        folder / "engines" / "triton_support_cases.py",
         folder / "gpu" / "test_gpu.py",
         folder / "gpu" / "test_gpu_large.py",
         folder / "engines" / "test_engine.py",

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from alp_kernels.loss.inputs import UNKNOWN, is_known
+
 from ..config import RolloutConfig
 from ..errors import UserError
 from ..policy.adapters import Weights, served
@@ -84,7 +86,7 @@ class VllmSampler(History):
 
         Raises:
             UserError: vLLM cannot be reached, or its reply does not fit the request; so does a log-probability that is
-                null, NaN or inf, because its token could not be trained on.
+                null, NaN, inf or its placeholder -9999, because its token could not be trained on.
         """
         self._send()
         shared = {
@@ -128,11 +130,11 @@ def _completions(policy: Policy, request: Request, sampled: list[Sampled]) -> Co
     mask = torch.arange(max_new_tokens) < lengths[:, None]
     before = torch.arange(width) >= torch.tensor([width - len(p) for p in rows])[:, None]
     logp = torch.tensor([one.logp + [0.0] * (max_new_tokens - len(one.logp)) for one in sampled])
-    is_bad = ~logp.isfinite()
+    is_bad = ~is_known(logp)
     if num_bad := int(is_bad.sum()):
         row, t = is_bad.nonzero()[0].tolist()
         raise UserError(
-            f"vLLM returned {num_bad} of {int(lengths.sum())} log-probabilities as null, NaN or inf, first for token {t} of "
+            f"vLLM returned {num_bad} of {int(lengths.sum())} log-probabilities as null, {UNKNOWN}, first for token {t} of "
             f"completion {row}; if this began during training, the weights may have diverged: lower update.lr"
         )
     num_known = policy.model.get_input_embeddings().num_embeddings

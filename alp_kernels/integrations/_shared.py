@@ -47,7 +47,7 @@ class Choice:
     where: str
     objective: Objective
     nonfinite: str
-    masking: str  # the setting that takes tokens with NaN or inf out of the loss, as an error names it
+    masking: str  # the setting that takes tokens with NaN, inf or -9999 out of the loss, as an error names it
 
 
 def choose(
@@ -57,7 +57,7 @@ def choose(
     clips: Mapping[str, Any] = _NONE,
     names: Mapping[str, str] = _NONE,
 ) -> Choice:
-    """Check a loss's options: `preset`, one of SINGLE_RATIO, what to do with NaN or inf, and the trainer's clips.
+    """Check a loss's options: `preset`, one of SINGLE_RATIO, what to do with NaN, inf or -9999, and the trainer's clips.
 
     clips: fields of `Objective`. names: our option -> what the trainer's user calls it, where that differs, for errors.
     """
@@ -193,6 +193,6 @@ def k1_kl(stats: Stats, clamp: float = math.inf) -> Tensor:
 
 
 def nonfinite_fraction(stats: Stats) -> Tensor:
-    """Fraction of the mask's tokens that were masked for a NaN or inf rollout log-probability, (); 0 without tokens."""
+    """Fraction of the mask's tokens that were masked for an unknown rollout log-probability, (); 0 without tokens."""
     num_bad = stats.num_nonfinite.sum()
     return num_bad / (num_bad + len(stats.log_ratio)).clamp(min=1)

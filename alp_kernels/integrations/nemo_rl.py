@@ -1,6 +1,6 @@
 """NeMo-RL: a `LossFunction` whose ratio is against data["generation_logprobs"].
 
-    loss_fn = ALPLossFn("bypass-sequence")      # pass it to grpo_train instead of ClippedPGLossFn: docs/trainers.md
+    loss_fn = ALPLossFn("bypass-sequence", support="full")      # for grpo_train, instead of ClippedPGLossFn: docs/trainers.md
 
 The worker calls the loss with next-token log-probabilities (B, S - 1). The loss divides by the global count of valid tokens
 or sequences, so the worker only sums over micro-batches.
@@ -15,13 +15,17 @@ from torch import Tensor
 
 from ..checks import check_flag
 from ._shared import aggregated_loss, choose, clipped_fractions, require_noise
+from .truncation import check_stated
 
 
 class ALPLossFn:
     """Implements NeMo-RL's LossFunction protocol, with input type LOGPROB.
 
     token_level_loss: mean over the batch's tokens; if False, mean over its sequences of each sequence's mean, as in NeMo-RL.
-    nonfinite: "raise" on NaN or inf among generation_logprobs, or "mask": take those tokens out of the loss.
+    nonfinite: "raise" on NaN, inf or -9999 among generation_logprobs, or "mask": take those tokens out of the loss.
+    support: "full": policy.generation has top_p 1 and top_k null. It has no default, since the loss sees no sampling
+    settings. With them NeMo-RL filters the current policy's logits by its own top-k and top-p, which is not the set that
+    was sampled from, and puts 0 for the log-probability of a token outside.
     """
 
     def __init__(
@@ -33,11 +37,13 @@ class ALPLossFn:
         dual_clip: float | None = 10.0,
         token_level_loss: bool = True,
         nonfinite: str = "raise",
+        support: str | None = None,
     ) -> None:
         self.preset = preset
         clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
         self.choice = choose("nemo_rl: ALPLossFn", preset, nonfinite, clips)
         check_flag("nemo_rl: ALPLossFn", "token_level_loss", token_level_loss)
+        check_stated("nemo_rl: ALPLossFn", support)
         from nemo_rl.algorithms.loss import interfaces
 
         self.input_type = interfaces.LossInputType.LOGPROB
@@ -65,8 +71,9 @@ class ALPLossFn:
         mask = token_mask * data["sample_mask"].unsqueeze(-1)
         if "curr_logprobs_keep_mask" in data:
             raise ValueError(
-                "nemo_rl: top-k or top-p sampling removed tokens from the current policy's support; sample with top_p=1 and "
-                "top_k=null, so that both sides of the ratio are distributions over the whole vocabulary"
+                "nemo_rl: support='full', but the batch has curr_logprobs_keep_mask: top-k or top-p removed tokens from the "
+                "current policy's support; sample with policy.generation.top_p=1 and top_k=null, so that both sides of the "
+                "ratio are over the whole vocabulary"
             )
 
         num_tokens = global_valid_toks.clamp(min=1)

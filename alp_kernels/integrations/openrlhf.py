@@ -2,8 +2,9 @@
 
     install("alp-sequence", sigma=1e-2, sigma_lr=5e-4)      # in the process of the actor: docs/trainers.md
 
-OpenRLHF has no registry, so `install` replaces the names its actor module uses. DeepSpeed's optimizer is built before
-sigma exists, so sigma has its own AdamW, which steps when DeepSpeed's optimizer does.
+OpenRLHF has no registry, so `install` replaces the names its actor module uses. It asks vLLM for log-probabilities only with
+--algo.advantage.is_correction_level token (or seq); the ratio of these losses replaces the correction. DeepSpeed's optimizer
+is built before sigma exists, so sigma has its own AdamW, which steps when DeepSpeed's optimizer does.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_flag
+from ..checks import check_flag, refuse_value
 from ..layers.attach import attach
+from ..loss.inputs import is_known
 from ._shared import (
     aggregated_loss,
     average_gradient,
@@ -26,6 +28,7 @@ from ._shared import (
     nonfinite_fraction,
     require_noise,
 )
+from .truncation import check_sampling
 
 _NAMES = {"clip_low": "clip_eps_low", "clip_high": "clip_eps_high"}
 
@@ -33,7 +36,8 @@ _NAMES = {"clip_low": "clip_eps_low", "clip_high": "clip_eps_high"}
 class ALPPolicyLoss(nn.Module):
     """Replaces OpenRLHF's `PolicyLoss`, with its arguments, call, aggregation (`aggregate_loss`) and five results.
 
-    nonfinite: "raise" on NaN or inf among rollout_log_probs, or "mask": take those tokens out of the loss.
+    nonfinite: "raise" on NaN, inf or -9999 among rollout_log_probs, or "mask": take those tokens out of the loss. The four is_*
+    arguments have no effect: they describe a correction for a second ratio, and this loss has one.
     """
 
     def __init__(
@@ -56,11 +60,8 @@ class ALPPolicyLoss(nn.Module):
         clips = {"clip_low": clip_eps_low, "clip_high": clip_eps_high, "dual_clip": dual_clip}
         self.choice = choose("openrlhf", preset, nonfinite, clips, _NAMES)
         check_flag("openrlhf", "token_level_loss", token_level_loss)
-        if policy_loss_type != "ppo" or is_correction_level != "off":
-            raise ValueError(
-                f"openrlhf: policy_loss_type={policy_loss_type!r}, is_correction_level={is_correction_level!r}; ALP's ratio "
-                "replaces both; it needs 'ppo' and 'off'"
-            )
+        if policy_loss_type != "ppo":
+            refuse_value("openrlhf", "policy_loss_type", policy_loss_type, "'ppo'; ALP's ratio replaces the others'")
         self.token_level_loss = token_level_loss
 
     def forward(
@@ -85,7 +86,8 @@ class ALPPolicyLoss(nn.Module):
         if rollout_log_probs is None or action_mask is None:
             missing = "rollout_log_probs" if rollout_log_probs is None else "action_mask"
             raise ValueError(
-                f"openrlhf: {missing} is None; the loss needs the rollout engine's log-probabilities and the mask"
+                f"openrlhf: {missing} is None; the loss needs the rollout engine's log-probabilities, which OpenRLHF requests "
+                "with --algo.advantage.is_correction_level token, and the mask"
             )
         out = aggregated_loss(
             self.choice,
@@ -104,7 +106,7 @@ class ALPPolicyLoss(nn.Module):
         )
         vllm_kl = is_filter_ratio = None
         if self.choice.nonfinite == "mask":
-            live = action_mask.bool() & rollout_log_probs.isfinite()
+            live = action_mask.bool() & is_known(rollout_log_probs)
             drift = torch.where(live, rollout_log_probs - old_log_probs, 0.0)
             vllm_kl, is_filter_ratio = drift.sum() / live.sum().clamp(min=1), nonfinite_fraction(out.stats)
         return out.loss, clipped_fractions(out.stats)[0], k1_kl(out.stats), vllm_kl, is_filter_ratio
@@ -120,15 +122,29 @@ def install(
 ) -> None:
     """Make OpenRLHF's actor in this process train with `preset`; an "alp-*" preset also perturbs its updates.
 
-    nonfinite: "raise" on NaN or inf among the rollout's log-probabilities, or "mask": take those tokens out of the loss.
+    The actor refuses sampling settings under which vLLM's log-probabilities are not over the whole vocabulary.
+
+    nonfinite: "raise" on NaN, inf or -9999 among the rollout's log-probabilities, or "mask": take those tokens out of the loss.
     """
     choose("openrlhf: install", preset, nonfinite)
     check_noise("openrlhf: install", sigma, sigma_lr, seed)
     from openrlhf.trainer.ray import ppo_actor
 
     ppo_actor.PolicyLoss = partial(ALPPolicyLoss, preset, nonfinite=nonfinite)
+    ppo_actor.ActorPPOTrainer = checked_trainer(ppo_actor.ActorPPOTrainer)
     if preset.startswith("alp-"):
         ppo_actor.ActorPPOTrainer = perturbed_trainer(ppo_actor.ActorPPOTrainer, sigma, sigma_lr, seed)
+
+
+def checked_trainer(base: Any) -> Any:
+    """Return a subclass of OpenRLHF's ActorPPOTrainer that looks at the rollout's sampling settings first."""
+
+    class CheckedActorPPOTrainer(base):
+        def __init__(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            check_sampling("openrlhf", vars(strategy.args.rollout), prefix="--rollout.")
+            super().__init__(strategy, *args, **kwargs)
+
+    return CheckedActorPPOTrainer
 
 
 def perturbed_trainer(base: Any, sigma: float, sigma_lr: float, seed: int) -> Any:

@@ -5,7 +5,7 @@ Versions since September 2026 keep losses as objects; their `CustomLoss` calls t
     [trainer.loss]
     type = "custom"
     import_path = "alp_kernels.integrations.prime_rl.single_ratio_loss"
-    kwargs = { preset = "bypass-sequence" }
+    kwargs = { preset = "bypass-sequence", support = "full" }      # or "replayed"
 
 prime-rl has no hook on its model, so for an "alp-*" preset its train loop needs the edits in docs/trainers.md.
 """
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from ._shared import aggregated_loss, choose, clipped_fractions, k1_kl, nonfinite_fraction, require_noise
+from .truncation import check_stated
 
-_NAMES = {name: f"trainer.loss.kwargs.{name}" for name in ("preset", "clip_low", "clip_high", "dual_clip", "nonfinite")}
+_OPTIONS = ("preset", "clip_low", "clip_high", "dual_clip", "nonfinite", "support")
+_NAMES = {name: f"trainer.loss.kwargs.{name}" for name in _OPTIONS}
 
 
 def single_ratio_loss(
@@ -28,13 +30,19 @@ def single_ratio_loss(
     clip_high: float = 3.0,
     dual_clip: float | None = 10.0,
     nonfinite: str = "raise",
+    support: str | None = None,
 ) -> Any:
     """Return LossOutputs for LossInputs of one sample, tensors (N,). loss_weights, if given, multiply the token losses.
 
-    nonfinite: "raise" on NaN or inf among inference_logprobs, or "mask": take those tokens out of the loss.
+    nonfinite: "raise" on NaN, inf or -9999 among inference_logprobs, or "mask": take those tokens out of the loss.
+    support: "full": the rollouts were sampled from the whole vocabulary. "replayed": prime-rl's trainer normalises
+    trainer_logprobs over the tokens that vLLM kept, as it does since September 2026 (its #3431) where the sampling of
+    training truncates. It has no default: the inputs do not tell.
     """
     clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
     choice = choose("prime_rl", preset, nonfinite, clips, _NAMES)
+    replays = "[orchestrator.train.sampling] sets top_p or top_k in a prime-rl that replays them (since its #3431)"
+    check_stated("prime_rl", support, name=_NAMES["support"], replays=replays)
     require_noise("prime_rl", preset)
     from prime_rl.trainer.rl.loss import LossOutputs
 

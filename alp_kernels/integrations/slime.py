@@ -5,6 +5,9 @@
     --custom-megatron-before-log-prob-hook-path alp_kernels.integrations.slime.before_log_prob
     --custom-config-path alp.yaml           # alp_sigma: 0.01   alp_sigma_lr: 5.0e-4
 
+Where --rollout-top-p, --rollout-top-k or others truncate, both sides of the ratio must be over the tokens that were kept: as
+the trainer replays them, or else refused.
+
 Written from the source of slime and miles and tested against their calling convention, but not run inside Megatron.
 """
 
@@ -21,10 +24,16 @@ from torch import Tensor
 
 from ..layers.attach import attach
 from ..layers.perturbation import Perturbation
+from ..loss.inputs import is_known
 from ..stream import MAX_SEED
 from ._shared import aggregated_loss, average_gradient, check_noise, choose, from_text, require_noise
+from .truncation import check_sampling
 
-_LOSS_MODULES = ("slime.backends.megatron_utils.loss", "miles.backends.training_utils.loss")
+_LOSS_MODULES = (
+    "slime.backends.megatron_utils.loss",
+    "miles.backends.training_utils.loss",
+    "miles.backends.training_utils.loss.objective",
+)
 
 _NAMES = {"clip_low": "eps_clip", "clip_high": "eps_clip_high", "dual_clip": "eps_clip_c", "nonfinite": "alp_nonfinite"}
 
@@ -33,7 +42,8 @@ def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sam
     """Return (loss, metrics), summed over samples; the trainer divides. logits: (1, T, V).
 
     Clips: --eps-clip, --eps-clip-high (by default --eps-clip), and --eps-clip-c if the trainer has it. alp_nonfinite in
-    --custom-config-path: "raise" on NaN or inf among rollout_log_probs, or "mask": take those tokens out of the loss.
+    --custom-config-path: "raise" on NaN, inf or -9999 among rollout_log_probs, or "mask": take those tokens
+    out of the loss.
     """
     where = f"slime: custom loss {preset}"
     clips = {name: getattr(args, theirs, None) for name, theirs in _NAMES.items() if name != "nonfinite"}
@@ -53,7 +63,7 @@ def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sam
     if not batch.get("rollout_log_probs"):
         raise ValueError(f"{where}: the batch has no rollout_log_probs; the rollout engine must return them")
     lengths = batch["response_lengths"]
-    logp = _log_probs(args, batch, logits)
+    logp = _log_probs(where, args, batch, logits)
     if [len(each) for each in logp] != list(lengths):
         raise ValueError(f"{where}: this rank holds parts of responses; context parallelism is not supported")
     # without empty responses: they would make it ambiguous whether advantages are per token
@@ -64,12 +74,12 @@ def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sam
     out = aggregated_loss(
         choice, sum_of_sample_mean, torch.cat(logp), rollout_logp, advantages, mask, cu_seqlens=cu_seqlens
     )
-    is_finite = rollout_logp.isfinite()
+    known = is_known(rollout_logp)
 
     def reduced(values: Tensor) -> Tensor:
         """Reduce values of the tokens in the loss as the trainer reduces its metrics."""
         of_all = torch.zeros_like(out.logp.reshape(-1)[: mask.numel()])
-        return sum_of_sample_mean(of_all.masked_scatter(mask.bool() & is_finite, values.to(of_all.dtype)))
+        return sum_of_sample_mean(of_all.masked_scatter(mask.bool() & known, values.to(of_all.dtype)))
 
     metrics = {
         "loss": out.loss.detach(),
@@ -77,25 +87,20 @@ def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sam
         "ppo_kl": reduced(-out.stats.log_ratio),
     }
     if choice.nonfinite == "mask":
-        metrics["alp_nonfinite_frac"] = sum_of_sample_mean((~is_finite).to(out.logp.dtype))
+        metrics["alp_nonfinite_frac"] = sum_of_sample_mean((~known).to(out.logp.dtype))
     return out.loss, metrics
 
 
-def _log_probs(args: Any, batch: Any, logits: Tensor) -> list[Tensor]:
+def _log_probs(where: str, args: Any, batch: Any, logits: Tensor) -> list[Tensor]:
     """Return the response tokens' log-probabilities, from the trainer's function in the module that calls this loss."""
-    module = next((sys.modules[name] for name in _LOSS_MODULES if name in sys.modules), None)
+    loaded = [sys.modules[name] for name in _LOSS_MODULES if name in sys.modules]
+    module = next((each for each in loaded if hasattr(each, "get_log_probs_and_entropy")), None)
     if module is None:
         raise ImportError(f"slime: none of {', '.join(_LOSS_MODULES)} is imported; call this loss from slime or miles")
     options: dict[str, Any] = {}
     if batch.get("max_seq_lens") is not None:  # padded batches, which slime no longer has from 0.3.1 on
         options["max_seq_lens"] = batch["max_seq_lens"]
-    if getattr(args, "rollout_top_p", 1.0) != 1.0:  # both sides of the ratio are over the tokens that top-p kept
-        if not hasattr(module, "get_rollout_top_p_logprob_kwargs"):
-            raise ValueError(
-                f"slime: rollout_top_p={args.rollout_top_p}; {module.__name__} cannot normalise over the tokens that were "
-                "kept, so it needs 1.0"
-            )
-        options |= module.get_rollout_top_p_logprob_kwargs(args, batch)
+    options |= _replay(where, args, batch, module)
     found = module.get_log_probs_and_entropy(
         logits,
         args=args,
@@ -106,6 +111,32 @@ def _log_probs(args: Any, batch: Any, logits: Tensor) -> list[Tensor]:
         **options,
     )
     return (found[1] if isinstance(found, tuple) else found)["log_probs"]  # slime returns a pair, miles the second
+
+
+def _replay(where: str, args: Any, batch: Any, module: Any) -> dict[str, Any]:
+    """Return the arguments with which the trainer's log-probabilities are over the tokens that SGLang kept.
+
+    slime asks SGLang for these tokens where --rollout-top-p is below 1; miles' batches hold them in versions that replay.
+    SGLang's log-probabilities are over the kept tokens when it returns them, and leave the truncation out otherwise.
+    """
+    options: dict[str, Any] = {}
+    remedy = "a trainer that replays the tokens that were kept (slime from 0.3.1 on)"
+    if hasattr(module, "get_rollout_top_p_logprob_kwargs"):
+        remedy = "rollout_top_p below 1, with which slime replays what top_p, top_k and min_p keep together"
+        if getattr(args, "rollout_top_p", 1.0) != 1.0:
+            options = dict(module.get_rollout_top_p_logprob_kwargs(args, batch))
+    elif (ids := batch.get("rollout_sampling_mask_ids")) is not None:
+        from miles.utils.sampling_mask import RolloutSamplingMask
+
+        each = zip(ids, batch["rollout_sampling_mask_offsets"], strict=True)
+        masks = [RolloutSamplingMask(ids=torch.as_tensor(i), offsets=torch.as_tensor(o)) for i, o in each]
+        options = {"rollout_sampling_mask": masks}
+    settings = {
+        name.removeprefix("rollout_"): value for name, value in vars(args).items() if name.startswith("rollout_")
+    }
+    replayed = ("top_p", "top_k", "min_p") if options else ()
+    check_sampling(where, settings, prefix="rollout_", replayed=replayed, logprobs="unfiltered", remedy=remedy)
+    return options
 
 
 alp_token, alp_sequence, alp_cum_token, alp_cum_turn, bypass_token, bypass_sequence = (

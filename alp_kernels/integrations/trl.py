@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import Head, LossOutput, Objective, Sampled, Support, fused_alp_loss, linear_logprob, policy_loss
 from ..checks import check_choice, check_flag, check_integer, check_number, check_rate, check_size, refuse_value
+from ..loss.inputs import UNKNOWN, is_known
 from ..objective import LOG_RATIO_CLAMP, PRESETS, kl_estimate
 from ..stream import NUM_PASSES, row_ids
 from ._shared import turn_ends
@@ -356,19 +357,20 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         of_chunk = [next(supports) for _ in targets]
 
         def score(hidden: Tensor, head: Head) -> PolicyLossOutput:
-            hidden, head, context = self._head_inputs(hidden[:, -length - 1 : -1], head)
             support = batch_support(of_chunk, length, hidden.device)
-            mask = (support.counts > 0).view(targets.shape)
-            with context:
-                logp, entropy = linear_logprob(
-                    hidden, head._replace(support=support), targets, mask=mask, temperature=self.temperature
-                )
+            logp, entropy = linear_logprob(
+                hidden[:, -length - 1 : -1],
+                self._in_trls_dtype(head)._replace(support=support),
+                targets,
+                mask=(support.counts > 0).view(targets.shape),
+                temperature=self.temperature,
+            )
             return PolicyLossOutput(log_probs=logp, entropy=entropy)
 
         return model(**named, policy_loss_head=score)
 
     def _check_sampled(self, batch: dict[str, Any]) -> None:
-        """Raise if all rollout log-probabilities are NaN or inf, or if any is and alp_nonfinite is "raise".
+        """Raise if all rollout log-probabilities are NaN, inf or -9999, or if any is and alp_nonfinite is "raise".
 
         Otherwise policy_loss masks and counts the bad ones.
         """
@@ -378,12 +380,12 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
                 f"ALPGRPOTrainer: the rollouts' log-probabilities have shape {shape}, padded; the completions need "
                 f"{tuple(mask.shape)}: a rollout_func returns one value in `logprobs` for each completion token"
             )
-        bad = mask & ~batch["sampling_per_token_logps"].isfinite()
+        bad = mask & ~is_known(batch["sampling_per_token_logps"])
         num_bad, num_tokens = torch.stack([bad.sum(), mask.sum()]).tolist()
         if num_bad and (num_bad == num_tokens or self.args.alp_nonfinite == "raise"):
             hint = "" if num_bad == num_tokens else "; alp_nonfinite='mask' takes them out of the loss and counts them"
             raise ValueError(
-                f"ALPGRPOTrainer: {num_bad} of the rollouts' {num_tokens} log-probabilities are NaN or inf{hint}"
+                f"ALPGRPOTrainer: {num_bad} of the rollouts' {num_tokens} log-probabilities are {UNKNOWN}{hint}"
             )
 
     # -------------------------------------------------------------- the update
@@ -420,14 +422,13 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
 
         def policy_loss_head(hidden: Tensor, head: Head) -> PolicyLossOutput:
             keep = targets.shape[1]
-            # a position predicts the next position's token
-            hidden, head, context = self._head_inputs(hidden[:, -keep - 1 : -1], head)
+            hidden = hidden[:, -keep - 1 : -1]  # a position predicts the next position's token
+            head = self._in_trls_dtype(head)
             if self.args.alp_backward == "sampled":
                 head = head._replace(backward=self._sampled(inputs))
             if SAMPLING_MASK in inputs:
                 head = head._replace(support=batch_support(inputs[SAMPLING_MASK], keep, hidden.device))
-            with context:
-                out = fused_alp_loss(hidden, head, targets, temperature=self.temperature, **compute)
+            out = fused_alp_loss(hidden, head, targets, temperature=self.temperature, **compute)
             outs.append(out)
             return PolicyLossOutput(loss=out.loss, log_probs=out.logp, entropy=out.entropy)
 
@@ -440,13 +441,8 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         self._get_per_token_logps_and_entropies(forward, *_tokens(inputs), compute_entropy=True, **_multimodal(inputs))
         return outs[0], losses[0]
 
-    def _head_inputs(self, hidden: Tensor, head: Head) -> tuple[Tensor, Head, Any]:
-        """Return hidden states, head and the context for its product, in float32 if TRL's option asks for it."""
-        if not self.args.cast_lm_head_to_fp32:
-            return hidden, head, contextlib.nullcontext()
-        hidden, bias = head.inputs(hidden).float(), None if head.bias is None else head.bias.float()
-        head = head._replace(weight=head.weight.float(), bias=bias)
-        return hidden, head, torch.autocast(hidden.device.type, enabled=False)
+    def _in_trls_dtype(self, head: Head) -> Head:
+        return head._replace(dtype=torch.float32) if self.args.cast_lm_head_to_fp32 else head
 
     def _sampled(self, inputs: dict[str, Any]) -> Sampled:
         """Return the step's sampled backward: the noise's seed and step, and the row ids of the completion's predictions."""
@@ -477,7 +473,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         """Keep TRL's metrics `kl` and, with an entropy bonus, `policy_loss`: the loss without the bonus."""
         stats = out.stats.live()
         if self.beta != 0:
-            live = mask.bool() & inputs["sampling_per_token_logps"].isfinite()
+            live = mask.bool() & is_known(inputs["sampling_per_token_logps"])
             kl = kl_estimate(out.logp, inputs["ref_per_token_logps"].float(), "k3")
             if self.objective.kl_bias_correction:
                 ell = stats.level_log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)

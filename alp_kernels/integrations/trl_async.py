@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from .. import Objective, policy_loss
 from ..checks import refuse_value
+from ..loss.inputs import is_known
 from .trl_sigma import ALPOptions, SigmaMixin
 from .trl_support import check_asynchronous
+from .trl_versions import SAMPLE_VERSIONS, keep_versions
 
 try:
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
@@ -63,11 +66,25 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
         self.objective = args.objective()
         self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high
         self.init_sigma(args)
+        self.policy_version = 0
+        """The trainer's `model_version`, which TRL counts on the main process only."""
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if self.accelerator.is_main_process:
+            keep_versions(loader, self._rollout_dataset)
+        return loader
+
+    def _sync_weight(self) -> None:
+        super()._sync_weight()
+        [self.policy_version] = broadcast_object_list([self.model_version])
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         outputs: list[Any] = []
+        sampled = inputs["old_log_probs"]  # TRL drops NaN from its metrics
+        inputs = inputs | {"old_log_probs": torch.where(is_known(sampled), sampled, torch.nan)}
 
         def forward(**named: Any) -> Any:
             outputs.append(model(**named))
@@ -97,7 +114,7 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
             num_tokens=inputs["global_n_tokens"][0] / self.accelerator.num_processes * count,
             nonfinite=self.args.alp_nonfinite,
         )
-        self.keep_stats(out.stats)
+        self.keep_stats(out.stats.with_versions(inputs[SAMPLE_VERSIONS][0][segment], self.policy_version))
         if self.aux_loss_enabled:
             return out.loss + self.router_aux_loss_coef * output.aux_loss / count
         return out.loss

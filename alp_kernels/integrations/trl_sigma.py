@@ -22,6 +22,7 @@ from .. import Objective, Perturbation, Stats, attach
 from ..checks import check_choice, check_integer, check_number, check_rate, check_size, refuse_type, refuse_value
 from ..noise.perturb import ROUNDINGS, SCALES
 from ..stream import FINAL_LAYER, MAX_SEED
+from .trl_versions import age_metrics
 
 logger = logging.getLogger("alp_kernels")
 
@@ -60,7 +61,8 @@ class ALPOptions:
     alp_rounding: str = option('"nearest" or "stochastic" rounding of perturbed hidden states to 16 bits.', "nearest")
     alp_seed: int | None = option("Seed of the noise; None: `seed`.", None)
     alp_nonfinite: str = option(
-        'If rollout log-probabilities are NaN or inf: "mask" and count them, or "raise".', "mask"
+        'If rollout log-probabilities are NaN, inf or -9999 (vLLM\'s placeholder): "mask" and count them, or "raise".',
+        "mask",
     )
 
     def check_options(self) -> None:
@@ -317,7 +319,7 @@ class SigmaMixin:
         sums, self._sums = self._sums, {}
         stats = Stats.cat(parts).gather()
         summary = stats.summary()
-        for name, value in summary.items():
+        for name, value in (summary | age_metrics(stats)).items():
             metrics[f"alp/{name}"].append(value)
         for name, value in clip_ratios(stats).items():
             metrics[f"clip_ratio/{name}"].append(value)

@@ -1,6 +1,7 @@
 """verl: ALP's losses with verl's keyword call, aggregation, clips and metrics (verl 0.9.1; docs/verl.md).
 
     actor_rollout_ref.actor.policy_loss.loss_mode=alp_sequence
+    +actor_rollout_ref.model.override_config.alp_support=full
 
 Importing registers alp_token, alp_sequence, alp_cum_token, alp_cum_turn, and bypass_token, bypass_sequence: the same
 losses without noise. verl imports this module through the entry point group "verl.plugins". The noise is in
@@ -28,17 +29,21 @@ from ._shared import (
     nonfinite_fraction,
     require_noise,
 )
+from .truncation import check_stated
 
 logger = logging.getLogger("alp_kernels")
 
 LOSS_MODES = {name.replace("-", "_"): name for name in SINGLE_RATIO}
 """verl's loss_mode -> preset."""
 
-_NONFINITE = "actor_rollout_ref.model.override_config.alp_nonfinite"
+_OVERRIDE = "actor_rollout_ref.model.override_config."
+
+SUPPORT = _OVERRIDE + "alp_support"
+"""verl's workers do not see how the rollout samples, and hand no support over: its user says that it is full."""
 
 _NAMES = {
     "preset": "loss_mode",
-    "nonfinite": _NONFINITE,
+    "nonfinite": _OVERRIDE + "alp_nonfinite",
     "clip_low": "clip_ratio_low",
     "clip_high": "clip_ratio_high",
     "dual_clip": "clip_ratio_c",
@@ -75,16 +80,16 @@ def verl_policy_loss(
         loss_mode: a key of LOSS_MODES.
         old_log_prob: the ratio's denominator; in bypass mode verl gives the rollout engine's log-probabilities.
         config: verl's ActorConfig: clip_ratio_low, clip_ratio_high, clip_ratio_c, global_batch_info for `agg_loss`, and
-            alp_nonfinite ("raise" or "mask") in model_config.override_config.
+            alp_support ("full") and alp_nonfinite ("raise" or "mask") in model_config.override_config.
         rollout_log_probs: the denominator, if verl passes it.
 
     Returns:
         The loss, scaled as verl scales its own (dp_size over the whole batch's count), and metrics of this micro-batch.
 
     Raises:
-        ValueError, TypeError: an option does not fit; rollout_is_weights is given, so old_log_prob is a recomputed policy's;
-            config asks for rejection sampling or REINFORCE. RuntimeError: the loss is an "alp_*" one and no perturbation is
-            switched on.
+        ValueError, TypeError: an option does not fit, or alp_support is not there; rollout_is_weights is given, so
+            old_log_prob is a recomputed policy's; config asks for rejection sampling or REINFORCE. RuntimeError: the loss is
+            an "alp_*" one and no perturbation is switched on.
     """
     where = f"loss_mode={loss_mode}"
     low, high = (
@@ -93,6 +98,7 @@ def verl_policy_loss(
     override = (config.get("model_config") or {}).get("override_config") or {}
     clips = {"clip_low": low, "clip_high": high, "dual_clip": config.get("clip_ratio_c", 3.0)}
     choice = choose(where, LOSS_MODES[loss_mode], override.get("alp_nonfinite", "raise"), clips, _NAMES)
+    check_stated(where, override.get("alp_support"), name=SUPPORT)
     if rollout_is_weights is not None:
         raise ValueError(
             f"{where}: rollout_is_weights is given, so old_log_prob is not the rollout's and the mismatch counts twice. Set "

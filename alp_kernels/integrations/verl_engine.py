@@ -3,6 +3,7 @@
     actor_rollout_ref.model.external_lib=alp_kernels.integrations.verl_engine
     +actor_rollout_ref.model.override_config.alp_sigma=0.01
     +actor_rollout_ref.model.override_config.alp_sigma_lr=5e-4
+    +actor_rollout_ref.model.override_config.alp_support=full
 
 verl imports external_lib in each worker before it builds an engine. Importing registers `ALPEngineWithLMHead` for this
 machine's vendor, and verl prefers a vendor's engine to a device's. The critic's engine does not change.
@@ -33,7 +34,8 @@ from ..layers.rows import Rows
 from ..loss.stats import Stats
 from ..noise.perturb import ROUNDINGS, SCALES
 from ._shared import REPORTED, average_gradient, check_noise, from_text
-from .verl import collected
+from .truncation import check_stated
+from .verl import SUPPORT, collected
 from .verl_head import Score, ScoredTokens, add_score
 
 logger = logging.getLogger("alp_kernels")
@@ -47,15 +49,20 @@ _NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk", "distillati
 """verl's flags for passes that compute something else from all logits; these passes are verl's own."""
 
 
+_HEAD_DTYPES: dict[str, torch.dtype | str] = {"float32": torch.float32, "tf32": "tf32"}
+
+
 @dataclass(frozen=True)
 class Settings:
     """The keys alp_* of model.override_config, as `attach` takes them; sigma_lr=0 keeps sigma fixed.
 
-    nonfinite is for the losses, which read it there themselves. fused_head: None fuses where the model allows it.
+    nonfinite is for the losses, which read it there themselves, and support for both. fused_head: None fuses where the model
+    allows it. head_dtype: the fused head's `Head.dtype`, by name.
     """
 
     sigma: float
     sigma_lr: float
+    support: str | None = None
     seed: int = 0
     scale: str = "absolute"
     rounding: str = "nearest"
@@ -64,6 +71,7 @@ class Settings:
     fused_head: bool | None = None
     backward: str = "exact"
     threshold: float = Sampled._field_defaults["threshold"]
+    head_dtype: str | None = None
 
     def __post_init__(self) -> None:
         where, names = "ALP engine", (_PREFIX + "sigma", _PREFIX + "sigma_lr", _PREFIX + "seed")
@@ -73,6 +81,7 @@ class Settings:
             "rounding": ROUNDINGS,
             "nonfinite": ("raise", "mask"),
             "backward": ("exact", "sampled"),
+            "head_dtype": (None, *_HEAD_DTYPES),
         }
         for name, allowed in choices.items():
             check_choice(where, _PREFIX + name, getattr(self, name), allowed)
@@ -85,9 +94,12 @@ class Settings:
         if self.backward == "sampled" and (self.layers == "logits" or self.fused_head is False):
             name, fits = ("layers", "another value") if self.layers == "logits" else ("fused_head", "true or null")
             refuse_value(where, _PREFIX + name, getattr(self, name), f"{fits} with {_PREFIX}backward='sampled'")
+        if self.head_dtype is not None and self.fused_head is False:
+            refuse_value(where, _PREFIX + "head_dtype", self.head_dtype, f"null with {_PREFIX}fused_head=false")
         numbers = self.layers if isinstance(self.layers, Sequence) and len(self.layers) else [None]
         if self.layers not in ("all", "final", "logits") and not all(type(number) is int for number in numbers):
             refuse_value(where, _PREFIX + "layers", self.layers, "'all', 'final', 'logits' or a list of ints")
+        check_stated(where, self.support, name=SUPPORT)
 
     @staticmethod
     def take(model_config: Any) -> Settings:
@@ -99,8 +111,8 @@ class Settings:
         known = [field.name for field in fields(Settings)]
         if not set(given) <= set(known) or not {"sigma", "sigma_lr"} <= set(given):
             raise ValueError(
-                f"ALP engine: model.override_config has {sorted(_PREFIX + key for key in given)}; it needs alp_sigma and "
-                f"alp_sigma_lr, and may have {', '.join(_PREFIX + key for key in known[2:])}"
+                f"ALP engine: model.override_config has {sorted(_PREFIX + key for key in given)}; it needs alp_sigma, "
+                f"alp_sigma_lr and alp_support, and may have {', '.join(_PREFIX + key for key in known[3:])}"
             )
         numbers = {key: from_text(given[key]) for key in ("sigma", "sigma_lr", "threshold") if key in given}
         return Settings(**given | numbers)
@@ -161,8 +173,13 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         if self.settings.fused_head is not False:
             reason = why_not_fused(module, self.model_config)
-            if reason is not None and (self.settings.fused_head or self.settings.backward == "sampled"):
-                asked = "alp_fused_head=true" if self.settings.fused_head else "alp_backward='sampled'"
+            wanted = {
+                "alp_fused_head=true": self.settings.fused_head,
+                "alp_backward='sampled'": self.settings.backward == "sampled",
+                f"alp_head_dtype={self.settings.head_dtype!r}": self.settings.head_dtype is not None,
+            }
+            asked = next((name for name, is_wanted in wanted.items() if is_wanted), None)
+            if reason is not None and asked is not None:
                 raise ValueError(f"ALP engine: {asked} is not possible: {reason}")
             if reason is not None:
                 logger.warning("ALP engine: verl computes log-probabilities from all logits: %s", reason)
@@ -224,7 +241,8 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
                 backward = Sampled(self.settings.seed, self.num_updates, self.settings.threshold, row_start=start)
 
         def score(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-            head = head._replace(temperature=temperature, logit_noise=noise, backward=backward)
+            dtype = None if self.settings.head_dtype is None else _HEAD_DTYPES[self.settings.head_dtype]
+            head = head._replace(temperature=temperature, logit_noise=noise, backward=backward, dtype=dtype)
             return linear_logprob(hidden, head, targets, mask=mask)
 
         return score

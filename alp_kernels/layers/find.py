@@ -26,8 +26,10 @@ def _outermost_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
-def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
+def find_layers(model: nn.Module, path: str | None = None, where: str = "attach") -> DecoderLayers:
     """Return the decoder layers of `model`: at `path` if given, else the largest list of layers in its text decoder.
+
+    where: the function that messages name.
 
     Raises:
         ValueError: `path` is not a list of layers; or, without `path`, no list or several qualify (the message names them).
@@ -36,10 +38,10 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
         try:
             layers = model.get_submodule(path)
         except AttributeError as error:
-            raise ValueError(f"attach: path={path!r} is not in {type(model).__name__}: {error}") from None
+            raise ValueError(f"{where}: path={path!r} is not in {type(model).__name__}: {error}") from None
         if not isinstance(layers, nn.ModuleList | nn.Sequential) or len(layers) == 0:
             raise ValueError(
-                f"attach: path={path!r} is a {type(layers).__name__}; it needs the ModuleList of decoder layers"
+                f"{where}: path={path!r} is a {type(layers).__name__}; it needs the ModuleList of decoder layers"
             )
         parent = model.get_submodule(path.rpartition(".")[0])
         return DecoderLayers(path, parent, list(layers))
@@ -57,13 +59,13 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
     }
     if not sizes:
         raise ValueError(
-            f"attach: {type(model).__name__} has no ModuleList of layers with parameters below "
+            f"{where}: {type(model).__name__} has no ModuleList of layers with parameters below "
             f"{repr(prefix) if prefix else 'its root'}; name it with path='...'"
         )
     sizes = {name: size for name, size in sizes.items() if _TEXT & set(name.split("."))} or sizes
     ranked = sorted(sizes, key=lambda name: -sizes[name])
     if len(ranked) > 1 and sizes[ranked[1]] * 2 > sizes[ranked[0]]:
         raise ValueError(
-            f"attach: {type(model).__name__} has several lists of layers ({', '.join(ranked)}); choose with path='...'"
+            f"{where}: {type(model).__name__} has several lists of layers ({', '.join(ranked)}); choose with path='...'"
         )
-    return find_layers(model, ranked[0])
+    return find_layers(model, ranked[0], where)

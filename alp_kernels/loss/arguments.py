@@ -29,6 +29,7 @@ from .gather import check_group, local_rows
 from .head import Head, Sampled, VocabSplit, hint_at_mask
 from .inputs import LossInputs
 from .plan import Needs, Operands, make_plan
+from .precision import TF32
 from .ragged import check_support
 from .split import agree, sum_gradient
 from .support import Support
@@ -67,7 +68,7 @@ class HeadInputs(NamedTuple):
             check_integer(where, "chunk_bytes", chunk_bytes, 1, (1 << 62), fits="a number of bytes > 0, or None")
         if head.split is not None:
             head = _local(where, head)
-        hidden, weight, bias = _in_one_dtype(head.inputs(hidden, _fitting(mask, hidden)), head.weight, head.bias)
+        hidden, weight, bias = _in_one_dtype(head, head.inputs(hidden, _fitting(mask, hidden)))
         log_sigma = None
         if head.support is not None:
             _check_support_alone(where, head)
@@ -88,9 +89,12 @@ def _fitting(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     return mask if fits else None
 
 
-def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast to one dtype as autocast does: integers and float64 stay as they are."""
-    kind = hidden.device.type
+def _in_one_dtype(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast to one dtype as autocast does: integers and float64 stay as they are. A head's dtype takes autocast's place."""
+    weight, bias, kind = head.weight, head.bias, hidden.device.type
+    if head.dtype is not None:
+        is_narrow = weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
+        return hidden.float() if is_narrow else hidden, weight, bias
     if hidden.is_meta or hidden.dtype not in DTYPES[:3] or not torch.is_autocast_enabled(kind):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(kind)
@@ -101,6 +105,7 @@ def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
     return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
+_HEAD_DTYPES = "torch.float32, 'tf32' or None"
 _KINDS = (("logit_noise", LogitNoise), ("split", VocabSplit), ("backward", Sampled), ("support", Support))
 
 
@@ -126,6 +131,10 @@ def _check_head(where: str, head: Head) -> None:
     for name, kind in _KINDS:
         if not isinstance(getattr(head, name), kind | None):
             refuse_type(where, name, getattr(head, name), f"a {kind.__name__}, or None")
+    if not isinstance(head.dtype, torch.dtype | str | None):
+        refuse_type(where, "dtype", head.dtype, _HEAD_DTYPES)
+    if head.dtype is not None and head.precision is None:
+        refuse_value(where, "dtype", head.dtype, _HEAD_DTYPES)
     if not isinstance(head.adapters, tuple) or not all(isinstance(adapter, nn.Module) for adapter in head.adapters):
         refuse_type(where, "adapters", head.adapters, "a tuple of modules")
     if head.split is not None:
@@ -189,11 +198,14 @@ def check_head(where: str, inputs: HeadInputs, transfer: Transfer, loss: LossInp
         inputs.chunk_bytes,
         inputs.needs,
         _points(where, inputs),
+        head.precision,
     )
     if head.split is not None:
         shared = {} if loss is None else loss.fingerprints(hidden.device)
         if head.support is not None:
             shared["support"] = head.support.fingerprint(hidden.device)
+        if head.precision is not None:
+            shared["dtype"] = torch.tensor(float(head.precision == TF32), device=hidden.device)
         shard, chunk_rows = agree(
             where, flat, head.weight, targets, mask, head.split, plan.chunk_rows, transform, shared
         )
@@ -271,9 +283,12 @@ def _check_shapes(where: str, inputs: HeadInputs) -> None:
             f"{where}: weight has shape {tuple(weight.shape)}; hidden {tuple(hidden.shape)} needs (V, {channels})"
         )
     if weight.dtype != hidden.dtype:
+        advice = "cast one, or use autocast" if inputs.head.dtype is None else "cast one"
         raise TypeError(
-            f"{where}: weight is {weight.dtype}, hidden {hidden.dtype}; their dtypes must be equal (cast one, or use autocast)"
+            f"{where}: weight is {weight.dtype}, hidden {hidden.dtype}; their dtypes must be equal ({advice})"
         )
+    if inputs.head.dtype is not None and hidden.dtype == torch.float64:
+        raise TypeError(f"{where}: hidden is torch.float64, wider than dtype={inputs.head.dtype}; it needs dtype=None")
     vocab = len(weight)
     if bias is not None and (bias.shape != (vocab,) or bias.dtype != weight.dtype):
         raise ValueError(f"{where}: bias is {bias.dtype} {tuple(bias.shape)}; weight needs {weight.dtype} ({vocab},)")

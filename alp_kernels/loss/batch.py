@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import LARGEST, SMALLEST
 from ..objective import LOG_RATIO_CLAMP, LossRows, Objective
-from .inputs import LOG_PROBABILITIES, Count, LossInputs
+from .inputs import LOG_PROBABILITIES, PLACEHOLDER, UNKNOWN, Count, LossInputs, is_known
 from .segments import Sequences, first_and_last, read_sequences, segment_sum, sequence_of
 from .transfer import Asked, Transfer
 
@@ -52,6 +52,7 @@ class Rows:
     numbers: Numbers
     sequence: Tensor  # (n,) int64, non-decreasing
     turn: Tensor | None  # (n,) int64, non-decreasing, increases where a turn or sequence starts
+    index: Tensor  # (n,) int64, ascending: the rows' numbers in the batch
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class Batch:
     objective: Objective
     numbers: Numbers  # of all rows
     sequence: Tensor | None  # (N,) int64, non-decreasing; None if padded, or packed without sequences
+    num_sequences: int  # as Unread.count
     turn: Tensor | None
-    num_nonfinite: Tensor | None  # (1,) int64: rows masked for a NaN or inf rollout_logp; None if nonfinite='raise'
+    num_nonfinite: Tensor | None  # (1,) int64: rows masked for an unknown rollout_logp; None if nonfinite='raise'
 
     @property
     def knows_sequences(self) -> bool:
@@ -74,7 +76,7 @@ class Batch:
     def select(self, index: Tensor) -> Rows:
         """Select the rows `index` (n,), which ascend. A packed batch without sequences counts as one sequence."""
         turn = None if self.turn is None else self.turn[index]
-        return Rows(self.numbers.select(index), sequence_of(index, self.shape, self.sequence), turn)
+        return Rows(self.numbers.select(index), sequence_of(index, self.shape, self.sequence), turn, index)
 
 
 def _count(value: Count, default: float | Tensor) -> Tensor:
@@ -137,6 +139,7 @@ class Unread:
                 self.columns, self.numbers, "old_logp" if objective.denominator == "old" else "rollout_logp"
             ),
             sequence=None if self.sequences is None else self.sequences.of_row,
+            num_sequences=self.count(),
             turn=self.turn,
             num_nonfinite=self.num_nonfinite,
         )
@@ -225,7 +228,7 @@ def flatten(
 
     num_nonfinite = None
     if inputs.nonfinite == "mask":
-        is_bad = live & ~q.isfinite()
+        is_bad = live & ~is_known(q)
         num_nonfinite = is_bad.sum(0, keepdim=True)
         live &= ~is_bad
     checked = {"rollout_logp": q, "advantages": advantages, **extra}
@@ -252,7 +255,8 @@ def flatten(
         finite = all(map(math.isfinite, (*low.numbers, *high.numbers)))
         largest = dict(zip(checked, high.numbers, strict=True))
         is_log = all(largest.get(name, 0.0) <= ROUNDING for name in LOG_PROBABILITIES)
-        if counts.numbers[1] or not finite or not is_log:
+        is_placeholder = low.numbers[0] <= PLACEHOLDER  # of rollout_logp
+        if counts.numbers[1] or not finite or is_placeholder or not is_log:
             _raise_fault(where, shape, dict(zip(checked, numbers, strict=False)), wrong_mask)
 
     transfer.check(check)
@@ -362,7 +366,10 @@ def _raise_fault(where: str, shape: torch.Size, values: dict[str, Tensor], wrong
     hint = "; nonfinite='mask' takes such tokens out of the loss and counts them"
     logp = {name: value for name, value in values.items() if name in LOG_PROBABILITIES}
     faults = [
-        ("rollout_logp" + infinite + hint, ~values["rollout_logp"].isfinite()),
+        (
+            f"rollout_logp is {UNKNOWN} at {{}} tokens of the mask, first at {{}}{hint}",
+            ~is_known(values["rollout_logp"]),
+        ),
         (wrong, wrong_mask),
         *((name + infinite, ~value.isfinite()) for name, value in values.items()),
         *((name + positive, value > ROUNDING) for name, value in logp.items()),

@@ -104,8 +104,7 @@ def _fused_in_graph(head: HeadInputs, loss: LossInputs) -> LossOutput:
     if head.head.split is not None or head.head.backward is not None:
         return _fused_outside(head, loss)
     out = fused_alp_loss_operator(Wire.of(head), loss.for_graph(head.hidden.device))
-    knows_sequences = loss.knows_sequences(head.targets.shape)
-    stats = out.stats_rows.stats(loss.objective, knows_sequences=knows_sequences, has_entropy=True)
+    stats = out.stats_rows.stats(loss, head.targets.shape, has_entropy=True)
     return LossOutput(out.loss, out.logp, out.entropy, stats)
 
 

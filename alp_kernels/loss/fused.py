@@ -9,6 +9,8 @@ Derivation: docs/math.md, section 4
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from .batch import Batch, Unread, flatten, place_of
 from .inputs import LossInputs
 from .levels import level_log_ratio
 from .plan import Gradients, Needs, Operands, Plan, even_sizes
+from .precision import float32_products
 from .products import Whole
 from .sampled import sampled_gradients, sampled_rows
 from .segments import highest_first
@@ -30,6 +33,7 @@ from .stats import Stats
 from .supported import support_gradients, support_rows
 from .tiled import Tiled
 from .transfer import Asked, Transfer
+from .widened import whole
 
 
 class Order(NamedTuple):
@@ -74,7 +78,7 @@ def prepare(
 
 def fused_head(given: Given) -> Fused:
     """Compute the loss and its gradients, chunk by chunk."""
-    with torch.no_grad(), torch.autocast(given.operands.hidden.device.type, enabled=False):
+    with torch.no_grad(), _arithmetic(given.operands):
         return (_sparse_head if _is_sparse(given.operands.plan) else _exact_head)(*given)
 
 
@@ -84,8 +88,15 @@ def _is_sparse(plan: Plan) -> bool:
 
 def _products(operands: Operands, needs: Needs, num_parts: int) -> Whole | Tiled:
     """Choose Tiled or Whole for one pass over the rows; num_parts: how often `backward` will be called."""
-    way = Tiled if operands.plan.is_tiled(operands.weight.dtype, num_parts) else Whole
+    way = Tiled if operands.plan.is_tiled(operands.weight.dtype, num_parts) else whole
     return way(operands, needs, num_parts)
+
+
+@contextlib.contextmanager
+def _arithmetic(operands: Operands) -> Iterator[None]:
+    """Products as the plan says, without autocast."""
+    with torch.autocast(operands.hidden.device.type, enabled=False), float32_products(operands.plan.precision):
+        yield
 
 
 def _exact_head(operands: Operands, batch: Batch, order: Order, needs: Needs) -> Fused:
@@ -103,7 +114,7 @@ def _exact_head(operands: Operands, batch: Batch, order: Order, needs: Needs) ->
     groups = order.rows[:num_graded].split([sum(sizes) for sizes in order.groups]) if num_graded else ()
     for group, sizes in zip(groups, order.groups, strict=False):
         rows = batch.numbers.select(group).loss_rows()
-        if isinstance(products, Whole) and objective.level == "token" and plan.fuses_token_loss(hidden.dtype):
+        if isinstance(products, Whole) and objective.level == "token" and plan.fuses_token_loss(products.logits_dtype):
             noted(group, products.token_loss(group, rows, objective))
             continue
         *before, last = group.split(sizes)  # one part, unless a sequence is longer than a chunk
@@ -248,7 +259,7 @@ class SparseLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logp, entropy = (torch.zeros(len(hidden), dtype=real(hidden), device=hidden.device) for _ in range(2))
         operands = Operands(hidden, weight, bias, plan)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _arithmetic(operands):
             kept = sampled_rows(operands, order) if plan.support is None else support_rows(operands)
         logp[kept.order], entropy[kept.order] = kept.logp, kept.entropy
         ctx.save_for_backward(hidden, weight, bias, *kept)
@@ -265,7 +276,7 @@ class SparseLogprob(torch.autograd.Function):
             dlogp = torch.zeros_like(dentropy)
         kept = Kept(*saved)
         operands, needs = Operands(hidden, weight, bias, ctx.plan), Needs(*ctx.needs_input_grad[:3])
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _arithmetic(operands):
             by_entropy = None if dentropy is None else dentropy[kept.order]
             grads = _sparse_gradients(operands, kept, dlogp[kept.order], by_entropy, needs)
         return *_in_dtypes(grads, operands)[:3], None, None
@@ -301,16 +312,16 @@ def logprob_rows(operands: Operands, order: Tensor) -> HeadRows:
     hidden = operands.hidden
     dtypes = (real(hidden), real(hidden), torch.float64)
     out = HeadRows(*(torch.zeros(len(hidden), dtype=dtype, device=hidden.device) for dtype in dtypes))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _arithmetic(operands):
         if operands.plan.support is not None:
             kept = support_rows(operands)
-            for whole, part in zip(out, kept.head_rows, strict=True):
-                whole[kept.order] = part.to(whole.dtype)
+            for column, part in zip(out, kept.head_rows, strict=True):
+                column[kept.order] = part.to(column.dtype)
             return out
         products = _products(operands, Needs(), 0)
         for index in products.parts(order):
-            for whole, part in zip(out, products.logprob(index), strict=True):
-                whole[index] = part.to(whole.dtype)
+            for column, part in zip(out, products.logprob(index), strict=True):
+                column[index] = part.to(column.dtype)
     return out
 
 
@@ -320,12 +331,12 @@ def logprob_gradients(
     """Compute the gradients of hidden, weight, bias and log_sigma () from dlogp and dentropy; recomputes the logits."""
     hidden, weight, bias, plan = operands
     if plan.support is not None:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _arithmetic(operands):
             kept = support_rows(operands)
             by_row = dlogp[kept.order], dentropy[kept.order]
             return _in_dtypes(support_gradients(operands, kept, *by_row, needs), operands)
     products = _products(operands, needs, -(-len(order) // plan.chunk_rows))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _arithmetic(operands):
         for index in products.parts(order):
             out = HeadRows(*(v[index] for v in rows))
             products.backward(index, None, out, dlogp[index], dentropy[index])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import is_number, python_number, refuse_type, refuse_value
 from ..stream import LOGITS_LAYER, SAMPLED_LAYER, Coordinates, LogitNoise, Stream
+from .precision import FLOAT32, TF32, float32_products
 from .support import Support
 
 _DEFAULTS = {"bias": None, "temperature": 1.0, "softcap": None, "logit_scale": 1.0, "logit_noise": None}
@@ -90,6 +91,12 @@ class Head(NamedTuple):
     support: Support | None = (
         None  # the tokens that truncated sampling kept; None: all. Not with logit_noise or backward
     )
+    dtype: torch.dtype | str | None = None  # torch.float32 or "tf32": a float32 head over 16-bit states; None: hidden's
+
+    @property
+    def precision(self) -> str | None:
+        """`dtype` as float32_products takes it."""
+        return FLOAT32 if self.dtype == torch.float32 else TF32 if self.dtype == TF32 else None
 
     def inputs(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return what `weight` multiplies: hidden (..., D), with the adapters' outputs appended if they are not yet.
@@ -105,7 +112,13 @@ class Head(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return all logits, (..., V), before noise and temperature; for checks."""
-        logits = nn.functional.linear(self.inputs(hidden), self.weight, self.bias) * self.logit_scale
+        x, weight, bias = self.inputs(hidden), self.weight, self.bias
+        if self.dtype is None:
+            logits = nn.functional.linear(x, weight, bias) * self.logit_scale
+        else:
+            with torch.autocast(x.device.type, enabled=False), float32_products(self.precision):
+                bias = None if bias is None else bias.float()
+                logits = nn.functional.linear(x.float(), weight.float(), bias) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import NamedTuple, TypeAlias
 
@@ -15,6 +16,17 @@ Count: TypeAlias = int | float | Tensor | None
 """A count over a whole optimiser batch, > 0. A one-element tensor may be 0, which counts as 1; None: this call's own count."""
 
 LOG_PROBABILITIES = ("rollout_logp", "old_logp", "ref_logp")
+
+PLACEHOLDER = -9999.0
+"""What vLLM's server writes for a log-probability of -inf or NaN, which JSON lacks, and for anything below."""
+
+UNKNOWN = "NaN, inf or vLLM's placeholder -9999"
+"""What `is_known` refuses, for messages."""
+
+
+def is_known(logp: Tensor) -> Tensor:
+    """Whether each rollout log-probability is a number to rely on: finite, and no placeholder."""
+    return (logp > PLACEHOLDER) & (logp < math.inf)
 
 
 class LossInputs(NamedTuple):

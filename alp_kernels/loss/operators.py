@@ -21,6 +21,7 @@ from .fused import fused_head, logprob_gradients, logprob_rows, prepare, row_ord
 from .head import Head
 from .inputs import LossInputs
 from .plan import Gradients, Needs
+from .precision import FLOAT32
 from .products import gradient_dtype
 from .stats import StatsRows
 from .support import Support
@@ -46,6 +47,7 @@ class Wire(NamedTuple):
     support_offsets: Tensor | None
     chunk_bytes: int | None
     engine: str | None
+    precision: str | None  # of Head.dtype
     needs: list[bool]
 
     @staticmethod
@@ -69,6 +71,7 @@ class Wire(NamedTuple):
             support_offsets=None if head.support is None else head.support.offsets,
             chunk_bytes=inputs.chunk_bytes,
             engine=inputs.engine,
+            precision=head.precision,
             needs=list(inputs.needs),
         )
 
@@ -89,6 +92,7 @@ class Wire(NamedTuple):
             self.logit_scale,
             noise,
             support=support,
+            dtype=torch.float32 if self.precision == FLOAT32 else self.precision,
         )
         rest = (self.targets, self.is_wanted, self.chunk_bytes, self.engine, Needs(*self.needs))
         return HeadInputs(self.hidden.detach(), head, *rest)

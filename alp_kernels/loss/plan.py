@@ -12,6 +12,7 @@ from ..protocol import Engine
 from ..reference import LogitTransform, Points
 from .ragged import Ragged
 from .split import Shard
+from .transfer import is_on_host
 
 CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 240 << 20, 5 << 29
 """Default memory for a chunk of logits; on a device, 8704 rows of a vocabulary of 151936 in bfloat16.
@@ -59,13 +60,18 @@ class Plan:
     points: Points | None = None  # for all N rows, if the backward is sampled
     support: Ragged | None = None  # for all N rows, if the sampling was truncated
     shard: Shard | None = None  # if ranks split the vocabulary; targets are still in the whole vocabulary
+    precision: str | None = None  # of a float32 head's products (precision.py); None: products in hidden's dtype
+
+    def widens(self, dtype: torch.dtype) -> bool:
+        """Whether a weight of `dtype` is widened for its products."""
+        return self.precision is not None and dtype.itemsize == 2
 
     def is_tiled(self, dtype: torch.dtype, num_parts: int) -> bool:
         """Whether logits are computed in tiles; num_parts: how often `backward` is called (a single product is rounded once).
 
         Noise on the logits needs whole rows, since one Philox call gives the noise of four distant tokens.
         """
-        fits = dtype == torch.float32 or (dtype == torch.bfloat16 and num_parts <= 1)
+        fits = dtype == torch.float32 or (dtype == torch.bfloat16 and num_parts <= 1 and not self.widens(dtype))
         return self.engine.tiles is not None and self.shard is None and self.transform.sigma is None and fits
 
     @property
@@ -73,7 +79,10 @@ class Plan:
         return self.engine.KEEPS_EXPONENTIALS and self.shard is None
 
     def fuses_token_loss(self, dtype: torch.dtype) -> bool:
-        """float16 logits need their gradient's size before it is written (products.py), so they take two launches."""
+        """Whether one launch turns logits of `dtype` into the loss's gradient.
+
+        float16 logits need their gradient's size before it is written (products.py), so they take two launches.
+        """
         return self.engine.FUSES_TOKEN_LOSS and self.shard is None and dtype != torch.float16
 
     def for_shard(self, shard: Shard, targets: Tensor, chunk_rows: int) -> Plan:
@@ -100,6 +109,7 @@ def make_plan(
     chunk_bytes: int | None,
     needs: Needs,
     points: Points | None,
+    precision: str | None = None,
 ) -> Plan:
     vocab, channels = weight.shape
     default = CPU_CHUNK_BYTES if is_on_host(hidden) else DEVICE_CHUNK_BYTES
@@ -110,13 +120,13 @@ def make_plan(
         # several chunks sum dW in float32; a single chunk of that size needs no float32 dW, and no pass over it
         # (float16 needs both in any case)
         limit = max(limit, 4 * vocab * channels)
-    row_bytes = vocab * hidden.element_size()
+    row_bytes = vocab * (hidden.element_size() if precision is None else 4)
     if points is not None:
         row_bytes += 8 * min(vocab, 1 << points.bits)  # room to choose the entries in
     rows = max(1, limit // row_bytes)
     if not is_on_host(hidden) and rows > BLOCK_ROWS:
         rows -= rows % BLOCK_ROWS
-    plan = Plan(engine, transform, targets, limit, rows, rows, points)
+    plan = Plan(engine, transform, targets, limit, rows, rows, points, precision=precision)
     lies_in_dweight = (
         chunk_bytes is None
         and points is None
@@ -125,10 +135,6 @@ def make_plan(
         and plan.is_tiled(hidden.dtype, 1)
     )
     return replace(plan, first_rows=max(rows, channels)) if lies_in_dweight else plan
-
-
-def is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def even_sizes(num_rows: int, first: int, rest: int) -> list[int]:

@@ -56,7 +56,7 @@ def policy_loss(
         turn_ends: like logp, 1 at the last token of each turn; for level "cum-turn". A 1 off the mask ends a turn, too.
         num_tokens, num_sequences: counts of the whole optimiser batch, over all micro-batches and ranks, so that
             splitting never changes the gradient; by default this call's own. A tensor of 0 counts as 1.
-        nonfinite: "raise" on NaN or inf in rollout_logp, or "mask" those tokens and count them.
+        nonfinite: "raise" on NaN, inf or vLLM's placeholder -9999 in rollout_logp, or "mask" those tokens and count them.
 
     Raises:
         ValueError, TypeError: the message names the argument, its value and what it needs. Compiled code raises when it runs.
@@ -206,9 +206,8 @@ _operator = Operator(
 
 def _in_graph(logp: Tensor, entropy: Tensor | None, inputs: LossInputs) -> LossOutput:
     out = _operator(_LogProbabilities(logp, entropy), inputs.for_graph(logp.device))
-    stats = StatsRows(out.numbers, out.flags, out.num_nonfinite).stats(
-        inputs.objective, knows_sequences=inputs.knows_sequences(logp.shape), has_entropy=entropy is not None
-    )
+    rows = StatsRows(out.numbers, out.flags, out.num_nonfinite)
+    stats = rows.stats(inputs, logp.shape, has_entropy=entropy is not None)
     return LossOutput(out.loss, out.logp, None if entropy is None else out.entropy, stats)
 
 

@@ -18,7 +18,8 @@ from .. import memory
 from ..dtypes import real
 from ..objective import LossRows, Objective
 from ..reference import HeadRows, LogitTransform, exp_coefficient, is_plain
-from .plan import BLOCK_ROWS, Gradients, Needs, Operands, is_on_host
+from .plan import BLOCK_ROWS, Gradients, Needs, Operands
+from .transfer import is_on_host
 
 _WORTH_DROPPING = 0.95
 """Rows without a gradient are dropped from a chunk if fewer than this fraction have one; dropping copies the others."""
@@ -58,6 +59,10 @@ class Whole(Sums):
     """Logits of a chunk as one matrix (n, V)."""
 
     _room: Tensor | None = None  # for each chunk's logits in turn
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        return self.hidden.dtype
 
     def parts(self, index: Tensor) -> Sequence[Tensor]:
         """Split rows whose logits are not kept into chunks; no chunk if there are no rows."""
@@ -136,27 +141,37 @@ class Whole(Sums):
 
     def _logits(self, rows: Tensor) -> Tensor:
         """Compute the logits of rows of hidden, in the memory of the previous chunk's."""
+        x = self._empty_logits(rows)
+        if self.bias is None:
+            return torch.mm(rows, self.weight.t(), out=x)
+        return torch.addmm(self.bias, rows, self.weight.t(), out=x)
+
+    def _empty_logits(self, rows: Tensor) -> Tensor:
+        """Memory for the logits of `rows`, in their dtype; the previous chunk's if it fits."""
         vocab = len(self.weight)
         size = len(rows) if is_on_host(rows) else -(-len(rows) // BLOCK_ROWS) * BLOCK_ROWS
         if self._room is None or len(self._room) < len(rows) * vocab:
             self._room = None  # free it before the next is allocated
             self._room = memory.empty(min(size, max(len(rows), self.plan.chunk_rows)) * vocab, like=rows)
-        x = self._room[: len(rows) * vocab].view(len(rows), vocab)
-        if self.bias is None:
-            return torch.mm(rows, self.weight.t(), out=x)
-        return torch.addmm(self.bias, rows, self.weight.t(), out=x)
+        return self._room[: len(rows) * vocab].view(len(rows), vocab)
 
     def _add(self, index: Tensor, rows: Tensor, dx: Tensor, c: Tensor | None, dsigma: Tensor | None) -> None:
         """Add the contribution of rows `index`, given the gradient of their logits: dx, or c dx with one coefficient per row."""
         if self.dhidden is not None:
-            product = dx @ self.weight if c is None else _product(dx, self.weight)
-            self.dhidden[index] = product if c is None else _scaled(product, c, self.dhidden.dtype)
+            product = self._times_weight(dx, c is not None)
+            self.dhidden[index] = (
+                product.to(self.dhidden.dtype) if c is None else scaled(product, c, self.dhidden.dtype)
+            )
         if self.needs_dweight:
             self._add_weight(dx.t(), rows, c)
         if self.dbias is not None:
             self.dbias += dx.sum(dim=0, dtype=self.dbias.dtype) if c is None else _summed(dx, c)
         if self.dsigma is not None and dsigma is not None:
             self.dsigma += dsigma
+
+    def _times_weight(self, dx: Tensor, is_scaled: bool) -> Tensor:
+        """dx W (n, D); is_scaled: rows will still be scaled, so a float32 product is not rounded yet."""
+        return _product(dx, self.weight) if is_scaled else dx @ self.weight
 
     def _add_weight(self, a: Tensor, rows: Tensor, c: Tensor | None) -> None:
         """dW += a @ (c rows). A single product is rounded once whatever its dtype; several are added in float32 or wider.
@@ -169,7 +184,7 @@ class Whole(Sums):
             assert c is not None
             _add_scaled_product(self.dweight, a, rows, c)
             return
-        b, is_exact = rows if c is None else _scaled(rows, c, rows.dtype), a.dtype in (torch.float32, torch.float64)
+        b, is_exact = rows if c is None else scaled(rows, c, rows.dtype), a.dtype in (torch.float32, torch.float64)
         if self.dweight is None and (is_exact or self.num_parts == 1):
             self.dweight = a @ b
         elif is_exact:
@@ -228,7 +243,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _scaled(rows: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled(rows: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     """Return c * rows, rounded once to `dtype`."""
     return torch.mul(rows, c[:, None], out=torch.empty_like(rows, dtype=dtype))
 
@@ -268,7 +283,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _add_scaled_product(total: Tensor, a: Tensor, rows: Tensor, c: Tensor) -> None:
     """total (float32) += a @ (c rows) of float16 matrices; c (n,) float32: powers of two, which change no digit of a row."""
     is_mixed, largest = _has_mixed_products(a), c.amax()
-    b = _scaled(rows, c / largest, rows.dtype) if is_mixed else _scaled(rows, c, total.dtype)
+    b = scaled(rows, c / largest, rows.dtype) if is_mixed else scaled(rows, c, total.dtype)
     for start in range(0, len(a), 16384):
         block = slice(start, start + 16384)
         if is_mixed:

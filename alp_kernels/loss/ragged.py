@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .head import hint_at_mask
 from .support import Support
-from .transfer import Asked, Transfer
+from .transfer import Asked, Transfer, is_on_host
 
 _NARROWEST, _WIDEST = 4, 31  # exponents of 2 of the rows' widths
 
@@ -46,7 +46,7 @@ def check_support(
     row = torch.searchsorted(offsets[1:].contiguous(), entry, right=True).clamp(max=num_rows - 1)
     counted = torch.where(live[row], tokens, 0)
     key = (row << 32) | tokens.clamp(0, (1 << 31) - 1)
-    if key.device.type != "cpu" or not bool((key[1:] > key[:-1]).all()):
+    if not is_on_host(key) or not bool((key[1:] > key[:-1]).all()):
         key = key.sort().values
     repeated = ((key[1:] == key[:-1]) & live[row[1:]]).sum()
     wanted = (torch.arange(num_rows, device=device) << 32) | targets

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..dtypes import real
 from ..reference import LogitTransform, SparseRows
 from .plan import Gradients, Needs, Operands, even_sizes
-from .products import Whole
 from .sparse import Kept, sparse_gradients
+from .widened import whole
 
 
 def sampled_rows(operands: Operands, order: Tensor) -> Kept:
@@ -23,7 +23,7 @@ def sampled_rows(operands: Operands, order: Tensor) -> Kept:
 
     `values` are the entries' probabilities; a row's first entry is its target.
     """
-    plan, products = operands.plan, Whole(operands, Needs(), 0)
+    plan, products = operands.plan, whole(operands, Needs(), 0)
     assert plan.points is not None
     outs, chosen = [], []
     for part in order.split(even_sizes(len(order), plan.chunk_rows, plan.chunk_rows)):

@@ -32,7 +32,10 @@ def sparse_gradients(operands: Operands, order: Tensor, dx: SparseRows, needs: N
     """The gradients of hidden, weight and bias from the logits' gradient in rows `order`."""
     hidden, weight, bias, plan = operands
     needs_dbias = needs.bias and bias is not None
-    dh, dweight, dbias = plan.engine.sparse_products(dx, hidden[order], weight, needs.hidden, needs.weight, needs_dbias)
+    rows = hidden[order].contiguous()
+    dh, dweight, dbias = plan.engine.sparse_products(
+        dx, rows, weight.contiguous(), needs.hidden, needs.weight, needs_dbias
+    )
     dhidden = None
     if dh is not None:
         dhidden = torch.zeros_like(hidden, dtype=gradient_dtype(hidden))

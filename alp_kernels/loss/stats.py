@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ..checks import check_integer, refuse_type
 from ..objective import LOG_RATIO_CLAMP, Objective, k3
+from .ages import Places
 from .batch import Batch, Rows
+from .inputs import LossInputs
 from .segments import first_and_last, segment_sum
 
 logger = logging.getLogger("alp_kernels")
@@ -47,8 +49,8 @@ class StatsRows(NamedTuple):
             real.new_empty(1, dtype=torch.int64),
         )
 
-    def stats(self, objective: Objective, *, knows_sequences: bool, has_entropy: bool) -> Stats:
-        """Return the Stats, with `is_live`."""
+    def stats(self, inputs: LossInputs, shape: torch.Size, *, has_entropy: bool) -> Stats:
+        """Return the Stats, with `is_live`. shape: of the targets."""
         columns: dict[str, Any] = dict(zip(_NUMBERS, self.numbers.unbind(), strict=True))
         if not has_entropy:
             columns["entropy"] = None
@@ -57,9 +59,10 @@ class StatsRows(NamedTuple):
             **columns,
             is_last=is_last,
             num_nonfinite=self.num_nonfinite,
-            objective=objective,
-            knows_sequences=knows_sequences,
+            objective=inputs.objective,
+            knows_sequences=inputs.knows_sequences(shape),
             is_live=is_live,
+            places=Places.of_all(inputs, shape),
         )
 
 
@@ -92,10 +95,12 @@ class Stats:
     level_log_ratio: Tensor  # what the loss clips: log_ratio at token level
     advantages: Tensor
     is_last: Tensor  # bool: the last token of its sequence, to select one value each; False if unknown
-    num_nonfinite: Tensor  # (1,) tokens masked for a NaN or inf rollout log-probability
+    num_nonfinite: Tensor  # (1,) tokens masked for an unknown rollout log-probability
     objective: Objective
     knows_sequences: bool
     is_live: Tensor | None = None  # (N,) bool: the row is in the loss; None: every row is
+    age: Tensor | None = None  # int64: of the policy that sampled the token, in versions; from `with_versions`
+    places: Places | None = None  # the rows' places in the loss's batch; None once merged
 
     @staticmethod
     def measure(logp: Tensor, entropy: Tensor | None, ell: Tensor, rows: Rows, batch: Batch) -> Stats:
@@ -116,6 +121,7 @@ class Stats:
             num_nonfinite=rows.sequence.new_zeros(1) if batch.num_nonfinite is None else batch.num_nonfinite,
             objective=objective,
             knows_sequences=batch.knows_sequences,
+            places=Places.of(rows, batch),
         )
 
     def _clipped(self, sign: int, low: float, high: float) -> Tensor:
@@ -187,23 +193,46 @@ class Stats:
         for differ, values in (
             ("some parts have entropy and some have not", {part.entropy is None for part in parts}),
             ("some parts know their sequences and some do not", {part.knows_sequences for part in parts}),
+            ("some parts have versions and some have not", {part.age is None for part in parts}),
             ("the parts are of different objectives", {part.objective for part in parts}),
         ):
             if len(values) > 1:
                 raise ValueError(f"Stats.cat: {differ}")
         merged: dict[str, Any] = {n: torch.cat([getattr(part, n) for part in parts]) for n in parts[0]._tensors()}
-        return replace(parts[0], **merged)
+        return replace(parts[0], **merged, places=None)
 
     def live(self) -> Stats:
         """Return the statistics without the rows that are not in the loss."""
-        if self.is_live is None:
-            return self
-        chosen: dict[str, Any] = {n: v[self.is_live] for n, v in self._tensors().items() if n != "num_nonfinite"}
-        return replace(self, **{**chosen, "is_live": None})
+        return self if self.is_live is None else replace(self._select(self.is_live), is_live=None)
+
+    def _select(self, chosen: Tensor) -> Stats:
+        """Return the rows where `chosen` is True."""
+        rows: dict[str, Any] = {n: v[chosen] for n, v in self._tensors().items() if n != "num_nonfinite"}
+        return replace(self, **rows, places=None if self.places is None else self.places.select(chosen))
+
+    def with_versions(self, versions: Tensor, current: int) -> Stats:
+        """Return these statistics with each token's age, for `by_age`; waits for nothing, and compiles.
+
+        A token's age is `current` minus the version that sampled it. `cat` and `gather` keep ages, so statistics of steps
+        with different `current` merge, too. Call it on a loss's own `out.stats`, which know their places in the batch.
+
+        Args:
+            versions: integers, like the targets (any value off the mask), or (B,), one per sequence as for advantages.
+                A partial rollout, which several policies continued, needs them per token.
+            current: the version of the policy that the update began from, counted as the sampler counts.
+
+        Raises:
+            ValueError, TypeError: versions or current does not fit, or the statistics are merged.
+        """
+        if self.places is None:
+            raise ValueError(
+                "Stats.with_versions: versions came after micro-batches were merged; it needs a loss's own out.stats"
+            )
+        return replace(self, age=self.places.ages(versions, current))
 
     def gather(self, group: dist.ProcessGroup | None = None) -> Stats:
         """Concatenate the statistics of all ranks, on the CPU; a collective call. Without torch.distributed: this rank's."""
-        mine = self.cpu()
+        mine = replace(self.cpu(), places=None)
         if not dist.is_initialized():
             return mine
         parts: list[Stats | None] = [None] * dist.get_world_size(group)
@@ -212,7 +241,8 @@ class Stats:
 
     def cpu(self) -> Stats:
         moved: dict[str, Any] = {name: value.cpu() for name, value in self._tensors().items()}
-        return replace(self, **moved).live()
+        places = None if self.places is None else self.places.cpu()
+        return replace(self, **moved, places=places).live()
 
     def summary(self) -> dict[str, float]:
         """Copy the values to the CPU and reduce them once. Ratios are exp of log-ratios clamped to +-20, as in the loss.
@@ -226,50 +256,56 @@ class Stats:
         Warns once a process if every token that has an advantage lost its gradient to a clip or to the clamp.
         """
         host = self.cpu()
-        values = {name: value.double().numpy() for name, value in host._tensors().items()}
-        of_sequence = {
-            n: getattr(host, n).double().numpy() for n in ("sequence_log_ratio", "rollout_sequence_log_ratio")
-        }
-        is_last = host.is_last.numpy()
+        is_last = host.is_last
         out = {
             "num_tokens": float(len(is_last)),
             "num_sequences": float(is_last.sum()),
-            "num_nonfinite": float(values["num_nonfinite"].sum()),
+            "num_nonfinite": float(host.num_nonfinite.sum()),
         }
         if len(is_last) == 0:
             return out
-
-        def ratio(log_ratio: np.ndarray) -> np.ndarray:
-            return np.exp(np.clip(log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
-
-        ratios = {"token_ratio": ratio(values["log_ratio"])}
+        out |= host._of_tokens()
         if is_last.any():
-            ratios["sequence_ratio"] = ratio(of_sequence["sequence_log_ratio"][is_last])
-        for name, rho in ratios.items():
-            out |= {
-                f"{name}/mean": rho.mean(),
-                f"{name}/std": rho.std(),
-                f"{name}/min": rho.min(),
-                f"{name}/max": rho.max(),
-            }
-            quantiles = np.quantile(rho, list(QUANTILES.values()))
-            out |= {f"{name}/{key}": value for key, value in zip(QUANTILES, quantiles, strict=True)}
-        for clip in ("low", "high", "dual"):
-            out["dual_clip_frac" if clip == "dual" else f"clip_{clip}_frac"] = (
-                getattr(host, f"clipped_{clip}").double().mean()
-            )
-        out["clamp_frac"] = float(host.clamped.double().mean())
-        r = _finite(host.rollout_log_ratio)
-        w = ratio(values["rollout_log_ratio"])
-        out["k1_kl"], out["k3_kl"] = float(-r.mean()), float(k3(r).mean())
-        out["ess_frac"] = w.sum() ** 2 / (len(w) * np.square(w).sum())
-        out["chi2_token"] = np.square(w).mean() - 1
-        if is_last.any():
-            out["chi2_sequence"] = np.square(ratio(of_sequence["rollout_sequence_log_ratio"][is_last])).mean() - 1
-        if "entropy" in values:
-            out["entropy"] = values["entropy"].mean()
+            out |= _spread("sequence_ratio", _ratio(host.sequence_log_ratio[is_last]))
+            out["chi2_sequence"] = float(np.square(_ratio(host.rollout_sequence_log_ratio[is_last])).mean() - 1)
         host.warn_if_nothing_learns()
-        return {key: float(value) for key, value in out.items()}
+        return out
+
+    def by_age(self) -> dict[int, dict[str, float]]:
+        """Copy the values to the CPU and reduce the tokens of each age: {age: values}, the youngest first.
+
+        The values are those of `summary` that are of tokens: num_tokens, token_ratio/..., the fractions, k1_kl, k3_kl,
+        ess_frac, chi2_token and entropy. At a level above the token, a token is clipped with its sequence or turn, whose
+        other tokens may have another age.
+
+        Raises:
+            ValueError: `with_versions` was not called, or a token's version is newer than `current`.
+        """
+        host = self.cpu()
+        if host.age is None:
+            raise ValueError("Stats.by_age: no versions were given; it needs with_versions on each loss's out.stats")
+        newer = int((host.age < 0).sum())
+        if newer:
+            raise ValueError(
+                f"Stats.by_age: versions of {newer} tokens are newer than current, by up to {-int(host.age.min())}; it needs "
+                "the number of the policy that the update began from, counted as the sampler counts"
+            )
+        return {int(age): host._select(host.age == age)._of_tokens() for age in host.age.unique()}
+
+    def _of_tokens(self) -> dict[str, float]:
+        """The values of `summary` that are of tokens, of at least one token, on the CPU."""
+        out = {"num_tokens": float(len(self.log_ratio))} | _spread("token_ratio", _ratio(self.log_ratio))
+        for clip in ("low", "high", "dual"):
+            name = "dual_clip_frac" if clip == "dual" else f"clip_{clip}_frac"
+            out[name] = float(getattr(self, f"clipped_{clip}").double().mean())
+        out["clamp_frac"] = float(self.clamped.double().mean())
+        r, w = _finite(self.rollout_log_ratio), _ratio(self.rollout_log_ratio)
+        out["k1_kl"], out["k3_kl"] = float(-r.mean()), float(k3(r).mean())
+        out["ess_frac"] = float(w.sum() ** 2 / (len(w) * np.square(w).sum()))
+        out["chi2_token"] = float(np.square(w).mean() - 1)
+        if self.entropy is not None:
+            out["entropy"] = float(self.entropy.double().mean())
+        return out
 
     def warn_if_nothing_learns(self) -> None:
         """Warn, once a process, if every token with a nonzero advantage lost its gradient; waits for the device.
@@ -324,3 +360,13 @@ class Stats:
 def _finite(log_ratio: Tensor) -> Tensor:
     """log_ratio in float64, where an infinite one, of an impossible token, counts as 20 nats."""
     return log_ratio.double().nan_to_num(math.nan, LOG_RATIO_CLAMP, -LOG_RATIO_CLAMP)
+
+
+def _ratio(log_ratio: Tensor) -> np.ndarray:
+    return np.exp(np.clip(log_ratio.double().numpy(), -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
+
+
+def _spread(name: str, rho: np.ndarray) -> dict[str, float]:
+    out = {"mean": rho.mean(), "std": rho.std(), "min": rho.min(), "max": rho.max()}
+    out |= dict(zip(QUANTILES, np.quantile(rho, list(QUANTILES.values())), strict=True))
+    return {f"{name}/{key}": float(value) for key, value in out.items()}

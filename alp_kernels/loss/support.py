@@ -39,7 +39,8 @@ class Support(NamedTuple):
         fits = "lists of token ids >= 0, one for each row"
         try:
             lists = [list(row) for row in rows]
-            tokens = torch.tensor([token for row in lists for token in row] or torch.empty(0, dtype=torch.int64))
+            flat = [token for row in lists for token in row]
+            tokens = torch.tensor(flat, dtype=None if flat else torch.int64)
         except (TypeError, ValueError, RuntimeError):
             refuse_type(_WHERE, "rows", rows, fits)
         if tokens.dtype != torch.int64 or tokens.dim() != 1:

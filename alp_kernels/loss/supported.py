@@ -21,6 +21,8 @@ from .plan import Gradients, Needs, Operands
 from .sparse import Kept, sparse_gradients
 from .support import spans
 
+_FILLED_BYTES = 16  # of memory for each place of a row that is filled up
+
 
 def support_rows(operands: Operands) -> Kept:
     """Compute the rows in the mask; `values` are the logits at the kept tokens, after the softcap and before the temperature."""
@@ -30,12 +32,13 @@ def support_rows(operands: Operands) -> Kept:
     order = ragged.order[int(ragged.sizes.numbers[0]) :]
     counts, total = ragged.counts[order], int(ragged.total.numbers[0])
     tokens = spans(ragged.tokens, ragged.starts[order], counts, total)
+    rows, weight = hidden[order].contiguous(), weight.contiguous()
     if plan.shard is None:
-        x = plan.engine.sparse_logits(hidden[order], weight, bias, counts, tokens)
+        x = plan.engine.sparse_logits(rows, weight, bias, counts, tokens)
     else:  # a rank computes the logits of its own tokens, and 0 for the others'
         mine, own_counts, own = _own(counts, tokens, plan.shard.start, plan.shard.size)
         x = torch.zeros(total, dtype=real(hidden), device=hidden.device)
-        x[mine] = plan.engine.sparse_logits(hidden[order], weight, bias, own_counts, own)
+        x[mine] = plan.engine.sparse_logits(rows, weight, bias, own_counts, own)
         dist.all_reduce(x, group=plan.shard.group)
     y = _capped(x * plan.transform.logit_scale, plan.transform)
     outs = [
@@ -76,26 +79,29 @@ def _capped(y: Tensor, transform: LogitTransform) -> Tensor:
 def _grids(
     operands: Operands, order: Tensor, counts: Tensor, y: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, LogitTransform]]:
-    """Rows of one width at a time: which of `order`, and (n, width) where each logit is in y and the logits themselves.
+    """Rows of one width at a time, as many as fit chunk_bytes.
 
-    Then the targets' places (n,), and the transform that is left: the temperatures.
+    Yields which of `order`; (n, width) where each logit is in y, and the logits themselves; the targets' places (n,); and the
+    transform that is left: the temperatures.
     """
     plan = operands.plan
     ragged = plan.support
     assert ragged is not None
-    starts, start = counts.cumsum(0) - counts, 0
+    starts, stop = counts.cumsum(0) - counts, 0
     padded = torch.nn.functional.pad(y, (0, 1), value=-torch.inf)
     for exponent, size in enumerate(map(int, ragged.sizes.numbers)):
-        if exponent == 0 or size == 0:
+        if exponent == 0 or size == 0:  # 0: rows off the mask
             continue
-        rows = slice(start, start + size)
-        start += size
         column = torch.arange(1 << exponent, device=y.device)
-        at = torch.where(column < counts[rows, None], starts[rows, None] + column, len(y))
-        index = order[rows]
-        temperature = plan.transform.temperature
-        left = LogitTransform(temperature=None if temperature is None else temperature[index])
-        yield rows, at, padded[at], ragged.places[index], left
+        start, stop = stop, stop + size
+        step = max(1, plan.chunk_bytes // (_FILLED_BYTES << exponent))
+        for first in range(start, stop, step):
+            rows = slice(first, min(first + step, stop))
+            at = torch.where(column < counts[rows, None], starts[rows, None] + column, len(y))
+            index = order[rows]
+            temperature = plan.transform.temperature
+            left = LogitTransform(temperature=None if temperature is None else temperature[index])
+            yield rows, at, padded[at], ragged.places[index], left
 
 
 def _own(counts: Tensor, tokens: Tensor, start: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

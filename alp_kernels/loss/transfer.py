@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 class Asked:
     """The values of one small tensor, flattened; `Transfer.bring` sets `numbers`."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..protocol import Tiles
-from ..reference import Norm, head_exp, head_token_loss, sparse_logits
+from ..reference import Norm, head_exp, head_token_loss
 from ..stream import Stream
 from . import head
 from . import library as c
@@ -22,6 +22,7 @@ from .arguments import DTYPES, at, floats, row_ids_of, scalar, stream_argument, 
 from .head import head_bwd, head_fwd
 from .library import isa
 from .sampled import head_select, select, sparse_products
+from .support import sparse_logits
 
 __all__ = [
     "FUSES_TOKEN_LOSS",

@@ -8,7 +8,7 @@
 namespace alp {
 
 // Increase it with every change to a structure or signature below; library.py refuses a library with another number.
-constexpr int32_t INTERFACE = 7;
+constexpr int32_t INTERFACE = 8;
 
 constexpr uint32_t ROUNDING_BIT = 0x8000;  // set in the layer for the bits of stochastic rounding
 
@@ -126,6 +126,16 @@ struct Sparse {             // dh = dx W, dW = dx' h; dx (N, V) has its entries 
     int64_t D;
 };
 
+struct SparseLogits {        // x_e = h_row . w_token; entries of a token lie one after the other
+    const int32_t* rows;     // (m,)
+    const int32_t* tokens;   // (m,)
+    const int64_t* entries;  // (m,) where each logit goes in x; null: in order
+    const void* hidden;      // (N, D)
+    const void* weight;      // (V, D)
+    float* x;                // (m,)
+    int64_t D;
+};
+
 // One build; its arrays are indexed by dtype: 0 float32, 1 bfloat16, 2 float16. A function computes one row, or rows begin
 // to end (philox and normals: a list). Only native.cpp deals with threads and dispatch.
 struct Rows {
@@ -143,6 +153,7 @@ struct Rows {
     double (*head_bwd[3])(const Stream&, const Head&, const HeadBwd&, int64_t m);  // the row's share of dsigma
     void (*select[3])(const Stream&, const Head&, const Select&, int64_t n);
     void (*sparse_columns[3])(const Sparse&, int64_t d_begin, int64_t d_end);
+    void (*sparse_logits[3])(const SparseLogits&, int64_t begin, int64_t end);
 };
 
 extern const Rows rows_portable;

@@ -10,7 +10,7 @@ import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-INTERFACE = 7
+INTERFACE = 8
 """Must equal INTERFACE in interface.h: a library built from other sources may have other structures."""
 
 CARRY = 5  # as in interface.h
@@ -143,6 +143,18 @@ class Sparse(Structure):
     ]
 
 
+class SparseLogits(Structure):
+    _fields_ = [
+        ("rows", c_void_p),
+        ("tokens", c_void_p),
+        ("entries", c_void_p),
+        ("hidden", c_void_p),
+        ("weight", c_void_p),
+        ("x", c_void_p),
+        ("D", c_int64),
+    ]
+
+
 _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
     "alp_choose_isa": (c_char_p, [c_char_p]),
     "alp_philox": (None, [c_void_p, c_void_p, c_int64, c_uint64]),
@@ -166,6 +178,11 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
         [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
     ),
     "alp_sparse_products": (None, [POINTER(Sparse), c_int32, c_int32]),
+    "alp_entries_by_token": (
+        None,
+        [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
+    ),
+    "alp_sparse_logits": (None, [POINTER(SparseLogits), c_int64, c_int32, c_int32]),
 }
 
 

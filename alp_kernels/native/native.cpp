@@ -236,5 +236,29 @@ void alp_sparse_products(const Sparse* args, int32_t dtype, int32_t threads) {
     });
 }
 
+// Sorts the entries of rows, which lie row after row, by token, rows in order. rows, sorted and entries (m,).
+void alp_entries_by_token(
+    const int64_t* counts, const int32_t* tokens, int64_t N, int64_t V, int32_t* rows, int32_t* sorted, int64_t* entries) {
+    std::vector<int64_t> starts(static_cast<size_t>(V + 1));
+    int64_t m = 0;
+    for (int64_t n = 0; n < N; ++n) m += counts[n];
+    for (int64_t e = 0; e < m; ++e) ++starts[tokens[e] + 1];
+    for (int64_t v = 0; v < V; ++v) starts[v + 1] += starts[v];
+    int64_t e = 0;
+    for (int64_t n = 0; n < N; ++n) {
+        for (int64_t end = e + counts[n]; e < end; ++e) {
+            const int64_t to = starts[tokens[e]]++;
+            rows[to] = static_cast<int32_t>(n);
+            sorted[to] = tokens[e];
+            entries[to] = e;
+        }
+    }
+}
+
+void alp_sparse_logits(const SparseLogits* args, int64_t m, int32_t dtype, int32_t threads) {
+    const auto logits = chosen->rows->sparse_logits[dtype];
+    each_part(m, args->D, threads, [&](int64_t begin, int64_t end) { logits(*args, begin, end); });
+}
+
 }  // extern "C"
 #pragma GCC visibility pop

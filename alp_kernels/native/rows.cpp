@@ -2,6 +2,7 @@
 #include "rms_norm_rows.h"
 #include "select_rows.h"
 #include "sparse_columns.h"
+#include "sparse_logits.h"
 
 namespace {
 
@@ -75,6 +76,7 @@ extern const Rows ALP_ROWS = {
     {head_bwd_row<Float32>, head_bwd_row<BFloat16>, head_bwd_row<Float16>},
     {select_row<Float32>, select_row<BFloat16>, select_row<Float16>},
     {sparse_columns<Float32>, sparse_columns<BFloat16>, sparse_columns<Float16>},
+    {sparse_logits<Float32>, sparse_logits<BFloat16>, sparse_logits<Float16>},
 };
 
 }  // namespace alp

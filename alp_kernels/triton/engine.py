@@ -6,14 +6,13 @@ float32, bfloat16 and float16 tensors run in kernels; float64 tensors, which no 
 import torch
 import triton
 
-from ..reference import sparse_logits
 from .head import head_bwd, head_exp, head_fwd, head_token_loss
 from .noise import normal, philox
 from .perturb import measure, perturb_bwd, perturb_fwd
 from .rms_norm import perturb_rms_norm_bwd, perturb_rms_norm_fwd
 from .sampled import head_select, select
 from .scale import scale_
-from .sparse import sparse_products
+from .sparse import sparse_logits, sparse_products
 
 __all__ = [
     "FUSES_TOKEN_LOSS",

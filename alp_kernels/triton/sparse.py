@@ -1,4 +1,9 @@
-"""The two products of a sparse gradient of the logits (reference.sparse_products).
+"""Single logits of each row (reference.sparse_logits), and the two products of a sparse gradient of logits (sparse_products).
+
+    x_e = h_row(e) . w_token(e) + bias_token(e), entries e row after row
+
+A program computes the logits of LOGITS_E consecutive entries, whatever their rows: it gathers LOGITS_D channels of their rows of
+h and w at a time, and has a sum for each of these channels. A logit's bits depend on its two rows and D alone.
 
     dh_n = sum_e value_e w_token(e), over the entries e of row n      dw_v = sum_e value_e h_row(e), over those of token v
 
@@ -24,6 +29,8 @@ BLOCK_D = 256
 """Channels of one warp: eight for each thread, a 128-bit load of a 16-bit dtype."""
 TOKENS = 8
 """Tokens of one program; most have no entry, and a program for each would cost more than its zeros."""
+LOGITS_E, LOGITS_D = 4, 256
+"""Entries of one warp, and channels at a time: a float32 sum for each takes 32 registers."""
 
 
 @triton.jit
@@ -83,6 +90,51 @@ def _dweight_kernel(
                 tl.store(dbias_ptr + v, values)
 
 
+@triton.jit(do_not_specialize=["m"])
+def _logits_kernel(
+    hidden_ptr, weight_ptr, bias_ptr,  # (n, D), (V, D), (V,) or None
+    rows_ptr, tokens_ptr, x_ptr,  # (m,) int32, (m,) int32, (m,) float32
+    m, D,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    is_entry = e < m
+    row = tl.load(rows_ptr + e, mask=is_entry, other=0).to(tl.int64)
+    token = tl.load(tokens_ptr + e, mask=is_entry, other=0).to(tl.int64)
+    sums = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        is_live = is_entry[:, None] & (d < D)[None, :]
+        h = tl.load(hidden_ptr + (row * D)[:, None] + d[None, :], mask=is_live, other=0.0)
+        w = tl.load(weight_ptr + (token * D)[:, None] + d[None, :], mask=is_live, other=0.0)
+        sums += widen(h) * widen(w)
+    x = tl.sum(sums, axis=1)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + token, mask=is_entry, other=0.0).to(tl.float32)
+    tl.store(x_ptr + e, x, mask=is_entry)
+
+
+def sparse_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, tokens: Tensor) -> Tensor:
+    """The logits of each row's tokens, row after row (reference.sparse_logits). float64 uses the reference."""
+    if weight.dtype == torch.float64:
+        return reference.sparse_logits(hidden, weight, bias, counts, tokens)
+    total = len(tokens)
+    x = torch.empty(total, dtype=torch.float32, device=hidden.device)
+    if total:
+        rows = _rows_of(counts, total)
+        with on_device(hidden):
+            _logits_kernel[(triton.cdiv(total, LOGITS_E),)](
+                hidden, weight, bias, rows, tokens, x, total, hidden.shape[1], LOGITS_E, LOGITS_D, num_warps=1
+            )
+    return x
+
+
+def _rows_of(counts: Tensor, total: int) -> Tensor:
+    """The row of each of `total` entries, int32."""
+    row = torch.arange(len(counts), dtype=torch.int32, device=counts.device)
+    return row.repeat_interleave(counts, output_size=total)
+
+
 def sparse_products(
     dx: SparseRows, hidden: Tensor, weight: Tensor, needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -118,6 +170,4 @@ def _by_token(dx: SparseRows, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
     """The entries sorted by token, then by row: where each token's begin (V + 1,) int64, rows (m,) int32, values (m,)."""
     tokens, order = dx.tokens.sort(stable=True)
     every = torch.arange(vocabulary + 1, dtype=tokens.dtype, device=tokens.device)
-    row = torch.arange(len(dx.counts), dtype=torch.int32, device=tokens.device)
-    row = row.repeat_interleave(dx.counts, output_size=len(tokens))
-    return torch.searchsorted(tokens, every), row[order], dx.values[order]
+    return torch.searchsorted(tokens, every), _rows_of(dx.counts, len(tokens))[order], dx.values[order]

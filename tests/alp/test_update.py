@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from alp.advantage import centre
 from alp.config import UpdateConfig
@@ -17,7 +18,9 @@ from alp.policy.tiny import make_tiny
 from alp.ranks.world import World
 from alp.rollout import Request, sample, uniforms
 from alp.update import Experience, Updater, last_token, score_clean
+from alp_kernels import record_routing
 from alp_kernels.integrations.hugging_face import output_head
+from alp_kernels.layers import routing
 from tests.support.compare import likely_order_bound
 from tests.support.tiny_models import SMALL
 from tests.support.updates import step_gradients
@@ -180,12 +183,74 @@ def test_diagnosis_tells_the_sources_apart_and_leaves_the_model_alone(policy: Po
     same = diagnose(updater, before, experience, 5, None, updater.world)
     assert same["staleness/mean_abs"] == 0 and same["mismatch/k3_kl"] == pytest.approx(same["clean/k3_kl"])
     assert same["perturbation/mean_abs"] > 0
+    assert not any(key.startswith("routing/") for key in same)  # no mixture of experts
     older = {name: value * 1.05 for name, value in before.items()}
     stale = diagnose(updater, older, experience, 5, 2, updater.world)
     assert stale["staleness/mean_abs"] > 0 and stale["clean/k1_kl"] == pytest.approx(same["clean/k1_kl"])
     total = stale["mismatch/k1_kl"] + stale["staleness/k1_kl"]
     assert total == pytest.approx(stale["clean/k1_kl"], abs=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in snapshot(policy.model).items())
+
+
+def make_mixture(policy: Policy) -> Policy:
+    """Two layers of four experts, two for each token, with the tokenizer of `policy`."""
+    torch.manual_seed(3)
+    config = Qwen3MoeConfig(
+        vocab_size=len(policy.tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=policy.tokenizer.eos_token_id,
+        pad_token_id=policy.tokenizer.pad_token_id,
+    )
+    return policy._replace(model=Qwen3MoeForCausalLM(config).train())
+
+
+def test_diagnosis_counts_the_tokens_whose_experts_change(policy: Policy) -> None:
+    """Compared with the experts recorded by hand at the positions that predict the sampled tokens, and without noise."""
+    mixture = make_mixture(policy)
+    experience = make_experience(mixture)
+    updater = make_updater(mixture, CALM)
+    weights = snapshot(mixture.model)
+    report = diagnose(updater, weights, experience, 5, None, updater.world)
+    c = experience.completions
+    with torch.no_grad(), record_routing(mixture.model) as clean:
+        score_clean(mixture.model, experience, 1.0, None)
+    with torch.no_grad(), updater.perturbed(5 | 1 << 31, experience), record_routing(mixture.model) as noisy:
+        score_clean(mixture.model, experience, 1.0, None)
+    width = c.tokens.shape[1] - 1
+    rows = [b * width + width - c.mask.shape[1] + t for b, t in c.mask.nonzero().tolist()]
+    differs = torch.stack(
+        [(clean.experts[p][rows].sort().values != noisy.experts[p][rows].sort().values).any(-1) for p in clean.experts]
+    )
+    assert report["routing/changed_frac"] == pytest.approx(float(differs.double().mean()))
+    assert report["routing/tokens_changed_frac"] == pytest.approx(float(differs.any(0).double().mean()))
+    assert 0 < report["routing/changed_frac"] <= report["routing/tokens_changed_frac"] < 1
+    assert 0.5 < report["routing/overlap"] < 1
+    assert diagnose(updater, weights, experience, 5, 2, updater.world) == pytest.approx(report, rel=1e-4, abs=1e-7)
+    quiet = dataclasses.replace(CALM, sigma=1e-12, sigma_lr=0.0)
+    still = make_updater(make_mixture(policy), quiet)
+    none = diagnose(still, snapshot(still.model), experience, 5, None, still.world)
+    assert none["routing/tokens_changed_frac"] == 0 and none["routing/overlap"] == 1
+
+
+def test_a_router_that_is_not_recognised_is_said_once(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
+    routing._say_once.cache_clear()
+    policy.model.config.num_experts = 4  # a dense model's
+    experience = make_experience(policy)
+    updater = make_updater(policy, CALM)
+    for step in (5, 6):
+        report = diagnose(updater, snapshot(policy.model), experience, step, None, updater.world)
+        assert report["perturbation/mean_abs"] > 0 and "routing/overlap" not in report
+    said = [record for record in caplog.records if "has 4 experts" in record.message]
+    assert len(said) == 1
 
 
 def test_advantages_of_a_group_sum_to_zero() -> None:

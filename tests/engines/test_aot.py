@@ -131,3 +131,10 @@ def test_the_sampled_backward_reads_128_bits_at_a_time(measured, target):
         assert measured[target][case]["shared"] == 0  # one warp a row needs no barrier
     for name in ("dhidden", "dweight"):
         assert measured[target][f"sparse_products bf16: _{name}_kernel"]["wide_loads"] >= 8  # one for each entry
+
+
+@pytest.mark.parametrize("target", [name for name in SHARED_LIMIT if name.startswith("cuda")])
+def test_single_logits_read_128_bits_at_a_time(measured, target):
+    """Of each entry's row of h and row of w; four entries, and twice as many loads in float32."""
+    for dtype, loads in (("bf16", 8), ("fp32", 16)):
+        assert measured[target][f"sparse_logits {dtype}: _logits_kernel"]["wide_loads"] >= loads

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alp_kernels import fused_alp_loss, linear_logprob, reference
+from alp_kernels import Head, fused_alp_loss, linear_logprob, reference
 from alp_kernels import objective as objectives
 from alp_kernels import perturb as perturb_rows
 from alp_kernels.objective import PRESETS, LossRows, Objective
@@ -406,6 +406,32 @@ def test_empty_chunks_launch_nothing():
     out, dsigma, c = engine.head_token_loss(x, targets, LogitTransform(), LossRows(none, none, none), Objective())
     assert out.logp.shape == c.shape == engine.head_exp(x, targets, LogitTransform())[1].shape == (0,)
     assert dsigma is None
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_float32_head_over_16_bit_states_has_float32s_errors(dtype, softcap, level):
+    hidden, weight = randn(6, 24).to(dtype), randn(203, 24, seed=1).to(dtype)
+    targets = torch.randint(0, 203, (6,), generator=generator(2)).to(DEVICE)
+    rest = (torch.full((6,), -5.0, device=DEVICE), randn(6, seed=3), torch.ones(6, device=DEVICE))
+    ids = None if level == "token" else torch.tensor([0, 0, 0, 1, 1, 1], device=DEVICE)
+    settings = {"objective": Objective(level, clip_low=1.0, clip_high=1e9, dual_clip=None), "sequence_ids": ids}
+
+    def results(to, name, kind=None):
+        leaves = [to(x).requires_grad_() for x in (hidden, weight)]
+        real = torch.float64 if leaves[0].dtype == torch.float64 else torch.float32
+        given = [x.to(real) for x in rest]
+        head = Head(leaves[1], softcap=softcap, dtype=kind)
+        out = fused_alp_loss(leaves[0], head, targets, *given, **settings, engine=name)
+        return [out.loss.detach(), out.logp, out.entropy, *torch.autograd.grad(out.loss, leaves)]
+
+    ours = results(torch.Tensor.clone, "triton", torch.float32)
+    ordinary, exact = (results(to, "reference") for to in (torch.Tensor.float, torch.Tensor.double))
+    for position, (a, o, e) in enumerate(zip(ours, ordinary, exact, strict=True)):
+        assert a.dtype == (torch.float32 if position < 3 else dtype)
+        # gradients are rounded to 16 bits, and so is the budget
+        assert_within_budget(a, o.to(a.dtype), e, torch.float32, f"output {position}")
 
 
 @pytest.mark.parametrize("largest", [50.123, 3000.0, 30000.0])

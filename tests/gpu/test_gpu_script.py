@@ -273,7 +273,7 @@ def test_device_checks_need_pytorch_triton_and_pytest_alone(tmp_path):
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
-    files = [str(file) for file in gpu.kernel_tests()[:5]]
+    files = [str(file) for file in gpu.kernel_tests()[:6]]
     options = ["-q", "-p", "no:cacheprovider", "-k", "philox or large or decoder and dtype0-False", *files]
     done = python("-c", f"""
 import sys, pytest

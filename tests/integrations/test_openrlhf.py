@@ -120,14 +120,17 @@ def test_an_empty_mask_has_loss_zero_and_a_backward(token_level_loss, counts):
     assert all(value == 0 for value in out) and not logp.grad.any()
 
 
+@pytest.mark.parametrize("value", [torch.inf, -9999.0])
 @pytest.mark.parametrize("preset", ["bypass-sequence", "bypass-token"])
-def test_what_is_not_finite_is_masked_if_asked(preset):
+def test_what_is_not_finite_is_masked_if_asked(preset, value):
     logp, rollout, advantages, mask = batch()
     bad, fewer = rollout.clone(), mask.clone()
-    bad[0, 2], fewer[0, 2] = torch.inf, False
+    bad[0, 2], fewer[0, 2] = value, False
     bad[2, 5] = torch.nan  # not in the mask
     counts = {"batch_num_tokens": 14.0}
-    with pytest.raises(ValueError, match=r"openrlhf: rollout_logp is NaN or inf at 1 .*nonfinite='mask'"):
+    with pytest.raises(
+        ValueError, match=r"openrlhf: rollout_logp is NaN, inf or vLLM's placeholder -9999 at 1 .*nonfinite='mask'"
+    ):
         ours.ALPPolicyLoss(preset, **CLIPS)(logp, rollout, advantages, mask, bad, **counts)
     masking = ours.ALPPolicyLoss(preset, **CLIPS, nonfinite="mask")
     loss, _, ppo_kl, vllm_kl, is_filter_ratio = masking(logp, rollout - 0.25, advantages, mask, bad, **counts)
@@ -155,14 +158,22 @@ def test_a_wide_log_ratio_is_reported_as_openrlhf_does():
 
 
 def test_what_one_ratio_replaces_is_refused():
-    for change in ({"policy_loss_type": "gspo"}, {"is_correction_level": "token"}):
-        with pytest.raises(ValueError, match="needs 'ppo' and 'off'"):
-            ours.ALPPolicyLoss("bypass-token", **change)
+    with pytest.raises(ValueError, match="policy_loss_type='gspo'; it needs 'ppo'"):
+        ours.ALPPolicyLoss("bypass-token", policy_loss_type="gspo")
     logp, rollout, advantages, mask = batch()
-    with pytest.raises(ValueError, match="rollout_log_probs is None"):
+    with pytest.raises(ValueError, match=r"rollout_log_probs is None.*is_correction_level token"):
         ours.ALPPolicyLoss("bypass-token", **CLIPS)(logp, rollout, advantages, mask)
     with pytest.raises(RuntimeError, match="no perturbation is switched on"):
         ours.ALPPolicyLoss("alp-token", **CLIPS)(logp, rollout, advantages, mask, rollout)
+
+
+def test_the_correction_that_openrlhf_asks_vllm_for_log_probabilities_with_has_no_effect():
+    logp, rollout, advantages, mask = batch()
+    plain, asked = (
+        ours.ALPPolicyLoss("bypass-token", is_correction_level=level, **CLIPS)(logp, rollout, advantages, mask, rollout)
+        for level in ("off", "token")
+    )
+    assert torch.equal(plain[0], asked[0]) and asked[3:] == (None, None)
 
 
 class Actor(nn.Module):
@@ -189,8 +200,9 @@ class Strategy:
 
     ring_attn_group = None
 
-    def __init__(self, actor):
+    def __init__(self, actor, **sampling):
         self.args = SimpleNamespace(
+            rollout=SimpleNamespace(**{"top_p": 1.0, "temperature": 1.0, "n_samples_per_prompt": 2} | sampling),
             actor=SimpleNamespace(
                 entropy_coef=None,
                 aux_loss_coef=0,
@@ -202,7 +214,7 @@ class Strategy:
             algo=SimpleNamespace(
                 kl=SimpleNamespace(use_loss=False),
                 advantage=SimpleNamespace(
-                    is_correction_level="off",
+                    is_correction_level="token",
                     is_correction_mode="mask",
                     is_correction_gating="ratio",
                     is_correction_threshold=[0, 2],
@@ -229,11 +241,16 @@ class Strategy:
         return 0.0
 
 
-def test_training_steps_alone_are_perturbed_and_sigma_steps_with_deepspeed(monkeypatch):
+@pytest.fixture
+def actor_module(monkeypatch):
+    """OpenRLHF's actor module, as it is again after the test."""
     monkeypatch.setattr(ppo_actor, "torch_dist_barrier_and_cuda_sync", lambda: None)
     monkeypatch.setattr(ppo_actor, "NaiveReplayBuffer", MagicMock())  # it would need a CUDA device
     monkeypatch.setattr(ppo_actor, "PolicyLoss", ppo_actor.PolicyLoss)
     monkeypatch.setattr(ppo_actor, "ActorPPOTrainer", ppo_actor.ActorPPOTrainer)
+
+
+def test_training_steps_alone_are_perturbed_and_sigma_steps_with_deepspeed(actor_module):
     ours.install("alp-sequence", sigma=0.1, sigma_lr=0.05)
     actor = Actor()
     scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
@@ -264,11 +281,28 @@ def test_training_steps_alone_are_perturbed_and_sigma_steps_with_deepspeed(monke
     assert not [name for name, _ in actor.model.named_parameters() if "sigma" in name]
 
 
-def test_without_noise_only_the_loss_is_replaced(monkeypatch):
-    trainer = ppo_actor.ActorPPOTrainer
-    monkeypatch.setattr(ppo_actor, "PolicyLoss", ppo_actor.PolicyLoss)
+@pytest.mark.parametrize("preset", ["bypass-token", "alp-token"])
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"top_p": 0.9}, r"openrlhf: --rollout\.top_p=0\.9; it needs --rollout\.top_p=1\. .*probability that was kept"),
+        ({"top_k": 20}, r"--rollout\.top_k=20; it needs --rollout\.top_k off"),  # no such option in 0.11.2
+        ({"min_p": 0.1, "top_p": 0.5}, r"--rollout\.top_p=0\.5, --rollout\.min_p=0\.1"),
+        ({"repetition_penalty": 1.2}, "no support repairs the ratio"),
+    ],
+)
+def test_the_actor_refuses_sampling_settings_that_its_ratio_does_not_see(actor_module, preset, sampling, message):
+    ours.install(preset, sigma=0.1)
+    actor = Actor()
+    with pytest.raises(ValueError, match=message):
+        ppo_actor.ActorPPOTrainer(Strategy(actor, **sampling), actor, None, None, None)
+
+
+def test_without_noise_the_loss_is_replaced_and_the_actor_is_not_perturbed(actor_module):
     ours.install("bypass-sequence", nonfinite="mask")
-    assert ppo_actor.ActorPPOTrainer is trainer
+    actor = Actor()
+    trainer = ppo_actor.ActorPPOTrainer(Strategy(actor, top_k=-1, min_p=0.0), actor, None, None, None)
+    assert not hasattr(trainer, "alp") and isinstance(trainer.actor_loss_fn, ours.ALPPolicyLoss)
     loss_fn = ppo_actor.PolicyLoss(**CLIPS)
     assert isinstance(ppo_actor.PolicyLoss, partial) and loss_fn.preset == "bypass-sequence"
     assert loss_fn.choice.nonfinite == "mask"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -88,11 +90,11 @@ def assert_same_loss(loss, other, batch):
         torch.testing.assert_close(one, two, rtol=2e-6, atol=1e-7)
 
 
-def without(sample, index):
-    """The sample with a NaN rollout log-probability there, and the sample whose mask leaves that token out."""
+def without(sample, index, value):
+    """The sample with the rollout log-probability `value` there, and the sample whose mask leaves that token out."""
     p, q, a, m = sample
     bad, fewer = q.clone(), m.clone()
-    bad[index], fewer[index] = math.nan, False
+    bad[index], fewer[index] = value, False
     return (p, bad, a, m), (p, q, a, fewer)
 
 
@@ -104,6 +106,35 @@ def clipped_surrogate(p, q, a, low, high, c=None):
 
 
 PRESETS = ["bypass-token", "bypass-sequence", "alp-token", "alp-sequence", "alp-cum-token", "alp-cum-turn"]
+
+CUTS = [{"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.3}, {"top_p": 0.9, "top_k": 5, "min_p": 0.05}]
+
+
+def sampled(cut, lengths=(5, 3, 4), V=16):
+    """A policy's own rollouts, cut: logits, tokens, vLLM's processed log-probabilities, kept tokens of each position.
+
+    Logits (N, V) are differentiable; the others are lists with one entry a sample.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = (1.5 * torch.randn(sum(lengths), V, generator=generator)).requires_grad_()
+    probs, order = logits.detach().softmax(-1).sort(descending=True)
+    kept = probs.cumsum(-1) - probs < cut.get("top_p", 1.0)
+    kept &= torch.arange(V) < cut.get("top_k", V)
+    kept &= probs >= cut.get("min_p", 0.0) * probs[:, :1]
+    masked = logits.detach().masked_fill(~torch.zeros_like(kept).scatter(1, order, kept), -math.inf)
+    tokens = masked.softmax(-1).multinomial(1, generator=generator)
+    rollout = masked.log_softmax(-1).gather(1, tokens).squeeze(1)
+    rows = [order[i][kept[i]] for i in range(len(order))]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    supports = [rows[low:high] for low, high in itertools.pairwise(bounds)]
+    return logits, list(tokens.squeeze(1).split(lengths)), list(rollout.split(lengths)), supports
+
+
+def over_support(logits, tokens, offsets, ids):
+    """Log-probabilities (n,) of tokens over ids[offsets[i]:offsets[i + 1]], as a trainer that replays computes them."""
+    rows = zip(logits, tokens, offsets, offsets[1:], strict=False)
+    return torch.stack([row[token] - row[ids[low:high].long()].logsumexp(0) for row, token, low, high in rows])
+
 
 # ------------------------------------------------------------------ prime-rl
 
@@ -124,10 +155,17 @@ class LossOutputs:
     metrics: dict
 
 
+def prime_loss():
+    """The loss of a user whose rollouts are not truncated."""
+    from alp_kernels.integrations.prime_rl import single_ratio_loss
+
+    return partial(single_ratio_loss, support="full")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_prime_rl_sums_samples_and_divides(module, noise, preset):
     module("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
-    from alp_kernels.integrations.prime_rl import single_ratio_loss
+    single_ratio_loss = prime_loss()
 
     batch = samples()
     scale = sum(int(s[3].sum()) for s in batch)  # prime-rl divides by the batch's number of tokens
@@ -139,7 +177,7 @@ def test_prime_rl_sums_samples_and_divides(module, noise, preset):
 
 def test_prime_rl_loss_weights_multiply_and_an_unselected_sample_counts_nothing(module):
     module("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
-    from alp_kernels.integrations.prime_rl import single_ratio_loss
+    single_ratio_loss = prime_loss()
 
     p, q, a, m = samples()[0]
     plain = single_ratio_loss(LossInputs(p, q, None, a, m)).loss
@@ -166,7 +204,10 @@ def test_prime_rl_calls_it_through_its_loss_objects(module):
         def loss(self, inputs: LossInputs) -> LossOutputs:
             return self.fn(inputs, **self.kwargs)
 
-    rl = CustomLoss("alp_kernels.integrations.prime_rl.single_ratio_loss", {"preset": "bypass-token", "clip_high": 1.0})
+    rl = CustomLoss(
+        "alp_kernels.integrations.prime_rl.single_ratio_loss",
+        {"preset": "bypass-token", "clip_high": 1.0, "support": "full"},
+    )
     batch = samples()
     weights = [torch.tensor(w) for w in (0.5, 2.0, 1.0)]  # of each group; prime-rl divides by the sum of all weights
     outputs = [
@@ -185,7 +226,7 @@ def test_prime_rl_calls_it_through_its_loss_objects(module):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_prime_rls_sample_without_tokens_has_loss_zero(module, noise, preset):
     module("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
-    from alp_kernels.integrations.prime_rl import single_ratio_loss
+    single_ratio_loss = prime_loss()
 
     for n in (0, 1):
         p = torch.full((n,), -1.0).requires_grad_()
@@ -197,16 +238,45 @@ def test_prime_rls_sample_without_tokens_has_loss_zero(module, noise, preset):
         assert len(out.metrics.pop("alp_token_ratio")) == 0 and all(value == 0 for value in out.metrics.values())
 
 
-def test_prime_rl_masks_what_is_not_finite_if_asked(module):
+@pytest.mark.parametrize("value", [math.nan, -9999.0])
+def test_prime_rl_masks_what_is_not_finite_if_asked(module, value):
     module("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
-    from alp_kernels.integrations.prime_rl import single_ratio_loss
+    single_ratio_loss = prime_loss()
 
-    (p, q, a, m), fewer = without(samples()[0], 3)
+    (p, q, a, m), fewer = without(samples()[0], 3, value)
     with pytest.raises(ValueError, match=r"prime_rl: rollout_logp is NaN.*trainer\.loss\.kwargs\.nonfinite='mask'"):
         single_ratio_loss(LossInputs(p, q, None, a, m))
     out = single_ratio_loss(LossInputs(p, q, None, a, m), nonfinite="mask")
     assert_same_loss(out.loss, expected([fewer], "bypass-sequence", num_tokens=1), [fewer])
     assert out.metrics["alp_nonfinite_frac"] == 1 / 4 and len(out.metrics["alp_token_ratio"]) == 3
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_prime_rls_replayed_log_probabilities_give_ratio_one(module, cut):
+    """Since its #3431 prime-rl normalises trainer_logprobs over the tokens that vLLM kept."""
+    module("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
+    from alp_kernels.integrations.prime_rl import single_ratio_loss
+
+    logits, tokens, rollout, supports = sampled(cut)
+    for row, token, q, rows in zip(logits.split([5, 3, 4]), tokens, rollout, supports, strict=True):
+        p = over_support(row, token, torch.tensor([0, *(len(r) for r in rows)]).cumsum(0), torch.cat(rows))
+        inputs = LossInputs(p, q, None, torch.ones(len(q)), torch.ones(len(q), dtype=torch.bool))
+        out = single_ratio_loss(inputs, support="replayed")
+        torch.testing.assert_close(out.metrics["alp_token_ratio"], torch.ones(len(q)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(out.loss, torch.tensor(-float(len(q))), rtol=1e-5, atol=0)
+
+
+def test_prime_rls_user_says_over_which_tokens_the_log_probabilities_are(module):
+    module("prime_rl.trainer.rl.loss", LossOutputs=LossOutputs)
+    from alp_kernels.integrations.prime_rl import single_ratio_loss
+
+    p, q, a, m = samples()[0]
+    inputs = LossInputs(p, q, None, a, m)
+    name = r"prime_rl: trainer\.loss\.kwargs\.support"
+    with pytest.raises(ValueError, match=rf"{name} is not given.*='full' if .*='replayed' if .*top_p or top_k"):
+        single_ratio_loss(inputs)
+    with pytest.raises(ValueError, match=rf"{name}='top_k'; it needs 'full', or"):
+        single_ratio_loss(inputs, support="top_k")
 
 
 # ------------------------------------------------------------------ NeMo-RL
@@ -249,7 +319,7 @@ def nemo_batch(batch, S=8):
 @pytest.mark.parametrize("token_level", [True, False])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_nemo_rl_micro_batches_sum_to_the_batch(nemo, noise, preset, token_level):
-    loss_fn = nemo.ALPLossFn(preset, token_level_loss=token_level)
+    loss_fn = nemo.ALPLossFn(preset, support="full", token_level_loss=token_level)
     assert loss_fn.loss_type.name == ("TOKEN_LEVEL" if token_level else "SEQUENCE_LEVEL")
     assert loss_fn.input_type.name == "LOGPROB"
     batch = samples()
@@ -267,7 +337,7 @@ def test_nemo_rl_micro_batches_sum_to_the_batch(nemo, noise, preset, token_level
 
 
 def test_nemo_rl_leaves_out_invalid_samples_and_refuses_filtered_support(nemo):
-    loss_fn = nemo.ALPLossFn("bypass-token")
+    loss_fn = nemo.ALPLossFn("bypass-token", support="full")
     batch = samples()
     logp, data = nemo_batch(batch)
     data["sample_mask"][1] = 0
@@ -278,13 +348,22 @@ def test_nemo_rl_leaves_out_invalid_samples_and_refuses_filtered_support(nemo):
         loss_fn(logp, data | {"curr_logprobs_keep_mask": data["token_mask"][:, 1:]}, torch.tensor(2.0), toks)
 
 
+def test_nemo_rls_user_says_that_the_support_is_full(nemo):
+    with pytest.raises(ValueError, match=r"ALPLossFn: support is not given.*support='full' if .*top_p=1, top_k off"):
+        nemo.ALPLossFn()
+    with pytest.raises(ValueError, match="support='replayed'; it needs 'full': this trainer does not"):
+        nemo.ALPLossFn(support="replayed")
+
+
 @pytest.mark.parametrize("token_level", [True, False])
 def test_nemo_rls_clips_and_denominators_are_those_of_its_own_loss(nemo, token_level):
     """ratio_clip_min, ratio_clip_max, ratio_clip_c; per sequence it divides by the tokens of its token_mask."""
     batch = samples(seed=4)
     logp, data = nemo_batch(batch)
     data["sample_mask"][2] = 0
-    loss_fn = nemo.ALPLossFn("bypass-token", clip_low=0.1, clip_high=0.3, dual_clip=1.5, token_level_loss=token_level)
+    loss_fn = nemo.ALPLossFn(
+        "bypass-token", support="full", clip_low=0.1, clip_high=0.3, dual_clip=1.5, token_level_loss=token_level
+    )
     loss, _ = loss_fn(logp, data, torch.tensor(5.0), torch.tensor(30.0))
     token_mask, a = data["token_mask"][:, 1:], data["advantages"][:, 1:]
     each = clipped_surrogate(logp, data["generation_logprobs"][:, 1:], a, 0.1, 0.3, 1.5) * token_mask
@@ -294,7 +373,7 @@ def test_nemo_rls_clips_and_denominators_are_those_of_its_own_loss(nemo, token_l
 
 @pytest.mark.parametrize("token_level", [True, False])
 def test_nemo_rls_metrics_are_zero_where_nothing_is_valid(nemo, token_level):
-    loss_fn = nemo.ALPLossFn("bypass-sequence", token_level_loss=token_level, nonfinite="mask")
+    loss_fn = nemo.ALPLossFn("bypass-sequence", support="full", token_level_loss=token_level, nonfinite="mask")
     batch = samples()
     logp, data = nemo_batch(batch)
     data["sample_mask"][:] = 0
@@ -308,21 +387,25 @@ def test_nemo_rls_metrics_are_zero_where_nothing_is_valid(nemo, token_level):
             assert set(metrics) == set(loss_fn.metric_normalizations)
 
 
-def test_nemo_rl_masks_what_is_not_finite_if_asked(nemo):
-    bad, fewer = without(samples()[0], 3)
+@pytest.mark.parametrize("value", [math.nan, -9999.0])
+def test_nemo_rl_masks_what_is_not_finite_if_asked(nemo, value):
+    bad, fewer = without(samples()[0], 3, value)
     logp, data = nemo_batch([bad])
     seqs, toks = torch.tensor(1.0), torch.tensor(4.0)
     with pytest.raises(ValueError, match=r"ALPLossFn: rollout_logp is NaN.* \(0, 3\); nonfinite='mask'"):
-        nemo.ALPLossFn()(logp, data, seqs, toks)
-    loss, metrics = nemo.ALPLossFn(nonfinite="mask")(logp, data, seqs, toks)
+        nemo.ALPLossFn(support="full")(logp, data, seqs, toks)
+    loss, metrics = nemo.ALPLossFn(support="full", nonfinite="mask")(logp, data, seqs, toks)
     assert_same_loss(loss, expected([fewer], "bypass-sequence", num_tokens=4), [fewer])
     assert metrics["alp_nonfinite_frac"] == 1 / 4
 
 
 def test_nemo_rl_is_told_what_each_metric_is_divided_by(nemo):
-    kinds = {name: kind.name for name, kind in nemo.ALPLossFn(token_level_loss=False).metric_normalizations.items()}
+    kinds = {
+        name: kind.name
+        for name, kind in nemo.ALPLossFn(support="full", token_level_loss=False).metric_normalizations.items()
+    }
     assert (kinds["loss"], kinds["num_valid_samples"], kinds["alp_k1_kl"]) == ("SEQUENCES", "NONE", "TOKENS")
-    assert nemo.ALPLossFn().metric_normalizations["loss"].name == "TOKENS"
+    assert nemo.ALPLossFn(support="full").metric_normalizations["loss"].name == "TOKENS"
 
 
 # ------------------------------------------------------------------ slime and miles
@@ -460,9 +543,10 @@ def test_slimes_responses_without_tokens_have_loss_zero(slime, noise, lengths, p
     assert all(metrics[name] == 0 for name in zero) and all(value.isfinite() for value in metrics.values())
 
 
-def test_slime_masks_what_is_not_finite_if_asked(slime):
+@pytest.mark.parametrize("value", [math.nan, -9999.0])
+def test_slime_masks_what_is_not_finite_if_asked(slime, value):
     first, *others = samples()
-    bad, fewer = without(first, 3)
+    bad, fewer = without(first, 3, value)
     with pytest.raises(ValueError, match=r"slime: custom loss bypass-token: rollout_logp is NaN.*alp_nonfinite='mask'"):
         slime.call([bad, *others])
     loss, metrics = slime.call([bad, *others], args=slime_args(alp_nonfinite="mask"), per_token=True)
@@ -478,12 +562,104 @@ def test_slime_keeps_both_sides_of_the_ratio_on_the_tokens_of_top_p(slime, monke
     assert "max_seq_lens" not in slime.asked, "slime has no such argument from 0.3.1 on"
     slime.call(batch, data=slime_batch(batch) | {"max_seq_lens": [8, 8, 8]})
     assert slime.asked["max_seq_lens"] == [8, 8, 8]
-    with pytest.raises(ValueError, match=r"rollout_top_p=0\.9.*needs 1\.0"):
+    with pytest.raises(ValueError, match=r"rollout_top_p=0\.9; it needs rollout_top_p=1, or a trainer that replays"):
         slime.call(batch, args=slime_args(rollout_top_p=0.9))
     kept = {"top_p_token_ids": [[1]], "top_p_token_offsets": [[0]]}
     monkeypatch.setattr(slime.module, "get_rollout_top_p_logprob_kwargs", lambda args, batch: kept, raising=False)
     slime.call(batch, args=slime_args(rollout_top_p=0.9))
     assert kept.items() <= slime.asked.items()
+
+
+def assert_is_one(loss, metrics, advantages):
+    """The loss of equal policies: each token's ratio is 1, to rounding."""
+    torch.testing.assert_close(loss, -torch.stack([a.mean() for a in advantages]).sum(), rtol=1e-5, atol=1e-6)
+    assert abs(metrics["ppo_kl"]) < 1e-5 and metrics["pg_clipfrac"] == 0
+
+
+@pytest.mark.parametrize("trainer", ["slime", "miles"])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_where_the_kept_tokens_are_replayed_equal_policies_have_ratio_one(module, cut, trainer):
+    from alp_kernels.integrations import slime
+
+    lengths = [5, 3, 4]
+    logits, tokens, rollout, supports = sampled(cut)
+    offsets = [torch.tensor([0, *(len(row) for row in rows)]).cumsum(0) for rows in supports]
+    ids = [torch.cat(rows).int() for rows in supports]
+    advantages = [torch.full((n,), float(i + 1)) for i, n in enumerate(lengths)]
+
+    def score(keep_ids, keep_offsets):
+        each = zip(logits.split(lengths), tokens, keep_offsets, keep_ids, strict=True)
+        return {"log_probs": [over_support(*sample) for sample in each]}
+
+    data = {
+        "response_lengths": lengths,
+        "total_lengths": [n + 2 for n in lengths],
+        "unconcat_tokens": tokens,
+        "loss_masks": [torch.ones(n, dtype=torch.int32) for n in lengths],
+        "rollout_log_probs": rollout,
+        "advantages": advantages,
+    }
+    args = {f"rollout_{name}": value for name, value in cut.items()}
+    if trainer == "slime":  # asks SGLang for the kept tokens only where top-p truncates
+        args = {"rollout_top_p": 0.9999} | args
+        module(
+            "slime.backends.megatron_utils.loss",
+            get_log_probs_and_entropy=lambda logits, top_p_token_ids, top_p_token_offsets, **_: (
+                None,
+                score(top_p_token_ids, top_p_token_offsets),
+            ),
+            get_rollout_top_p_logprob_kwargs=lambda args, batch: {
+                "top_p_token_ids": batch["rollout_top_p_token_ids"],
+                "top_p_token_offsets": batch["rollout_top_p_token_offsets"],
+            },
+        )
+        data |= {"rollout_top_p_token_ids": ids, "rollout_top_p_token_offsets": offsets}
+    else:
+
+        @dataclass
+        class RolloutSamplingMask:
+            ids: Tensor
+            offsets: Tensor
+
+        module("miles.utils.sampling_mask", RolloutSamplingMask=RolloutSamplingMask)
+        module("miles.backends.training_utils.loss")  # a package in newer versions
+        module(
+            "miles.backends.training_utils.loss.objective",
+            get_log_probs_and_entropy=lambda logits, rollout_sampling_mask, **_: score(
+                [mask.ids for mask in rollout_sampling_mask], [mask.offsets for mask in rollout_sampling_mask]
+            ),
+        )
+        data |= {"rollout_sampling_mask_ids": ids, "rollout_sampling_mask_offsets": offsets}
+    reduce = reducer(lengths, data["loss_masks"])
+    loss, metrics = slime.bypass_sequence(slime_args(**args), data, torch.zeros(1, 1, 1), reduce)
+    assert_is_one(loss, metrics, advantages)
+    full = torch.cat([row.log_softmax(-1)[token, None] for row, token in zip(logits, torch.cat(tokens), strict=True)])
+    assert (full - torch.cat(rollout)).mean() < -0.1, "over the whole vocabulary it would not be 1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_p", 0.9), ("top_k", 20), ("min_p", 0.1), ("repetition_penalty", 1.1)], ids=str
+)
+def test_slime_and_miles_refuse_what_is_not_replayed(slime, module, monkeypatch, name, value):
+    batch, args = samples(), slime_args(**{f"rollout_{name}": value})
+    message = rf"slime: custom loss bypass-token: rollout_{name}={value}; it needs rollout_{name}"
+    why = "no support repairs" if "penalty" in name else "leave the truncation out"
+    with pytest.raises(ValueError, match=rf"{message}.*{why}"):
+        slime.call(batch, args=args)
+    if name != "top_p":  # slime asks for no tokens without top-p
+        monkeypatch.setattr(slime.module, "get_rollout_top_p_logprob_kwargs", lambda args, batch: {}, raising=False)
+        with pytest.raises(ValueError, match=message + ("" if "penalty" in name else ".*or rollout_top_p below 1")):
+            slime.call(batch, args=args)
+    monkeypatch.delitem(sys.modules, "slime.backends.megatron_utils.loss")
+    own = {"log_probs": [s[0] for s in batch]}
+    module("miles.backends.training_utils.loss", get_log_probs_and_entropy=lambda *a, **k: own)
+    with pytest.raises(ValueError, match=message):
+        slime.call(batch, args=args)
+
+
+def test_slime_passes_what_keeps_every_token(slime):
+    neutral = {"top_p": 1.0, "top_k": -1, "temperature": 0.7, "stop": ["a"], "seed": 42, "max_response_len": 8}
+    slime.call(samples(), args=slime_args(**{f"rollout_{name}": value for name, value in neutral.items()}))
 
 
 def test_slimes_hooks_perturb_training_alone_and_step_sigma(module):

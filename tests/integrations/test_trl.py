@@ -30,7 +30,7 @@ import alp_kernels.integrations.trl as integration
 import alp_kernels.loss.stats
 import alp_kernels.noise.perturb
 from alp.policy.tiny import character_tokenizer
-from alp_kernels import Objective, policy_loss
+from alp_kernels import Head, LossOutput, Objective, policy_loss
 from alp_kernels.integrations.trl import ALPGRPOConfig, ALPGRPOTrainer, check_logprobs_mode
 from alp_kernels.objective import surrogate
 from tests.support import trl_ranks
@@ -342,33 +342,45 @@ def test_rollouts_without_log_probabilities_are_refused(tmp_path: Path) -> None:
         trained(tmp_path, trainer={"rollout_func": silent})
 
 
-def with_nan(count: int | None) -> Any:
+def with_nan(count: int | None, value: float | None = float("nan")) -> Any:
+    """Rollouts where so many log-probabilities, or all, are `value`; None is what TRL makes of a NaN of vLLM's."""
+
     def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
         out = made_up_rollouts(prompts, trainer)
-        nan = float("nan")
         if count is None:
-            out["logprobs"] = [[nan] * len(row) for row in out["logprobs"]]
+            out["logprobs"] = [[value] * len(row) for row in out["logprobs"]]
         else:
             for i in range(count):
-                out["logprobs"][i][1] = nan
+                out["logprobs"][i][1] = value
         return out
 
     return {"rollout_func": rollout}
 
 
-def test_nan_log_probabilities_are_masked_and_counted(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, trainer=with_nan(3), max_steps=2)
+@pytest.mark.parametrize("value", [float("nan"), None, -9999.0])
+def test_unknown_log_probabilities_are_masked_and_counted(tmp_path: Path, value: float | None) -> None:
+    trainer = trained(tmp_path, trainer=with_nan(3, value), max_steps=2)
     assert logged(trainer, "alp/num_nonfinite") == [3.0, 3.0]
+    assert max(logged(trainer, "alp/k3_kl")) < 100
     assert all(value.isfinite().all() for value in weights(trainer).values())
 
 
-def test_nan_log_probabilities_are_an_error_where_asked_for_or_where_all_are(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"3 of the rollouts' \d+ log-probabilities are NaN or inf; alp_nonfinite='mask'"
-    ):
-        trained(tmp_path, trainer=with_nan(3), alp_nonfinite="raise")
-    with pytest.raises(ValueError, match="log-probabilities are NaN or inf"):
-        trained(tmp_path, trainer=with_nan(None))
+def test_the_kl_leaves_out_a_placeholder_as_it_does_nan(tmp_path: Path) -> None:
+    path = str(write_llama(tmp_path / "llama"))
+    by_nan, by_placeholder = (
+        logged(trained(tmp_path, model=path, trainer=with_nan(3, value), max_steps=2, beta=0.1), "kl")
+        for value in (float("nan"), -9999.0)
+    )
+    assert by_nan[1] > 0 and by_nan == by_placeholder
+
+
+@pytest.mark.parametrize("value", [float("nan"), -9999.0])
+def test_unknown_log_probabilities_are_an_error_where_asked_for_or_where_all_are(tmp_path: Path, value: float) -> None:
+    unknown = "log-probabilities are NaN, inf or vLLM's placeholder -9999"
+    with pytest.raises(ValueError, match=rf"3 of the rollouts' \d+ {unknown}; alp_nonfinite='mask'"):
+        trained(tmp_path, trainer=with_nan(3, value), alp_nonfinite="raise")
+    with pytest.raises(ValueError, match=unknown):
+        trained(tmp_path, trainer=with_nan(None, value))
 
 
 class VLLM:
@@ -442,6 +454,30 @@ def other_model(name: str) -> PreTrainedModel:
     if name == "Phi":
         torch.nn.init.normal_(model.lm_head.bias)
     return model
+
+
+def test_a_head_in_float32_has_float32s_log_probabilities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 model with TRL's cast_lm_head_to_fp32, under autocast: the weight is not rounded to 16 bits again."""
+    errors, real = [], integration.fused_alp_loss
+
+    def spy(hidden: Tensor, head: Head, targets: Tensor, **named: Any) -> LossOutput:
+        out = real(hidden, head, targets, **named)
+        assert hidden.dtype == torch.bfloat16 and head.weight.dtype == torch.float32
+        with torch.autocast("cpu", enabled=False):
+            exact = (hidden.double() @ head.weight.double().T).log_softmax(-1).gather(-1, targets[..., None])
+        errors.append(float(((out.logp - exact.squeeze(-1)) * named["mask"]).detach().abs().max()))
+        return out
+
+    monkeypatch.setattr(integration, "fused_alp_loss", spy)
+    largest = {}
+    for cast in (True, False):
+        model = qwen2().bfloat16()
+        if not cast:
+            model.lm_head.float()
+        rolled(tmp_path, model=model, bf16=True, max_steps=1, cast_lm_head_to_fp32=cast)
+        largest[cast] = max(errors)
+        errors.clear()
+    assert largest[True] < 2e-6 and largest[False] > 1e-4
 
 
 @pytest.mark.parametrize("name", ["Gemma2", "Granite", "Cohere", "Phi"])

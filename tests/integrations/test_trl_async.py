@@ -22,7 +22,7 @@ from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
 from alp.policy.tiny import character_tokenizer
-from alp_kernels import Objective, policy_loss
+from alp_kernels import Objective, Stats, policy_loss
 from alp_kernels.integrations.trl_async import ALPAsyncGRPOConfig, ALPAsyncGRPOTrainer
 
 from tests.support.tiny_models import write_llama
@@ -51,7 +51,7 @@ def varlen_attention(
 class Worker:
     """Holds all samples before training begins, in groups of two that share a prompt."""
 
-    def __init__(self, count: int, nan: bool = False) -> None:
+    def __init__(self, count: int, nan: float | None = None, versions: tuple[int, ...] = (1,)) -> None:
         self.rollout_buffer: queue.Queue[RolloutSample] = queue.Queue()
         self.metrics_queue: queue.Queue[Any] = queue.Queue()
         rng = np.random.default_rng(0)
@@ -59,10 +59,12 @@ class Worker:
             ids = rng.integers(5, 90, len(MASK))
             ids[:3] = [10 + i // 2, 11, 12]
             logp = np.where(MASK, rng.normal(-4.6, 0.7, len(MASK)), 0.0)
-            if nan and i == 0:
-                logp[3] = np.nan
-            advantage = float(rng.normal())
-            self.rollout_buffer.put(RolloutSample([], [], ids, np.array(MASK), logp, advantage, 1, i // 2, {}))
+            if nan is not None and i == 0:
+                logp[3] = nan
+            advantage, version = float(rng.normal()), versions[i % len(versions)]
+            if len(versions) > 1:  # which a test reads back
+                logp = np.where(MASK, -4.0 - version, 0.0)
+            self.rollout_buffer.put(RolloutSample([], [], ids, np.array(MASK), logp, advantage, version, i // 2, {}))
 
     def start(self) -> None: ...
     def stop(self) -> None: ...
@@ -86,7 +88,12 @@ class Transfer:
 
 
 def trained(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type = ALPAsyncGRPOTrainer, nan: bool = False, **changes: Any
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type = ALPAsyncGRPOTrainer,
+    nan: float | None = None,
+    versions: tuple[int, ...] = (1,),
+    **changes: Any,
 ) -> Any:
     kernel = SimpleNamespace(flash_attn_varlen_func=varlen_attention)
     monkeypatch.setattr("trl.experimental.async_grpo.packing._flash_attn", lambda: kernel)
@@ -114,7 +121,7 @@ def trained(
         config(str(folder), **options | changes),
         train_dataset=Dataset.from_dict({"prompt": ["a"]}),
         processing_class=character_tokenizer(),
-        rollout_worker=Worker(options["max_steps"] * 8 + 8, nan),
+        rollout_worker=Worker(options["max_steps"] * 8 + 8, nan, versions),
         weight_transfer=Transfer(),
     )
     trainer.train()
@@ -198,12 +205,60 @@ def test_turns_end_before_a_tools_output(tmp_path: Path) -> None:
     assert ends.tolist() == [False, True, False, False, True, False, True]
 
 
-def test_nan_log_probabilities_are_counted_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trained(tmp_path, monkeypatch, nan=True, max_steps=1)
+@pytest.mark.parametrize("value", [np.nan, -9999.0])
+def test_unknown_log_probabilities_are_counted_or_refused(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(tmp_path, monkeypatch, nan=value, max_steps=1)
     assert trl_cases.logged(trainer, "alp/num_nonfinite") == [1.0]
     assert all(p.isfinite().all() for p in trainer.model.parameters())
-    with pytest.raises(ValueError, match="rollout_logp is NaN or inf at 1 tokens"):
-        trained(tmp_path, monkeypatch, nan=True, max_steps=1, alp_nonfinite="raise")
+    assert all(np.isfinite(kl) for kl in trl_cases.logged(trainer, "kl") if kl is not None)
+    with pytest.raises(ValueError, match="rollout_logp is NaN, inf or vLLM's placeholder -9999 at 1 tokens"):
+        trained(tmp_path, monkeypatch, nan=value, max_steps=1, alp_nonfinite="raise")
+
+
+def test_statistics_by_age_are_those_of_each_samples_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first weight sync the policy has version 1, after each step one more."""
+    seen: list[Stats] = []
+
+    class Noted(ALPAsyncGRPOTrainer):
+        def keep_stats(self, stats: Stats) -> None:
+            seen.append(stats)
+            super().keep_stats(stats)
+
+    trainer = trained(tmp_path, monkeypatch, Noted, alp_objective="bypass-token", versions=(1, 0, 0, 1))
+    log = [entry for entry in trainer.state.log_history if "alp/age_mean" in entry]
+    assert len(seen) == 6 and len(log) == 3
+    for step, entry in enumerate(log):
+        parts = seen[2 * step : 2 * step + 2]
+        for stats in parts:
+            assert stats.age is not None
+            assert torch.equal(stats.age, step + 1 - (-4 - stats.rollout_logp).long())
+        assert entry["alp/age_mean"] == pytest.approx(step + 0.5) and entry["alp/age_max"] == step + 1
+        by_age = Stats.cat(parts).by_age()
+        assert list(by_age) == [step, step + 1]
+        for age, values in by_age.items():
+            assert entry[f"alp/age_{age}/token_frac"] == 0.5
+            for name in (
+                "token_ratio/mean",
+                "token_ratio/std",
+                "token_ratio/max",
+                "k3_kl",
+                "ess_frac",
+                "clip_low_frac",
+            ):
+                assert entry[f"alp/age_{age}/{name}"] == pytest.approx(values[name])
+
+
+def test_a_worker_with_versions_of_its_own_gets_no_ages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("alp_kernels.integrations.trl_versions._said", [])
+    trainer = trained(tmp_path, monkeypatch, versions=(1000, 1001), max_steps=2)
+    assert trl_cases.logged(trainer, "alp/num_tokens") == [8.0 * sum(MASK)] * 2
+    assert not any("alp/age" in name for entry in trainer.state.log_history for name in entry)
+    said = [record.getMessage() for record in caplog.records if "no statistics by age" in record.getMessage()]
+    assert len(said) == 1 and "newer than current, by up to 1000" in said[0]
 
 
 def test_objectives_over_the_old_policy_are_refused(tmp_path: Path) -> None:

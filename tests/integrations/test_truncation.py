@@ -72,7 +72,7 @@ def test_what_truncates_is_named_with_what_the_ratio_would_be_wrong_by(settings,
 def test_no_support_repairs_other_logits(settings, message):
     with pytest.raises(ValueError, match=message):
         check_sampling("here", settings)
-    with pytest.raises(ValueError, match="no support repairs the ratio$"):
+    with pytest.raises(ValueError, match=r"no support repairs the ratio$"):
         check_sampling("here", settings, replayed=TRUNCATIONS)
     check_sampling("here", settings, logprobs="raw")
 
@@ -80,10 +80,12 @@ def test_no_support_repairs_other_logits(settings, message):
 def test_settings_have_the_users_names_and_the_trainers_remedy():
     with pytest.raises(ValueError, match=r"--rollout\.top_k=5; it needs --rollout\.top_k off, or a newer engine\. "):
         check_sampling("here", {"top_k": 5}, prefix="--rollout.", remedy="a newer engine")
+    with pytest.raises(ValueError, match=r"logit_bias=\{1: 2\}; it needs logit_bias off, or a raw engine\. "):
+        check_sampling("here", {"logit_bias": {1: 2}}, remedy="a newer engine", raw_remedy="a raw engine")
     with pytest.raises(ValueError, match="here: pattern='a'; it needs pattern off"):
         check_sampling("here", {"regex": "a"}, prefix="x_", names={"regex": "pattern"})
     with pytest.raises(
-        ValueError, match="top_k=5.*leave the truncation out, so they are not those of the distribution"
+        ValueError, match=r"top_k=5.*leave the truncation out, so they are not those of the distribution"
     ):
         check_sampling("here", {"top_k": 5}, logprobs="unfiltered")
 

@@ -39,7 +39,15 @@ MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
 
 def actor_config(**changes):
     values = {"clip_ratio_low": 0.5, "clip_ratio_high": 3.0, "clip_ratio_c": 10.0} | changes
-    return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **values)
+    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **values)
+    config.model_config = model_config()
+    return config
+
+
+def model_config(**overrides):
+    """What the losses read of verl's model config, as its worker makes it."""
+    overrides = {"alp_support": "full"} | overrides
+    return {"override_config": {name: value for name, value in overrides.items() if value is not None}}
 
 
 def padded_batch(spread=0.8):
@@ -178,7 +186,9 @@ def test_turns_are_the_runs_of_the_response_mask(noise):
 def test_clips_are_verls_and_its_defaults_are_named(caplog):
     alp_verl._said.clear()
     batch = padded_batch(spread=1.5)
-    narrow, _ = call("bypass_token", batch, ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1))
+    defaults = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    defaults.model_config = model_config()
+    narrow, _ = call("bypass_token", batch, defaults)
     wide, _ = call("bypass_token", batch, actor_config())
     assert not torch.equal(narrow, wide)
     assert "clips at verl's defaults" in caplog.text and "which it cannot check" in caplog.text
@@ -252,16 +262,16 @@ def test_an_empty_batch_has_loss_zero_whatever_verl_divides_by(loss_agg_mode):
 def masking(**changes):
     """A config as verl's worker makes it, with override_config.alp_nonfinite=mask."""
     config = actor_config(**changes)
-    config.model_config = SimpleNamespace(override_config={"alp_nonfinite": "mask"})
-    config.model_config.get = lambda name: getattr(config.model_config, name)
+    config.model_config = model_config(alp_nonfinite="mask")
     return config
 
 
+@pytest.mark.parametrize("value", [torch.nan, -9999.0])
 @pytest.mark.parametrize("loss_mode", ["bypass_token", "bypass_sequence"])
-def test_what_is_not_finite_is_masked_if_asked(loss_mode):
+def test_what_is_not_finite_is_masked_if_asked(loss_mode, value):
     old, log_prob, advantages, mask = padded_batch()
     bad, fewer = old.clone(), mask.clone()
-    bad[0, 2], fewer[0, 2] = torch.nan, 0
+    bad[0, 2], fewer[0, 2] = value, 0
     info = {"dp_size": 1, "batch_num_tokens": int(mask.sum()), "global_batch_size": 4}
     with pytest.raises(
         ValueError, match=rf"loss_mode={loss_mode}: rollout_logp .*override_config\.alp_nonfinite='mask'"
@@ -282,6 +292,29 @@ def test_the_option_for_what_is_not_finite_is_read_from_verls_own_config(model_p
     config.model_config = HFModelConfig(path=model_path, override_config=overrides)
     with pytest.raises(ValueError, match=r"model\.override_config\.alp_nonfinite='drop'; it needs one of"):
         call("bypass_token", padded_batch(), config)
+
+
+@pytest.mark.parametrize("loss_mode", ["bypass_token", "alp_sequence"])
+def test_the_losses_ask_once_whether_the_support_is_full(noise, loss_mode):
+    config = actor_config()
+    for overrides, message in (
+        ({"alp_support": None}, r"override_config\.alp_support is not given.*alp_support='full' if .*top_p=1"),
+        ({"alp_support": "replayed"}, r"alp_support='replayed'; it needs 'full'"),
+    ):
+        config.model_config = model_config(**overrides)
+        with pytest.raises(ValueError, match=rf"loss_mode={loss_mode}: actor_rollout_ref\.model\..*{message}"):
+            call(loss_mode, padded_batch(), config)
+    config.model_config = {}
+    with pytest.raises(ValueError, match="alp_support is not given"):
+        call(loss_mode, padded_batch(), config)
+
+
+def test_the_engine_asks_once_whether_the_support_is_full():
+    settings = SimpleNamespace(override_config={"alp_sigma": 0.01, "alp_sigma_lr": 0}, hf_config=Qwen2Config())
+    with pytest.raises(
+        ValueError, match=r"ALP engine: actor_rollout_ref\.model\.override_config\.alp_support is not given"
+    ):
+        verl_engine.Settings.take(settings)
 
 
 def test_ppo_kl_is_clamped_as_verl_does():
@@ -316,11 +349,12 @@ def test_a_bad_clip_is_named_as_verls_user_set_it(option, value):
         *[("alp_scale", value) for value in ("relative", None, 1)],
         *[("alp_rounding", value) for value in ("up", None)],
         *[("alp_nonfinite", value) for value in ("drop", None, True)],
+        *[("alp_support", value) for value in ("replayed", "top_p", True)],
     ],
 )
 def test_a_bad_setting_of_the_engine_is_named_before_a_model_is_built(option, value):
-    override = {"alp_sigma": 0.01, "alp_sigma_lr": 5e-4, option: value}
-    with pytest.raises((ValueError, TypeError), match=rf"ALP engine: {option}=.*; it needs "):
+    override = {"alp_sigma": 0.01, "alp_sigma_lr": 5e-4, "alp_support": "full", option: value}
+    with pytest.raises((ValueError, TypeError), match=rf"ALP engine: .*{option}=.*; it needs "):
         verl_engine.Settings.take(SimpleNamespace(override_config=override, hf_config=Qwen2Config()))
 
 
@@ -441,7 +475,7 @@ def test_a_recomputed_denominator_is_refused(one_rank, model_path):
 
 @pytest.mark.parametrize("settings", [{"alp_sigma": 0.1}, {"alp_sigma": 0.1, "alp_sigma_lr": 0.1, "alp_sead": 1}, {}])
 def test_settings_that_are_missing_or_unknown_are_refused(one_rank, model_path, settings):
-    with pytest.raises(ValueError, match="it needs alp_sigma and alp_sigma_lr"):
+    with pytest.raises(ValueError, match="it needs alp_sigma, alp_sigma_lr and alp_support"):
         verl_cpu.make_engine(model_path, settings=settings)
 
 
@@ -506,7 +540,7 @@ def test_the_recipe_is_a_configuration_that_verl_composes(model_path):
 
     class Model:
         override_config = model.override_config
-        hf_config = Qwen2Config(alp_sigma=0.01, alp_sigma_lr=5e-4)
+        hf_config = Qwen2Config(alp_sigma=0.01, alp_sigma_lr=5e-4, alp_support="full")
 
-    assert verl_engine.Settings.take(Model) == verl_engine.Settings(sigma=0.01, sigma_lr=5e-4)
-    assert not hasattr(Model.hf_config, "alp_sigma")
+    assert verl_engine.Settings.take(Model) == verl_engine.Settings(sigma=0.01, sigma_lr=5e-4, support="full")
+    assert not [name for name in vars(Model.hf_config) if name.startswith("alp_")]

@@ -206,6 +206,31 @@ def test_sixteen_bit_models_have_log_probabilities_in_float32(model_path, strate
         assert relative_error(mine, right) < relative_error(its, right) < 0.05
 
 
+@pytest.mark.parametrize("name", ["float32", "tf32"])
+def test_a_float32_head_over_a_16_bit_model(model_path, strategy, monkeypatch, name):
+    """Scores are those of the 16-bit states that the head read, to float32's rounding; a 16-bit head's are not."""
+    errors, real = {}, verl_engine.linear_logprob
+
+    def spy(hidden, head, targets, **named):
+        found = real(hidden, head, targets, **named)
+        assert hidden.dtype == head.weight.dtype == torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            exact = (hidden.double() @ head.weight.double().T).log_softmax(-1).gather(-1, targets[..., None])
+        errors.setdefault(head.dtype, []).append(float((found[0] - exact.squeeze(-1)).abs().max()))
+        return found
+
+    monkeypatch.setattr(verl_engine, "linear_logprob", spy)
+    batch = verl_cpu.make_batch(calculate_entropy=True, use_remove_padding=True)
+    changes = {"strategy": strategy, "use_remove_padding": True, "param_dtype": "bf16"}
+    plain, wide = (
+        scores_and_gradients(make_engine(model_path, settings, **changes), batch)
+        for settings in ({}, {"alp_head_dtype": name})
+    )
+    dtype = torch.float32 if name == "float32" else name
+    assert max(errors[dtype]) < 2e-6 and min(errors[None]) > 1e-4
+    assert 0 < relative_error(wide[1], plain[1]) < 0.05
+
+
 def relative_error(values, right):
     """The size of the difference over the size of `right`, over all tensors."""
     square = {name: [(values[name].float() - x).square().sum(), x.square().sum()] for name, x in right.items()}
@@ -238,7 +263,11 @@ def test_a_head_that_cannot_be_fused_is_named_once_or_refused(model_path, strate
         for each in (engine, make_engine(model_path, {"alp_fused_head": False}, strategy=strategy))
     )
     assert torch.equal(ours[0]["log_probs"], theirs[0]["log_probs"])
-    for settings, asked in (({"alp_fused_head": True}, "alp_fused_head=true"), (SAMPLED, "alp_backward='sampled'")):
+    for settings, asked in (
+        ({"alp_fused_head": True}, "alp_fused_head=true"),
+        (SAMPLED, "alp_backward='sampled'"),
+        ({"alp_head_dtype": "tf32"}, "alp_head_dtype='tf32'"),
+    ):
         with pytest.raises(ValueError, match=f"ALP engine: {asked} is not possible: output_head: Qwen2ForCausalLM"):
             make_engine(model_path, settings, strategy=strategy)
 
@@ -335,6 +364,8 @@ def test_sampling_does_not_change_the_noise(large_path):
         ({"alp_threshold": "small"}, "alp_threshold='small'; it needs a power of two"),
         ({"alp_backward": "sampled", "alp_layers": "logits"}, "alp_layers='logits'; it needs another value"),
         ({"alp_backward": "sampled", "alp_fused_head": False}, "alp_fused_head=False; it needs true or null"),
+        ({"alp_head_dtype": "bfloat16"}, "alp_head_dtype='bfloat16'; it needs one of"),
+        ({"alp_head_dtype": "tf32", "alp_fused_head": False}, "alp_head_dtype='tf32'; it needs null with alp_fused"),
     ],
 )
 def test_a_bad_setting_of_the_head_is_named_before_a_model_is_built(model_path, settings, match):

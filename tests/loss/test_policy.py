@@ -173,18 +173,40 @@ def test_a_batch_of_masked_tokens_has_zero_loss_and_gradient():
         assert out.stats.summary()["num_tokens"] == 0
 
 
-def test_nonfinite_rollout_logp_raises_or_is_masked_and_counted():
+UNKNOWN = "rollout_logp is NaN, inf or vLLM's placeholder -9999"
+
+
+@pytest.mark.parametrize("values", [(math.nan, -math.inf), (-9999.0, -9999.0), (math.nan, -1e30)])
+def test_an_unknown_rollout_logp_raises_or_is_masked_and_counted(values):
     b = make_batch(0)
     b["mask"][0], b["mask"][3] = 1, 1
-    b["rollout_logp"][0, 4], b["rollout_logp"][3, 2] = float("nan"), float("-inf")
+    b["rollout_logp"][0, 4], b["rollout_logp"][3, 2] = values
     b["rollout_logp"][1, 0] = float("nan")  # outside the mask: ignored
-    with pytest.raises(ValueError, match=r"rollout_logp is NaN or inf at 2 tokens of the mask, first at \(0, 4\)"):
+    with pytest.raises(ValueError, match=rf"{UNKNOWN} at 2 tokens of the mask, first at \(0, 4\)"):
         policy_loss(**b, objective=Objective())
     out = policy_loss(**b, objective=Objective("sequence"), nonfinite="mask")
     assert out.stats.summary()["num_nonfinite"] == 2
-    without = {**b, "mask": b["mask"].clone(), "rollout_logp": torch.nan_to_num(b["rollout_logp"], neginf=0.0)}
+    without = {
+        **b,
+        "mask": b["mask"].clone(),
+        "rollout_logp": torch.where(b["rollout_logp"] > -9999, b["rollout_logp"], 0.0),
+    }
     without["mask"][0, 4] = without["mask"][3, 2] = 0
     assert torch.equal(out.loss, policy_loss(**without, objective=Objective("sequence")).loss)
+
+
+def test_a_small_rollout_logp_is_taken_at_its_word():
+    logp = torch.full((1, 4), -3.0)
+    q = torch.tensor([[-60.0, -500.0, -9998.0, -3.0]])
+    for nonfinite in ("raise", "mask"):
+        stats = policy_loss(logp, q, torch.ones(1), torch.ones(1, 4), objective=Objective(), nonfinite=nonfinite).stats
+        assert torch.equal(stats.rollout_logp, q[0]) and stats.summary()["num_nonfinite"] == 0
+
+
+def test_a_placeholder_makes_no_importance_weight():
+    logp, q = -torch.ones(1, 3), torch.tensor([[-1.0, -9999.0, -1.0]])
+    with pytest.raises(ValueError, match=f"importance_weight: {UNKNOWN} at 1 tokens"):
+        importance_weight(logp, q, torch.ones(1, 3), objective=Objective.preset("tis-token"))
 
 
 BAD = [

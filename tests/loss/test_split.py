@@ -23,13 +23,19 @@ EXACT: list[tuple[HeadCase, str | None]] = [
         for p in ("alp-token", "alp-sequence", "alp-cum-token")
     ),
     (HeadCase(dtensor=True), "alp-sequence"),
+    *((HeadCase(options=o, support=True), p) for o in (False, True) for p in (None, "alp-token", "alp-sequence")),
 ]
 BUDGETED = [
     (HeadCase(dtype, options=o), p)
     for dtype in (torch.float32, torch.bfloat16)
     for o, p in ((False, None), (True, "alp-token"))
-]
+] + [(HeadCase(torch.bfloat16, options=True, support=True), "alp-token")]
 CERTAIN = (HeadCase(torch.float32, certain=True), None)
+WIDENED: list[tuple[HeadCase, str | None]] = [
+    (HeadCase(torch.bfloat16, options=True, widened=torch.float32), None),
+    (HeadCase(torch.bfloat16, options=True, widened="tf32", chunk_bytes=1500), "alp-token"),
+]
+CASES = [*EXACT, *BUDGETED, CERTAIN, *WIDENED]
 UPDATES = {
     "fused": {"fused": True},
     "logprob": {"fused": False},
@@ -39,7 +45,7 @@ UPDATES = {
 
 
 def work() -> dict[str, Any]:
-    out: dict[str, Any] = {"heads": split.head_cases([*EXACT, *BUDGETED, CERTAIN]), "refusals": split.refusals()}
+    out: dict[str, Any] = {"heads": split.head_cases(CASES), "refusals": split.refusals()}
     out["compiled"] = split.compiled_differences()
     for name, how in UPDATES.items():
         try:
@@ -56,7 +62,7 @@ def ranks() -> dict[int, list[dict[str, Any]]]:
 
 def joined(ranks: list[dict[str, Any]], case: tuple[HeadCase, str | None]) -> dict[str, Tensor]:
     """Join the ranks' shards of gradients, and assert that the rest is the same on all ranks."""
-    parts = [rank["heads"][[*EXACT, *BUDGETED, CERTAIN].index(case)] for rank in ranks]
+    parts = [rank["heads"][CASES.index(case)] for rank in ranks]
     out = {}
     for name, value in parts[0].items():
         if isinstance(value, Tensor):
@@ -96,6 +102,20 @@ def test_errors_stay_within_twice_those_of_the_unsplit_head(size: int, case: Any
         assert_within_budget(value, ordinary[name], exact[name], head.dtype, name)
 
 
+@pytest.mark.parametrize("case", WIDENED, ids=str)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_float32_head_over_16_bit_shards_has_float32s_errors(size: int, case: Any, ranks: dict[int, Any]) -> None:
+    head, preset = case
+    actual, ordinary = joined(ranks[size], case), whole(head, preset)
+    exact = split.head_case(head, preset, is_split=False, exact=True)
+    for name, value in actual.items():
+        assert value.dtype == ordinary[name].dtype
+        # each rank rounds its part of the states' gradient; the rest is rounded once, if at all
+        assert_within_budget(
+            value, ordinary[name], exact[name], head.dtype if name == "dhidden" else torch.float32, name
+        )
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_near_certain_tokens_keep_their_digits(size: int, ranks: dict[int, Any]) -> None:
     actual, exact = joined(ranks[size], CERTAIN)["logp"], split.head_case(*CERTAIN, is_split=False, exact=True)["logp"]
@@ -131,9 +151,12 @@ def test_mistakes_are_said_on_every_rank(size: int, ranks: dict[int, Any]) -> No
         assert "VocabSplit's group and start must be None" in said["placed twice"]
         assert "logit_noise was given with a split vocabulary" in said["noise"]
         assert "temperature are not the same on the ranks" in said["temperature"]
-        for name in ("advantages", "rollout_logp", "objective", "num_tokens"):
+        for name in ("advantages", "rollout_logp", "objective", "num_tokens", "support"):
             assert f"fused_alp_loss: {name} is not the same on the ranks of the group" in said[name]
-        assert "the ranks of the group were given different arguments of the loss" in said["other arguments"]
+        assert "support.tokens range from" in said["kept token"] and "the vocabulary is [0, 61)" in said["kept token"]
+        for name in ("other arguments", "one dtype"):
+            assert "the ranks of the group were given different arguments of the loss" in said[name]
+        assert "linear_logprob: dtype is not the same on the ranks of the group" in said["dtypes"]
 
 
 @pytest.mark.parametrize("size", [2, 4])

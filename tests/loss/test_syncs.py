@@ -14,7 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import alp_kernels.engine
 import alp_kernels.loss.plan
 import alp_kernels.loss.products
-from alp_kernels import Objective, attach, fused_alp_loss, importance_weight, linear_logprob, policy_loss, reference
+import alp_kernels.loss.ragged
+from alp_kernels import (
+    Head,
+    Objective,
+    Support,
+    attach,
+    fused_alp_loss,
+    importance_weight,
+    linear_logprob,
+    policy_loss,
+    reference,
+)
 from alp_kernels.objective import Level
 from tests.conftest import DEVICE
 from tests.support.batches import make_batch, pack
@@ -83,7 +94,7 @@ def counted(monkeypatch):
     engine.FUSES_TOKEN_LOSS = True
     with monkeypatch.context() as patch:
         patch.setattr(alp_kernels.engine, "_choose", lambda device_type: engine)
-        for module in (alp_kernels.loss.plan, alp_kernels.loss.products):
+        for module in (alp_kernels.loss.plan, alp_kernels.loss.products, alp_kernels.loss.ragged):
             patch.setattr(module, "is_on_host", lambda tensor: False)
         for name in ("tolist", "cpu"):
             patch.setattr(torch.Tensor, name, waiting(getattr(torch.Tensor, name)))
@@ -153,12 +164,37 @@ def test_a_loss_of_log_probabilities_waits_once(level, monkeypatch):
     assert counter.waits == ["tolist"]
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_versions_wait_for_nothing(is_packed, monkeypatch):
+    b = make_batch(0)
+    b = pack(b)[0] if is_packed else b
+    stats = policy_loss(**b, objective=Objective("sequence")).stats
+    of_token = torch.zeros(b["mask"].shape, dtype=torch.int64)
+    with counted(monkeypatch) as counter:
+        aged = [stats.with_versions(versions, 3) for versions in (of_token, torch.zeros(4, dtype=torch.int64))]
+    assert counter.waits == [] and len(counter.operations) > 0
+    assert all(list(each.by_age()) == [3] for each in aged)
+
+
 @pytest.mark.parametrize("is_masked", [True, False])
 def test_log_probabilities_wait_once(is_masked, monkeypatch):
     hidden, weight, targets, rest = make_inputs()
     with counted(monkeypatch) as counter:
         logp, entropy = linear_logprob(hidden, weight, targets, mask=rest["mask"] if is_masked else None)
         (logp.sum() + entropy.sum()).backward()
+    assert counter.waits == ["tolist"]
+
+
+@pytest.mark.parametrize("level", get_args(Level))
+def test_a_head_over_a_support_waits_once(level, monkeypatch):
+    hidden, weight, targets, rest = make_inputs()
+    support = Support.from_padded(torch.stack([targets, (targets + 1) % len(weight)], dim=-1))
+    with counted(monkeypatch) as counter:
+        head = Head(weight, support=support)
+        fused_alp_loss(hidden, head, targets, **rest, objective=Objective(level)).loss.backward()
+    assert counter.waits == ["tolist"]
+    with counted(monkeypatch) as counter:
+        linear_logprob(hidden, head, targets, mask=rest["mask"])[0].sum().backward()
     assert counter.waits == ["tolist"]
 
 

@@ -19,10 +19,12 @@ from bench import (
     perturb,
     roofline,
     table,
+    test_float32_head,
     test_loss_head,
     test_perturb,
     test_perturb_rms_norm,
     test_sampled_head,
+    test_support_head,
 )
 from bench import test_sweep as sweep
 from bench import test_threads as threads
@@ -275,6 +277,8 @@ def test_each_column_of_the_tables_is_a_variant():
     known = {
         "loss head forward + backward": test_loss_head.variants(output),
         test_sampled_head.OP: test_sampled_head.variants(rows_cases(CPU, smoke=True)[0]),
+        test_float32_head.OP: test_float32_head.variants(output),
+        test_support_head.OP: test_support_head.variants(test_support_head.cases(CPU, smoke=True)[0]),
         "perturb forward": test_perturb.variants(layer, with_backward=False),
         "perturb + RMSNorm forward": test_perturb_rms_norm.variants(layer, with_backward=False),
     }

@@ -122,6 +122,11 @@ def _sparse(dtype: torch.dtype) -> None:
     engine.sparse_products(dx, torch.zeros(ROWS, D, dtype=dtype), torch.zeros(V, D, dtype=dtype), True, True, True)
 
 
+def _logits_of(dtype: torch.dtype, bias: Tensor | None) -> None:
+    matrices = torch.zeros(ROWS, D, dtype=dtype), torch.zeros(V, D, dtype=dtype)
+    engine.sparse_logits(*matrices, bias, torch.ones_like(IDS), IDS.int())
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "philox": lambda: engine.philox((IDS,) * 4, (1, 2)),
     "normal": lambda: engine.normal(2, D, NUMBERED, torch.device("cpu")),
@@ -164,6 +169,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "select fp16 full": lambda: _select(torch.float16, FULL._replace(sigma=None, stream=None), bits=20),
     "sparse_products bf16": lambda: _sparse(torch.bfloat16),
     "sparse_products fp32": lambda: _sparse(torch.float32),
+    "sparse_logits bf16": lambda: _logits_of(torch.bfloat16, None),
+    "sparse_logits fp32": lambda: _logits_of(torch.float32, torch.zeros(V)),
 }
 
 

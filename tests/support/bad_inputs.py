@@ -13,6 +13,7 @@ from alp_kernels import (
     Head,
     LogitNoise,
     Objective,
+    Routing,
     Sampled,
     Stats,
     attach,
@@ -26,6 +27,7 @@ from alp_kernels import (
     perturb,
     perturb_rms_norm,
     policy_loss,
+    record_routing,
 )
 from tests.support.bad_values import (
     INF,
@@ -44,6 +46,7 @@ from tests.support.bad_values import (
     log_probabilities,
     mask,
     module,
+    no_batch,
     no_tensor,
     number,
     numbers,
@@ -210,6 +213,17 @@ def _in_scope(**given: Any) -> Any:
         return model(torch.zeros(2, 3, dtype=torch.int64))
 
 
+def _record_routing(**given: Any) -> Any:
+    with record_routing(**given) as routing:
+        return routing
+
+
+def _routing() -> Any:
+    routing = Routing()
+    routing.experts["blocks.0"] = torch.zeros(6, 1, dtype=torch.int32)
+    return routing
+
+
 def _handle() -> Any:
     return attach(Toy())
 
@@ -287,7 +301,15 @@ def functions() -> Iterator[Function]:
         yield Function(
             function.__name__, _sampled(function), lambda: of_points, {**kinds, "threshold": power_of_two(-20, -1)}
         )
-    for field, kind, good in (("adapters", instance, ()), ("split", instance, None), ("backward", instance, None)):
+    fields: list[tuple[str, Kind, Any]] = [
+        ("adapters", instance, ()),
+        ("split", instance, None),
+        ("backward", instance, None),
+        ("support", instance, None),
+        ("dtype", instance, None),
+        ("dtype", choice, "tf32"),
+    ]
+    for field, kind, good in fields:
         yield Function("linear_logprob", _with_head(field), lambda field=field, good=good: {field: good}, {field: kind})
     yield Function(
         "linear_logprob",
@@ -380,6 +402,22 @@ def functions() -> Iterator[Function]:
         },
     )
     yield Function("detach", detach, lambda: {"model": Toy(), "path": None}, {"model": module})
+    paths = {"3": 3, "nowhere": "nope", "a list": ["layers"], "a layer": "embed"}
+    yield Function(
+        "record_routing",
+        _record_routing,
+        lambda: {"model": Toy(), "path": "blocks"},
+        {"model": module, "path": lambda good: paths},
+    )
+    yield Function(
+        "changes",
+        lambda other, mask: _routing().changes(other, mask),
+        lambda: {"other": _routing(), "mask": torch.ones(2, 3)},
+        {
+            "other": lambda good: instance(good) | {"None": None},
+            "mask": lambda good: {n: v for n, v in mask(good).items() if n != "one axis more"},  # rows are flat
+        },
+    )
     of_scope = {"step": integer(0, (1 << 32) - 1), "row_ids": identifiers}
     yield Function("perturbed", _in_scope, lambda: {"step": 0, "row_ids": torch.arange(6).view(2, 3)}, of_scope)
     yield Function("param_group", lambda lr: _handle().param_group(lr), lambda: {"lr": 1e-3}, {"lr": rate})
@@ -465,6 +503,15 @@ def functions() -> Iterator[Function]:
         lambda num_bins: _stats().envelope(num_bins),
         lambda: {"num_bins": 4},
         {"num_bins": integer(1)},
+    )
+    yield Function(
+        "Stats.with_versions",
+        lambda **given: _stats().with_versions(**given),
+        lambda: {"versions": torch.zeros(BATCH, TIME, dtype=torch.int64), "current": 1},
+        {
+            "versions": lambda good: no_batch(good) | {"None": None, "floats": good.float(), "bools": good.bool()},
+            "current": integer(0),
+        },
     )
 
 

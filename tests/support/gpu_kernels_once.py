@@ -358,6 +358,22 @@ def sparse_products(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
             against_float64(run, f"{n} x {d} {dtype}", [torch.float32, kind, torch.float32])
 
 
+def sparse_logits(shapes: Iterable[tuple[int, int]] = ROWS) -> None:
+    for n, d in shapes:
+        for dtype in DTYPES:
+            counts = torch.arange(n) * 3  # row 0 has none
+            counts[-1] += 1
+            tokens = torch.randint(
+                0, 37, (int(counts.sum()),), generator=torch.Generator().manual_seed(n), dtype=torch.int32
+            )
+            given = randn(n, d, seed=1).to(dtype), randn(37, d, seed=2).to(dtype), randn(37, seed=3), counts, tokens
+
+            def run(module, device, double, given=given):
+                return (module.sparse_logits(*moved(given, device, double)),)
+
+            against_float64(run, f"{n} x {d} {dtype}", [torch.float32])
+
+
 OPS: dict[str, Callable[[], None]] = {
     function.__name__: function
     for function in (
@@ -375,6 +391,7 @@ OPS: dict[str, Callable[[], None]] = {
         scale_,
         select,
         sparse_products,
+        sparse_logits,
     )
 }
 

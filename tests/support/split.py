@@ -20,6 +20,7 @@ from alp_kernels import (
     Head,
     LogitNoise,
     Objective,
+    Support,
     VocabSplit,
     attach,
     fused_alp_loss,
@@ -42,6 +43,8 @@ class HeadCase:
     certain: bool = False  # the target's logit is at least 15 nats above the others
     chunk_bytes: int | None = None
     dtensor: bool = False
+    support: bool = False  # about a third of the tokens are kept
+    widened: str | torch.dtype | None = None  # the Head's dtype
 
     def inputs(self) -> dict[str, Any]:
         """The unsplit tensors."""
@@ -60,7 +63,13 @@ class HeadCase:
         if self.options:
             taus = 0.5 + torch.rand(B, T, generator=generator).to(real)
             keywords |= {"bias": normal(V), "softcap": 5.0, "logit_scale": 0.7, "temperature": taus}
-        return {"hidden": hidden, "weight": weight, "targets": targets, "keywords": keywords}
+        support = None
+        if self.support:
+            kept = torch.rand(B, T, V, generator=generator) < 0.3
+            kept.scatter_(-1, targets[..., None], True)
+            kept[0, 0] = torch.nn.functional.one_hot(targets[0, 0], V)  # a single rank holds all of a row's tokens
+            support = Support.from_mask(kept & (keywords["mask"] != 0)[..., None])
+        return {"hidden": hidden, "weight": weight, "targets": targets, "keywords": keywords, "support": support}
 
 
 def head_case(head: HeadCase, preset: str | None, is_split: bool, exact: bool = False) -> dict[str, Any]:
@@ -85,7 +94,8 @@ def head_case(head: HeadCase, preset: str | None, is_split: bool, exact: bool = 
         leaves.append(bias.clone().requires_grad_())
         keywords["bias"] = leaves[2]
     keywords["chunk_bytes"] = head.chunk_bytes
-    given = Head(leaves[1], split=VocabSplit()) if is_split else leaves[1]
+    split_over = VocabSplit() if is_split else None
+    given = Head(leaves[1], split=split_over, support=whole["support"], dtype=None if exact else head.widened)
     out: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(6)
     if preset is None:
@@ -96,7 +106,8 @@ def head_case(head: HeadCase, preset: str | None, is_split: bool, exact: bool = 
         mask = keywords.pop("mask")
         inputs = _double(head.inputs())
         with torch.no_grad():
-            clean, _ = linear_logprob(inputs["hidden"], inputs["weight"], inputs["targets"], **inputs["keywords"])
+            every = Head(inputs["weight"], support=inputs["support"])
+            clean, _ = linear_logprob(inputs["hidden"], every, inputs["targets"], **inputs["keywords"])
         clean = clean.float().to(mask.dtype)  # the same number in every dtype
         rollout, reference = (clean + 0.3 * torch.randn(2, B, T, generator=generator).to(mask.dtype)).unbind()
         objective = Objective.preset(preset, kl="k3", kl_coef=0.1, entropy_coef=0.01)
@@ -169,7 +180,11 @@ def refusals() -> dict[str, str]:
         log_q = torch.full((B, T), -4.0, dtype=hidden.dtype)
         given = {"rollout_logp": log_q, "advantages": torch.ones(B, dtype=hidden.dtype), "mask": torch.ones(B, T)}
         given |= {"objective": Objective(), "num_tokens": 15, **changes}
-        fused_alp_loss(hidden, Head(rows, split=VocabSplit()), targets, **given)
+        head = Head(rows, split=VocabSplit(), support=given.pop("support", None))
+        fused_alp_loss(hidden, head, targets, **given)
+
+    def widened(dtype: Any) -> None:
+        linear_logprob(hidden.float(), Head(rows.float(), split=VocabSplit(), dtype=dtype), targets)
 
     loss()
     mask = torch.ones(B, T)
@@ -194,8 +209,12 @@ def refusals() -> dict[str, str]:
         "rollout_logp": lambda: loss(rollout_logp=torch.full((B, T), -4.0 - rank, dtype=hidden.dtype)),
         "objective": lambda: loss(objective=Objective(clip_high=1.0 + rank)),
         "num_tokens": lambda: loss(num_tokens=15 + rank),
+        "support": lambda: loss(support=Support.from_padded(torch.stack([targets, (targets + 1 + rank) % V], dim=-1))),
+        "kept token": lambda: loss(support=Support.from_padded(torch.stack([targets, targets + V], dim=-1))),
         "other arguments": lambda: loss(**{} if rank else {"token_weight": torch.ones(B, T)}),
         "noise": lambda: linear_logprob(hidden, Head(rows, split=VocabSplit(), logit_noise=noise), targets),
+        "dtypes": lambda: widened("tf32" if rank else torch.float32),
+        "one dtype": lambda: widened("tf32" if rank else None),
     }
     said = {}
     for name, mistake in mistakes.items():

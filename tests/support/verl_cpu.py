@@ -74,6 +74,8 @@ def make_engine(path: str, *, strategy="fsdp2", settings=None, engine_class=None
         settings = {}
     if settings is None:
         settings = {"alp_sigma": 0.05, "alp_sigma_lr": 1e-2}
+    if settings:
+        settings = {"alp_support": "full"} | settings
     model = HFModelConfig(
         path=path,
         load_tokenizer=False,
@@ -161,6 +163,7 @@ def make_loss(loss_mode: str = "alp_sequence", **changes):
         policy_loss=PolicyLossConfig(loss_mode=loss_mode),
         **values,
     )
+    config.model_config = {"override_config": {"alp_support": "full"}}
     return partial(ppo_loss, config=config)
 
 
