@@ -191,6 +191,9 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
 
     `perturbation` is the handle that `attach` returns (`alp_kernels.Perturbation`), with sigma; None if the objective is
     not an alp-* one.
+
+    A rollout_func that truncates (top-k, top-p, min-p) returns the tokens that it kept as `sampling_mask`: for each completion a
+    list of token ids a token, or a Support.
     """
 
     _tag_names: ClassVar[list[str]] = [*GRPOTrainer._tag_names, "alp"]

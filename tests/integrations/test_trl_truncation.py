@@ -22,6 +22,7 @@ from trl import GRPOTrainer
 import alp_kernels.integrations.trl as integration
 from alp_kernels import Support, policy_loss
 from alp_kernels.integrations.trl import ALPGRPOTrainer
+from alp_kernels.integrations.trl_support import KeptTokens, as_supports
 from tests.support import truncated_sampler
 from tests.support.tiny_models import write_llama
 from tests.support.trl_cases import COMPLETION, SGD, assert_same_training, logged, made_up_rollouts, make, trained
@@ -325,9 +326,16 @@ def test_vllm_is_not_asked_where_nothing_is_truncated(tmp_path: Path, engines: l
     assert logged(trainer, "alp/token_ratio/std") == pytest.approx([0.0], abs=1e-5)
 
 
-def test_vllms_other_form_of_a_mask() -> None:
-    from alp_kernels.integrations.trl_support import KeptTokens, as_supports
+def test_a_rank_takes_its_own_of_a_tensor_parallel_groups_completions(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = [SimpleNamespace(outputs=[SimpleNamespace(sampling_mask=SimpleNamespace(token_ids=i))]) for i in range(6)]
+    llm = SimpleNamespace(generate=lambda: outputs)
+    kept = KeptTokens(SimpleNamespace(llm=llm, tensor_parallel_size=2, tp_group="group"))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group: {"group": 1}[group])
+    llm.generate()
+    assert kept.take("here", 3) == [3, 4, 5]
 
+
+def test_vllms_other_form_of_a_mask() -> None:
     masks = [SimpleNamespace(token_ids=[4, 2, 9], offsets=[0, 1, 3]), SimpleNamespace(token_ids=[[5, 6], [7]])]
     outputs = [SimpleNamespace(outputs=[SimpleNamespace(sampling_mask=mask)]) for mask in masks]
     generation = SimpleNamespace(llm=SimpleNamespace(generate=lambda: outputs), tensor_parallel_size=1)
