@@ -10,22 +10,35 @@ B: sequences of a micro-batch. T: completion tokens. P + T: tokens with the prom
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import Head, LossOutput, Objective, Sampled, fused_alp_loss, policy_loss
+from .. import Head, LossOutput, Objective, Sampled, Support, fused_alp_loss, linear_logprob, policy_loss
 from ..checks import check_choice, check_flag, check_integer, check_number, check_rate, check_size, refuse_value
 from ..loss.inputs import UNKNOWN, is_known
 from ..objective import LOG_RATIO_CLAMP, PRESETS, kl_estimate
 from ..stream import NUM_PASSES, row_ids
 from ._shared import turn_ends
 from .hugging_face import backbone, output_head
-from .trl_head import add_policy_loss_head
+from .trl_head import PolicyLossOutput, add_policy_loss_head
 from .trl_sigma import ALPOptions, SigmaMixin, check_cap, option
+from .trl_support import (
+    SAMPLING_MASK,
+    KeptTokens,
+    as_supports,
+    batch_support,
+    check_colocated,
+    check_function,
+    check_server,
+    engine_with_support,
+)
 
 try:
     from trl import GRPOConfig, GRPOTrainer
@@ -41,6 +54,8 @@ _AGGREGATION = {
     "luspo": "seq-mean-token-sum",
 }
 """The loss_types of TRL that only set how token losses are aggregated. The others are different surrogates."""
+
+_WHERE = "ALPGRPOTrainer"
 
 _MULTIMODAL = (
     "pixel_values",
@@ -176,6 +191,9 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
 
     `perturbation` is the handle that `attach` returns (`alp_kernels.Perturbation`), with sigma; None if the objective is
     not an alp-* one.
+
+    A rollout_func that truncates (top-k, top-p, min-p) returns the tokens that it kept as `sampling_mask`: for each completion a
+    list of token ids a token, or a Support.
     """
 
     _tag_names: ClassVar[list[str]] = [*GRPOTrainer._tag_names, "alp"]
@@ -194,7 +212,18 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         if not isinstance(args, ALPGRPOConfig):
             raise TypeError(f"ALPGRPOTrainer: args is a {type(args).__name__}; it needs an ALPGRPOConfig")
         self._skips_old_forward = False
-        super().__init__(model, reward_funcs, args, *others, **named)
+        self._supports: list[Support] | None = None
+        """The kept tokens of the completions that are being scored, if sampling was truncated."""
+        given = (
+            inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *others, **named).arguments
+        )
+        returns_kept = False
+        if given.get("rollout_func") is not None:
+            check_function(_WHERE, args, has_support=True)
+        elif args.use_vllm and args.vllm_mode == "colocate":
+            returns_kept = check_colocated(_WHERE, args)
+        with engine_with_support(_WHERE) if returns_kept else contextlib.nullcontext():
+            super().__init__(model, reward_funcs, args, *others, **named)
         self.objective = args.objective()
         self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high
         has_engine = self.use_vllm or self.rollout_func is not None
@@ -204,7 +233,7 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
                 "log-probabilities, but transformers' own generation reports none; it needs use_vllm=True or a rollout_func"
             )
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
-            check_logprobs_mode(self.vllm_generation.vllm_client.get_server_info())
+            self._check_server(self.vllm_generation.vllm_client.get_server_info())
         self.init_sigma(args)
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         reason = self._why_not_fused(base)
@@ -215,8 +244,12 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
                 f"ALPGRPOTrainer: alp_backward='sampled' needs the fused head, which is not possible: {reason}"
             )
         self.fuses_head = reason is None and args.alp_fused_head is not False
+        self._no_support = self._why_no_support(reason)
         if self.fuses_head:
             add_policy_loss_head(base)
+            if self.ref_model is not None:
+                add_policy_loss_head(self.accelerator.unwrap_model(self.ref_model))
+        self._kept_tokens = self._keep_vllms_tokens() if returns_kept else None
 
     def _why_not_fused(self, model: Any) -> str | None:
         try:
@@ -229,7 +262,46 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             return "under DeepSpeed the head's weight may be partitioned while the loss is computed"
         return None
 
+    def _why_no_support(self, not_fused: str | None) -> str | None:
+        """Why the loss cannot be taken over the kept tokens of truncated sampling, or None."""
+        if self.args.alp_backward == "sampled":
+            return "alp_backward='sampled', which needs the whole vocabulary; over kept tokens 'exact' is sparse, too"
+        if not self.fuses_head:
+            return f"the head is not fused ({not_fused or 'alp_fused_head=False'}), and TRL's own knows no kept tokens"
+        return None
+
+    def _check_server(self, info: dict[str, Any]) -> None:
+        mode = info["model_config"]["logprobs_mode"]
+        if mode != "raw_logprobs" or self.temperature != 1:
+            check_logprobs_mode(info)
+        if self.rollout_func is None:
+            check_server(_WHERE, self.args, mode)
+
+    def _keep_vllms_tokens(self) -> KeptTokens:
+        if self.tools:
+            raise ValueError(
+                "ALPGRPOTrainer: truncated sampling with tools: the kept tokens of a completion's turns cannot be joined; it "
+                "needs top_p=1, top_k off, min_p=0, or a rollout_func that returns them as `sampling_mask`"
+            )
+        if self._no_support is not None:
+            raise ValueError(f"ALPGRPOTrainer: truncated sampling is not possible: {self._no_support}")
+        return KeptTokens(self.vllm_generation)
+
     # -------------------------------------------------------------- rollout: the denominator
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """Take the kept tokens out of TRL's output and keep them, while the completions are scored, as `_supports`."""
+        output = super()._generate(prompts)
+        _, completions, tool_mask, _, _, extra, _, _ = output
+        kept = extra.pop(SAMPLING_MASK, None)
+        if self._kept_tokens is not None:
+            kept = self._kept_tokens.take(_WHERE, len(completions))
+        elif kept is not None and self._no_support is not None:
+            raise ValueError(f"ALPGRPOTrainer: the rollout_func returned `sampling_mask`: {self._no_support}")
+        if self.rollout_func is not None:
+            check_function(_WHERE, self.args, has_support=kept is not None)
+        self._supports = None if kept is None else as_supports(_WHERE, kept, completions, tool_mask)
+        return output
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         # if generation and updates are out of step, TRL scores the samples again; `_score` repeats that, or it is unused
@@ -250,6 +322,8 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             output["old_per_token_logps"] = clean
         output["sampling_per_token_logps"] = clean if sampled is None else sampled.float()
         self._check_sampled(output)
+        if self._supports is not None:
+            output[SAMPLING_MASK], self._supports = self._supports, None
         size = len(output["completion_ids"])
         # several generations can feed one optimizer step: continue the sample numbers
         first = (self._step % self.args.gradient_accumulation_steps) * self.accelerator.num_processes
@@ -267,11 +341,36 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             )
         return logp.float()
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **named: Any) -> Any:
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **named: Any
+    ) -> Any:
         if self._skips_old_forward:  # TRL's first call after generating, before the reference model's
             self._skips_old_forward = False
             return None, None, None
-        return super()._get_per_token_logps_and_entropies(*args, **named)
+        if self._supports is not None:
+            model = functools.partial(self._over_support, model, iter(self._supports), logits_to_keep)
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **named
+        )
+
+    def _over_support(self, model: Any, supports: Iterator[Support], length: int, **named: Any) -> Any:
+        """Call a model for the log-probabilities of its last `length` tokens over the next `supports`."""
+        named.pop("labels")
+        targets = named["input_ids"][:, -length:]
+        of_chunk = [next(supports) for _ in targets]
+
+        def score(hidden: Tensor, head: Head) -> PolicyLossOutput:
+            support = batch_support(of_chunk, length, hidden.device)
+            logp, entropy = linear_logprob(
+                hidden[:, -length - 1 : -1],
+                self._in_trls_dtype(head)._replace(support=support),
+                targets,
+                mask=(support.counts > 0).view(targets.shape),
+                temperature=self.temperature,
+            )
+            return PolicyLossOutput(log_probs=logp, entropy=entropy)
+
+        return model(**named, policy_loss_head=score)
 
     def _check_sampled(self, batch: dict[str, Any]) -> None:
         """Raise if all rollout log-probabilities are NaN, inf or -9999, or if any is and alp_nonfinite is "raise".
@@ -324,16 +423,17 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
         outs: list[LossOutput] = []
         losses: list[Tensor] = []
 
-        def policy_loss_head(hidden: Tensor, head: Head) -> LossOutput:
+        def policy_loss_head(hidden: Tensor, head: Head) -> PolicyLossOutput:
             keep = targets.shape[1]
             hidden = hidden[:, -keep - 1 : -1]  # a position predicts the next position's token
-            if self.args.cast_lm_head_to_fp32:
-                head = head._replace(dtype=torch.float32)
+            head = self._in_trls_dtype(head)
             if self.args.alp_backward == "sampled":
                 head = head._replace(backward=self._sampled(inputs))
+            if SAMPLING_MASK in inputs:
+                head = head._replace(support=batch_support(inputs[SAMPLING_MASK], keep, hidden.device))
             out = fused_alp_loss(hidden, head, targets, temperature=self.temperature, **compute)
             outs.append(out)
-            return out
+            return PolicyLossOutput(loss=out.loss, log_probs=out.logp, entropy=out.entropy)
 
         def forward(**named: Any) -> Any:
             named.pop("labels")
@@ -343,6 +443,9 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
 
         self._get_per_token_logps_and_entropies(forward, *_tokens(inputs), compute_entropy=True, **_multimodal(inputs))
         return outs[0], losses[0]
+
+    def _in_trls_dtype(self, head: Head) -> Head:
+        return head._replace(dtype=torch.float32) if self.args.cast_lm_head_to_fp32 else head
 
     def _sampled(self, inputs: dict[str, Any]) -> Sampled:
         """Return the step's sampled backward: the noise's seed and step, and the row ids of the completion's predictions."""

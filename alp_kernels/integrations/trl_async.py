@@ -17,6 +17,7 @@ from .. import Objective, policy_loss
 from ..checks import refuse_value
 from ..loss.inputs import is_known
 from .trl_sigma import ALPOptions, SigmaMixin
+from .trl_support import check_asynchronous
 from .trl_versions import SAMPLE_VERSIONS, keep_versions
 
 try:
@@ -29,7 +30,10 @@ except ImportError as error:
 
 @dataclass
 class ALPAsyncGRPOConfig(ALPOptions, AsyncGRPOConfig):
-    """AsyncGRPOConfig with the perturbation's options; `epsilon` and `epsilon_high` as in ALPGRPOConfig."""
+    """AsyncGRPOConfig with the perturbation's options; `epsilon` and `epsilon_high` as in ALPGRPOConfig.
+
+    Raises if the sampling is truncated or penalised: this trainer's ratio would be wrong.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,6 +41,7 @@ class ALPAsyncGRPOConfig(ALPOptions, AsyncGRPOConfig):
         if self.objective().denominator != "rollout":
             fits = "an alp-* or bypass-* preset: this trainer has only the rollout's log-probabilities"
             refuse_value(type(self).__name__, "alp_objective", self.alp_objective, fits)
+        check_asynchronous(type(self).__name__, self)
 
     def objective(self) -> Objective:
         return Objective.preset(self.alp_objective, **self.clips())

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .. import Head, LossOutput
+from .. import Head
 from .hugging_face import backbone, output_head
 
 
@@ -28,7 +28,7 @@ class PolicyLossOutput(ModelOutput):
 
 
 def add_policy_loss_head(model: Any) -> None:
-    """Make `model(..., policy_loss_head=loss)` return loss(hidden, head) as a PolicyLossOutput, without logits.
+    """Make `model(..., policy_loss_head=loss)` return loss(hidden, head), without logits.
 
     Without `policy_loss_head` the forward is unchanged. `loss` is a function, not a dict of tensors, because FSDP's mixed
     precision would cast tensor inputs to bfloat16.
@@ -37,7 +37,7 @@ def add_policy_loss_head(model: Any) -> None:
 
     @functools.wraps(original)  # `generate` reads the signature
     def forward(
-        self: Any, *args: Any, policy_loss_head: Callable[[Tensor, Head], LossOutput] | None = None, **named: Any
+        self: Any, *args: Any, policy_loss_head: Callable[[Tensor, Head], PolicyLossOutput] | None = None, **named: Any
     ) -> Any:
         if policy_loss_head is None:
             return original(*args, **named)
@@ -50,7 +50,6 @@ def add_policy_loss_head(model: Any) -> None:
                 "set alp_fused_head=False"
             )
         hidden = hidden.to(head.weight.device)  # device_map may put the head elsewhere
-        out = policy_loss_head(hidden, head)
-        return PolicyLossOutput(loss=out.loss, log_probs=out.logp, entropy=out.entropy)
+        return policy_loss_head(hidden, head)
 
     model.forward = types.MethodType(forward, model)

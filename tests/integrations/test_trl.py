@@ -40,6 +40,7 @@ from tests.support.trl_cases import (
     GROUP,
     PROMPTS,
     SGD,
+    assert_same_training,
     assert_same_weights,
     logged,
     made_up_rollouts,
@@ -58,15 +59,6 @@ def _quick_collection() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-def assert_same_training(actual: GRPOTrainer, expected: GRPOTrainer) -> None:
-    """Assert that two trainers with SGD made the same steps."""
-    a, b = weights(actual), weights(expected)
-    assert a.keys() - {"log_sigma"} == b.keys() - {"log_sigma"}
-    assert_same_weights(a, expected)
-    losses = list(zip(logged(actual, "loss"), logged(expected, "loss"), strict=True))
-    assert losses and all(x == pytest.approx(y, rel=1e-4, abs=2e-6) for x, y in losses)
 
 
 # ------------------------------------------------------------------ without noise: TRL's own numbers
@@ -745,13 +737,16 @@ def assert_one_process(ranks: list[dict[str, Any]], one: GRPOTrainer) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_under_ddp_make_the_steps_of_one_process(tmp_path: Path) -> None:
-    assert_one_process(two_ranks(tmp_path, trl_ranks.OPTIONS), rolled(tmp_path / "one", **trl_ranks.OPTIONS))
+@pytest.mark.parametrize("cut", [{}, {"top_k": 8}], ids=["full", "truncated"])
+def test_two_ranks_under_ddp_make_the_steps_of_one_process(cut: dict[str, Any], tmp_path: Path) -> None:
+    options = trl_ranks.OPTIONS | cut
+    assert_one_process(two_ranks(tmp_path, options), rolled(tmp_path / "one", **options))
 
 
 @pytest.mark.slow
-def test_two_ranks_under_fsdp2_make_the_steps_of_one_process_and_resume(tmp_path: Path) -> None:
-    options = trl_ranks.OPTIONS | trl_ranks.FSDP2
+@pytest.mark.parametrize("cut", [{}, {"top_k": 8}], ids=["full", "truncated"])
+def test_two_ranks_under_fsdp2_make_the_steps_of_one_process_and_resume(cut: dict[str, Any], tmp_path: Path) -> None:
+    options = trl_ranks.OPTIONS | trl_ranks.FSDP2 | cut
     ranks = two_ranks(tmp_path, options, resume=True)
     one = rolled(tmp_path / "one", **{name: value for name, value in options.items() if "fsdp" not in name})
     assert_one_process(ranks, one)

@@ -266,3 +266,24 @@ def test_objectives_over_the_old_policy_are_refused(tmp_path: Path) -> None:
         ALPAsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, alp_objective="grpo")
     with pytest.raises(TypeError, match="args is a AsyncGRPOConfig; it needs an ALPAsyncGRPOConfig"):
         ALPAsyncGRPOTrainer("x", args=AsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"top_p": 0.9},
+            r"top_p=0\.9; it needs top_p=1, or ALPGRPOTrainer, .* multiplied by the probability that was kept",
+        ),
+        ({"top_k": 20, "min_p": 0.1}, r"top_k=20, min_p=0\.1; it needs top_k off, min_p=0, or ALPGRPOTrainer"),
+        ({"repetition_penalty": 1.1}, r"repetition_penalty=1\.1; it needs repetition_penalty=1\. .*no support repairs"),
+        ({"temperature": 0.005}, r"temperature=0\.005; it needs 0\.01 or more: vLLM samples at 0\.01 instead"),
+    ],
+)
+def test_sampling_that_its_ratio_would_not_see_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    quiet: dict[str, Any] = {"use_cpu": True, "bf16": False}
+    with pytest.raises(ValueError, match=f"^ALPAsyncGRPOConfig: {message}"):
+        ALPAsyncGRPOConfig(str(tmp_path), **quiet, **changes)
+    ALPAsyncGRPOConfig(str(tmp_path), **quiet, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, temperature=0.7)

@@ -39,13 +39,20 @@ TRLS = {
     "top_entropy_quantile": lambda good: {"0.5": 0.5, "NaN": float("nan")},
     "use_adaptive_entropy": lambda good: {"True": True},
 }
+ASYNCHRONOUS = {
+    "temperature": lambda good: size(good) | {"0.001": 0.001},
+    "top_p": lambda good: {"0.9": 0.9, "0": 0.0, "NaN": float("nan"), "a word": "most", "True": True},
+    "top_k": lambda good: {"1": 1, "20": 20, "2.5": 2.5, "a list": [3]},
+    "min_p": lambda good: {"0.1": 0.1, "NaN": float("nan"), "True": True},
+    "repetition_penalty": lambda good: {"1.1": 1.1, "0.9": 0.9, "0": 0.0, "NaN": float("nan")},
+}
 
 
 @pytest.mark.parametrize("config", [ALPGRPOConfig, ALPAsyncGRPOConfig])
 def test_a_bad_option_is_named(config, tmp_path):
     quiet = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
     wrong, number_of_cases = [], 0
-    for option, kind in (OURS | TRLS if config is ALPGRPOConfig else OURS).items():
+    for option, kind in (OURS | (TRLS if config is ALPGRPOConfig else ASYNCHRONOUS)).items():
         for name, value in kind("alp-token" if option == "alp_objective" else None).items():
             number_of_cases += 1
             try:

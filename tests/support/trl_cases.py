@@ -6,10 +6,12 @@ import os
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+import math
 import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -58,16 +60,23 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 def made_up_rollouts(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
     """Return completions and log-probabilities that depend only on the prompt, the position in its group and the step.
 
-    They are the same on any number of ranks, and far enough from the model's for ratios to be clipped.
+    They are the same on any number of ranks, and far enough from the model's for ratios to be clipped. If the trainer's top_k is
+    set, that many tokens are kept, made up, too.
     """
-    tokenizer = trainer.processing_class
+    tokenizer, top_k = trainer.processing_class, trainer.args.top_k
     out: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
+    if top_k:
+        out["sampling_mask"] = []
     for i, prompt in enumerate(prompts):
         rng = random.Random(f"{prompt}/{i % GROUP}/{trainer.state.global_step}")
         length = rng.randrange(2, COMPLETION + 1)
         out["prompt_ids"].append(tokenizer.encode(prompt))
         out["completion_ids"].append([rng.randrange(3, len(tokenizer)) for _ in range(length)])
-        out["logprobs"].append([-4.6 + rng.gauss(0, 0.7) for _ in range(length)])
+        out["logprobs"].append([(-math.log(top_k) if top_k else -4.6) + rng.gauss(0, 0.7) for _ in range(length)])
+        if top_k:
+            others = [rng.sample(range(3, len(tokenizer)), top_k) for _ in range(length)]
+            kept = [{token, *row[1:]} for token, row in zip(out["completion_ids"][-1], others, strict=True)]
+            out["sampling_mask"].append([list(row) for row in kept])
     return out
 
 
@@ -136,3 +145,12 @@ def assert_same_weights(actual: dict[str, Tensor], expected: GRPOTrainer) -> Non
 
 def logged(trainer: GRPOTrainer, name: str) -> list[float]:
     return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def assert_same_training(actual: GRPOTrainer, expected: GRPOTrainer) -> None:
+    """Assert that two trainers with SGD made the same steps."""
+    a, b = weights(actual), weights(expected)
+    assert a.keys() - {"log_sigma"} == b.keys() - {"log_sigma"}
+    assert_same_weights(a, expected)
+    losses = list(zip(logged(actual, "loss"), logged(expected, "loss"), strict=True))
+    assert losses and all(x == pytest.approx(y, rel=1e-4, abs=2e-6) for x, y in losses)
