@@ -96,7 +96,7 @@ LAYOUTS = (
         memory=True,
     ),
     Layout(
-        {"loss head forward + backward, over a support": "support, "},
+        {"loss head forward + backward, over a support": "over a support, "},
         (
             Column("limit: three batched products", "three batched products of gathered rows (limit)", "limit"),
             Column("`fused_alp_loss`", "alp_kernels {engine}, token level", "ours"),
@@ -287,7 +287,8 @@ def _case(record: Record) -> str:
     sizes = ", ".join(f"{name} {shape[name]}" for name in ("N", "D", "V") if name in shape)
     masked = f", {shape['masked']:.0%} masked" if shape.get("masked") else ""
     kind = f", {shape['rows']} rows" if shape.get("rows") else ""
-    return f"{shape['model']}: {sizes}, {shape['dtype']}{masked}{kind}"
+    kept = f", k {shape['k']}" if shape.get("k") else ""
+    return f"{shape['model']}: {sizes}, {shape['dtype']}{masked}{kind}{kept}"
 
 
 def _line(cells: list[str]) -> str:
