@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import Support
-from ..checks import check_size, refuse_type, refuse_value
+from ..checks import check_size, is_number, refuse_type, refuse_value
 from .truncation import TRUNCATIONS, check_sampling
 
 SAMPLING_MASK = "sampling_mask"
@@ -33,6 +33,7 @@ _BY_COLOCATED = (
     f"normalises over them, or {_BY_FUNCTION}"
 )
 _BY_RAW = "a server with --logprobs-mode raw_logprobs, at temperature=1"
+_BY_SYNCHRONOUS = "ALPGRPOTrainer, which can take its log-probabilities over the kept tokens"
 _BY_SERVERS_FUNCTION = f"{_BY_FUNCTION} (TRL's client does not read them from the server's reply)"
 
 
@@ -44,7 +45,7 @@ def check_colocated(where: str, args: Any) -> bool:
     try:
         check_sampling(where, settings, names=names, remedy=_BY_COLOCATED)
     except ValueError:
-        if not isinstance(top_k, int) or top_k <= 0:
+        if not is_number(top_k) or top_k <= 0:
             raise
     else:
         return False
@@ -78,8 +79,16 @@ def check_asynchronous(where: str, config: Any) -> None:
     """Check the sampling settings of AsyncGRPOTrainer, which has no place for kept tokens."""
     settings, names = _effective(config)
     _check_temperature(where, config)
-    remedy = "ALPGRPOTrainer, which can take its log-probabilities over the kept tokens"
-    check_sampling(where, settings, names=names, remedy=remedy)
+    check_sampling(where, settings, names=names, remedy=_BY_SYNCHRONOUS)
+
+
+def check_worker(where: str, worker: Any, temperature: float) -> None:
+    """Check the sampling settings of an AsyncRolloutWorker; temperature: what the trainer divides its logits by."""
+    settings, prefix = worker._loop_kwargs, "rollout_worker's "
+    check_sampling(where, settings, prefix=prefix, remedy=_BY_SYNCHRONOUS)
+    if (given := settings.get("temperature", 1.0)) != temperature:  # 1.0 is TRL's default
+        fits = f"the configuration's {temperature}, by which the trainer divides its logits"
+        refuse_value(where, f"{prefix}temperature", given, fits)
 
 
 def _effective(args: Any) -> tuple[dict[str, Any], dict[str, str]]:

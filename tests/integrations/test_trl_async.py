@@ -19,7 +19,7 @@ from tests.support import trl_cases  # noqa: I001  (silences TRL's warning about
 from datasets import Dataset
 from transformers import PreTrainedModel
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
-from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker, RolloutSample
 
 from alp.policy.tiny import character_tokenizer
 from alp_kernels import Objective, Stats, policy_loss
@@ -287,3 +287,28 @@ def test_sampling_that_its_ratio_would_not_see_is_refused(
     with pytest.raises(ValueError, match=f"^ALPAsyncGRPOConfig: {message}"):
         ALPAsyncGRPOConfig(str(tmp_path), **quiet, **changes)
     ALPAsyncGRPOConfig(str(tmp_path), **quiet, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, temperature=0.7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_p": 0.9}, r"rollout_worker's top_p=0\.9; it needs rollout_worker's top_p=1, or ALPGRPOTrainer"),
+        ({"repetition_penalty": 1.1}, r"rollout_worker's repetition_penalty=1\.1; .*no support repairs"),
+        ({"temperature": 0.5}, r"rollout_worker's temperature=0\.5; it needs the configuration's 0\.7"),
+        ({}, r"rollout_worker's temperature=1\.0; it needs the configuration's 0\.7"),
+    ],
+)
+def test_a_rollout_worker_that_is_handed_over_is_checked_before_a_model_is_built(
+    settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{AsyncRolloutWorker.__module__}.is_vllm_available", lambda: True)
+    monkeypatch.setattr(f"{AsyncRolloutWorker.__module__}.is_aiohttp_available", lambda: True)
+    config = ALPAsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, temperature=0.7)
+
+    def build(**settings: Any) -> None:
+        ALPAsyncGRPOTrainer(str(tmp_path), args=config, rollout_worker=AsyncRolloutWorker(**settings))
+
+    with pytest.raises(ValueError, match=f"^ALPAsyncGRPOTrainer: {message}"):
+        build(**settings)
+    with pytest.raises((OSError, ValueError), match=r"config\.json|model_type"):
+        build(temperature=0.7, top_p=1.0, top_k=0, min_p=None)
