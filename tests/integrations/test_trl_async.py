@@ -277,6 +277,11 @@ def test_objectives_over_the_old_policy_are_refused(tmp_path: Path) -> None:
         ),
         ({"top_k": 20, "min_p": 0.1}, r"top_k=20, min_p=0\.1; it needs top_k off, min_p=0, or ALPGRPOTrainer"),
         ({"repetition_penalty": 1.1}, r"repetition_penalty=1\.1; it needs repetition_penalty=1\. .*no support repairs"),
+        (
+            {"top_k": None},
+            r"top_k=None; it needs a number \(0: off\): .* takes that of the model's generation_config\.json",
+        ),
+        ({"repetition_penalty": None}, r"repetition_penalty=None; it needs a number \(1\.0: off\)"),
         ({"temperature": 0.005}, r"temperature=0\.005; it needs 0\.01 or more: vLLM samples at 0\.01 instead"),
     ],
 )
@@ -294,6 +299,7 @@ def test_sampling_that_its_ratio_would_not_see_is_refused(
     [
         ({"top_p": 0.9}, r"rollout_worker's top_p=0\.9; it needs rollout_worker's top_p=1, or ALPGRPOTrainer"),
         ({"repetition_penalty": 1.1}, r"rollout_worker's repetition_penalty=1\.1; .*no support repairs"),
+        ({"top_k": None}, r"rollout_worker's top_k=None; it needs a number"),
         ({"temperature": 0.5}, r"rollout_worker's temperature=0\.5; it needs the configuration's 0\.7"),
         ({}, r"rollout_worker's temperature=1\.0; it needs the configuration's 0\.7"),
     ],
