@@ -308,7 +308,12 @@ class TrainConfig:
                 update.backward == "exact" or update.layers != "logits" or not METHODS[update.method].perturbed,
                 "exact with update.layers='logits': the sampled backward takes no noise on the logits",
             ),
-            ("update.backward", update.backward, update.backward == "exact" or not kept, f"exact with {kept}"),
+            (
+                "update.backward",
+                update.backward,
+                update.backward == "exact" or not kept,
+                f"exact with {kept}: over the tokens kept its products are sparse, too",
+            ),
             (
                 "update.layers",
                 update.layers,

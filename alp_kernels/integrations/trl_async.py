@@ -6,6 +6,7 @@ computes one of alp_kernels' objectives from the log-probabilities of TRL's own 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,12 @@ from .. import Objective, policy_loss
 from ..checks import refuse_value
 from ..loss.inputs import is_known
 from .trl_sigma import ALPOptions, SigmaMixin
-from .trl_support import check_asynchronous
+from .trl_support import check_asynchronous, check_worker
 from .trl_versions import SAMPLE_VERSIONS, keep_versions
 
 try:
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+    from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 except ImportError as error:
     raise ImportError(
         f"alp_kernels.integrations.trl_async needs TRL 1.16: pip install 'trl==1.16.*' ({error})"
@@ -62,6 +64,10 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
             args = ALPAsyncGRPOConfig(f"{model.split('/')[-1]}-AsyncGRPO")
         if not isinstance(args, ALPAsyncGRPOConfig):
             raise TypeError(f"ALPAsyncGRPOTrainer: args is a {type(args).__name__}; it needs an ALPAsyncGRPOConfig")
+        given = inspect.signature(AsyncGRPOTrainer.__init__).bind(self, model, reward_funcs, args, *others, **named)
+        worker = given.arguments.get("rollout_worker")
+        if isinstance(worker, AsyncRolloutWorker):  # one of another kind has settings of its own
+            check_worker("ALPAsyncGRPOTrainer", worker, args.temperature)
         super().__init__(model, reward_funcs, args, *others, **named)
         self.objective = args.objective()
         self.epsilon_low, self.epsilon_high = self.objective.clip_low, self.objective.clip_high

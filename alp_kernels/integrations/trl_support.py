@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import Support
-from ..checks import check_size, refuse_type, refuse_value
+from ..checks import check_size, is_number, refuse_type, refuse_value
 from .truncation import TRUNCATIONS, check_sampling
 
 SAMPLING_MASK = "sampling_mask"
@@ -27,12 +27,16 @@ SAMPLING_MASK = "sampling_mask"
 _FIRST_VLLM = "0.28"  # the first that returns kept tokens
 _COLDEST = 0.01  # vLLM samples at this temperature where a lower one is asked for
 
+_OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""The settings that are fields of TRL's configurations -> where they are off."""
+
 _BY_FUNCTION = f"a rollout_func that returns each completion token's kept tokens as `{SAMPLING_MASK}`"
 _BY_COLOCATED = (
     f"a top_k > 0 beside it, with which a colocated vLLM from {_FIRST_VLLM} on returns the kept tokens and the trainer "
     f"normalises over them, or {_BY_FUNCTION}"
 )
 _BY_RAW = "a server with --logprobs-mode raw_logprobs, at temperature=1"
+_BY_SYNCHRONOUS = "ALPGRPOTrainer, which can take its log-probabilities over the kept tokens"
 _BY_SERVERS_FUNCTION = f"{_BY_FUNCTION} (TRL's client does not read them from the server's reply)"
 
 
@@ -44,7 +48,7 @@ def check_colocated(where: str, args: Any) -> bool:
     try:
         check_sampling(where, settings, names=names, remedy=_BY_COLOCATED)
     except ValueError:
-        if not isinstance(top_k, int) or top_k <= 0:
+        if not is_number(top_k) or top_k <= 0:
             raise
     else:
         return False
@@ -57,6 +61,8 @@ def check_server(where: str, args: Any, logprobs_mode: str) -> None:
     settings, names = _effective(args)
     _check_temperature(where, args)
     is_raw = logprobs_mode == "raw_logprobs"
+    if not is_raw:
+        _check_sent(where, settings, names)
     check_sampling(
         where,
         settings,
@@ -78,19 +84,41 @@ def check_asynchronous(where: str, config: Any) -> None:
     """Check the sampling settings of AsyncGRPOTrainer, which has no place for kept tokens."""
     settings, names = _effective(config)
     _check_temperature(where, config)
-    remedy = "ALPGRPOTrainer, which can take its log-probabilities over the kept tokens"
-    check_sampling(where, settings, names=names, remedy=remedy)
+    _check_sent(where, settings, names)
+    check_sampling(where, settings, names=names, remedy=_BY_SYNCHRONOUS)
+
+
+def check_worker(where: str, worker: Any, temperature: float) -> None:
+    """Check the sampling settings of an AsyncRolloutWorker; temperature: what the trainer divides its logits by."""
+    settings, prefix = worker._loop_kwargs, "rollout_worker's "
+    _check_sent(where, settings, {name: prefix + name for name in _OFF if name in settings and name != "min_p"})
+    check_sampling(where, settings, prefix=prefix, remedy=_BY_SYNCHRONOUS)
+    if (given := settings.get("temperature", 1.0)) != temperature:  # 1.0 is TRL's default
+        fits = f"the configuration's {temperature}, by which the trainer divides its logits"
+        refuse_value(where, f"{prefix}temperature", given, fits)
 
 
 def _effective(args: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The sampling settings that TRL sends, and what its user calls those that are not fields of the configuration."""
     given = getattr(args, "generation_kwargs", None) or {}  # these override the fields
-    settings = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")} | given
+    settings = {name: getattr(args, name) for name in _OFF} | given
     names = {name: f"generation_kwargs.{name}" for name in given}
     regex = getattr(args, "vllm_structured_outputs_regex", None)
     if regex is not None:
         settings["structured_outputs"], names["structured_outputs"] = regex, "vllm_structured_outputs_regex"
     return settings, names
+
+
+def _check_sent(where: str, settings: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Raise if a request to a server would leave out a setting, which is then not off."""
+    for name, off in _OFF.items():
+        if (
+            name == "min_p" and name not in names
+        ):  # None is TRL's default, for which it sends 0, or, asynchronously, nothing
+            continue
+        if settings.get(name, off) is None:
+            fits = f"a number ({off}: off): without one a vLLM server takes that of the model's generation_config.json"
+            refuse_value(where, names.get(name, name), None, fits)
 
 
 def _check_temperature(where: str, args: Any) -> None:

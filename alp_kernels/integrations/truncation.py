@@ -22,7 +22,14 @@ EVERY_TOKEN = 1 << 30
 
 
 def _is_off(value: Any) -> bool:
-    return value is None or (is_number(value) and value == 0) or (not is_number(value) and not value)
+    if is_number(value):
+        return bool(value == 0)
+    return value is None or value is False or (isinstance(value, Collection) and _is_empty(value))
+
+
+def _is_empty(value: Collection[Any]) -> bool:
+    shape = getattr(value, "shape", (0,))  # of an array or a Tensor, which may have no len
+    return 0 in shape and not len(value)
 
 
 def _is_one(value: Any) -> bool:
@@ -31,6 +38,10 @@ def _is_one(value: Any) -> bool:
 
 def _keeps_mass(value: Any) -> bool:
     return value is None or (is_number(value) and value >= 1)
+
+
+def _is_unlimited(value: Any) -> bool:
+    return value is None or (is_number(value) and value < 0)
 
 
 def _keeps_count(value: Any) -> bool:
@@ -58,6 +69,7 @@ _TRUNCATIONS: dict[str, _Neutral] = {
     "epsilon_cutoff": (_is_off, "=0"),
     "eta_cutoff": (_is_off, "=0"),
     "top_h": _OFF,
+    "thinking_token_budget": (_is_unlimited, " off"),  # where it is spent, vLLM leaves the end of thinking alone
     **dict.fromkeys(_REMOVALS, _OFF),
 }
 """Settings that set some tokens' probability to 0 -> whether a value does not, and that value as an error names it."""
@@ -197,9 +209,8 @@ def _why_truncated(found: list[_Found], logprobs: str) -> str:
             "The rollout's log-probabilities leave the truncation out, so they are not those of the distribution that was "
             "sampled: each token's is too low by the logarithm of the probability that was kept"
         )
-    bound = ""
-    if [name for name, _, _ in found] == ["top_p"]:
-        kept = from_text(found[0][2])
+    bound, kept = "", from_text(found[0][2])
+    if [name for name, _, _ in found] == ["top_p"] and is_number(kept) and 0 < kept < 1:
         bound = f" (at equal policies {kept} or more), and the ratio of T tokens by as little as {kept}**T"
     return (
         "The rollout's log-probabilities are over the tokens that were kept, the trainer's over the whole vocabulary: each "

@@ -39,7 +39,7 @@ LOSS_MODES = {name.replace("-", "_"): name for name in SINGLE_RATIO}
 _OVERRIDE = "actor_rollout_ref.model.override_config."
 
 SUPPORT = _OVERRIDE + "alp_support"
-"""verl's workers do not see how the rollout samples, and hand no support over: its user says that it is full."""
+"""verl tells losses and engines neither how the rollout samples nor its support: its user says that it is full."""
 
 _NAMES = {
     "preset": "loss_mode",

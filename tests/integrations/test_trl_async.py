@@ -19,7 +19,7 @@ from tests.support import trl_cases  # noqa: I001  (silences TRL's warning about
 from datasets import Dataset
 from transformers import PreTrainedModel
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
-from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker, RolloutSample
 
 from alp.policy.tiny import character_tokenizer
 from alp_kernels import Objective, Stats, policy_loss
@@ -277,6 +277,11 @@ def test_objectives_over_the_old_policy_are_refused(tmp_path: Path) -> None:
         ),
         ({"top_k": 20, "min_p": 0.1}, r"top_k=20, min_p=0\.1; it needs top_k off, min_p=0, or ALPGRPOTrainer"),
         ({"repetition_penalty": 1.1}, r"repetition_penalty=1\.1; it needs repetition_penalty=1\. .*no support repairs"),
+        (
+            {"top_k": None},
+            r"top_k=None; it needs a number \(0: off\): .* takes that of the model's generation_config\.json",
+        ),
+        ({"repetition_penalty": None}, r"repetition_penalty=None; it needs a number \(1\.0: off\)"),
         ({"temperature": 0.005}, r"temperature=0\.005; it needs 0\.01 or more: vLLM samples at 0\.01 instead"),
     ],
 )
@@ -287,3 +292,29 @@ def test_sampling_that_its_ratio_would_not_see_is_refused(
     with pytest.raises(ValueError, match=f"^ALPAsyncGRPOConfig: {message}"):
         ALPAsyncGRPOConfig(str(tmp_path), **quiet, **changes)
     ALPAsyncGRPOConfig(str(tmp_path), **quiet, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0, temperature=0.7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_p": 0.9}, r"rollout_worker's top_p=0\.9; it needs rollout_worker's top_p=1, or ALPGRPOTrainer"),
+        ({"repetition_penalty": 1.1}, r"rollout_worker's repetition_penalty=1\.1; .*no support repairs"),
+        ({"top_k": None}, r"rollout_worker's top_k=None; it needs a number"),
+        ({"temperature": 0.5}, r"rollout_worker's temperature=0\.5; it needs the configuration's 0\.7"),
+        ({}, r"rollout_worker's temperature=1\.0; it needs the configuration's 0\.7"),
+    ],
+)
+def test_a_rollout_worker_that_is_handed_over_is_checked_before_a_model_is_built(
+    settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{AsyncRolloutWorker.__module__}.is_vllm_available", lambda: True)
+    monkeypatch.setattr(f"{AsyncRolloutWorker.__module__}.is_aiohttp_available", lambda: True)
+    config = ALPAsyncGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, temperature=0.7)
+
+    def build(**settings: Any) -> None:
+        ALPAsyncGRPOTrainer(str(tmp_path), args=config, rollout_worker=AsyncRolloutWorker(**settings))
+
+    with pytest.raises(ValueError, match=f"^ALPAsyncGRPOTrainer: {message}"):
+        build(**settings)
+    with pytest.raises((OSError, ValueError), match=r"config\.json|model_type"):
+        build(temperature=0.7, top_p=1.0, top_k=0, min_p=None)

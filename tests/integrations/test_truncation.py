@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from alp_kernels.integrations.truncation import EVERY_TOKEN, TRUNCATIONS, check_sampling, check_stated
 
@@ -16,6 +18,8 @@ from alp_kernels.integrations.truncation import EVERY_TOKEN, TRUNCATIONS, check_
         {"top_p": "1.0", "top_k": 0, "min_p": "0", "min_tokens": 0, "typical_p": 1.0, "bad_words": []},
         {"top_k": EVERY_TOKEN},
         {"temperature": 0.7, "max_tokens": 16, "stop": ["\n"], "seed": 3, "n": 8},
+        {"thinking_token_budget": -1, "logit_bias": np.array([]), "bad_words": (), "min_tokens": False},
+        {"top_p": np.float32(1), "top_k": np.int64(-1), "min_p": np.float64(0)},
         {"generation_kwargs": None, "extra_body": {"top_p": 1.0, "guidance_scale": 1.0}},
     ],
     ids=str,
@@ -34,12 +38,17 @@ def test_neutral_values_pass(settings):
         ({"top_p": "0.9"}, r"^here: top_p='0\.9'; it needs top_p=1\. .* 0\.9\*\*T$"),
         ({"top_p": 0.9, "top_k": 20}, r"^here: top_p=0\.9, top_k=20; it needs top_p=1, top_k off\. .*was kept$"),
         ({"top_k": 1}, "top_k=1; it needs top_k off"),
-        ({"top_p": 0}, "top_p=0; it needs top_p=1"),
-        ({"top_p": float("nan")}, "top_p=nan; it needs top_p=1"),
+        ({"top_k": np.int64(20)}, "it needs top_k off"),
+        ({"top_p": 0}, r"top_p=0; it needs top_p=1\. .*was kept$"),
+        ({"top_p": float("nan")}, r"top_p=nan; it needs top_p=1\. .*was kept$"),
+        ({"top_p": "most"}, r"top_p='most'; it needs top_p=1\. .*was kept$"),
         ({"min_p": 0.05}, r"min_p=0\.05; it needs min_p=0\."),
         ({"typical_p": 0.5}, r"typical_p=0\.5; it needs typical_p=1\."),
         ({"epsilon_cutoff": 3e-4}, r"it needs epsilon_cutoff=0\."),
         ({"min_tokens": 1}, "min_tokens=1; it needs min_tokens off"),
+        ({"thinking_token_budget": 0}, "thinking_token_budget=0; it needs thinking_token_budget off"),
+        ({"allowed_token_ids": torch.arange(3)}, "allowed_token_ids=.*; it needs allowed_token_ids off"),
+        ({"bad_words": np.array(["a", "b"])}, "bad_words=.*; it needs bad_words off"),
         ({"bad_words": ["no"]}, r"bad_words=\['no'\]; it needs bad_words off"),
         ({"structured_outputs": {"regex": "a+"}}, "it needs structured_outputs off"),
         ({"generation_kwargs": {"min_p": 0.1}}, r"generation_kwargs\.min_p=0\.1; it needs generation_kwargs\.min_p=0"),
@@ -65,6 +74,7 @@ def test_what_truncates_is_named_with_what_the_ratio_would_be_wrong_by(settings,
             {"frequency_penalty": 0.5, "logit_bias": {3: 1.0}},
             "frequency_penalty, logit_bias change the logits themselves",
         ),
+        ({"logit_bias": torch.zeros(3)}, "logit_bias=.*; it needs logit_bias off"),
         ({"logits_processors": [len]}, "it needs logits_processors off"),
         ({"top_p": 0.5, "repetition_penalty": 2}, "repetition_penalty=2, top_p=0.5; it needs .*no support.*was kept"),
     ],
