@@ -247,7 +247,7 @@ class TrainConfig:
         """Check the fields; raises a UserError that names the field, its value and what fits."""
         load_plugins(self.plugins)
         rollout, update, warmup, model = self.rollout, self.update, self.warmup, self.model
-        tools, kept = self.tools, rollout.truncation
+        tools, kept, is_exact = self.tools, rollout.truncation, update.backward == "exact"
         if update.method not in METHODS:
             known = ", ".join(METHODS)
             raise UserError(f"update.method={update.method!r} is not one of {known}{nearest(update.method, METHODS)}")
@@ -305,15 +305,10 @@ class TrainConfig:
             (
                 "update.backward",
                 update.backward,
-                update.backward == "exact" or update.layers != "logits" or not METHODS[update.method].perturbed,
+                is_exact or update.layers != "logits" or not METHODS[update.method].perturbed,
                 "exact with update.layers='logits': the sampled backward takes no noise on the logits",
             ),
-            (
-                "update.backward",
-                update.backward,
-                update.backward == "exact" or not kept,
-                f"exact with {kept}: over the tokens kept its products are sparse, too",
-            ),
+            ("update.backward", update.backward, is_exact or not kept, f"exact with {kept}, which is sparse already"),
             (
                 "update.layers",
                 update.layers,
