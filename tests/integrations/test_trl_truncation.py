@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -286,6 +287,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[truncated_sampler.Engine]:
     class Engine(truncated_sampler.Engine):
         built: list[truncated_sampler.Engine] = []  # noqa: RUF012
 
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # TRL leaves a rank's settings, which later tests would read
     monkeypatch.setattr(vllm_generation, "LLM", Engine, raising=False)
     monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda: True)
