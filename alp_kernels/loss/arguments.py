@@ -182,9 +182,11 @@ def check_head(where: str, inputs: HeadInputs, transfer: Transfer, loss: LossInp
     _check_tensors(where, inputs)
     _check_shapes(where, inputs)
     live = None if mask is None else (mask != 0).reshape(-1)
-    flat_targets = targets.reshape(-1).long()
-    if live is not None:
-        flat_targets = torch.where(live, flat_targets, 0)  # off the mask: any value
+    flat_targets = targets.reshape(-1)
+    # new memory, since backward reads it and the caller may reuse its own; off the mask: any value
+    flat_targets = (
+        flat_targets.to(torch.int64, copy=True) if live is None else torch.where(live, flat_targets.long(), 0)
+    )
     if head.split is None:
         _check_targets(where, flat_targets, targets.shape, len(head.weight), transfer)
     transform = _transform(where, inputs, live, transfer)
@@ -213,7 +215,8 @@ def check_head(where: str, inputs: HeadInputs, transfer: Transfer, loss: LossInp
         flat = sum_gradient(flat, shard.group)
     if head.support is not None:
         vocab = len(head.weight) if plan.shard is None else plan.shard.vocab
-        plan = replace(plan, support=check_support(where, head.support, plan.targets, live, vocab, transfer))
+        kept = live if live is None or loss is None else loss.without_unknown(live)
+        plan = replace(plan, support=check_support(where, head.support, plan.targets, kept, vocab, transfer))
     return Operands(flat, head.weight, head.bias, plan)
 
 
@@ -341,7 +344,8 @@ def _transform(where: str, inputs: HeadInputs, live: Tensor | None, transfer: Tr
             f"it needs {real(hidden)} () on {hidden.device}"
         )
     stream = head.logit_noise.coordinates.stream(where, targets.numel(), hidden.device)
-    stream = stream._replace(row_ids=stream.rows(targets.numel(), hidden.device), row_start=0)
+    row_ids = stream.rows(targets.numel(), hidden.device).clone()  # backward reads them
+    stream = stream._replace(row_ids=row_ids, row_start=0)
     return transform._replace(sigma=log_sigma.detach().reshape(()).exp(), stream=stream)
 
 
@@ -366,8 +370,7 @@ def _temperatures(where: str, inputs: HeadInputs, live: Tensor | None, transfer:
         raise ValueError(f"{where}: temperature is on the meta device and holds no values")
     tau = temperature.to(hidden.device, real(hidden), non_blocking=True)
     tau = (tau.reshape(()) if tau.numel() == 1 else tau).expand(shape).reshape(-1)
-    if live is not None:
-        tau = torch.where(live, tau, 1.0)
+    tau = tau.clone() if live is None else torch.where(live, tau, 1.0)  # new memory, as for the targets
     lowest, highest = (transfer.ask(value) for value in tau.aminmax())
 
     def check() -> None:

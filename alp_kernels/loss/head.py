@@ -57,7 +57,7 @@ class Sampled(NamedTuple):
     def stream(self, where: str, num_rows: int, device: torch.device) -> Stream:
         """The checked stream of the points, with one id per row."""
         stream = self._coordinates.stream(f"{where}: backward", num_rows, device)
-        return stream._replace(layer=SAMPLED_LAYER, row_ids=stream.rows(num_rows, device), row_start=0)
+        return stream._replace(layer=SAMPLED_LAYER, row_ids=stream.rows(num_rows, device).clone(), row_start=0)
 
     def check(self, where: str) -> Sampled:
         """Check threshold and the coordinates' types, and return them with Python's numbers."""

@@ -72,6 +72,13 @@ class LossInputs(NamedTuple):
         """Whether the batch defines its sequences. shape: of the targets."""
         return len(shape) == 2 or self.cu_seqlens is not None or self.sequence_ids is not None
 
+    def without_unknown(self, live: Tensor) -> Tensor:
+        """Return `live` (N,) without the rows that nonfinite="mask" takes out of the loss; of unchecked inputs."""
+        q = self.rollout_logp.reshape(-1)
+        if self.nonfinite != "mask" or q.shape != live.shape or q.device != live.device:
+            return live
+        return live & is_known(q)
+
     def fingerprints(self, device: torch.device) -> dict[str, Tensor]:
         """A number () for each input, float64, the same on ranks that hold the same inputs; masked rows do not count."""
         live = self.mask.detach().reshape(-1).to(device) != 0

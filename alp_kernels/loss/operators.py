@@ -232,7 +232,7 @@ def _fused(wire: Wire, loss: LossInputs) -> FusedOutput:
     inputs, transfer = wire.inputs(), Transfer()
     shape = inputs.targets.shape
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        operands = check_head("fused_alp_loss", inputs, transfer)
+        operands = check_head("fused_alp_loss", inputs, transfer, loss)
         given = prepare("fused_alp_loss", operands, loss, shape, transfer, inputs.needs)
     fused, sigma = fused_head(given), operands.plan.transform.sigma
     grads = fused.gradients

@@ -31,7 +31,7 @@ def check_support(
 ) -> Ragged:
     """Check the values, in `transfer`, and sort each row's tokens.
 
-    targets: (N,); live: (N,) bool, the rows in the mask.
+    targets: (N,); live: (N,) bool, the rows in the mask; None: all.
     """
     device, num_rows = targets.device, len(targets)
     if len(support.offsets) != num_rows + 1:
@@ -53,14 +53,14 @@ def check_support(
     at = torch.searchsorted(key, wanted)
     has_target = key[at.clamp(max=max(len(key) - 1, 0))] == wanted if len(key) else torch.zeros_like(live)
     missing = live & ~has_target
-    counts = offsets.diff().clamp(min=0)
+    counts = offsets.diff().clamp(0, len(tokens))  # as right offsets have it; the others are refused below
     width = torch.frexp((counts - 1).clamp(min=0).double()).exponent.clamp(min=_NARROWEST)
     width = torch.where(live, width, 0).long()
     sizes = torch.zeros(_WIDEST + 1, dtype=torch.int64, device=device).scatter_add_(0, width, torch.ones_like(width))
     span = torch.stack([counted.min(), counted.max()]) if len(tokens) else tokens.new_zeros(2)
     asked = transfer.ask(torch.cat([ends, span, torch.stack([repeated, missing.sum(), missing.long().argmax()])]))
     ragged = Ragged(
-        (key & 0xFFFFFFFF).int(), offsets[:-1], counts, at - offsets[:-1], width.argsort(stable=True),
+        (key & 0xFFFFFFFF).int(), offsets[:-1].clone(), counts, at - offsets[:-1], width.argsort(stable=True),
         transfer.ask(sizes), transfer.ask(torch.where(live, counts, 0).sum()),
     )  # fmt: skip
 

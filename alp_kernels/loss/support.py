@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import check_device, check_integer, check_local, refuse_type, refuse_value
 
 _WHERE = "Support"
+_INTEGERS = (torch.int64, torch.int32)
 
 
 class Support(NamedTuple):
@@ -43,8 +44,9 @@ class Support(NamedTuple):
             tokens = torch.tensor(flat, dtype=None if flat else torch.int64)
         except (TypeError, ValueError, RuntimeError):
             refuse_type(_WHERE, "rows", rows, fits)
-        if tokens.dtype != torch.int64 or tokens.dim() != 1:
+        if tokens.dtype not in _INTEGERS or tokens.dim() != 1:
             refuse_type(_WHERE, "rows", rows, fits)
+        tokens = tokens.long()
         if len(tokens) and int(tokens.min()) < 0:
             refuse_value(_WHERE, "rows", rows, fits)
         return _of_counts(tokens, torch.tensor([len(row) for row in lists], dtype=torch.int64)).to(place)
@@ -55,7 +57,7 @@ class Support(NamedTuple):
         _check_ids(_WHERE, "tokens", tokens)
         if tokens.dim() < 2:
             refuse_value(_WHERE, "tokens", tokens, "a shape (..., K) with at least one row")
-        rows = tokens.reshape(-1, tokens.shape[-1])
+        rows = tokens.flatten(0, -2)
         is_kept = rows >= 0
         return _of_counts(rows[is_kept], is_kept.sum(dim=1))
 
@@ -65,26 +67,33 @@ class Support(NamedTuple):
         check_local(_WHERE, "kept", kept)
         if kept.dtype != torch.bool or kept.dim() < 2:
             refuse_value(_WHERE, "kept", kept, "torch.bool (..., V) with at least one row")
-        rows = kept.reshape(-1, kept.shape[-1])
+        rows = kept.flatten(0, -2)
         return _of_counts(rows.nonzero()[:, 1], rows.sum(dim=1))
 
     @staticmethod
     def cat(parts: Iterable[Support]) -> Support:
         """The rows of the parts, one part after another, as in a packed batch."""
+        fits = "Supports, at least one"
+        if not isinstance(parts, Iterable):
+            refuse_type(_WHERE, "parts", parts, fits)
         parts = list(parts)
         if not parts or not all(isinstance(part, Support) for part in parts):
-            refuse_type(_WHERE, "parts", parts, "Supports, at least one")
+            refuse_type(_WHERE, "parts", parts, fits)
+        for part in parts:
+            part.check(_WHERE)
         return _of_counts(torch.cat([part.tokens for part in parts]), torch.cat([part.counts for part in parts]))
 
     def pad_to(self, length: int) -> Support:
         """Append rows without tokens, up to `length` rows, as in a padded batch."""
-        rows = len(self.offsets) - 1
+        rows = len(self.check(_WHERE).offsets) - 1
         length = check_integer(_WHERE, "length", length, rows, fits=f"an int >= the support's {rows} rows")
         return self._replace(offsets=torch.cat([self.offsets, self.offsets[-1:].expand(length - rows)]))
 
     def select(self, index: Tensor | slice) -> Support:
         """The rows `index`, (n,) integers or (N,) bool, in that order; waits for the device."""
-        counts = self.counts[index]
+        counts = self.check(_WHERE).counts[index]
+        if counts.dim() != 1:
+            refuse_value(_WHERE, "index", index, "(n,) integers, (N,) bool or a slice")
         return _of_counts(spans(self.tokens, self.offsets[:-1][index], counts, int(counts.sum())), counts)
 
     def to(self, device: torch.device | str) -> Support:
@@ -108,8 +117,10 @@ class Support(NamedTuple):
 
 def _check_ids(where: str, name: str, value: object) -> None:
     tensor = check_local(where, name, value)
-    if tensor.dtype not in (torch.int64, torch.int32):
+    if tensor.dtype not in _INTEGERS:
         refuse_type(where, name, tensor, "torch.int64 or torch.int32")
+    if tensor.is_meta:
+        raise ValueError(f"{where}: {name} is on the meta device and holds no values")
 
 
 def _of_counts(tokens: Tensor, counts: Tensor) -> Support:

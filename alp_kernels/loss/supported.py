@@ -62,9 +62,11 @@ def support_gradients(
         plan.engine.head_bwd(grid, places, transform, HeadRows(*(v[rows] for v in kept.head_rows)), dp, dh)
         idle = dp == 0 if dh is None else (dp == 0) & (dh == 0)
         dy.scatter_(0, at.reshape(-1), grid.masked_fill_(idle[:, None], 0.0).reshape(-1))
-    dx = dy[:-1] * plan.transform.logit_scale
+    dy = dy[:-1]
+    dx = dy * plan.transform.logit_scale
     if plan.transform.softcap is not None:
         dx = dx * (1 - (y / plan.transform.softcap).square()).clamp(min=0.0)
+        dx = torch.where(dy == 0, 0.0, dx)  # a row without a gradient has none even if its logits are NaN
     counts, tokens = kept.counts, kept.tokens
     if plan.shard is not None:
         mine, counts, tokens = _own(counts, tokens, plan.shard.start, plan.shard.size)

@@ -621,3 +621,23 @@ def test_an_empty_vocabulary_is_refused():
     hidden, weight, targets, _ = make_head(0, 2, 3)
     with pytest.raises(ValueError, match=r"weight has shape \(0, 16\)"):
         linear_logprob(hidden, weight[:0], targets)
+
+
+@pytest.mark.parametrize("changed", ["targets", "temperature", "row_ids"])
+def test_backward_reads_the_inputs_of_the_forward_where_the_caller_reuses_their_memory(changed):
+    hidden, weight, targets, _ = make_head(4, 2, 5)
+    tensors = {
+        "targets": targets,
+        "temperature": torch.full_like(targets, 0.7, dtype=hidden.dtype),
+        "row_ids": torch.arange(targets.numel(), device=DEVICE).view(targets.shape),
+    }
+
+    def gradient(changes):
+        own, leaf = {name: tensor.clone() for name, tensor in tensors.items()}, weight.clone().requires_grad_()
+        spec = LogitNoise(torch.tensor(-1.0, dtype=hidden.dtype, device=DEVICE), 5, 9, own["row_ids"])
+        logp, _ = linear_logprob(hidden, leaf, own["targets"], temperature=own["temperature"], logit_noise=spec)
+        if changes:
+            own[changed] += 1
+        return torch.autograd.grad(logp.sum(), leaf)[0]
+
+    assert torch.equal(gradient(True), gradient(False))

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -216,24 +217,26 @@ def test_a_single_token_has_probability_one_and_no_gradient(engine):
         assert torch.equal(g, torch.zeros_like(g))
 
 
-def test_what_the_mask_leaves_out_may_hold_anything(engine):
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["plain", "softcap"])
+def test_what_the_mask_leaves_out_may_hold_anything(engine, options):
     """Hidden states off the mask, weights of tokens that no row keeps, and rows without a gradient reach nothing."""
     leaves, targets, rest, _, kept = make(torch.float32)
-    clean = gradients(lambda *x: weighted(ours(list(x), targets, {}, kept, rest["mask"], engine)), leaves)
+    clean = gradients(lambda *x: weighted(ours(list(x), targets, options, kept, rest["mask"], engine)), leaves)
     hidden, weight = (x.clone() for x in leaves)
     hidden[rest["mask"] == 0] = math.nan
     unused = ~kept.any(dim=(0, 1))
     kept[..., unused] = False
     weight[unused] = math.nan
     leaf = [hidden.requires_grad_(), weight.requires_grad_()]
-    wild = torch.autograd.grad(weighted(ours(leaf, targets, {}, kept, rest["mask"], engine)), leaf)
+    wild = torch.autograd.grad(weighted(ours(leaf, targets, options, kept, rest["mask"], engine)), leaf)
     assert all(torch.equal(a, e) for a, e in zip(wild, clean, strict=True))
-    logp, _ = ours(leaf, targets, {}, kept, rest["mask"], engine)
+    row = tuple((rest["mask"] != 0).nonzero()[0].tolist())
     with torch.no_grad():
-        leaf[0][0, 0] = math.nan
-    logp, _ = ours(leaf, targets, {}, kept, rest["mask"], engine)
+        leaf[0][row] = math.nan
+    logp, _ = ours(leaf, targets, options, kept, rest["mask"], engine)
+    assert logp[row].isnan()
     by = torch.ones_like(logp)
-    by[0, 0] = 0
+    by[row] = 0
     for g in torch.autograd.grad(logp, leaf, by):
         assert g.isfinite().all()
 
@@ -306,6 +309,10 @@ def test_supports_are_made_from_each_form():
     assert made.select(torch.tensor([True, False, False, True])).tokens.tolist() == [5, 2, 0, 9, 4]
     assert made.pad_to(6).counts.tolist() == [2, 0, 1, 3, 0, 0]
     assert Support.from_lists([[], []]).offsets.tolist() == [0, 0, 0]
+    assert Support.from_padded(torch.zeros(2, 0, dtype=torch.int64)).offsets.tolist() == [0, 0, 0]
+    assert Support.from_mask(torch.zeros(2, 0, dtype=torch.bool)).offsets.tolist() == [0, 0, 0]
+    narrow = Support.from_lists([np.array([3, 1], dtype=np.int32), np.array([2], dtype=np.int32)])
+    assert narrow.tokens.tolist() == [3, 1, 2] and narrow.tokens.dtype == torch.int64
     whole = Support.cat([Support.from_lists(sample).pad_to(3) for sample in ([[1], [2, 3]], [[4, 5, 6]])])
     assert whole.counts.tolist() == [1, 2, 0, 3, 0, 0]
 
@@ -318,6 +325,9 @@ REFUSED = {
     "other rows": (lambda s, t: s.select(slice(0, 4)), r"support.offsets has shape \(5,\); 5 targets need \(6,\)"),
     "short": (lambda s, t: s._replace(offsets=s.offsets - 1), "run from -1 to 9, smallest step 2; 10 tokens need"),
     "falling": (lambda s, t: s._replace(offsets=torch.tensor([0, 4, 2, 6, 8, 10])), "smallest step -2"),
+    "far": (lambda s, t: s._replace(offsets=torch.tensor([0, 1 << 40, 4, 6, 8, 10])), "smallest step -1099511627772"),
+    "too many": (lambda s, t: s._replace(offsets=torch.tensor([0, 2, 4, 6, 8, 1 << 33])), "run from 0 to 8589934592"),
+    "no values": (lambda s, t: s._replace(tokens=s.tokens.to("meta")), "support.tokens is on the meta device"),
     "floats": (lambda s, t: s._replace(tokens=s.tokens.float()), "support.tokens=.*; it needs torch.int64 or torch.int32"),
     "two dimensions": (lambda s, t: s._replace(tokens=s.tokens[None]), "support.tokens=.*; it needs one dimension"),
     "no offsets": (lambda s, t: s._replace(offsets=s.offsets[:0]), r"support.offsets=.*; it needs \(N \+ 1,\)"),
@@ -354,6 +364,10 @@ def test_a_support_is_refused_with_what_needs_whole_rows():
         (lambda: Support.from_padded(torch.tensor([[1.0]])), "tokens=.*; it needs torch.int64"),
         (lambda: Support.from_mask(torch.ones(2, 3)), "kept=.*; it needs torch.bool"),
         (lambda: Support.cat([]), "parts=.*; it needs Supports, at least one"),
+        (lambda: Support.cat(3), "parts=3; it needs Supports, at least one"),
+        (lambda: Support.cat([Support([1], [0, 1])]), "support.tokens is a list"),
+        (lambda: Support.from_lists([[1], [2]]).select(1), r"index=1; it needs \(n,\) integers"),
+        (lambda: Support(torch.tensor([1]), torch.tensor([0.0, 1.0])).pad_to(3), "support.offsets=.*; it needs torch.int64"),
         (lambda: Support.from_lists([[1], [2]]).pad_to(1), "length=1; it needs an int >= the support's 2 rows"),
     ],
 )  # fmt: skip
@@ -373,3 +387,42 @@ def test_masked_rows_may_have_no_tokens_and_others_may_not():
         ValueError, match="1 targets are not in their row's support, first row 1: token 0, 0 kept tokens"
     ):
         run()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_token_that_nonfinite_masks_needs_no_support(is_compiled):
+    """Its support may be empty, or lack it; loss and gradients are those of a mask without it."""
+    leaves, targets, rest, _, kept = make()
+    row = tuple((rest["mask"] != 0).nonzero()[0].tolist())
+    objective = Objective.preset("alp-token")
+
+    def run(kept, **changed):
+        def call(hidden, weight):
+            head = Head(weight, support=Support.from_mask(kept))
+            return fused_alp_loss(hidden, head, targets, **rest | changed, objective=objective, nonfinite="mask").loss
+
+        return gradients(torch.compile(call) if is_compiled else call, leaves)
+
+    less, bad = rest["mask"].clone(), rest["rollout_logp"].clone()
+    less[row], bad[row] = 0, -9999.0
+    expected = run(kept, mask=less)
+    for change in ({}, {int(targets[row]): False}):
+        wrong = kept.clone()
+        wrong[row] = False
+        for token, value in change.items():
+            wrong[row] = True
+            wrong[row][token] = value
+        for a, e in zip(run(wrong, rollout_logp=bad), expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-15)
+
+
+def test_a_second_backward_reads_the_support_of_the_forward():
+    leaves, targets, rest, _, kept = make()
+    leaf = [x.requires_grad_() for x in leaves]
+    support = Support.from_mask(kept)
+    head = Head(leaf[1], support=support)
+    loss = fused_alp_loss(leaf[0], head, targets, **rest, objective=Objective.preset("alp-token")).loss
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)
+    for tensor in support:
+        tensor.zero_()
+    assert all(torch.equal(a, e) for a, e in zip(torch.autograd.grad(loss, leaf), first, strict=True))
