@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +43,12 @@ from tests.support.trl_cases import (
     logged,
     made_up_rollouts,
     make,
+    quick_collection,  # noqa: F401
     qwen2,
     rolled,
     trained,
     weights,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """Freeze what the tests have imported: Trainer.train's garbage collection would take half a second each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
 
 # ------------------------------------------------------------------ without noise: TRL's own numbers
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +24,16 @@ from alp_kernels.integrations.trl import ALPGRPOTrainer
 from alp_kernels.integrations.trl_support import KeptTokens, as_supports
 from tests.support import truncated_sampler
 from tests.support.tiny_models import write_llama
-from tests.support.trl_cases import COMPLETION, SGD, assert_same_training, logged, made_up_rollouts, make, trained
+from tests.support.trl_cases import (
+    COMPLETION,
+    SGD,
+    assert_same_training,
+    logged,
+    made_up_rollouts,
+    make,
+    quick_collection,  # noqa: F401
+    trained,
+)
 
 CUTS: list[dict[str, Any]] = [
     {"top_k": 10},
@@ -36,14 +43,6 @@ CUTS: list[dict[str, Any]] = [
     {"top_k": 40, "top_p": 0.9, "min_p": 0.2, "temperature": 0.7},
 ]
 NO_NOISE = {"alp_objective": "bypass-token"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Rollout:
