@@ -261,7 +261,7 @@ class _Block:
             tensors = _tensors(output)
             for tensor in tensors:
                 if _are_indices(tensor, num_rows, self.num_experts):
-                    self.returned.setdefault(name, []).append(tensor.flatten(0, -2).int())
+                    self.returned.setdefault(name, []).append(tensor.flatten(0, -2).to(torch.int32, copy=True))
                     return
             k = _top_k(child, self.module, *self.configs)
             scores = next((t for t in tensors if _are_scores(t, num_rows, self.num_experts)), None)
@@ -278,7 +278,7 @@ class _Block:
             inputs = (*args, *kwargs.values())
             for tensor in _tensors(inputs):
                 if _are_indices(tensor, _num_rows(inputs), self.num_experts):
-                    self.given.setdefault(name, []).append(tensor.flatten(0, -2).int())
+                    self.given.setdefault(name, []).append(tensor.flatten(0, -2).to(torch.int32, copy=True))
                     return
 
         return record

@@ -54,7 +54,7 @@ class Places:
         check_local(where, "versions", versions)
         if versions.is_floating_point() or versions.dtype == torch.bool:
             raise TypeError(f"{where}: versions is {versions.dtype}; it needs integers")
-        current = check_integer(where, "current", current, 0)
+        current = check_integer(where, "current", current, 0, (1 << 63) - 1)
         if versions.device != self.index.device:
             raise ValueError(
                 f"{where}: versions is on {versions.device}; the loss's inputs were on {self.index.device}"

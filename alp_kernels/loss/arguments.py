@@ -205,7 +205,7 @@ def check_head(where: str, inputs: HeadInputs, transfer: Transfer, loss: LossInp
     if head.split is not None:
         shared = {} if loss is None else loss.fingerprints(hidden.device)
         if head.support is not None:
-            shared["support"] = head.support.fingerprint(hidden.device)
+            shared["support"] = head.support.fingerprint(live, hidden.device)
         if head.precision is not None:
             shared["dtype"] = torch.tensor(float(head.precision == TF32), device=hidden.device)
         shard, chunk_rows = agree(

@@ -99,10 +99,14 @@ class Support(NamedTuple):
     def to(self, device: torch.device | str) -> Support:
         return Support(self.tokens.to(device), self.offsets.to(device))
 
-    def fingerprint(self, device: torch.device) -> Tensor:
-        """A number (), float64, the same on ranks that hold the same support."""
-        parts = [x.to(device).double() * (torch.arange(len(x), device=device) % 1009 + 1) for x in self]
-        return torch.cat(parts).sum()
+    def fingerprint(self, live: Tensor | None, device: torch.device) -> Tensor:
+        """A number (), float64, the same on ranks whose rows `live` (N,) bool keep the same tokens; None: all rows."""
+        tokens, offsets = (x.to(device, torch.int64) for x in self)
+        row = torch.searchsorted(offsets[1:].contiguous(), torch.arange(len(tokens), device=device), right=True)
+        weight = row % 1009 + 1
+        if live is not None:  # the number of rows is checked later, on every rank
+            weight = weight * live[row.clamp(max=len(live) - 1)]
+        return ((tokens.double() + 1) * weight).sum()
 
     def check(self, where: str) -> Support:
         """Check types and shapes, not values. Returns itself."""

@@ -250,6 +250,36 @@ def test_with_replayed_routing_nothing_changes_under_the_noise(name):
     assert clean.changes(noisy).overlap == 1.0 and shift > 0.01
 
 
+class Buffered(nn.Module):
+    """A router that returns its choice in the same int32 memory each time."""
+
+    def __init__(self, router, experts):
+        super().__init__()
+        self.router, self.indices = router, experts.clone()
+
+    def forward(self, hidden):
+        logits, weights, chosen = self.router(hidden)
+        self.indices.copy_(chosen)
+        return logits, weights, self.indices
+
+
+def test_a_router_may_reuse_the_memory_of_its_choice():
+    if transformers.__version__ < "5":
+        pytest.skip("routers return no logits, weights and indices")
+    model = tiny("qwen3_moe")
+    first, second = ({"input_ids": rows} for rows in ids(8, 5).split(4))
+    recording = recorded(model, first)
+    for path, experts in recording.experts.items():
+        block = model.get_submodule(path)
+        block.gate = Buffered(block.gate, experts)
+    parts = [recorded(model, inputs).experts for inputs in (first, second)]
+    with torch.no_grad(), record_routing(model) as both:
+        for inputs in (first, second):
+            model(**inputs)
+    for path, rows in both.experts.items():
+        assert torch.equal(rows, torch.cat([part[path] for part in parts]))
+
+
 # ------------------------------------------------------------------ the figures
 
 

@@ -510,7 +510,7 @@ def functions() -> Iterator[Function]:
         lambda: {"versions": torch.zeros(BATCH, TIME, dtype=torch.int64), "current": 1},
         {
             "versions": lambda good: no_batch(good) | {"None": None, "floats": good.float(), "bools": good.bool()},
-            "current": integer(0),
+            "current": integer(0, (1 << 63) - 1),
         },
     )
 

@@ -191,7 +191,9 @@ def refusals() -> dict[str, str]:
     mask[0, 0] = 0  # masked rows may differ between ranks
     log_q = torch.full((B, T), -4.0, dtype=hidden.dtype)
     log_q[0, 0] = (-1) ** rank * float("inf")
-    loss(mask=mask, rollout_logp=log_q)
+    kept = torch.stack([targets, (targets + 1) % V], dim=-1)
+    kept[0, 0] = torch.tensor([rank, -1])
+    loss(mask=mask, rollout_logp=log_q, support=Support.from_padded(kept))
     shard, columns = (distribute_tensor(whole["weight"], mesh, [Shard(dim)]) for dim in (0, 1))
     noise = LogitNoise(torch.tensor(-1.0, dtype=hidden.dtype), 1, 2)
     mistakes: dict[str, Any] = {
