@@ -192,12 +192,14 @@ class UpdateConfig:
     clip_high: float | None = None
     dual_clip: float | None = 3.0
     """One value for all methods that have a dual clip, so that they are comparable."""
-    sigma: float = 1e-2
-    """Noise at the perturbed layers' inputs. Only methods that perturb read this and the next four fields."""
+    sigma: float | Literal["matched"] = 1e-2
+    """Noise at the perturbed layers' inputs. matched: the size of the sampler's mismatch, measured on the first batch.
+    Only methods that perturb read this and the next four fields."""
     sigma_lr: float = 5e-4
     layers: str = "all"
     """ "all", "final", "logits" or layer numbers like "0,3"."""
-    scale: Literal["absolute", "rms"] = "absolute"
+    scale: Literal["rms", "absolute"] = "rms"
+    """rms: sigma is in units of each row's root mean square."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """Rounding of perturbed 16-bit hidden states: nearest loses noise far below the bfloat16 rounding step."""
 
@@ -320,7 +322,12 @@ class TrainConfig:
             ("update.clip_low", update.clip_low, 0 <= (update.clip_low or 0) <= 1, "a number in [0, 1]"),
             ("update.clip_high", update.clip_high, (update.clip_high or 0) >= 0, "0 or more"),
             ("update.dual_clip", update.dual_clip, update.dual_clip is None or update.dual_clip > 1, "a number > 1"),
-            ("update.sigma", update.sigma, update.sigma > 0, "a number > 0 (bypass-* are the methods without noise)"),
+            (
+                "update.sigma",
+                update.sigma,
+                isinstance(update.sigma, str) or update.sigma > 0,
+                "a number > 0, or matched (bypass-* are the methods without noise)",
+            ),
             ("update.sigma_lr", update.sigma_lr, update.sigma_lr >= 0, "0 or more (0: sigma stays fixed)"),
             ("model.lora", model.lora, model.lora is None or model.lora >= 1, "1 or more"),
             (

@@ -95,6 +95,7 @@ class Trainer:
             scores = self.score(problems, completions)
         with clock("update"):
             experience = self.centre(completions, scores)
+            self.updater.match(experience)
         with clock("diagnose"):
             metrics = self.diagnose(experience) | self.measure(experience)
         with clock("update"):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alp_kernels import Head, LossOutput, Perturbation, Sampled, Stats, attach, fused_alp_loss, linear_logprob, stream
+from alp_kernels import Head, LossOutput, Perturbation, Sampled, Stats, attach, fused_alp_loss, linear_logprob, match_sigma, stream
 from alp_kernels.integrations.hugging_face import output_head
+from alp_kernels.layers.perturbation import Noise
 
 from .config import UpdateConfig, layers_of
 from .errors import Diverged, UserError
@@ -43,6 +44,10 @@ class Experience:
         num_rows = len(self.advantages)
         size = size or num_rows
         yield from (self.rows(slice(start, start + size)) for start in range(0, num_rows, size))
+
+
+_MATCHED = 128
+"""Most completions of a rank's first batch that `Updater.match` looks at."""
 
 
 class StepResult(NamedTuple):
@@ -114,6 +119,27 @@ class Updater:
         """Turn the noise on, for methods that perturb."""
         return self.handle.perturbed(step, row_ids(experience)) if self.handle is not None else nullcontext()
 
+    def match(self, batch: Experience) -> None:
+        """Set sigma="matched" on a run's first batch, before its update; a resumed run has it already."""
+        if self.handle is None or not self.handle.needs_match:
+            return
+        batch, size = batch.rows(slice(0, _MATCHED)), self.config.micro_batch
+        completions = batch.completions
+
+        def score(noise: Noise) -> Tensor:
+            parts = []
+            for part in batch.split(size or len(batch.advantages)):
+                with noise(row_ids(part)):
+                    parts.append(self.loss(0, part, 1.0, 1.0).logp)
+            reshard(self.model)
+            return torch.cat(parts)
+
+        objective, ends = self.method.objective, turn_ends(completions)
+        try:
+            match_sigma(self.handle, score, completions.logp, completions.mask, objective=objective, turn_ends=ends)
+        except ValueError as error:
+            raise UserError(f"update.sigma='matched': {error}") from None
+
     def step(self, step: int, minibatch: Experience) -> StepResult:
         """Take one optimiser step on a minibatch. `step` counts them over the whole run and determines the noise."""
         completions = minibatch.completions
@@ -144,7 +170,7 @@ class Updater:
         hidden = hidden_states(self.model, completions.tokens, completions.attention_mask, keep)
         head = _head(self.model, completions)
         logit_noise, ids = None, row_ids(part)[:, -keep:]
-        if self.config.layers == "logits" and self.handle is not None:
+        if self.config.layers == "logits" and self.handle is not None and self.handle.is_open:
             logit_noise = self.handle.logit_noise(ids.numel(), ids)
         if self.config.backward == "sampled":
             head = head._replace(backward=Sampled(self.seed, step, self.config.threshold, ids))

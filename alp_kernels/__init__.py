@@ -21,6 +21,8 @@ from .noise.normal import normal
 from .noise.perturb import perturb
 from .noise.rms_norm import perturb_rms_norm
 from .objective import PRESETS, Objective
+from .sigma.match import match_sigma, measure_noise
+from .sigma.shift import NoiseShift
 from .stream import LogitNoise
 
 try:
@@ -34,6 +36,7 @@ __all__ = [
     "Head",
     "LogitNoise",
     "LossOutput",
+    "NoiseShift",
     "Objective",
     "Perturbation",
     "RouterNotRecognised",
@@ -51,6 +54,8 @@ __all__ = [
     "gather_weight",
     "importance_weight",
     "linear_logprob",
+    "match_sigma",
+    "measure_noise",
     "normal",
     "perturb",
     "perturb_rms_norm",

@@ -14,13 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alp_kernels import record_routing
-from alp_kernels.objective import k3
+from alp_kernels import NoiseShift, record_routing
 
 from ..policy.adapters import Weights, snapshot
 from ..ranks.shard import reshard
 from ..ranks.world import World
-from ..update import Experience, Updater, score_clean
+from ..update import Experience, Updater, score_clean, turn_ends
 
 # Diagnostics draw noise that no update uses: the updates' step numbers stay below this bit
 _STEP_BIT = 1 << 31
@@ -30,11 +29,11 @@ _STEP_BIT = 1 << 31
 def diagnose(
     updater: Updater, sampled: Weights, experience: Experience, step: int, micro_batch: int | None, world: World
 ) -> dict[str, float]:
-    """Compute the k1 and k3 KL estimates and the mean absolute log-ratio of each difference, over all ranks.
+    """Report each difference over all ranks, as `NoiseShift.summary` does; warn if sigma's size is off.
 
     sampled: the weights that sampled the experience. routing/...: fields of `RoutingChanges`, where the model has routers.
     """
-    model, temperature, old = updater.model, updater.temperature, experience.old_logp
+    model, temperature, old, handle = updater.model, updater.temperature, experience.old_logp, updater.handle
     now = score_clean(model, experience, temperature, micro_batch) if old is None else old
     current = snapshot(model)
     _load(updater, sampled)
@@ -42,31 +41,31 @@ def diagnose(
         then = score_clean(model, experience, temperature, micro_batch)
     finally:
         _load(updater, current)
-    q, mask = experience.completions.logp, experience.completions.mask
-    differences = {"mismatch": then - q, "staleness": now - then, "clean": now - q}
-    report: dict[str, float] = {}
-    if updater.handle is not None:
+    completions = experience.completions
+    noisy, report = now, {}
+    if handle is not None:
         parts = []
-        with record_routing(model) as noisy:
+        with record_routing(model) as routed:
             for part in experience.split(micro_batch):
                 with updater.perturbed(_STEP_BIT | step, part):
                     parts.append(updater.loss(_STEP_BIT | step, part, 1.0, 1.0).logp)
         reshard(model)
-        differences["perturbation"] = torch.cat(parts) - now
-        if noisy.experts:
+        noisy = torch.cat(parts)
+        if routed.experts:
             with record_routing(model) as clean:
                 score_clean(model, experience, temperature, micro_batch)
-            num_prompt = experience.completions.tokens.shape[1] - 1 - mask.shape[1]
-            found = clean.changes(noisy, torch.nn.functional.pad(mask, (num_prompt, 0)))
+            num_prompt = completions.tokens.shape[1] - 1 - completions.mask.shape[1]
+            found = clean.changes(routed, torch.nn.functional.pad(completions.mask, (num_prompt, 0)))
             assert found is not None
             n, *sums = world.sum([found.num_tokens * x for x in (1.0, *found[1:4])])
             report |= {f"routing/{key}": x / max(n, 1.0) for key, x in zip(found._fields[1:4], sums, strict=True)}
-    for name, difference in differences.items():
-        r = difference[mask].double()
-        n, *sums = world.sum([float(len(r)), float(-r.sum()), float(k3(r).sum()), float(r.abs().sum())])
-        keys = ("k1_kl", "k3_kl", "mean_abs")  # n may be 0: all trajectories may be void and excluded from the loss
-        report |= {f"{name}/{key}": x / max(n, 1.0) for key, x in zip(keys, sums, strict=True)}
-    return report
+    objective, ends = updater.method.objective, turn_ends(completions)
+    shift = NoiseShift.of(
+        noisy, now, completions.logp, completions.mask, objective=objective, old_logp=then, turn_ends=ends
+    ).gather()
+    if handle is not None:
+        return report | shift.report(handle)
+    return {key: value for key, value in shift.summary().items() if not key.startswith("perturbation/")}
 
 
 def _load(updater: Updater, weights: dict[str, Tensor]) -> None:

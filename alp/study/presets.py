@@ -68,7 +68,7 @@ def contrasts_of(arms: tuple[str, ...]) -> tuple[Pair, ...]:
 _BASE = TrainConfig(
     model=ModelConfig(hidden_size=64, intermediate_size=168, num_layers=3, num_heads=4),
     rollout=RolloutConfig(path="int8", bits=5, lag=8, prompts=16, samples=8),
-    update=UpdateConfig(lr=1e-4),
+    update=UpdateConfig(lr=1e-4, sigma=1e-2, scale="absolute"),
     steps=60,
     eval_prompts=256,
     eval_every=20,
@@ -213,6 +213,32 @@ def _sampled() -> Preset:
     )
 
 
+LONG: Changes = {
+    "task.options": ("num_steps=24", "spelled=True"),
+    "warmup.error": 0.06,
+    "steps": 40,
+    "eval_prompts": 128,
+    "eval_every": 0,
+}
+"""The chain of `_BASE` in answers of 120 tokens, with as much to improve: 0.94^24 is 0.23."""
+
+
+def _sigma(length: str, changes: Changes) -> Preset:
+    alp: Changes = {"update.method": "alp-sequence"}
+    arms: dict[str, Changes] = {
+        "none": {"update.method": "bypass-sequence"},
+        "matched": alp | {"update.sigma": "matched", "update.scale": "rms"},
+        "fixed": alp | {"update.sigma": 1e-2, "update.scale": "absolute"},
+        "rms": alp | {"update.sigma": 1e-2, "update.scale": "rms"},
+    }
+    return Preset(
+        f"the noise's size with answers of {length}: none, matched to the mismatch, sigma 1e-2, and 1e-2 of each row's RMS",
+        change(_BASE, {"update.lr": 2e-4} | changes),
+        arms,
+        (("matched", "none"), ("matched", "fixed"), ("fixed", "none"), ("rms", "none")),
+    )
+
+
 PRESETS: dict[str, Preset] = {
     "lag": _methods("weights of eight batches ago in the rollout engine, 5-bit weights and 8-bit activations"),
     "stress": _methods("the setting of `lag` at twice the learning rate", update__lr=2e-4),
@@ -223,4 +249,6 @@ PRESETS: dict[str, Preset] = {
     "search": _search(),
     "tools": _tools(),
     "sampled": _sampled(),
+    "sigma": _sigma("12 tokens", {}),
+    "sigma-long": _sigma("120 tokens", LONG),
 }

@@ -125,7 +125,8 @@ class ModChainTask(GymTask):
     def _answer(self, entry: dict[str, Any], rng: random.Random, error: float) -> str:
         from .mod_chain import write_chain
 
-        return write_chain(entry["metadata"]["first"], entry["metadata"]["steps"], rng, error)
+        first, steps = entry["metadata"]["first"], entry["metadata"]["steps"]
+        return write_chain(first, steps, rng, error, spelled=bool(self._options.get("spelled", False)))
 
 
 class ToolChainTask(GymTask):

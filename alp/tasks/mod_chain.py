@@ -2,6 +2,7 @@
 
     question  7+3*4-9=      read as (((7 + 3) * 4) - 9)
     answer    001           one digit per operation: 7+3 = 0, 0*4 = 0, 0-9 = 1 (mod 10)
+    spelled   7+3=00*4=00-9=1   five characters per operation: longer answers, of steps that are no harder
 
 Every step can be checked, so a score of 0 can be traced to the first wrong step. This is a reasoning-gym dataset,
 registered beside reasoning-gym's own: `reasoning_gym.create_dataset("mod_chain", num_steps=12)`.
@@ -26,6 +27,7 @@ class ModChainConfig:
 
     num_steps: int = 12
     operators: str = "+-*"
+    spelled: bool = False
     seed: int | None = None
     size: int = 500
 
@@ -52,7 +54,7 @@ class ModChainDataset(ProceduralDataset):
         steps = [(rng.choice(self.config.operators), rng.randrange(MODULUS)) for _ in range(self.config.num_steps)]
         return {
             "question": str(first) + "".join(f"{operator}{digit}" for operator, digit in steps) + "=",
-            "answer": write_chain(first, steps),
+            "answer": write_chain(first, steps, spelled=self.config.spelled),
             "metadata": {"source_dataset": DATASET_NAME, "source_index": idx, "first": first, "steps": steps},
         }
 
@@ -61,19 +63,22 @@ class ModChainDataset(ProceduralDataset):
         return float(answer == entry["answer"])
 
     def is_chain(self, answer: str) -> bool:
-        """Whether `answer` has the form of a chain's answer: as many digits as steps."""
-        return re.fullmatch(rf"[0-9]{{{self.config.num_steps}}}", answer) is not None
+        """Whether `answer` has the form of a chain's answer: one digit, or one spelled operation, per step."""
+        step = "[0-9][-+*][0-9]=[0-9]" if self.config.spelled else "[0-9]"
+        return re.fullmatch(rf"({step}){{{self.config.num_steps}}}", answer) is not None
 
 
-def write_chain(first: int, steps: list[tuple[str, int]], rng: Random | None = None, error: float = 0.0) -> str:
-    """The chain's result digits. Each step is wrong with probability `error`; the next step uses the written digit."""
-    value, digits = first, []
+def write_chain(
+    first: int, steps: list[tuple[str, int]], rng: Random | None = None, error: float = 0.0, *, spelled: bool = False
+) -> str:
+    """The chain's answer. Each step is wrong with probability `error`; the next step uses the written digit."""
+    value, parts = first, []
     for operator, digit in steps:
-        value = apply(operator, value, digit)
+        before, value = value, apply(operator, value, digit)
         if rng is not None and rng.random() < error:
             value = (value + rng.randrange(1, MODULUS)) % MODULUS
-        digits.append(str(value))
-    return "".join(digits)
+        parts.append(f"{before}{operator}{digit}={value}" if spelled else str(value))
+    return "".join(parts)
 
 
 register_dataset(DATASET_NAME, ModChainDataset, ModChainConfig)

@@ -57,7 +57,7 @@ class ALPOptions:
     alp_sigma_learning_rate: float = option("Learning rate of log sigma, scaled by the scheduler; 0: fixed.", 5e-4)
     alp_layers: str = option('"all", "final" (the decoder\'s output) or layer numbers like "0,3".', "all")
     alp_path: str | None = option("Path of the decoder's list of layers, if it is not found automatically.", None)
-    alp_scale: str = option('"absolute", or "rms": sigma is in units of each row\'s root mean square.', "absolute")
+    alp_scale: str = option('"rms": sigma is in units of each row\'s root mean square; or "absolute".', "rms")
     alp_rounding: str = option('"nearest" or "stochastic" rounding of perturbed hidden states to 16 bits.', "nearest")
     alp_seed: int | None = option("Seed of the noise; None: `seed`.", None)
     alp_nonfinite: str = option(

@@ -64,7 +64,7 @@ class Settings:
     sigma_lr: float
     support: str | None = None
     seed: int = 0
-    scale: str = "absolute"
+    scale: str = "rms"
     rounding: str = "nearest"
     layers: Any = "all"
     nonfinite: str = "raise"

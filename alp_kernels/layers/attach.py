@@ -27,12 +27,12 @@ from .rows import MAX_RANK
 
 def attach(
     model: nn.Module,
-    sigma: float | Iterable[float] = 1e-2,
+    sigma: float | Iterable[float] | str = 1e-2,
     *,
     layers: str | Iterable[int] = "all",
     learnable: bool = True,
     seed: int = 0,
-    scale: str = "absolute",
+    scale: str = "rms",
     rounding: str = "nearest",
     sigma_bounds: tuple[float, float] | None = None,
     data_rank: int | None = None,
@@ -44,12 +44,13 @@ def attach(
 
     Args:
         model: any decoder with its layers in a ModuleList: Hugging Face models, PEFT- and FSDP2-wrapped ones, your own.
-        sigma: initial standard deviation of the noise, one value for all layers or one for each; > 0.
+        sigma: initial standard deviation of the noise, one value for all layers or one for each; > 0. "matched": the size of
+            the sampler's mismatch, which `match_sigma` measures on the first batch; the scope does not open before.
         layers: "all", indices of decoder layers (negative ones count from the end), "final" (the decoder's output) or
             "logits" (the model's output; with a fused head see `Perturbation.logit_noise`).
         learnable: whether log_sigma is a parameter. It belongs in its own group: `param_group(lr)`.
         seed: 64-bit seed of the noise. Use the same one on all ranks.
-        scale: "absolute", or "rms": sigma is in units of each row's root mean square.
+        scale: "rms": sigma is in units of each row's root mean square; or "absolute", as in the paper.
         rounding: "nearest" or "stochastic": how perturbed hidden states are rounded to a 16-bit dtype.
         sigma_bounds: (low, high); sigma is clamped to this range each time the scope opens.
         data_rank: data-parallel rank, which keeps row numbers distinct between ranks; by default torch.distributed's rank
@@ -91,7 +92,10 @@ def attach(
             f"attach: {found.path} of {type(model).__name__} holds a layer twice; the two runs cannot be told apart"
         )
     chosen = _choose(model, found.layers, found.parent, layers)
-    values = _sigmas(sigma, len(chosen))
+    is_matched = isinstance(sigma, str) and sigma == MATCHED
+    values = [_PROBED] * len(chosen) if is_matched else _sigmas(sigma, len(chosen))
+    if is_matched and sigma_bounds is not None:
+        refuse_value(where, "sigma_bounds", sigma_bounds, "None with sigma='matched'")
     if sigma_bounds is not None and not all(sigma_bounds[0] <= value <= sigma_bounds[1] for value in values):
         refuse_value(where, "sigma", sigma, f"numbers within sigma_bounds={sigma_bounds}")
     device = next(found.layers[0].parameters()).device
@@ -107,9 +111,14 @@ def attach(
         data_rank=data_rank,
         engine=engine,
         capturable=capturable,
+        needs_match=is_matched,
     )
     attached[found.parent] = weakref.ref(handle)
     return handle
+
+
+MATCHED = "matched"
+_PROBED = 1e-2  # where `match_sigma` begins
 
 
 def detach(model: nn.Module, path: str | None = None) -> None:
@@ -137,7 +146,7 @@ def _check_bounds(bounds: Any) -> None:
 
 def _sigmas(sigma: Any, count: int) -> list[float]:
     """Return sigma as one float for each of `count` layers."""
-    fits = "a number > 0, or one for each layer (for no noise, do not open the scope)"
+    fits = "a number > 0, one for each layer, or 'matched' (for no noise, do not open the scope)"
     if isinstance(sigma, Tensor) and sigma.is_meta:
         refuse_value("attach", "sigma", sigma, f"{fits}; this one is on the meta device and holds no values")
     if isinstance(sigma, Tensor | np.ndarray):

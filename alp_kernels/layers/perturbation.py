@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,12 @@ from .realised import Realised
 from .rows import Rows
 
 logger = logging.getLogger("alp_kernels")
+
+Noise: TypeAlias = Callable[..., AbstractContextManager["Perturbation"]]
+"""Opens the scope around one forward: takes row_ids, as `Perturbation.perturbed` does, or nothing."""
+
+_PROBE = 1 << 31
+"""The bit of a step's number that `probing` sets, above the steps of any update."""
 
 attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Perturbation]] = weakref.WeakKeyDictionary()
 """Each perturbed decoder's handle. With it `attach` refuses a perturbed decoder, whichever module wraps it."""
@@ -54,6 +60,7 @@ class Perturbation(nn.Module):
         data_rank: int | None,
         engine: str | None,
         capturable: bool,
+        needs_match: bool,
     ) -> None:
         super().__init__()
         if learnable:
@@ -63,6 +70,7 @@ class Perturbation(nn.Module):
         self.layers = tuple(layers)
         self.seed, self.scale, self.rounding = seed, scale, rounding
         self.sigma_bounds, self.engine = sigma_bounds, engine
+        self.needs_match = needs_match
         self._parent = weakref.ref(parent)
         self._rows, self._realised = Rows(data_rank), Realised()
         self.forwards = Forwards(self, self._rows, self._realised, capturable=capturable)
@@ -85,6 +93,11 @@ class Perturbation(nn.Module):
     @property
     def is_attached(self) -> bool:
         return bool(self._removables)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a scope is open: `perturbed` or `probing`."""
+        return self.forwards.scope.is_open
 
     @property
     def capturable(self) -> bool:
@@ -139,6 +152,42 @@ class Perturbation(nn.Module):
         """
         step = check_integer("perturbed", "step", step, 0, MAX_STEP)
         check_row_ids("perturbed", row_ids)
+        if self.needs_match:
+            raise RuntimeError(
+                "perturbed: sigma='matched' is not known yet; call match_sigma(handle, score, rollout_logp, mask, ...) on the first "
+                "batch, before its update"
+            )
+        with self._open(step, row_ids):
+            yield self
+
+    @contextmanager
+    def probing(self, only: int | None = None) -> Iterator[Noise]:
+        """Yield a function that opens the scope for forwards that measure the noise: `with noise(row_ids): ...`.
+
+        No update uses their noise, and they use none of an update's: their step is 2^31 above the last update's, and the
+        numbers of the update's rows and `realised` stay as they are. Scopes of one `probing` continue the row numbers.
+        only: position in `layers` of the one layer that gets noise; None: all.
+        """
+        step = max(self._rows.step, 0) | _PROBE
+
+        @contextmanager
+        def noise(row_ids: Tensor | None = None) -> Iterator[Perturbation]:
+            check_row_ids("noise", row_ids)
+            with self._open(step, row_ids):
+                own = self.log_sigma.data
+                if only is not None:
+                    self.log_sigma.data = torch.full_like(own, -math.inf)
+                    self.log_sigma.data[only] = own[only]
+                try:
+                    yield self
+                finally:
+                    self.log_sigma.data = own
+
+        with self._rows.aside(), self._realised.aside():
+            yield noise
+
+    @contextmanager
+    def _open(self, step: int, row_ids: Tensor | None) -> Iterator[None]:
         forwards, rows = self.forwards, self._rows
         if forwards.scope.is_open:
             raise RuntimeError("perturbed: this scope is already open; scopes do not nest")
@@ -158,7 +207,7 @@ class Perturbation(nn.Module):
             rows.write(self.log_sigma.device, is_new)
         forwards.open(row_ids)
         try:
-            yield self
+            yield
         finally:
             forwards.close()
         if forwards.scope.num_perturbed == 0 and not rows.was_replayed():
@@ -255,7 +304,7 @@ class Perturbation(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         of_noise = {"layers": list(self.layers), "scale": self.scale, "rounding": self.rounding}
-        return {"seed": self.seed} | self._rows.state() | of_noise
+        return {"seed": self.seed, "needs_match": self.needs_match} | self._rows.state() | of_noise
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """Check the whole state before any of it is loaded."""
@@ -276,12 +325,13 @@ class Perturbation(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         numbers = self._read(state)
         self.seed = numbers["seed"]
+        self.needs_match = bool(state.get("needs_match", False))
         self._rows.load(numbers)
 
     def _read(self, state: dict[str, Any]) -> dict[str, int]:
         """Return the numbers of an extra state; raise if it is not one of this perturbation's."""
         where = "load_state_dict"
-        needed = self.get_extra_state().keys()
+        needed = self.get_extra_state().keys() - {"needs_match"}  # states of versions before it have none
         if not isinstance(state, dict) or (missing := sorted(needed - state.keys())):
             lacks = f"a state without {', '.join(missing)}" if isinstance(state, dict) else f"a {type(state).__name__}"
             raise ValueError(f"{where}: {lacks} is no perturbation's; it needs what state_dict() of a handle returns")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -40,6 +42,15 @@ class Realised:
         num_channels = hidden.shape[-1]
         sums = engine.measure(hidden.contiguous(), u, min(hidden.numel() // num_channels, _MEASURED_ROWS))
         self._measured[position] = _Measured(sums, num_channels, sigma)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Measure other forwards in between."""
+        kept, self._measured = self._measured, {}
+        try:
+            yield
+        finally:
+            self._measured = kept
 
     def report(self, layers: tuple[int, ...], scale: str) -> dict[str, list[float]]:
         """Return what `Perturbation.realised` returns, and warn as it documents."""

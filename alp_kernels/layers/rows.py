@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -56,6 +59,21 @@ class Rows:
                 self.position[1] += num_rows
         elif not has_ids:
             self._use(start, num_rows)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Number the rows of a step apart, then continue where the numbering was."""
+        kept = self.step, self.next, self.num_forwards
+        position = None if self.position is None else self.position.clone()
+        try:
+            yield
+        finally:
+            self.step, self.next, self.num_forwards = kept
+            if position is None:
+                self.position = None
+            else:  # graphs read this tensor
+                assert self.position is not None
+                self.position.copy_(position)
 
     # -------------------------------------------------------------- on the device
 

@@ -24,6 +24,7 @@ FLOORS = {
         {"engine"},
         {"noise"},
         {"loss", "layers"},
+        {"sigma"},
         {""},  # alp_kernels itself: what users import
         {"integrations"},
     ],
