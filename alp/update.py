@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alp_kernels import Head, LossOutput, Perturbation, Sampled, Stats, attach, fused_alp_loss, linear_logprob, match_sigma, stream
+from alp_kernels import (
+    Head,
+    LossOutput,
+    Perturbation,
+    Sampled,
+    Stats,
+    attach,
+    fused_alp_loss,
+    linear_logprob,
+    match_sigma,
+    stream,
+)
 from alp_kernels.integrations.hugging_face import output_head
 from alp_kernels.layers.perturbation import Noise
 

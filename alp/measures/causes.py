@@ -42,7 +42,8 @@ def diagnose(
     finally:
         _load(updater, current)
     completions = experience.completions
-    noisy, report = now, {}
+    noisy = now
+    report: dict[str, float] = {}
     if handle is not None:
         parts = []
         with record_routing(model) as routed:

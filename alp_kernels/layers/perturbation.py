@@ -26,7 +26,7 @@ from .rows import Rows
 
 logger = logging.getLogger("alp_kernels")
 
-Noise: TypeAlias = Callable[..., AbstractContextManager["Perturbation"]]
+Noise: TypeAlias = Callable[..., AbstractContextManager[Any]]
 """Opens the scope around one forward: takes row_ids, as `Perturbation.perturbed` does, or nothing."""
 
 _PROBE = 1 << 31
@@ -154,8 +154,8 @@ class Perturbation(nn.Module):
         check_row_ids("perturbed", row_ids)
         if self.needs_match:
             raise RuntimeError(
-                "perturbed: sigma='matched' is not known yet; call match_sigma(handle, score, rollout_logp, mask, ...) on the first "
-                "batch, before its update"
+                "perturbed: sigma='matched' is not known yet; call match_sigma(handle, score, rollout_logp, mask, ...) on the "
+                "first batch, before its update"
             )
         with self._open(step, row_ids):
             yield self

@@ -180,9 +180,7 @@ class NoiseShift:
         return None
 
     def _stats(self) -> dict[str | int, Stats]:
-        found: dict[str | int, Stats] = {
-            name: stats for name in _CAUSES if (stats := getattr(self, name)) is not None
-        }
+        found: dict[str | int, Stats] = {name: stats for name in _CAUSES if (stats := getattr(self, name)) is not None}
         return found | self.by_layer
 
     def _with(self, stats: dict[str | int, Stats]) -> NoiseShift:
