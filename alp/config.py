@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 import urllib.parse
@@ -265,6 +266,9 @@ class TrainConfig:
             raise UserError(
                 f"name={self.name!r}; it needs a folder name without slashes; --runs sets the parent folder"
             )
+        server, is_vllm = rollout.server, rollout.path == "vllm"
+        server_fits = server is None or (is_vllm and re.fullmatch("https?://[^@]*", server) is not None)
+        heads_fit = model.num_heads >= 1 and model.hidden_size % (2 * model.num_heads) == 0
         minibatch_fits = update.minibatches >= 1 and rollout.prompts % update.minibatches == 0
         claims: list[tuple[str, Any, bool, str]] = [
             ("steps", self.steps, self.steps >= 0, "0 or more"),
@@ -274,12 +278,7 @@ class TrainConfig:
             ("eval_every", self.eval_every, self.eval_every >= 0, "0 or more"),
             ("checkpoint_every", self.checkpoint_every, self.checkpoint_every >= 1, "1 or more"),
             ("compute_dtype", self.compute_dtype, not self.compute_dtype or self.parallel == "fsdp", "parallel='fsdp'"),
-            (
-                "parallel",
-                self.parallel,
-                self.parallel == "data" or rollout.path != "vllm",
-                "data for rollout.path='vllm'",
-            ),
+            ("parallel", self.parallel, self.parallel == "data" or not is_vllm, "data for rollout.path='vllm'"),
             ("rollout.bits", rollout.bits, 2 <= rollout.bits <= 8, "2 to 8"),
             ("rollout.lag", rollout.lag, rollout.lag >= 0, "0 or more"),
             ("rollout.prompts", rollout.prompts, rollout.prompts >= 1, "1 or more"),
@@ -291,19 +290,14 @@ class TrainConfig:
             (
                 "rollout.top_k",
                 rollout.top_k,
-                rollout.top_k > 0 or not kept or rollout.path != "vllm",
+                rollout.top_k > 0 or not kept or not is_vllm,
                 f"1 or more with rollout.path='vllm' and {kept}: vLLM returns the tokens it kept only if top_k bounds them",
             ),
             ("rollout.chunk", rollout.chunk, rollout.chunk >= 1, "1 or more"),
-            (
-                "rollout.max_new_tokens",
-                rollout.max_new_tokens,
-                rollout.max_new_tokens is None or rollout.max_new_tokens >= 1,
-                "1 or more",
-            ),
+            ("rollout.max_new_tokens", rollout.max_new_tokens, is_count(rollout.max_new_tokens), "1 or more"),
             ("update.lr", update.lr, update.lr > 0, "a number > 0"),
             ("update.minibatches", update.minibatches, minibatch_fits, "a divisor of rollout.prompts"),
-            ("update.micro_batch", update.micro_batch, (update.micro_batch or 1) >= 1, "1 or more"),
+            ("update.micro_batch", update.micro_batch, is_count(update.micro_batch), "1 or more"),
             (
                 "update.backward",
                 update.backward,
@@ -322,42 +316,22 @@ class TrainConfig:
             ("update.clip_low", update.clip_low, 0 <= (update.clip_low or 0) <= 1, "a number in [0, 1]"),
             ("update.clip_high", update.clip_high, (update.clip_high or 0) >= 0, "0 or more"),
             ("update.dual_clip", update.dual_clip, update.dual_clip is None or update.dual_clip > 1, "a number > 1"),
-            (
-                "update.sigma",
-                update.sigma,
-                isinstance(update.sigma, str) or update.sigma > 0,
-                "a number > 0, or matched (bypass-* are the methods without noise)",
-            ),
+            ("update.sigma", update.sigma, update.sigma == "matched" or update.sigma > 0, "a number > 0, or matched"),
             ("update.sigma_lr", update.sigma_lr, update.sigma_lr >= 0, "0 or more (0: sigma stays fixed)"),
-            ("model.lora", model.lora, model.lora is None or model.lora >= 1, "1 or more"),
-            (
-                "model.lora",
-                model.lora,
-                model.lora is None or not model.is_tiny,
-                "a model.path: adapters need a base",
-            ),
+            ("model.lora", model.lora, is_count(model.lora), "1 or more"),
+            ("model.lora", model.lora, not (model.lora and model.is_tiny), "a model.path: adapters need a base"),
             (
                 "model.dtype",
                 model.dtype,
                 model.attn_implementation != "flash_attention_2" or model.dtype == "bfloat16",
                 "bfloat16 with model.attn_implementation=flash_attention_2",
             ),
-            (
-                "rollout.server",
-                rollout.server,
-                rollout.server is None
-                or (
-                    rollout.path == "vllm"
-                    and rollout.server.startswith(("http://", "https://"))
-                    and "@" not in rollout.server
-                ),
-                "http://HOST:PORT without a password, and rollout.path vllm",
-            ),
+            ("rollout.server", server, server_fits, "http://HOST:PORT without a password, and rollout.path vllm"),
             ("tools.max_turns", tools.max_turns, (tools.max_turns or 0) >= 0, "0 or more"),
             ("tools.url", tools.url, _is_service(tools), "http(s)://HOST..., without a password, and tools.tool=http"),
             ("tools.timeout", tools.timeout, 0 < tools.timeout <= 600, "a number in (0, 600]"),
             ("tools.memory_mib", tools.memory_mib, tools.memory_mib >= 16, "16 or more"),
-            ("tools.workers", tools.workers, tools.workers is None or tools.workers >= 1, "1 or more"),
+            ("tools.workers", tools.workers, is_count(tools.workers), "1 or more"),
             ("tools.observation_tokens", tools.observation_tokens, tools.observation_tokens >= 8, "8 or more"),
             ("warmup.accuracy", warmup.accuracy, 0 <= warmup.accuracy <= 1, "a number in [0, 1]"),
             ("warmup.max_steps", warmup.max_steps, warmup.max_steps >= 1, "1 or more"),
@@ -365,12 +339,7 @@ class TrainConfig:
             ("warmup.batch", warmup.batch, warmup.batch >= 1, "1 or more"),
             ("warmup.lr", warmup.lr, warmup.lr > 0, "a number > 0"),
             ("model.num_layers", model.num_layers, model.num_layers >= 1, "1 or more"),
-            (
-                "model.hidden_size",
-                model.hidden_size,
-                model.num_heads >= 1 and model.hidden_size % (2 * model.num_heads) == 0,
-                "an even multiple of model.num_heads",
-            ),
+            ("model.hidden_size", model.hidden_size, heads_fit, "an even multiple of model.num_heads"),
         ]
         for name, value, holds, fits in claims:
             if not holds:
@@ -400,6 +369,11 @@ class TrainConfig:
             raise UserError(f"{path} is not the config.json of a run: {error}") from None
         assert isinstance(config, TrainConfig)
         return config
+
+
+def is_count(value: int | None) -> bool:
+    """Whether an option is 1 or more, or not given."""
+    return value is None or value >= 1
 
 
 def check_floats(config: Any, group: str = "") -> None:

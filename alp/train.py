@@ -43,7 +43,7 @@ from .runs.progress import Reporter, in_short, outcome
 from .runs.signals import Stopped, StopRequest
 from .runs.state import put_state, take_state
 from .tasks.task import Problem, Score, Task, new_tokens
-from .update import Experience, StepResult, Updater, score_clean
+from .update import Experience, StepResult, Updater
 
 
 class Clock:
@@ -152,8 +152,7 @@ class Trainer:
             old_logp=None,
         )
         if self.updater.method.needs_old_logp or config.measure_clean or config.measure_step_kl:
-            old_logp = score_clean(self.policy.model, experience, config.rollout.temperature, config.update.micro_batch)
-            experience = dataclasses.replace(experience, old_logp=old_logp)
+            experience = dataclasses.replace(experience, old_logp=self.updater.logp(experience))
         return experience
 
     def update(self, experience: Experience) -> list[StepResult]:
@@ -169,9 +168,7 @@ class Trainer:
         """Every `diagnose_every` steps, measure mismatch, staleness and perturbation shift separately."""
         if not self.diagnoses_now:
             return {}
-        return diagnose(
-            self.updater, self.sampler.weights, experience, self.num_steps, self.config.update.micro_batch, self.world
-        )
+        return diagnose(self.updater, self.sampler.weights, experience, self.world)
 
     def measure(self, experience: Experience) -> Metrics:
         """With `measure_clean`, compare the unperturbed policy with the sampler at every step."""
@@ -182,9 +179,7 @@ class Trainer:
         if not self.config.measure_step_kl:
             return {}
         assert experience.old_logp is not None
-        after = score_clean(
-            self.policy.model, experience, self.config.rollout.temperature, self.config.update.micro_batch
-        )
+        after = self.updater.logp(experience)
         return {"step_kl": step_kl(experience.old_logp, after, experience.completions.mask, self.world)}
 
     @property

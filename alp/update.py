@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from alp_kernels import (
 )
 from alp_kernels.integrations.hugging_face import output_head
 from alp_kernels.layers.perturbation import Noise
+from alp_kernels.sigma.match import silence
 
 from .config import UpdateConfig, layers_of
 from .errors import Diverged, UserError
@@ -74,20 +76,21 @@ def row_ids(experience: Experience) -> Tensor:
 
 
 @torch.no_grad()
-def score_clean(model: PreTrainedModel, experience: Experience, temperature: float, micro_batch: int | None) -> Tensor:
-    """(B, T) log-probabilities of the completions' tokens under the unperturbed model, on the training path."""
-    logp = torch.cat([_forward_logp(model, part, temperature) for part in experience.split(micro_batch)])
+def training_logp(
+    model: PreTrainedModel, experience: Experience, temperature: float, micro_batch: int | None, noise: Noise = silence
+) -> Tensor:
+    """(B, T) log-probabilities of the completions' tokens on the training path, each forward inside `noise`."""
+    parts = []
+    for part in experience.split(micro_batch):
+        completions, keep = part.completions, part.completions.mask.shape[1]
+        with noise(row_ids(part)) as handle:
+            hidden = hidden_states(model, completions.tokens, completions.attention_mask, keep)
+            head = _head(model, completions)._replace(temperature=temperature)
+            if handle is not None and handle.layers == (stream.LOGITS_LAYER,):
+                head = head._replace(logit_noise=handle.logit_noise(completions.mask.numel(), row_ids(part)[:, -keep:]))
+            parts.append(linear_logprob(hidden, head, completions.targets, mask=completions.mask)[0])
     reshard(model)
-    return logp
-
-
-def _forward_logp(model: PreTrainedModel, part: Experience, temperature: float) -> Tensor:
-    completions = part.completions
-    keep = completions.mask.shape[1]
-    hidden = hidden_states(model, completions.tokens, completions.attention_mask, keep)
-    head = _head(model, completions)
-    logp, _ = linear_logprob(hidden, head, completions.targets, mask=completions.mask, temperature=temperature)
-    return logp
+    return torch.cat(parts)
 
 
 def _head(model: PreTrainedModel, completions: Completions) -> Head:
@@ -130,24 +133,19 @@ class Updater:
         """Turn the noise on, for methods that perturb."""
         return self.handle.perturbed(step, row_ids(experience)) if self.handle is not None else nullcontext()
 
+    def logp(self, experience: Experience, noise: Noise = silence) -> Tensor:
+        """`training_logp` of the trained model."""
+        return training_logp(self.model, experience, self.temperature, self.config.micro_batch, noise)
+
     def match(self, batch: Experience) -> None:
         """Set sigma="matched" on a run's first batch, before its update; a resumed run has it already."""
         if self.handle is None or not self.handle.needs_match:
             return
-        batch, size = batch.rows(slice(0, _MATCHED)), self.config.micro_batch
-        completions = batch.completions
-
-        def score(noise: Noise) -> Tensor:
-            parts = []
-            for part in batch.split(size or len(batch.advantages)):
-                with noise(row_ids(part)):
-                    parts.append(self.loss(0, part, 1.0, 1.0).logp)
-            reshard(self.model)
-            return torch.cat(parts)
-
-        objective, ends = self.method.objective, turn_ends(completions)
+        batch = batch.rows(slice(0, _MATCHED))
+        c, ends = batch.completions, turn_ends(batch.completions)
+        logp, objective = partial(self.logp, batch), self.method.objective
         try:
-            match_sigma(self.handle, score, completions.logp, completions.mask, objective=objective, turn_ends=ends)
+            match_sigma(self.handle, logp, c.logp, c.mask, objective=objective, turn_ends=ends)
         except ValueError as error:
             raise UserError(f"update.sigma='matched': {error}") from None
 
@@ -181,7 +179,7 @@ class Updater:
         hidden = hidden_states(self.model, completions.tokens, completions.attention_mask, keep)
         head = _head(self.model, completions)
         logit_noise, ids = None, row_ids(part)[:, -keep:]
-        if self.config.layers == "logits" and self.handle is not None and self.handle.is_open:
+        if self.config.layers == "logits" and self.handle is not None:
             logit_noise = self.handle.logit_noise(ids.numel(), ids)
         if self.config.backward == "sampled":
             head = head._replace(backward=Sampled(self.seed, step, self.config.threshold, ids))

@@ -29,7 +29,7 @@ from alp.rollout import Completions
 from alp.setup import make_sampler, make_task
 from alp.tasks.task import Problem, Score, SingleTurn
 from alp.train import Trainer
-from alp.update import Experience, Updater, score_clean
+from alp.update import Experience, Updater, training_logp
 from alp_kernels import Stats
 from alp_kernels.objective import PRESETS
 
@@ -99,7 +99,7 @@ def make_inputs(device: torch.device, case: StepCase) -> Inputs:
     )
     rewards = (torch.rand(case.prompts, case.samples, generator=generator) < 0.5).float()
     experience = Experience(completions, centre(rewards).flatten().to(device), torch.arange(num_rows).to(device), None)
-    logp = score_clean(policy.model, experience, 1.0, None) + 0.1 * torch.randn(mask.shape, generator=generator).to(
+    logp = training_logp(policy.model, experience, 1.0, None) + 0.1 * torch.randn(mask.shape, generator=generator).to(
         device
     )
     experience = dataclasses.replace(experience, completions=dataclasses.replace(completions, logp=logp))

@@ -17,44 +17,33 @@ from torch import Tensor
 from alp_kernels import NoiseShift, record_routing
 
 from ..policy.adapters import Weights, snapshot
-from ..ranks.shard import reshard
 from ..ranks.world import World
-from ..update import Experience, Updater, score_clean, turn_ends
-
-# Diagnostics draw noise that no update uses: the updates' step numbers stay below this bit
-_STEP_BIT = 1 << 31
+from ..update import Experience, Updater, turn_ends
 
 
 @torch.no_grad()
-def diagnose(
-    updater: Updater, sampled: Weights, experience: Experience, step: int, micro_batch: int | None, world: World
-) -> dict[str, float]:
+def diagnose(updater: Updater, sampled: Weights, experience: Experience, world: World) -> dict[str, float]:
     """Report each difference over all ranks, as `NoiseShift.summary` does; warn if sigma's size is off.
 
     sampled: the weights that sampled the experience. routing/...: fields of `RoutingChanges`, where the model has routers.
     """
-    model, temperature, old, handle = updater.model, updater.temperature, experience.old_logp, updater.handle
-    now = score_clean(model, experience, temperature, micro_batch) if old is None else old
+    model, old, handle = updater.model, experience.old_logp, updater.handle
+    now = updater.logp(experience) if old is None else old
     current = snapshot(model)
     _load(updater, sampled)
     try:
-        then = score_clean(model, experience, temperature, micro_batch)
+        then = updater.logp(experience)
     finally:
         _load(updater, current)
     completions = experience.completions
     noisy = now
     report: dict[str, float] = {}
     if handle is not None:
-        parts = []
-        with record_routing(model) as routed:
-            for part in experience.split(micro_batch):
-                with updater.perturbed(_STEP_BIT | step, part):
-                    parts.append(updater.loss(_STEP_BIT | step, part, 1.0, 1.0).logp)
-        reshard(model)
-        noisy = torch.cat(parts)
+        with record_routing(model) as routed, handle.probing() as noise:
+            noisy = updater.logp(experience, noise)
         if routed.experts:
             with record_routing(model) as clean:
-                score_clean(model, experience, temperature, micro_batch)
+                updater.logp(experience)
             num_prompt = completions.tokens.shape[1] - 1 - completions.mask.shape[1]
             found = clean.changes(routed, torch.nn.functional.pad(completions.mask, (num_prompt, 0)))
             assert found is not None

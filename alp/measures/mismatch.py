@@ -13,7 +13,7 @@ from ..config import RolloutConfig
 from ..policy.models import Policy
 from ..rollout import Request, Sampler, uniforms
 from ..tasks.task import Task
-from ..update import Experience, score_clean
+from ..update import Experience, training_logp
 
 _PROMPTS, _SAMPLES = 8, 4
 _STREAM = (1 << 32) - 2  # a batch number that neither training nor evaluation reaches
@@ -41,7 +41,7 @@ def measure_mismatch(
     experience = Experience(completions, torch.zeros(rows), torch.arange(rows), old_logp=None)
     was_training = policy.model.training
     policy.model.eval()
-    logp = score_clean(policy.model, experience, config.temperature, micro_batch)
+    logp = training_logp(policy.model, experience, config.temperature, micro_batch)
     policy.model.train(was_training)
     r = (logp - completions.logp)[completions.mask].double()
     return {

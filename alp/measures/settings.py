@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import check_floats
+from ..config import check_floats, is_count
 from ..errors import UserError
 
 
@@ -30,7 +30,7 @@ class EvalConfig:
             ("samples", self.samples >= 1, "1 or more"),
             ("temperature", self.temperature > 0, "a number > 0"),
             ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
-            ("max_new_tokens", (self.max_new_tokens or 1) >= 1, "1 or more"),
+            ("max_new_tokens", is_count(self.max_new_tokens), "1 or more"),
         ):
             if not holds:
                 raise UserError(f"{name}={getattr(self, name)!r}; it needs {fits}")

@@ -32,8 +32,8 @@ _STEP = math.log(1e4)  # largest change of log sigma in a round
 
 
 @contextmanager
-def _silence(row_ids: Tensor | None = None) -> Iterator[None]:
-    """What `score` gets in place of noise."""
+def silence(row_ids: Tensor | None = None) -> Iterator[None]:
+    """What a `Score` gets in place of noise."""
     yield
 
 
@@ -63,7 +63,7 @@ def measure_noise(
         given: cu_seqlens, sequence_ids or turn_ends, as in `policy_loss`.
     """
     check_flag("measure_noise", "by_layer", by_layer)
-    clean = score(_silence)
+    clean = score(silence)
     with handle.probing() as noise:
         perturbed = score(noise)
     shift = NoiseShift.of(perturbed, clean, rollout_logp, mask, objective=objective, old_logp=old_logp, **given)
@@ -106,7 +106,7 @@ def match_sigma(
         RuntimeError: the noise does not reach the log-probabilities, as where score runs another model.
     """
     live, where = mask.bool() & is_known(rollout_logp), "match_sigma"
-    clean = score(_silence)
+    clean = score(silence)
 
     def shift_of(only: int | None = None) -> NoiseShift:
         with handle.probing(only) as noise:

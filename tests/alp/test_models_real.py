@@ -30,7 +30,7 @@ from alp.sampling.in_process import InProcessSampler
 from alp.setup import make_task
 from alp.tasks.files import read_jsonl, read_problems, read_record
 from alp.tasks.math import verify
-from alp.update import Experience, Updater, score_clean
+from alp.update import Experience, Updater, training_logp
 from tests.support.compare import likely_order_bound
 from tests.support.tiny_models import CHAT, DROPS_SYSTEM, NO_SYSTEM, write_lines, write_llama, write_sums
 from tests.support.updates import step_gradients
@@ -238,10 +238,10 @@ def test_every_sampler_samples_from_the_adapted_model(folder: Path, path: Any, b
     prompts = [policy.encode_prompt(text) for text in ("1+2=", "12345*6=")]
     completions = sampler.sample(policy, Request(prompts, 3, 6, u=uniforms(6, 6, 0, 0)))
     rows = Experience(completions, torch.zeros(6), torch.arange(6), None)
-    clean = score_clean(policy.model, rows, 1.0, None)
+    clean = training_logp(policy.model, rows, 1.0, None)
     assert (clean - completions.logp)[completions.mask].abs().mean() < bound
     strip(base := load(folder, lora=4).model)
-    apart = score_clean(base, rows, 1.0, None)
+    apart = training_logp(base, rows, 1.0, None)
     assert (apart - completions.logp)[completions.mask].abs().mean() > 3 * bound, (
         "adapters that do nothing show nothing"
     )

@@ -29,7 +29,7 @@ from alp.sampling import vllm
 from alp.sampling.in_process import InProcessSampler
 from alp.setup import make_sampler, make_task
 from alp.tasks.task import Task
-from alp.update import Experience, score_clean
+from alp.update import Experience, training_logp
 from alp_kernels.integrations.hugging_face import output_head
 from tests.support.tiny_models import write_llama, write_sums
 
@@ -351,7 +351,7 @@ def test_a_server_returns_the_tokens_it_kept(policy: Policy, task: Task, server:
     assert out.support is not None and out.support.tokens.dtype == torch.int32
     assert torch.equal(out.support.counts > 0, out.mask.flatten()) and out.support.counts.max() <= 7
     experience = Experience(out, torch.zeros(12), torch.arange(12), None)
-    torch.testing.assert_close(score_clean(policy.model, experience, 0.7, 5)[out.mask], out.logp[out.mask], **CLOSE)
+    torch.testing.assert_close(training_logp(policy.model, experience, 0.7, 5)[out.mask], out.logp[out.mask], **CLOSE)
     fault = (scores(policy.model, out, 0.7) - out.logp)[out.mask].exp()
     assert fault.mean() < 0.9, "over the whole vocabulary"
     report = measured(sampler, policy, task, path="vllm", server=url, **TRUNCATED)
@@ -587,7 +587,9 @@ def test_vllm_in_this_process_is_asked_the_same(
     out = sampler.sample(policy, Request(prompts(policy), 2, 6, u=uniforms(6, 6, 0, 0), **truncation))
     assert (out.support is None) is (masks == "none")
     experience = Experience(out, torch.zeros(6), torch.arange(6), None)
-    torch.testing.assert_close(score_clean(policy.model, experience, 1.0, None)[out.mask], out.logp[out.mask], **CLOSE)
+    torch.testing.assert_close(
+        training_logp(policy.model, experience, 1.0, None)[out.mask], out.logp[out.mask], **CLOSE
+    )
     assert fake.calls == ["reset"]
 
 

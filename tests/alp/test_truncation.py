@@ -24,7 +24,7 @@ from alp.rollout import Completions, Request, sample, truncate, uniforms
 from alp.runs.files import read_metrics
 from alp.sampling.in_process import InProcessSampler
 from alp.setup import make_task
-from alp.update import Experience, score_clean
+from alp.update import Experience, training_logp
 from tests.support.runs import newest, without_times
 
 train = functools.partial(loop.train, with_plots=False)
@@ -178,7 +178,7 @@ def ratios(policy: Policy, completions: Completions, temperature: float = 1.0) -
     """Each sampled token's and each sequence's ratio of the training path to the sampler, in float64."""
     rows = len(completions.mask)
     experience = Experience(completions, torch.zeros(rows), torch.arange(rows), None)
-    logp = score_clean(policy.model, experience, temperature, 5)
+    logp = training_logp(policy.model, experience, temperature, 5)
     r = ((logp - completions.logp) * completions.mask).double()
     return r[completions.mask].exp(), r.sum(dim=1).exp()
 

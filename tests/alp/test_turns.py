@@ -31,7 +31,7 @@ from alp.tools.tool import STATUSES, Status, ToolResult
 from alp.tools.tool_task import INSTRUCTION, ToolTask
 from alp.tools.turns import LABEL, FenceStop, encode_observation, find_code, observe, sample_turns
 from alp.train import train
-from alp.update import Experience, Updater, last_token, row_ids, score_clean
+from alp.update import Experience, Updater, last_token, row_ids, training_logp
 from tests.support.tiny_models import SMALL
 from tests.support.updates import step_gradients
 
@@ -205,7 +205,7 @@ def test_scoring_a_sequence_again_gives_the_recorded_logp_at_each_sampled_token(
     assert (out.logp - expected)[out.mask].abs().max() < 2e-5
     assert (out.logp[~out.mask] == 0).all()
     experience = Experience(out, torch.zeros(len(out.logp)), torch.arange(len(out.logp)), None)
-    scored = score_clean(policy.model, experience, temperature, 17)
+    scored = training_logp(policy.model, experience, temperature, 17)
     assert (out.logp - scored)[out.mask].abs().max() < 2e-5
 
 
@@ -216,10 +216,10 @@ def test_the_support_of_a_turn_stays_with_its_tokens(changes: dict[str, Any]) ->
     assert out.support is not None and out.turns is not None and out.turns.figures["turns"].max() > 1
     assert torch.equal(out.support.counts > 0, out.mask.flatten()), "what was read has no support"
     experience = Experience(out, torch.zeros(len(out.logp)), torch.arange(len(out.logp)), None)
-    scored = score_clean(policy.model, experience, 1.0, 17)
+    scored = training_logp(policy.model, experience, 1.0, 17)
     assert (out.logp - scored)[out.mask].abs().max() < 2e-5
     whole = dataclasses.replace(experience, completions=dataclasses.replace(out, support=None))
-    assert (score_clean(policy.model, whole, 1.0, 17) - out.logp)[out.mask].exp().mean() < 0.98
+    assert (training_logp(policy.model, whole, 1.0, 17) - out.logp)[out.mask].exp().mean() < 0.98
     chunked = roll_out(policy, by=functools.partial(sample, chunk=16), **changes)
     assert chunked.support is not None and all(map(torch.equal, chunked.support, out.support))
 
@@ -345,7 +345,7 @@ def test_cum_turn_takes_the_ratio_at_each_turns_last_token() -> None:
     updater = updater_of(policy, "alp-cum-turn")
     with updater.perturbed(0, experience):
         loss = updater.loss(0, experience, float(out.mask.sum()), 16.0).loss
-    logp = score_clean(policy.model, experience, 1.0, None).double()
+    logp = training_logp(policy.model, experience, 1.0, None).double()
     method, total = updater.method.objective, 0.0
     for row in range(16):
         cumulative, pending, r = 0.0, 0, (logp - out.logp)[row].tolist()

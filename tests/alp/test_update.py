@@ -17,7 +17,7 @@ from alp.policy.models import Policy, hidden_states
 from alp.policy.tiny import make_tiny
 from alp.ranks.world import World
 from alp.rollout import Request, sample, uniforms
-from alp.update import Experience, Updater, last_token, score_clean
+from alp.update import Experience, Updater, last_token, training_logp
 from alp_kernels import record_routing
 from alp_kernels.integrations.hugging_face import output_head
 from alp_kernels.layers import routing
@@ -39,7 +39,7 @@ def make_experience(policy: Policy) -> Experience:
     completions = dataclasses.replace(completions, logp=(completions.logp + shift) * completions.mask)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
     experience = Experience(completions, advantages, torch.arange(6), old_logp=None)
-    return dataclasses.replace(experience, old_logp=score_clean(policy.model, experience, 1.0, None))
+    return dataclasses.replace(experience, old_logp=training_logp(policy.model, experience, 1.0, None))
 
 
 def make_updater(policy: Policy, config: UpdateConfig) -> Updater:
@@ -180,12 +180,13 @@ def test_diagnosis_tells_the_sources_apart_and_leaves_the_model_alone(policy: Po
     experience = make_experience(policy)
     updater = make_updater(policy, CALM)
     before = snapshot(policy.model)
-    same = diagnose(updater, before, experience, 5, None, updater.world)
+    same = diagnose(updater, before, experience, updater.world)
     assert same["staleness/mean_abs"] == 0 and same["mismatch/k3_kl"] == pytest.approx(same["clean/k3_kl"])
     assert same["perturbation/mean_abs"] > 0
     assert not any(key.startswith("routing/") for key in same)  # no mixture of experts
     older = {name: value * 1.05 for name, value in before.items()}
-    stale = diagnose(updater, older, experience, 5, 2, updater.world)
+    updater.config = dataclasses.replace(CALM, micro_batch=2)
+    stale = diagnose(updater, older, experience, updater.world)
     assert stale["staleness/mean_abs"] > 0 and stale["clean/k1_kl"] == pytest.approx(same["clean/k1_kl"])
     total = stale["mismatch/k1_kl"] + stale["staleness/k1_kl"]
     assert total == pytest.approx(stale["clean/k1_kl"], abs=1e-6)
@@ -219,12 +220,12 @@ def test_diagnosis_counts_the_tokens_whose_experts_change(policy: Policy) -> Non
     experience = make_experience(mixture)
     updater = make_updater(mixture, CALM)
     weights = snapshot(mixture.model)
-    report = diagnose(updater, weights, experience, 5, None, updater.world)
+    report = diagnose(updater, weights, experience, updater.world)
     c = experience.completions
     with torch.no_grad(), record_routing(mixture.model) as clean:
-        score_clean(mixture.model, experience, 1.0, None)
-    with torch.no_grad(), updater.perturbed(5 | 1 << 31, experience), record_routing(mixture.model) as noisy:
-        score_clean(mixture.model, experience, 1.0, None)
+        training_logp(mixture.model, experience, 1.0, None)
+    with updater.handle.probing() as noise, record_routing(mixture.model) as noisy:
+        training_logp(mixture.model, experience, 1.0, None, noise)
     width = c.tokens.shape[1] - 1
     rows = [b * width + width - c.mask.shape[1] + t for b, t in c.mask.nonzero().tolist()]
     differs = torch.stack(
@@ -234,10 +235,11 @@ def test_diagnosis_counts_the_tokens_whose_experts_change(policy: Policy) -> Non
     assert report["routing/tokens_changed_frac"] == pytest.approx(float(differs.any(0).double().mean()))
     assert 0 < report["routing/changed_frac"] <= report["routing/tokens_changed_frac"] < 1
     assert 0.5 < report["routing/overlap"] < 1
-    assert diagnose(updater, weights, experience, 5, 2, updater.world) == pytest.approx(report, rel=1e-4, abs=1e-7)
+    updater.config = dataclasses.replace(CALM, micro_batch=2)
+    assert diagnose(updater, weights, experience, updater.world) == pytest.approx(report, rel=1e-4, abs=1e-7)
     quiet = dataclasses.replace(CALM, sigma=1e-12, sigma_lr=0.0)
     still = make_updater(make_mixture(policy), quiet)
-    none = diagnose(still, snapshot(still.model), experience, 5, None, still.world)
+    none = diagnose(still, snapshot(still.model), experience, still.world)
     assert none["routing/tokens_changed_frac"] == 0 and none["routing/overlap"] == 1
 
 
@@ -246,8 +248,8 @@ def test_a_router_that_is_not_recognised_is_said_once(policy: Policy, caplog: py
     policy.model.config.num_experts = 4  # a dense model's
     experience = make_experience(policy)
     updater = make_updater(policy, CALM)
-    for step in (5, 6):
-        report = diagnose(updater, snapshot(policy.model), experience, step, None, updater.world)
+    for _ in range(2):
+        report = diagnose(updater, snapshot(policy.model), experience, updater.world)
         assert report["perturbation/mean_abs"] > 0 and "routing/overlap" not in report
     said = [record for record in caplog.records if "has 4 experts" in record.message]
     assert len(said) == 1

@@ -20,7 +20,7 @@ from alp.ranks.shard import PlainCopy, full, full_tree, shard, shard_like, shard
 from alp.ranks.world import World
 from alp.rollout import Completions
 from alp.sampling.in_process import InProcessSampler
-from alp.update import Experience, Updater, score_clean
+from alp.update import Experience, Updater, training_logp
 from alp_kernels import Support
 
 RANKS = 2
@@ -120,7 +120,7 @@ def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
     updater = Updater(model, config, temperature=0.8, seed=11, world=world)
     seen: list[Tensor] = []
     model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
-    clean = score_clean(model, experience, 0.8, None)
+    clean = training_logp(model, experience, 0.8, None)
     seen.clear()
     result = updater.step(STEP, experience)
     num_parts = -(-per_rank // (config.micro_batch or per_rank))
@@ -149,7 +149,7 @@ def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
             if case.compute_dtype is not None:
                 for p in plain.parameters():
                     p.data = p.data.to(case.compute_dtype)
-            out["clean_of_plain"] = score_clean(plain, experience, 0.8, None)
+            out["clean_of_plain"] = training_logp(plain, experience, 0.8, None)
         out["restored"] = restores(model, updater)
     return out
 
