@@ -88,7 +88,7 @@ def _typed(name: str, text: str) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    kinds = typing.get_args(kind) if typing.get_origin(kind) is types.UnionType else (kind,)
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     for one in kinds:
         if typing.get_origin(one) is typing.Literal and text in typing.get_args(one):
             return text

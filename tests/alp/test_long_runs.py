@@ -37,7 +37,7 @@ def config(runs: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(path=str(runs / "start")),
         rollout=RolloutConfig(prompts=4, samples=4, lag=1, max_new_tokens=4),
-        update=UpdateConfig(lr=1e-3, minibatches=2, micro_batch=3),
+        update=UpdateConfig(lr=1e-3, minibatches=2, micro_batch=3, sigma="matched"),
         **{"steps": STEPS, "eval_prompts": 8, "diagnose_every": 2, "device": "cpu", "runs": runs} | changes,
     )
 
@@ -79,6 +79,7 @@ def arguments(runs: Path, name: str, **more: str) -> list[str]:
         "rollout.lag": "1",
         "rollout.max-new-tokens": "4",
         "update.lr": "1e-3",
+        "update.sigma": "matched",
         "update.minibatches": "2",
         "update.micro-batch": "3",
         "steps": str(STEPS),

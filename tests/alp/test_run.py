@@ -92,6 +92,7 @@ def test_a_run_folder_holds_what_a_reader_needs(reference: Path) -> None:
     expected |= {"token_ratio/q99.9", "sequence_ratio/max", "clip_low_frac", "realised_noise", "chi2_token", "update_s"}
     assert all(expected <= m.keys() for m in metrics)
     assert {"mismatch/k3_kl", "staleness/k3_kl", "perturbation/k3_kl", "envelope"} <= metrics[0].keys()
+    assert {"perturbation/sequence_sd", "perturbation/outside_frac", "mismatch/sd"} <= metrics[0].keys()
     assert metrics[0]["staleness/k3_kl"] == 0 < metrics[4]["staleness/k3_kl"]
     assert all(0.9 < value < 1.1 for value in metrics[-1]["realised_noise"])
 
@@ -120,13 +121,16 @@ def test_a_killed_run_resumes_bit_for_bit(runs: Path, reference: Path) -> None:
         assert torch.equal(same, value) if isinstance(value, torch.Tensor) else same == value, name
 
 
-def test_a_run_with_a_sampled_backward_resumes_bit_for_bit(runs: Path) -> None:
-    config = small(runs, name="sampled", steps=4)
-    config = dataclasses.replace(
-        config, update=dataclasses.replace(config.update, backward="sampled", threshold=2.0**-4)
-    )
-    folder = train(config)
-    earlier = shutil.copytree(folder, runs / "sampled-earlier")
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("sampled", {"backward": "sampled", "threshold": 2.0**-4}), ("matched", {"sigma": "matched"})],
+)
+def test_a_run_with_an_option_of_the_update_resumes_bit_for_bit(
+    runs: Path, name: str, changes: dict[str, Any]
+) -> None:
+    config = small(runs, name=name, steps=4)
+    folder = train(dataclasses.replace(config, update=dataclasses.replace(config.update, **changes)))
+    earlier = shutil.copytree(folder, runs / f"{name}-earlier")
     (earlier / "checkpoints" / "00000004.pt").unlink()
     train(TrainConfig(), resume=earlier)
     assert without_times(earlier) == without_times(folder)

@@ -1,5 +1,6 @@
 """Problems and their verifiers: right, wrong and unparsed answers, and errors that name the line."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,19 @@ from tests.support.tiny_models import write_lines
 
 def test_chain_reads_left_to_right_and_writes_every_result() -> None:
     assert mod_chain.write_chain(7, [("+", 3), ("*", 4), ("-", 9)]) == "001"
+
+
+def test_a_spelled_chain_writes_every_operation() -> None:
+    steps = [("+", 3), ("*", 4), ("-", 9)]
+    assert mod_chain.write_chain(7, steps, spelled=True) == "7+3=00*4=00-9=1"
+    faulty = mod_chain.write_chain(7, steps, random.Random(0), 1.0, spelled=True)
+    assert [faulty[5 * i] for i in (1, 2)] == [faulty[5 * i - 1] for i in (1, 2)], "reads on from what was written"
+    task = make_task(TaskConfig(options=("num_steps=24", "spelled=True")), seed=0)
+    question, answer = task.demonstration(0, error=0.0)
+    problem = task.problem("train", 0)
+    assert len(question) == 50 and len(answer) == len(problem.answer) == 120
+    assert problem.score(problem.answer).correct and not problem.score(problem.answer[:-1]).parsed
+    assert not problem.score(problem.answer.replace("=", "+", 1)).parsed
 
 
 def test_chain_is_registered_beside_reasoning_gyms_own() -> None:

@@ -193,6 +193,38 @@ def test_diagnosis_tells_the_sources_apart_and_leaves_the_model_alone(policy: Po
     assert all(torch.equal(value, before[name]) for name, value in snapshot(policy.model).items())
 
 
+def test_matched_noise_has_the_size_of_the_mismatch_and_is_set_once(policy: Policy) -> None:
+    """Token level, so that every layer's shift and the whole can be computed by hand from two forwards each."""
+    experience, config = make_experience(policy), dataclasses.replace(CALM, sigma="matched", method="alp-token")
+    updater = make_updater(policy, config)
+    mask = experience.completions.mask
+    with pytest.raises(RuntimeError, match="sigma='matched' is not known yet"), updater.perturbed(0, experience):
+        pass
+    updater.match(experience)
+    mismatch = (experience.old_logp - experience.completions.logp)[mask].double().std(correction=0)
+    handle = updater.handle
+    assert handle is not None and len(handle.layers) == 2
+    shifts = []
+    for only in (None, 0, 1):
+        with handle.probing(only=only) as noise:
+            shifts.append((updater.logp(experience, noise) - experience.old_logp)[mask].double().std(correction=0))
+    whole, *by_layer = map(float, shifts)
+    assert whole == pytest.approx(float(mismatch), rel=0.021)
+    assert by_layer[0] == pytest.approx(by_layer[1], rel=0.1) and by_layer[0] < whole
+    sigma = handle.sigma.clone()
+    updater.match(dataclasses.replace(experience, completions=experience.completions))
+    assert torch.equal(handle.sigma, sigma)
+
+
+def test_there_must_be_a_mismatch_to_match(policy: Policy) -> None:
+    experience = make_experience(policy)
+    assert experience.old_logp is not None
+    own = dataclasses.replace(experience.completions, logp=experience.old_logp)
+    updater = make_updater(policy, dataclasses.replace(CALM, sigma="matched"))
+    with pytest.raises(UserError, match=r"update\.sigma='matched'.*no mismatch to match.*a number for sigma"):
+        updater.match(dataclasses.replace(experience, completions=own))
+
+
 def make_mixture(policy: Policy) -> Policy:
     """Two layers of four experts, two for each token, with the tokenizer of `policy`."""
     torch.manual_seed(3)

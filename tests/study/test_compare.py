@@ -229,6 +229,8 @@ def test_settings_take_values_of_the_fields_own_types() -> None:
     arms, _ = cross(ARMS, (), ("rollout.max_new_tokens=8,null", "task.path=a.jsonl", "update.scale=rms"))
     assert [changes["rollout.max_new_tokens"] for changes in arms.values()] == [8, None] * 2
     assert all(changes["task.path"] == Path("a.jsonl") for changes in arms.values())
+    sizes, _ = cross(ARMS, (), ("update.sigma=1e-3,matched",))
+    assert [changes["update.sigma"] for changes in sizes.values()] == [1e-3, "matched"] * 2
     for wrong in (
         "rollout.max_new_tokens=abc",
         "update.scale=row",

@@ -116,7 +116,7 @@ def one_step(case: Case, world: World, sharded: bool) -> dict[str, Any]:
     if sharded:
         shard(model, case.compute_dtype, world)
         sampler.restore([snapshot(model)])
-    config = dataclasses.replace(UpdateConfig(grad_clip=1e9, sigma=0.05, lr=1e-2), **case.update)
+    config = dataclasses.replace(UpdateConfig(grad_clip=1e9, sigma=0.05, scale="absolute", lr=1e-2), **case.update)
     updater = Updater(model, config, temperature=0.8, seed=11, world=world)
     seen: list[Tensor] = []
     model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
@@ -181,7 +181,7 @@ def accumulate(world: World) -> dict[str, Any]:
     experience = make_experience(case)
     if world.size > 1:
         shard(model, None, world)
-    updater = Updater(model, UpdateConfig(sigma=0.05), temperature=1.0, seed=11, world=world)
+    updater = Updater(model, UpdateConfig(sigma=0.05, scale="absolute"), temperature=1.0, seed=11, world=world)
     per_rank = NUM_ROWS // world.size
     mine = experience.rows(slice(world.rank * per_rank, (world.rank + 1) * per_rank))
     num_tokens = float(experience.completions.mask.sum())
