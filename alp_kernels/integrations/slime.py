@@ -3,7 +3,10 @@
     --loss-type custom_loss --custom-loss-function-path alp_kernels.integrations.slime.alp_sequence
     --custom-megatron-before-train-step-hook-path alp_kernels.integrations.slime.before_train_step
     --custom-megatron-before-log-prob-hook-path alp_kernels.integrations.slime.before_log_prob
-    --custom-config-path alp.yaml           # alp_sigma: 0.01   alp_sigma_lr: 5.0e-4
+    --custom-config-path alp.yaml           # alp_sigma: 0.01   alp_sigma_lr: 5.0e-4   alp_measure_every: 20
+
+The hooks see no batch, so no forward of ours can run. Clean log-probabilities are there without --use-rollout-logprobs: the
+trainer then scores the rollout before its first step, and the noise is measured against these.
 
 Where --rollout-top-p, --rollout-top-k or others truncate, both sides of the ratio must be over the tokens that were kept: as
 the trainer replays them, or else refused.
@@ -22,11 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.attach import attach
+from ..checks import check_integer, refuse_value
+from ..layers.attach import MATCHED, attach
 from ..layers.perturbation import Perturbation
 from ..loss.inputs import is_known
+from ..objective import Objective
+from ..sigma.shift import NoiseShift
 from ..stream import MAX_SEED
-from ._shared import aggregated_loss, average_gradient, check_noise, choose, from_text, require_noise
+from ._shared import aggregated_loss, average_gradient, check_noise, choose, from_text, require_noise, turn_ends
 from .truncation import check_sampling
 
 _LOSS_MODULES = (
@@ -34,6 +40,10 @@ _LOSS_MODULES = (
     "miles.backends.training_utils.loss",
     "miles.backends.training_utils.loss.objective",
 )
+
+_MEASURED = 8
+"""The most responses of a rank's micro-batch that one measurement takes."""
+_REPORTED = (*(f"perturbation/{name}" for name in ("sd", "sequence_sd", "outside_frac", "matched_factor")), "clean/sd")
 
 _NAMES = {"clip_low": "eps_clip", "clip_high": "eps_clip_high", "dual_clip": "eps_clip_c", "nonfinite": "alp_nonfinite"}
 
@@ -88,6 +98,10 @@ def loss_function(preset: str, args: Any, batch: Any, logits: Tensor, sum_of_sam
     }
     if choice.nonfinite == "mask":
         metrics["alp_nonfinite_frac"] = sum_of_sample_mean((~known).to(out.logp.dtype))
+    if (noise := next((each for each in _noise.values() if each.is_open), None)) is not None:
+        noise.measure(choice.objective, batch, logp)
+        for name, value in noise.reported.items():  # the same value from each token, through a mean
+            metrics[f"alp_{name.replace('/', '_')}"] = sum_of_sample_mean(torch.full_like(rollout_logp, value))
     return out.loss, metrics
 
 
@@ -158,8 +172,17 @@ class _Noise:
             )
         sigma, sigma_lr = (from_text(getattr(args, name, 0.0)) for name in ("alp_sigma", "alp_sigma_lr"))
         seed = getattr(args, "alp_seed", 0)
+        if isinstance(sigma, str) and sigma == MATCHED:
+            refuse_value(
+                "slime",
+                "alp_sigma",
+                sigma,
+                "a number > 0, since the hooks see no batch to match it on: begin with 0.01, leave --use-rollout-logprobs out, "
+                "and multiply alp_sigma by the alp_perturbation_matched_factor of the log",
+            )
         names = ("alp_sigma", "alp_sigma_lr", "alp_seed")
         check_noise("slime", sigma, sigma_lr, seed, names, max_seed=MAX_SEED // _CHUNKS - 1)
+        self.measure_every = check_integer("slime", "alp_measure_every", getattr(args, "alp_measure_every", 20), 0)
         self.sigma_lr = float(sigma_lr)
         if self.sigma_lr > 0 and getattr(args, "calculate_per_token_loss", False):
             raise ValueError(
@@ -174,6 +197,7 @@ class _Noise:
         if self.tensor_group is not None:  # sequence parallel: tensor-parallel ranks hold different rows
             data_rank = data_rank * mpu.get_tensor_model_parallel_world_size() + mpu.get_tensor_model_parallel_rank()
         stage = mpu.get_pipeline_model_parallel_rank()
+        self.is_first = data_rank == 0
         self.handles: list[Perturbation] = [
             attach(  # a seed for each chunk, since every chunk numbers its layers from 0
                 chunk,
@@ -186,6 +210,11 @@ class _Noise:
         ]
         self.scope = ExitStack()
         self.step = 0
+        self.keeps_old_actor = getattr(args, "keep_old_actor", False)
+        self.measured: int | None = None  # the step of the last measurement
+        self.is_due = False
+        self.shift: NoiseShift | None = None
+        self.reported: dict[str, float] = {}
         if self.sigma_lr > 0:
             self.optimizer = torch.optim.AdamW([handle.param_group(self.sigma_lr) for handle in self.handles])
             self._follow(optimizer)
@@ -206,14 +235,53 @@ class _Noise:
 
         optimizer.step = step_both
 
-    def on(self) -> None:
+    @property
+    def is_open(self) -> bool:
+        return self.handles[0].is_open
+
+    def on(self, step_id: int) -> None:
+        """Open the scope for an optimizer step, the step_id-th of its rollout."""
         self.off()
+        self._report()
+        has_passed = self.measured is None or self.step - self.measured >= self.measure_every
+        # after a rollout's first step, and with another actor, the batch's log_probs are of other weights than the update's
+        self.is_due = self.measure_every > 0 and step_id == 0 and has_passed and not self.keeps_old_actor
         for handle in self.handles:
             self.scope.enter_context(handle.perturbed(step=self.step))
         self.step += 1
 
     def off(self) -> None:
         self.scope.close()
+
+    def measure(self, objective: Objective, batch: Any, logp: list[Tensor]) -> None:
+        """Keep what the noise does to a micro-batch's first responses, if a measurement is due; logp: perturbed."""
+        if not self.is_due or not batch.get("log_probs"):
+            return
+        self.is_due, self.measured = False, self.step - 1
+        lengths = [len(each) for each in logp[:_MEASURED]]
+        one = torch.zeros(1, device=logp[0].device)  # a token off the mask, so that there is one
+
+        def first(values: Any) -> Tensor:
+            return torch.cat([*(each.detach().to(one) for each in values[:_MEASURED]), one])
+
+        mask = first(batch["loss_masks"]).bool()
+        self.shift = NoiseShift.of(
+            first(logp),
+            first(batch["log_probs"]),
+            first(batch["rollout_log_probs"]),
+            mask,
+            objective=objective,
+            cu_seqlens=torch.tensor([0, *itertools.accumulate([*filter(None, lengths), 1])]),
+            turn_ends=turn_ends(mask) if objective.level == "cum-turn" else None,
+        )
+
+    def _report(self) -> None:
+        """Reduce the last step's measurement, over the data-parallel ranks of the stage that has the loss."""
+        if self.shift is None:
+            return
+        shift, self.shift = self.shift.gather(self.group), None
+        summary = shift.report(self.handles[-1]) if self.is_first else shift.summary()
+        self.reported = {name: summary[name] for name in _REPORTED if name in summary}
 
 
 _noise: dict[int, _Noise] = {}
@@ -224,7 +292,7 @@ def before_train_step(args: Any, rollout_id: int, step_id: int, model: Any, opti
     key = id(model[0])
     if key not in _noise:
         _noise[key] = _Noise(args, model, optimizer)
-    _noise[key].on()
+    _noise[key].on(step_id)
 
 
 def before_log_prob(args: Any, model: Any, store_prefix: str) -> None:

@@ -10,6 +10,7 @@ import importlib.machinery
 import sys
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -22,7 +23,10 @@ import peft  # noqa: F401 (before the stand-ins: it asks what is installed)
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from alp_kernels import Objective, attach, match_sigma
 from alp_kernels.integrations import openrlhf as ours
+from alp_kernels.integrations._shared import turn_ends
+from alp_kernels.sigma.shift import level_sd
 
 STANDINS = ("aiohttp", "deepspeed", "fastapi", "flash_attn", "pylatexenc", "torchdata", "uvicorn", "vllm")
 
@@ -223,6 +227,7 @@ class Strategy:
             train=SimpleNamespace(max_epochs=1, dynamic_batch_enable=False, colocate_all=False, async_enable=False),
             ds=SimpleNamespace(packing_samples=False, tensor_parallel_size=1, param_dtype="bf16"),
             vllm=SimpleNamespace(sync_backend="gloo"),
+            ckpt=SimpleNamespace(path="no/such/folder", load_enable=False),
         )
         self.optimizer = torch.optim.SGD(actor.model.parameters(), lr=0.1)
         self.micro_batches = 0
@@ -240,6 +245,16 @@ class Strategy:
     def get_grad_norm(self, model):
         return 0.0
 
+    def is_rank_0(self):
+        return True
+
+    def save_ckpt(self, model, save_dir, tag, max_num=3, max_mem=1000, client_state=None, **options):
+        """As DeepSpeed's: a folder for the tag, and a file that names the latest one."""
+        folder = Path(save_dir, tag)
+        folder.mkdir(parents=True)
+        torch.save(model.state_dict(), folder / "model.pt")
+        Path(save_dir, "latest").write_text(tag)
+
 
 @pytest.fixture
 def actor_module(monkeypatch):
@@ -250,35 +265,192 @@ def actor_module(monkeypatch):
     monkeypatch.setattr(ppo_actor, "ActorPPOTrainer", ppo_actor.ActorPPOTrainer)
 
 
-def test_training_steps_alone_are_perturbed_and_sigma_steps_with_deepspeed(actor_module):
-    ours.install("alp-sequence", sigma=0.1, sigma_lr=0.05)
-    actor = Actor()
-    scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
-    trainer = ppo_actor.ActorPPOTrainer(Strategy(actor), actor, None, None, scheduler)
-    assert isinstance(trainer.actor_loss_fn, ours.ALPPolicyLoss)
+THEIRS = ppo_actor.ActorPPOTrainer
 
-    sequences = torch.arange(16).view(2, 8) % 16
-    mask = torch.ones(2, 4, dtype=torch.bool)
-    clean, _ = actor(sequences, mask)
+
+def make_trainer(actor, *, noise, preset="alp-sequence", load_from=None):
+    """OpenRLHF's trainer after `install`; load_from: the checkpoint that the model was loaded from."""
+    ppo_actor.ActorPPOTrainer = THEIRS  # as in a new process
+    ours.install(preset, **noise)
+    strategy = Strategy(actor)
+    if load_from is not None:
+        strategy.args.ckpt = SimpleNamespace(path=str(load_from), load_enable=True)
+    scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
+    return ppo_actor.ActorPPOTrainer(strategy, actor, None, None, scheduler)
+
+
+def make_experience(actor, B=2, T=8, mismatch=0.0, seed=0):
+    """Sequences of one rollout: half of each is the prompt. mismatch: standard deviation of the sampler's error, in nats."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = torch.randint(16, (B, T), generator=generator)
+    mask = torch.ones(B, T // 2, dtype=torch.bool)
+    mask[-1, -1] = False
+    old = actor(sequences, mask)[0].detach()
+    return Experience(
+        sequences=sequences,
+        attention_mask=torch.ones_like(sequences),
+        action_mask=mask,
+        action_log_probs=old,
+        rollout_log_probs=old + mismatch * torch.randn(old.shape, generator=generator),
+        advantages=torch.ones(B, T // 2),
+    )
+
+
+def train(trainer, experience, step):
+    """Run OpenRLHF's training_step of one micro-batch; two make an update. Returns its metrics."""
+    info = {"dp_size": 1, "batch_num_tokens": 8.0, "global_batch_size": 2.0}
+    status = trainer.training_step(experience, 0.0, step, info)
+    assert status["metrics"].keys() == status["weights"].keys()
+    return status["metrics"]
+
+
+def test_training_steps_alone_are_perturbed_and_sigma_steps_with_deepspeed(actor_module):
+    actor = Actor()
+    trainer = make_trainer(actor, noise={"sigma": 0.1, "sigma_lr": 0.05})
+    assert isinstance(trainer.actor_loss_fn, ours.ALPPolicyLoss)
+    experience = make_experience(actor)
+    clean = experience.action_log_probs
     sigmas = [trainer.alp.sigma]
     for step in range(2):
-        experience = Experience(
-            sequences=sequences,
-            attention_mask=torch.ones_like(sequences),
-            action_mask=mask,
-            action_log_probs=clean.detach(),
-            rollout_log_probs=clean.detach(),
-            advantages=torch.ones(2, 4),
-        )
-        info = {"dp_size": 1, "batch_num_tokens": 8.0, "global_batch_size": 2.0}
-        status = trainer.training_step(experience, 0.0, step, info)
-        assert status["metrics"]["ppo_kl"].abs() > 1e-4, "the ratio would be 1 without noise"
+        metrics = train(trainer, experience, step)
+        assert metrics["ppo_kl"].abs() > 1e-4, "the ratio would be 1 without noise"
         if step == 0:
-            assert torch.equal(actor(sequences, mask)[0], clean)
+            assert torch.equal(actor(experience.sequences, experience.action_mask)[0], clean)
         sigmas.append(trainer.alp.sigma)
     assert torch.equal(sigmas[0], sigmas[1]) and not torch.equal(sigmas[1], sigmas[2])
-    assert trainer.alp_updates == 1 and status["metrics"]["alp_sigma"] == trainer.alp.sigma.mean()
+    assert trainer.alp_updates == 1 and metrics["alp_sigma"] == trainer.alp.sigma.mean()
     assert not [name for name, _ in actor.model.named_parameters() if "sigma" in name]
+
+
+@pytest.mark.parametrize("preset", ["alp-token", "alp-sequence", "alp-cum-turn"])
+def test_sigma_is_matched_to_the_first_micro_batch_and_held(actor_module, preset):
+    actor, other = Actor(), Actor()
+    trainer = make_trainer(actor, preset=preset, noise={"sigma": "matched", "sigma_lr": 0.0, "seed": 3})
+    assert trainer.alp.needs_match
+    experience = make_experience(actor, B=70, mismatch=0.02)
+    train(trainer, experience, 0)
+    sigma = trainer.alp.sigma
+
+    by_hand = attach(other.model, "matched", learnable=False, seed=3)
+    first = [getattr(experience, name)[:64] for name in ("sequences", "action_mask", "rollout_log_probs")]
+
+    def score(noise):
+        with noise():
+            return other(*first[:2])[0]
+
+    objective = Objective.preset(preset, clip_low=0.5, clip_high=3.0, dual_clip=10.0)
+    turns = turn_ends(first[1]) if preset == "alp-cum-turn" else None
+    shift = match_sigma(by_hand, score, first[2], first[1], objective=objective, turn_ends=turns)
+    torch.testing.assert_close(sigma, by_hand.sigma)
+    assert level_sd(shift.perturbation) == pytest.approx(0.02, rel=0.15)
+    for step in range(1, 4):
+        train(trainer, make_experience(actor, mismatch=0.5, seed=step), step)
+    assert trainer.alp_updates == 2 and torch.equal(trainer.alp.sigma, sigma)
+
+
+def test_what_the_noise_does_is_measured_every_so_many_updates(actor_module):
+    """One clean forward of 8 sequences, before the first micro-batch of updates 0 and 2; values as by hand."""
+    actor = Actor()
+    trainer = make_trainer(actor, noise={"sigma": 0.05, "sigma_lr": 0.05, "measure_every": 2})
+    forwards = []
+
+    def see(module, inputs, given, output):
+        forwards.append((trainer.alp.is_open, module.training, output[0].detach()))
+
+    experiences = [make_experience(actor, B=10, mismatch=0.02, seed=seed) for seed in range(6)]
+    actor.register_forward_hook(see, with_kwargs=True)
+    logged = []
+    for step, experience in enumerate(experiences):
+        forwards.clear()
+        metrics = train(trainer, experience, step)
+        logged.append({name: value for name, value in metrics.items() if name.endswith(("_sd", "_frac", "_factor"))})
+        assert [is_open for is_open, *_ in forwards] == [False] * (step in (0, 4)) + [True], "clean, then perturbed"
+        if step in (0, 4):
+            (_, is_training, clean), (_, _, perturbed) = forwards
+            assert len(clean) == 8 and not is_training and actor.training
+            mask, rollout = experience.action_mask[:8], experience.rollout_log_probs[:8]
+            old, noise = experience.action_log_probs[:8], (perturbed[:8] - clean).double() * mask
+            ratio = noise.sum(1).exp()
+            by_hand = {
+                "alp_perturbation_sd": noise[mask].std(correction=0),
+                "alp_perturbation_sequence_sd": noise.sum(1).std(correction=0),
+                "alp_perturbation_outside_frac": ((ratio < 0.5) | (ratio > 4)).double().mean(),
+                "alp_perturbation_matched_factor": (old - rollout)[mask].std(correction=0)
+                / noise.sum(1).std(correction=0),
+                "alp_clean_sd": (clean - rollout)[mask].std(correction=0),
+                "alp_mismatch_sd": (old - rollout)[mask].std(correction=0),
+                "alp_staleness_sd": (clean - old)[mask].std(correction=0),
+            }
+            assert logged[-1] == pytest.approx(
+                {name: float(value) for name, value in by_hand.items()}, rel=1e-4, abs=1e-9
+            )
+        else:
+            assert logged[-1] == logged[-2], "held until the next measurement"
+    assert logged[0] != logged[-1] and logged[0]["alp_staleness_sd"] < 1e-6 < logged[-1]["alp_staleness_sd"]
+
+
+def test_nothing_is_measured_if_not_asked(actor_module):
+    actor = Actor()
+    trainer = make_trainer(actor, noise={"sigma": 0.05, "measure_every": 0})
+    experience = make_experience(actor)
+    forwards = []
+    actor.register_forward_hook(lambda *seen: forwards.append(seen))
+    metrics = train(trainer, experience, 0)
+    assert len(forwards) == 1 and [name for name in metrics if name.startswith("alp_")] == ["alp_sigma"]
+
+
+def test_noise_that_leaves_the_clip_range_is_said_once(actor_module, caplog):
+    actor = Actor()
+    actor.model.lm_head.weight.data *= 100  # an initial model's logits are near 0, whatever its hidden states
+    trainer = make_trainer(actor, noise={"sigma": 5.0, "measure_every": 1})
+    with caplog.at_level("WARNING", logger="alp_kernels"):
+        for step in range(4):
+            train(trainer, make_experience(actor, B=8, mismatch=0.02), step)
+    said = [record.message for record in caplog.records if "outside the clip range [0.5, 4]" in record.message]
+    assert len(said) == 1 and "sigma='matched'" in said[0]
+
+
+def test_a_resumed_run_continues_sigma(actor_module, tmp_path):
+    """As if it had never stopped: sigma, its optimizer and the number of updates; a matched sigma is not matched again."""
+    noise = {"sigma": "matched", "sigma_lr": 0.05, "measure_every": 0}
+    actor = Actor()
+    trainer = make_trainer(actor, noise=noise)
+    for step in range(4):
+        train(trainer, make_experience(actor, B=8, mismatch=0.02, seed=step), step)
+    trainer.strategy.save_ckpt(
+        actor.model, str(tmp_path / "_actor"), "global_step2", 3, 1000, {"a": 1}, metric_value=None
+    )
+    last = [make_experience(actor, B=8, mismatch=0.3, seed=step) for step in (4, 5)]
+    saved = trainer.alp.sigma
+
+    resumed = Actor()
+    resumed.model.load_state_dict(torch.load(tmp_path / "_actor" / "global_step2" / "model.pt"))
+    again = make_trainer(resumed, noise=noise, load_from=tmp_path)
+    assert torch.equal(again.alp.sigma, saved) and not again.alp.needs_match and again.alp_updates == 2
+    for each in (trainer, again):
+        for step, experience in enumerate(last):
+            train(each, experience, step)
+    assert torch.equal(again.alp.sigma, trainer.alp.sigma) and not torch.equal(again.alp.sigma, saved)
+    for one, two in zip(actor.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_checkpoint_without_sigma_is_said(actor_module, tmp_path, caplog):
+    (tmp_path / "_actor" / "old").mkdir(parents=True)
+    (tmp_path / "_actor" / "latest").write_text("old\n")
+    with caplog.at_level("WARNING", logger="alp_kernels"):
+        trainer = make_trainer(Actor(), noise={"sigma": 0.3}, load_from=tmp_path)
+    assert "sigma starts from install's argument" in caplog.text
+    torch.testing.assert_close(trainer.alp.sigma, torch.full((2,), 0.3))
+
+
+def test_sigma_is_not_matched_without_the_rollouts_log_probabilities(actor_module):
+    actor = Actor()
+    trainer = make_trainer(actor, noise={"sigma": "matched"})
+    experience = make_experience(actor)
+    experience.rollout_log_probs = None
+    with pytest.raises(ValueError, match=r"rollout_log_probs is None.*is_correction_level token"):
+        train(trainer, experience, 0)
 
 
 @pytest.mark.parametrize("preset", ["bypass-token", "alp-token"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from alp_kernels import Objective, attach, policy_loss
+from tests.support.pages import DOCS, blocks
 
 
 @pytest.fixture
@@ -662,15 +663,116 @@ def test_slime_passes_what_keeps_every_token(slime):
     slime.call(samples(), args=slime_args(**{f"rollout_{name}": value for name, value in neutral.items()}))
 
 
-def test_slimes_hooks_perturb_training_alone_and_step_sigma(module):
-    from alp_kernels.integrations import slime
-
+@pytest.fixture
+def megatron(module):
+    """Megatron's parallel state of one process, whose noise ends with the test."""
     module(
         "megatron.core.parallel_state",
         get_data_parallel_group=lambda with_context_parallel: None,
         get_data_parallel_rank=lambda with_context_parallel: 0,
         get_pipeline_model_parallel_rank=lambda: 0,
     )
+    from alp_kernels.integrations import slime
+
+    yield
+    for noise in slime._noise.values():
+        noise.off()
+        noise.handles[0].detach()
+    slime._noise.clear()  # its keys are ids, which later models may have
+
+
+def tokens_of(model, ids, mask):
+    """A batch of slime's: each row of ids is a prompt of 2 tokens and a response; its log-probabilities under the model."""
+    logp = model(ids).logits[:, 1:-1].log_softmax(-1).gather(2, ids[:, 2:, None]).squeeze(2)
+    return [(p, p.detach(), torch.ones(len(p)), m) for p, m in zip(logp, mask, strict=True)]
+
+
+@pytest.mark.parametrize("every", [3, 4])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("preset", ["alp-token", "alp-sequence", "alp-cum-turn"])
+def test_slime_measures_the_noise_against_its_own_log_probabilities(slime, megatron, preset, per_token, every):
+    """At the first step of a rollout these are of the same weights. Logged from the next step on, and held."""
+    from alp_kernels.integrations import slime as ours
+
+    model, generator = tiny_qwen(), torch.Generator().manual_seed(0)
+    model.lm_head.weight.data *= 30
+    args = slime_args(alp_measure_every=every, alp_sigma_lr=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    logged, shifts = [], []
+    for step in range(6):  # two steps a rollout
+        rollout_id, step_id = divmod(step, 2)
+        if step_id == 0:
+            ids, mask = torch.randint(16, (10, 8), generator=generator), torch.ones(10, 6, dtype=torch.bool)
+            mask[:, 2], mask[0] = False, False
+            ours.before_log_prob(args, [model], "")
+            clean = [s[1] for s in tokens_of(model, ids, mask)]
+            rollout = [p + 0.02 * torch.randn(p.shape, generator=generator) for p in clean]
+        ours.before_train_step(args, rollout_id, step_id, [model], optimizer, None)
+        batch = tokens_of(model, ids, mask)
+        for part in (slice(0, 9), slice(9, 10)):  # micro-batches
+            data = slime_batch(batch[part]) | {"log_probs": clean[part], "rollout_log_probs": rollout[part]}
+            metrics = slime.call(batch[part], preset, args=args, data=data, per_token=per_token)[1]
+            counts = mask[part].sum() if per_token else mask[part].any(1).sum()  # what slime divides the sums by
+            logged.append({name: (v / counts).item() for name, v in metrics.items() if name.startswith("alp_")})
+        live = mask[:8]
+        noise = (torch.stack([s[1] for s in batch[:8]]) - torch.stack(clean[:8])).double() * live
+        error = (torch.stack(clean[:8]) - torch.stack(rollout[:8]))[live].std(correction=0).item()
+        size, whole = noise[live].std(correction=0).item(), noise[1:].sum(1).std(correction=0).item()
+        shifts.append(
+            {"sd": size, "sequence_sd": whole, "matched_factor": error / (size if preset == "alp-token" else whole)}
+        )
+        shifts[-1] = {f"alp_perturbation_{name}": value for name, value in shifts[-1].items()} | {"alp_clean_sd": error}
+    assert logged[0] == logged[1] == {}
+    for step in range(1, 6):  # measured at steps 0 and 4; step 3 does not begin a rollout
+        outside = [each.pop("alp_perturbation_outside_frac") for each in logged[2 * step : 2 * step + 2]]
+        assert 0 <= outside[0] <= 1 and outside[1] == pytest.approx(outside[0])
+        for each in logged[2 * step : 2 * step + 2]:
+            assert each == pytest.approx(shifts[4 if step == 5 else 0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "of_batch"),
+    [({"alp_measure_every": 0}, {}), ({"keep_old_actor": True}, {}), ({}, {"log_probs": None})],
+    ids=["never", "another actor's", "none"],
+)
+def test_slime_measures_nothing_without_log_probabilities_of_the_same_weights(slime, megatron, change, of_batch):
+    from alp_kernels.integrations import slime as ours
+
+    model, ids = tiny_qwen(), torch.arange(8).view(1, 8)
+    args, optimizer = slime_args(alp_sigma_lr=0, **change), torch.optim.SGD(model.parameters(), lr=0.0)
+    for rollout_id in range(2):
+        ours.before_train_step(args, rollout_id, 0, [model], optimizer, None)
+        batch = tokens_of(model, ids, torch.ones(1, 6, dtype=torch.bool))
+        metrics = slime.call(batch, "alp-token", args=args, data=slime_batch(batch) | of_batch)[1]
+        assert set(metrics) == {"loss", "pg_clipfrac", "ppo_kl"}
+
+
+def test_slime_measures_a_micro_batch_without_tokens(slime, megatron):
+    from alp_kernels.integrations import slime as ours
+
+    model, ids = tiny_qwen(), torch.arange(8).view(1, 8)
+    args, optimizer = slime_args(alp_sigma_lr=0), torch.optim.SGD(model.parameters(), lr=0.0)
+    for rollout_id in range(2):
+        ours.before_train_step(args, rollout_id, 0, [model], optimizer, None)
+        model(ids)
+        empty = torch.zeros(0, requires_grad=True)
+        batch = [(empty, torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.bool))]
+        metrics = slime.call(batch, "alp-sequence", args=args)[1]
+        assert set(metrics) == {"loss", "pg_clipfrac", "ppo_kl"}
+
+
+def test_slime_cannot_match_sigma_and_says_what_to_do():
+    from alp_kernels.integrations import slime
+
+    with pytest.raises(
+        ValueError, match=r"alp_sigma='matched'; it needs a number > 0, .*alp_perturbation_matched_factor"
+    ):
+        slime.before_train_step(slime_args(alp_sigma="matched"), 0, 0, [object()], None, None)
+
+
+def test_slimes_hooks_perturb_training_alone_and_step_sigma(megatron):
+    from alp_kernels.integrations import slime
+
     model, ids = tiny_qwen(), torch.arange(6).view(2, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     clean = model(ids).logits
@@ -692,6 +794,101 @@ def test_slimes_hooks_perturb_training_alone_and_step_sigma(module):
         slime.before_train_step(slime_args(calculate_per_token_loss=True), 0, 0, [tiny_qwen()], optimizer, None)
 
 
+# ------------------------------------------------------------------ the recipes of docs/trainers.md
+
+
+def recipe():
+    """The functions of the page's blocks that begin with size_, in one namespace."""
+    space: dict = {}
+    for _, block in blocks(DOCS / "trainers.md", "python"):
+        if "def size_" in block:
+            exec(block, space)
+    return space
+
+
+def with_mismatch(logp, sd=0.02):
+    return logp + sd * torch.randn(logp.shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_recipe_for_nemo_rls_worker_matches_and_measures():
+    class Data(dict):
+        size = 12
+
+        def slice(self, start, end):
+            return {name: value[start:end] for name, value in self.items()}
+
+    model, ids = tiny_qwen(), torch.randint(16, (12, 8), generator=torch.Generator().manual_seed(0))
+
+    def get_logprobs(data):  # as the worker's: 0 for the first token
+        logp = model(data["ids"]).logits[:, :-1].log_softmax(-1).gather(2, data["ids"][:, 1:, None]).squeeze(2)
+        return {"logprobs": torch.nn.functional.pad(logp.detach(), (1, 0))}
+
+    data = Data(ids=ids, token_mask=torch.ones(12, 8), sample_mask=torch.ones(12))
+    data["token_mask"][:, :3] = 0
+    data["sample_mask"][5] = 0
+    data["generation_logprobs"] = with_mismatch(get_logprobs(data)["logprobs"])
+    loss_fn = Namespace(choice=Namespace(objective=Objective.preset("alp-sequence")))
+    with attach(model, "matched") as handle:
+        worker = Namespace(alp=handle, get_logprobs=get_logprobs, dp_mesh=Namespace(get_group=lambda: None))
+        size_noise = recipe()["size_nemo_noise"]
+        summary = size_noise(worker, data, loss_fn, 0)
+        assert not handle.needs_match and summary["perturbation/sequence_sd"] == pytest.approx(0.02, rel=0.2)
+        error = (get_logprobs(data)["logprobs"] - data["generation_logprobs"])[:, 3:][data["sample_mask"].bool()]
+        assert summary["clean/sd"] == pytest.approx(error.std(correction=0).item(), rel=1e-4)
+        sigma = handle.sigma
+        assert size_noise(worker, data, loss_fn, 1) == {} and size_noise(worker, data, loss_fn, 20)
+        assert torch.equal(handle.sigma, sigma)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_recipe_for_prime_rls_loop_matches_and_measures(fused):
+    model, generator = tiny_qwen(), torch.Generator().manual_seed(0)
+    lengths = [9, 7, 8]
+    input_ids = torch.randint(16, (1, sum(lengths)), generator=generator)
+    labels = torch.cat([input_ids[:, 1:], input_ids[:, :1]], 1)
+
+    def forward(model, input_ids, position_ids, *, labels, temperature, seq_lens):
+        logits = model(input_ids, position_ids=position_ids).logits
+        if not fused:
+            return {"logits": logits}
+        return {"logprobs": selective_log_softmax(logits / temperature.unsqueeze(-1), labels)}
+
+    def selective_log_softmax(logits, labels):
+        return logits.log_softmax(-1).gather(2, labels[..., None]).squeeze(2)
+
+    def shift_tensor_right(values):
+        return torch.nn.functional.pad(values, (1, 0))[:, :-1]
+
+    temperatures = torch.full((1, sum(lengths)), 0.7)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    clean = selective_log_softmax(model(input_ids, position_ids=positions).logits / 0.7, labels)
+    inference = with_mismatch(shift_tensor_right(clean.detach()))
+    loss_mask = positions > 2
+    space = recipe()
+    with attach(model, "matched") as handle:
+        space |= {
+            "forward": forward,
+            "model": model,
+            "input_ids": input_ids,
+            "position_ids": positions,
+            "labels": labels,
+            "temperatures": temperatures,
+            "seq_lens": torch.tensor(lengths),
+            "selective_log_softmax": selective_log_softmax,
+            "shift_tensor_right": shift_tensor_right,
+            "micro_batch": {"sequence_lengths": lengths},
+            "inference_logprobs": inference,
+            "loss_mask": loss_mask,
+            "handle": handle,
+            "progress": Namespace(step=20),
+            "dp_cp_group": None,
+        }
+        summary = space["size_prime_noise"]()
+        assert not handle.needs_match and summary["perturbation/matched_factor"] == pytest.approx(1, rel=0.2)
+        error = (shift_tensor_right(clean.detach()) - inference)[loss_mask].std(correction=0).item()
+        assert summary["clean/sd"] == pytest.approx(error, rel=1e-4)
+
+
 # ------------------------------------------------------------------ options
 
 NUMBERS_OF_CLIPS = [math.nan, math.inf, "0.2", True, [0.2], torch.tensor([0.2, 0.3]), None]
@@ -709,6 +906,7 @@ BAD_NOISE_OPTIONS = [
     *[("sigma", value) for value in (0, -1, math.nan, math.inf, "x", None, True, 1e-60, [0.1])],
     *[("sigma_lr", value) for value in (-1, math.nan, math.inf, "x", None, True)],
     *[("seed", value) for value in (1.5, -1, 1 << 64, "x", None, True)],
+    *[("measure_every", value) for value in (1.5, -1, "x", None, True)],
 ]
 
 
@@ -762,15 +960,9 @@ def test_a_flag_that_is_none_is_refused(value):
         openrlhf.ALPPolicyLoss("bypass-token", clip_low=0.5)
 
 
-def test_a_number_that_yaml_reads_as_text_is_one(module):
+def test_a_number_that_yaml_reads_as_text_is_one(megatron):
     from alp_kernels.integrations import slime
 
-    module(
-        "megatron.core.parallel_state",
-        get_data_parallel_group=lambda with_context_parallel: None,
-        get_data_parallel_rank=lambda with_context_parallel: 0,
-        get_pipeline_model_parallel_rank=lambda: 0,
-    )
     model = tiny_qwen()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     slime.before_train_step(slime_args(alp_sigma="1e-2", alp_sigma_lr="5e-4"), 0, 0, [model], optimizer, None)
@@ -778,8 +970,6 @@ def test_a_number_that_yaml_reads_as_text_is_one(module):
     torch.testing.assert_close(handle.sigma, torch.full((2,), 0.01))
     assert slime._noise[id(model)].optimizer.param_groups[0]["lr"] == 5e-4
     model(torch.zeros(1, 2, dtype=torch.int64))
-    slime.before_log_prob(slime_args(), [model], "")
-    handle.detach()
 
 
 def test_an_unknown_preset_is_named():
