@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_rate, check_size, refuse_value
+from ..layers.attach import MATCHED
 from ..layers.perturbation import Perturbation, attached
 from ..loss.policy import policy_loss
 from ..loss.stats import LossOutput, Stats
@@ -36,6 +37,17 @@ REPORTED = (
     *("clip_low_frac", "clip_high_frac", "dual_clip_frac", "k1_kl", "k3_kl", "ess_frac", "chi2_token", "chi2_sequence"),
 )
 """The statistics of `Stats.summary` that go to a trainer's log."""
+
+SHIFT_REPORTED = (
+    *(f"perturbation/{value}" for value in ("sd", "sequence_sd", "outside_frac", "matched_factor")),
+    *("clean/sd", "mismatch/sd", "staleness/sd"),
+)
+"""The values of `NoiseShift.summary` that go to a trainer's log, where they are there."""
+
+MEASURED_SEQUENCES = 8
+"""The most sequences of a rank that a trainer's `measure_every` takes."""
+MATCHED_SEQUENCES = 64
+"""The most sequences of a rank that sigma="matched" takes."""
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -83,9 +95,19 @@ def check_noise(
     max_seed: int = MAX_SEED,
 ) -> None:
     """Check the noise's options before a model is built; names: what the trainer's user calls them."""
-    check_size(where, names[0], sigma)
+    check_sigma(where, names[0], sigma)
     check_rate(where, names[1], sigma_lr)
     check_integer(where, names[2], seed, 0, max_seed)
+
+
+def check_sigma(where: str, name: str, sigma: Any, instead: str = "") -> None:
+    """Check a sigma that is a number or "matched"; instead: what to give for no noise."""
+    fits = f"a number > 0, or {MATCHED!r}{instead}"
+    if isinstance(sigma, str):
+        if sigma != MATCHED:
+            refuse_value(where, name, sigma, fits)
+        return
+    check_size(where, name, sigma, fits)
 
 
 def from_text(value: Any) -> Any:
