@@ -38,6 +38,17 @@ REPORTED = (
 )
 """The statistics of `Stats.summary` that go to a trainer's log."""
 
+SHIFT_REPORTED = (
+    *(f"perturbation/{value}" for value in ("sd", "sequence_sd", "outside_frac", "matched_factor")),
+    *("clean/sd", "mismatch/sd", "staleness/sd"),
+)
+"""The values of `NoiseShift.summary` that go to a trainer's log, where they are there."""
+
+MEASURED_SEQUENCES = 8
+"""The most sequences of a rank that a trainer's `measure_every` takes."""
+MATCHED_SEQUENCES = 64
+"""The most sequences of a rank that sigma="matched" takes."""
+
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -84,10 +95,19 @@ def check_noise(
     max_seed: int = MAX_SEED,
 ) -> None:
     """Check the noise's options before a model is built; names: what the trainer's user calls them."""
-    if not (isinstance(sigma, str) and sigma == MATCHED):
-        check_size(where, names[0], sigma, f"a number > 0, or {MATCHED!r}")
+    check_sigma(where, names[0], sigma)
     check_rate(where, names[1], sigma_lr)
     check_integer(where, names[2], seed, 0, max_seed)
+
+
+def check_sigma(where: str, name: str, sigma: Any, instead: str = "") -> None:
+    """Check a sigma that is a number or "matched"; instead: what to give for no noise."""
+    fits = f"a number > 0, or {MATCHED!r}{instead}"
+    if isinstance(sigma, str):
+        if sigma != MATCHED:
+            refuse_value(where, name, sigma, fits)
+        return
+    check_size(where, name, sigma, fits)
 
 
 def from_text(value: Any) -> Any:

@@ -22,10 +22,13 @@ from torch import Tensor
 
 from .. import Head, LossOutput, Objective, Sampled, Support, fused_alp_loss, linear_logprob, policy_loss
 from ..checks import check_choice, check_flag, check_integer, check_number, check_rate, check_size, refuse_value
+from ..layers.attach import MATCHED
+from ..layers.perturbation import Noise
 from ..loss.inputs import UNKNOWN, is_known
 from ..objective import LOG_RATIO_CLAMP, PRESETS, kl_estimate
+from ..sigma.match import silence
 from ..stream import NUM_PASSES, row_ids
-from ._shared import turn_ends
+from ._shared import MATCHED_SEQUENCES, MEASURED_SEQUENCES, turn_ends
 from .hugging_face import backbone, output_head
 from .trl_head import PolicyLossOutput, add_policy_loss_head
 from .trl_sigma import ALPOptions, SigmaMixin, check_cap, option
@@ -70,6 +73,12 @@ _MULTIMODAL = (
     "image_position_ids",
 )
 """The fields of a batch besides text, under the names that TRL's forward takes."""
+
+_BY_SEQUENCE = (
+    *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask"),
+    *("sample_ids", "sampling_per_token_logps", SAMPLING_MASK),
+)
+"""The fields that `_first` cuts."""
 
 
 @dataclass
@@ -232,6 +241,12 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
                 f"ALPGRPOTrainer: alp_objective={args.alp_objective!r} weights the loss by the rollout engine's "
                 "log-probabilities, but transformers' own generation reports none; it needs use_vllm=True or a rollout_func"
             )
+        if args.is_perturbed and args.alp_sigma == MATCHED and not has_engine:
+            raise ValueError(
+                "ALPGRPOTrainer: alp_sigma='matched' sets sigma by the mismatch between the rollout engine and the policy, but "
+                "transformers' own generation has none: the rollouts' log-probabilities are the policy's own; it needs "
+                "use_vllm=True, a rollout_func, or a number for alp_sigma"
+            )
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             self._check_server(self.vllm_generation.vllm_client.get_server_info())
         self.init_sigma(args)
@@ -348,29 +363,31 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             self._skips_old_forward = False
             return None, None, None
         if self._supports is not None:
-            model = functools.partial(self._over_support, model, iter(self._supports), logits_to_keep)
+            model = functools.partial(self._own_logp, model, logits_to_keep, supports=iter(self._supports))
         return super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **named
         )
 
-    def _over_support(self, model: Any, supports: Iterator[Support], length: int, **named: Any) -> Any:
-        """Call a model for the log-probabilities of its last `length` tokens over the next `supports`."""
+    def _own_logp(
+        self, model: Any, length: int, *, supports: Iterator[Support] | None = None, **named: Any
+    ) -> PolicyLossOutput:
+        """Call a model for the log-probabilities of its last `length` tokens, over the next `supports`, by our head."""
         named.pop("labels")
         targets = named["input_ids"][:, -length:]
-        of_chunk = [next(supports) for _ in targets]
+        of_chunk = None if supports is None else [next(supports) for _ in targets]
 
         def score(hidden: Tensor, head: Head) -> PolicyLossOutput:
-            support = batch_support(of_chunk, length, hidden.device)
+            head, mask = self._in_trls_dtype(head), named["attention_mask"][:, -length:]
+            if of_chunk is not None:
+                support = batch_support(of_chunk, length, hidden.device)
+                head, mask = head._replace(support=support), (support.counts > 0).view(targets.shape)
             logp, entropy = linear_logprob(
-                hidden[:, -length - 1 : -1],
-                self._in_trls_dtype(head)._replace(support=support),
-                targets,
-                mask=(support.counts > 0).view(targets.shape),
-                temperature=self.temperature,
+                hidden[:, -length - 1 : -1], head, targets, mask=mask, temperature=self.temperature
             )
             return PolicyLossOutput(log_probs=logp, entropy=entropy)
 
-        return model(**named, policy_loss_head=score)
+        output: PolicyLossOutput = model(**named, policy_loss_head=score)
+        return output
 
     def _check_sampled(self, batch: dict[str, Any]) -> None:
         """Raise if all rollout log-probabilities are NaN, inf or -9999, or if any is and alp_nonfinite is "raise".
@@ -406,11 +423,17 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
             "turn_ends": turn_ends(mask) if self.objective.level == "cum-turn" else None,
             "nonfinite": self.args.alp_nonfinite,
         } | self._counts(inputs, mask)
+        if self.must_match:
+            self._match()
+        few = _first(inputs, MEASURED_SEQUENCES)
+        clean = self._update_logp(few, silence) if self.must_measure else None
         with self.noise(functools.partial(self._row_ids, inputs)):
             if self.fuses_head:
                 out, loss = self._fused_loss(model, inputs, compute)
             else:
                 out, loss = self._logp_loss(model, inputs, compute)
+        if clean is not None:
+            self.keep_shift(out.logp[: len(clean)], clean, **_log_ratio_inputs(few, self.objective))
         self.keep_stats(out.stats)
         self._keep_terms(out, inputs, mask)
         if not self.in_update:
@@ -443,6 +466,32 @@ class ALPGRPOTrainer(SigmaMixin, GRPOTrainer):
 
         self._get_per_token_logps_and_entropies(forward, *_tokens(inputs), compute_entropy=True, **_multimodal(inputs))
         return outs[0], losses[0]
+
+    def _match(self) -> None:
+        """Set sigma on the first sequences of this rank's rollouts."""
+        parts, room = [], MATCHED_SEQUENCES
+        for batch in self._buffered_inputs:
+            parts.append(_first(batch, room))
+            room -= len(parts[-1]["completion_ids"])
+            if room == 0:
+                break
+
+        def score(noise: Noise) -> Tensor:
+            return torch.cat([self._update_logp(part, noise) for part in parts])
+
+        given = [_log_ratio_inputs(part, self.objective) for part in parts]
+        self.match(score, **{name: torch.cat([part[name] for part in given]) for name in given[0]})
+
+    def _update_logp(self, batch: dict[str, Any], noise: Noise) -> Tensor:
+        """Return the (B, T) log-probabilities of the completions as the update's head computes them, without gradients."""
+        length, model = batch["completion_ids"].shape[1], self.model
+        if self.fuses_head:
+            supports = iter(batch[SAMPLING_MASK]) if SAMPLING_MASK in batch else None
+            model = functools.partial(self._own_logp, model, length, supports=supports)
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with checkpointing, self.scoring(), noise(self._row_ids(batch)):
+            logp, _, _ = self._get_per_token_logps_and_entropies(model, *_tokens(batch), **_multimodal(batch))
+        return logp.float()
 
     def _in_trls_dtype(self, head: Head) -> Head:
         return head._replace(dtype=torch.float32) if self.args.cast_lm_head_to_fp32 else head
@@ -554,6 +603,18 @@ def _tokens(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     return ids, mask, batch["completion_ids"].shape[1]
+
+
+def _first(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    """The batch's first sequences; images stay whole, as TRL's forward takes those of the sequences that it gets."""
+    return batch | {name: batch[name][:count] for name in _BY_SEQUENCE if batch.get(name) is not None}
+
+
+def _log_ratio_inputs(batch: dict[str, Any], objective: Objective) -> dict[str, Tensor]:
+    """What the ratio takes beside the policy's log-probabilities, as arguments of `NoiseShift.of`."""
+    mask = _loss_mask(batch)
+    given = {"rollout_logp": batch["sampling_per_token_logps"], "mask": mask}
+    return given | ({"turn_ends": turn_ends(mask)} if objective.level == "cum-turn" else {})
 
 
 def _multimodal(batch: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .. import Objective, policy_loss
 from ..checks import refuse_value
+from ..layers.perturbation import Noise
 from ..loss.inputs import is_known
+from ..sigma.match import silence
 from .trl_sigma import ALPOptions, SigmaMixin
 from .trl_support import check_asynchronous, check_worker
 from .trl_versions import SAMPLE_VERSIONS, keep_versions
@@ -89,37 +91,54 @@ class ALPAsyncGRPOTrainer(SigmaMixin, AsyncGRPOTrainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         outputs: list[Any] = []
+        cleans: list[Tensor] = []
         sampled = inputs["old_log_probs"]  # TRL drops NaN from its metrics
         inputs = inputs | {"old_log_probs": torch.where(is_known(sampled), sampled, torch.nan)}
 
+        selected = inputs["token_index"] >= 0
+        index, segment = inputs["token_index"][selected], inputs["segment_id"][selected]
+        old_logp = inputs["old_log_probs"][selected]
+        mask = torch.ones_like(old_logp)
+        sequences: dict[str, Any] = {
+            "sequence_ids": segment,
+            "turn_ends": self._turn_ends(inputs, index, segment) if self.objective.level == "cum-turn" else None,
+        }
+
         def forward(**named: Any) -> Any:
-            outputs.append(model(**named))
+            def score(noise: Noise) -> Tensor:
+                with self.scoring(), noise():
+                    logp: Tensor = model(**named).log_probs.flatten()[index]
+                return logp.float()
+
+            if self.must_match:
+                self.match(score, old_logp, mask, **sequences)
+            if self.must_measure:
+                cleans.append(score(silence))
+            # samples can share a token, which is forwarded once: rows have no sample ids and are numbered in packed order
+            with self.noise(lambda: None):
+                outputs.append(model(**named))
             return outputs[0]
 
-        # samples can share a token, which is forwarded once, so rows have no sample ids and are numbered in packed order
-        with self.noise(lambda: None):
-            super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)  # for its accounting and metrics
+        super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)  # for its accounting and metrics
         for name, values in self._metrics["train"].items():
             if name.startswith("clip_ratio/"):  # of token ratios; `flush_stats` writes those of the objective's level
                 values.pop()
         [output] = outputs
-        selected = inputs["token_index"] >= 0
-        index, segment = inputs["token_index"][selected], inputs["segment_id"][selected]
         count = self.current_gradient_accumulation_steps
-        old_logp = inputs["old_log_probs"][selected]
         out = policy_loss(
             output.log_probs.flatten()[index].float(),
             old_logp,
             inputs["advantages"][selected],
-            torch.ones_like(old_logp),
+            mask,
             objective=self.objective,
             entropy=output.entropy.flatten()[index].float(),
-            sequence_ids=segment,
-            turn_ends=self._turn_ends(inputs, index, segment) if self.objective.level == "cum-turn" else None,
             # ranks' gradients are averaged, and micro-batches have equal weight, as in TRL's own loss
             num_tokens=inputs["global_n_tokens"][0] / self.accelerator.num_processes * count,
             nonfinite=self.args.alp_nonfinite,
+            **sequences,
         )
+        for clean in cleans:
+            self.keep_shift(out.logp, clean, old_logp, mask, **sequences)
         self.keep_stats(out.stats.with_versions(inputs[SAMPLE_VERSIONS][0][segment], self.policy_version))
         if self.aux_loss_enabled:
             return out.loss + self.router_aux_loss_coef * output.aux_loss / count

@@ -13,21 +13,28 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from .. import Objective, Perturbation, Stats, attach
-from ..checks import check_choice, check_integer, check_number, check_rate, check_size, refuse_type, refuse_value
+from .. import NoiseShift, Objective, Perturbation, Stats, attach, match_sigma
+from ..checks import check_choice, check_integer, check_number, check_rate, refuse_type, refuse_value
 from ..noise.perturb import ROUNDINGS, SCALES
+from ..sigma.match import Score
 from ..stream import FINAL_LAYER, MAX_SEED
+from ._shared import SHIFT_REPORTED, check_sigma, from_text
 from .trl_versions import age_metrics
 
 logger = logging.getLogger("alp_kernels")
 
 STATE_NAME = "alp.pt"
 """The file in a checkpoint that holds sigma."""
+
+if TYPE_CHECKING:
+    Sigma: TypeAlias = float | str
+else:
+    Sigma = str  # HfArgumentParser gives an option one type, and would read float | str as float
 
 
 def option(text: str, default: Any) -> Any:
@@ -53,7 +60,12 @@ class ALPOptions:
         "alp-sequence",
     )
     alp_dual_clip: float | None = option("Cap on the ratio for A < 0, > 1; None: the objective's (ALP: 10).", None)
-    alp_sigma: float = option("Initial standard deviation of the noise at every perturbed layer's input.", 1e-2)
+    alp_sigma: Sigma = option(  # noqa: RUF009
+        'Initial standard deviation of the noise at every perturbed layer\'s input; or "matched": set on the first batch, so '
+        "that the noise moves log-probabilities as far as the sampler's mismatch does. With L layers that takes up to 10 + 2 L "
+        "forwards of at most 64 sequences, once.",
+        1e-2,
+    )
     alp_sigma_learning_rate: float = option("Learning rate of log sigma, scaled by the scheduler; 0: fixed.", 5e-4)
     alp_layers: str = option('"all", "final" (the decoder\'s output) or layer numbers like "0,3".', "all")
     alp_path: str | None = option("Path of the decoder's list of layers, if it is not found automatically.", None)
@@ -63,6 +75,11 @@ class ALPOptions:
     alp_nonfinite: str = option(
         'If rollout log-probabilities are NaN, inf or -9999 (vLLM\'s placeholder): "mask" and count them, or "raise".',
         "mask",
+    )
+    alp_measure_every: int = option(
+        "Optimizer steps from one measurement of what the noise does to log-probabilities to the next; 0: never. One costs a "
+        "forward, without gradients, of at most 8 sequences of the step's first micro-batch (asynchronous: of all of them).",
+        20,
     )
 
     def check_options(self) -> None:
@@ -83,8 +100,8 @@ class ALPOptions:
             check_rate(where, "epsilon_high", self.epsilon_high, "a number >= 0, or None")
         if self.alp_dual_clip is not None:
             check_cap(where, "alp_dual_clip", self.alp_dual_clip)
-        fits = "a number > 0 (for no noise: alp_objective='bypass-token', ...)"
-        check_size(where, "alp_sigma", self.alp_sigma, fits)
+        self.alp_sigma = from_text(self.alp_sigma)
+        check_sigma(where, "alp_sigma", self.alp_sigma, " (for no noise: alp_objective='bypass-token', ...)")
         check_rate(where, "alp_sigma_learning_rate", self.alp_sigma_learning_rate, "0 or more (0: sigma is fixed)")
         if _layers(self.alp_layers) is None:
             refuse_value(where, "alp_layers", self.alp_layers, '"all", "final" or numbers like "0,3"')
@@ -95,6 +112,7 @@ class ALPOptions:
         if self.alp_seed is not None:
             check_integer(where, "alp_seed", self.alp_seed, 0, MAX_SEED, f"None or an int in [0, {MAX_SEED}]")
         check_choice(where, "alp_nonfinite", self.alp_nonfinite, ("mask", "raise"))
+        check_integer(where, "alp_measure_every", self.alp_measure_every, 0, fits="an int >= 0 (0: never)")
         if not self.is_perturbed and self.alp_sigma != ALPOptions.alp_sigma:
             logger.warning(
                 "alp_sigma=%s has no effect: alp_objective=%r has no noise", self.alp_sigma, self.alp_objective
@@ -127,6 +145,7 @@ class SigmaMixin:
 
     args: Any
     model: Any
+    objective: Objective
     accelerator: Any
     optimizer: Any
     lr_scheduler: Any
@@ -140,6 +159,7 @@ class SigmaMixin:
         self.in_update = False
         self._is_first_of_step = True
         self._stats: list[Stats] = []
+        self._shift: NoiseShift | None = None
         self._sums: dict[str, list[Tensor]] = {}
         if not config.is_perturbed:
             return
@@ -182,6 +202,40 @@ class SigmaMixin:
             return
         with self.perturbation.perturbed(step=self.state.global_step, row_ids=row_ids()):
             yield
+
+    # -------------------------------------------------------------- how much noise
+
+    @property
+    def must_match(self) -> bool:
+        """Whether this is the update of the run's first batch, and sigma is to be set on it."""
+        return self.perturbation is not None and self.in_update and self.perturbation.needs_match
+
+    @property
+    def must_measure(self) -> bool:
+        """Whether this is the update of a first micro-batch, in a step whose noise is to be measured."""
+        every = self.args.alp_measure_every
+        is_due = every > 0 and self.state.global_step % every == 0
+        return is_due and self.perturbation is not None and self.in_update and self._is_first_of_step
+
+    def match(self, score: Score, rollout_logp: Tensor, mask: Tensor, **given: Any) -> None:
+        """Set sigma by `match_sigma`; a collective call."""
+        assert self.perturbation is not None
+        try:
+            match_sigma(self.perturbation, score, rollout_logp, mask, objective=self.objective, **given)
+        except ValueError as error:
+            said = str(error).removeprefix("match_sigma: ").replace("for sigma", "for alp_sigma")
+            raise ValueError(f"{type(self).__name__}: alp_sigma='matched': {said}") from None
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """No gradients, and the random numbers of dropout that the update will draw, whose own stay as they are."""
+        device = self.accelerator.device
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+
+    def keep_shift(self, perturbed: Tensor, clean: Tensor, rollout_logp: Tensor, mask: Tensor, **given: Any) -> None:
+        """Keep what the noise did in this micro-batch, on the device, until `flush_stats`."""
+        self._shift = NoiseShift.of(perturbed, clean, rollout_logp, mask, objective=self.objective, **given)
 
     def training_step(self, *args: Any, **named: Any) -> Tensor:
         log_sigma = self._log_sigma
@@ -332,6 +386,13 @@ class SigmaMixin:
             realised = handle.realised()["rms_over_nominal"]
             metrics["alp/realised_noise/min"].append(min(realised))
             metrics["alp/realised_noise/max"].append(max(realised))
+        shift, self._shift = self._shift, None
+        if handle is not None and shift is not None:
+            shift = shift.gather()
+            values = shift.report(handle) if self.accelerator.is_main_process else shift.summary()
+            for name in SHIFT_REPORTED:
+                if name in values:
+                    metrics[f"alp/{name}"].append(values[name])
         return summary
 
 

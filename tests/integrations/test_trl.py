@@ -210,8 +210,9 @@ def test_every_update_forward_is_perturbed_and_no_other(tmp_path: Path, monkeypa
 
 
 def test_statistics_of_a_step_are_those_of_its_whole_batch(tmp_path: Path) -> None:
-    whole = rolled(tmp_path, max_steps=1)
-    parts = rolled(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    shared: dict[str, Any] = {"max_steps": 1, "alp_measure_every": 0}  # a measurement is of the first micro-batch only
+    whole = rolled(tmp_path, **shared)
+    parts = rolled(tmp_path, **shared, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     names = [name for name in whole.state.log_history[0] if name.startswith("alp/")]
     assert len(names) > 30 and "alp/token_ratio/q99.9" in names and "alp/sigma/layer_1" in names
     for name in names:
@@ -317,7 +318,9 @@ def test_rollouts_with_log_probabilities_cost_no_clean_forward(tmp_path: Path) -
                 forwards += 1
             return super()._get_per_token_logps_and_entropies(model, *args, **named)
 
-    trainer = rolled(tmp_path, Counted, steps_per_generation=2, max_steps=4)  # plain TRL scores every generation here
+    trainer = rolled(
+        tmp_path, Counted, steps_per_generation=2, max_steps=4, alp_measure_every=0
+    )  # plain TRL scores every generation here
     assert forwards == 4 and trainer.scored == 0
     for batch, _ in trainer.batches:
         assert (batch["sampling_per_token_logps"][batch["completion_mask"].bool()] + 4.6).abs().mean() > 0.1
@@ -726,7 +729,7 @@ def assert_one_process(ranks: list[dict[str, Any]], one: GRPOTrainer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [{}, {"top_k": 8}], ids=["full", "truncated"])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 8}, {"alp_sigma": "matched"}], ids=["full", "truncated", "matched"])
 def test_two_ranks_under_ddp_make_the_steps_of_one_process(cut: dict[str, Any], tmp_path: Path) -> None:
     options = trl_ranks.OPTIONS | cut
     assert_one_process(two_ranks(tmp_path, options), rolled(tmp_path / "one", **options))

@@ -11,7 +11,7 @@ from tests.support.bad_values import choice, flag, integer, number, optional, ra
 LAYERS = {"None": None, "3": 3, "a word": "some", "a list": [0], "empty": "", "halves": "0.5"}
 OURS = {
     "alp_objective": lambda good: choice(good) | {"None": None},
-    "alp_sigma": size,
+    "alp_sigma": lambda good: size(good) | {"a string": "-1", "a word": "match", "empty": "", "NaN as text": "nan"},
     "alp_sigma_learning_rate": rate,
     "alp_layers": lambda good: LAYERS,
     "alp_path": lambda good: {"3": 3, "a list": ["model"]},
@@ -19,6 +19,7 @@ OURS = {
     "alp_rounding": lambda good: choice(good) | {"None": None},
     "alp_seed": optional(integer(0, (1 << 64) - 1)),
     "alp_nonfinite": lambda good: choice(good) | {"None": None},
+    "alp_measure_every": integer(0),
     "alp_dual_clip": lambda good: optional(number)(good) | {"1": 1.0, "0": 0.0},
     "epsilon": optional(rate),
     "epsilon_high": optional(rate),

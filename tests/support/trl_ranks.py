@@ -14,7 +14,7 @@ from tests.support.processes import leave
 OPTIONS: dict[str, Any] = {
     "optim": "sgd",
     "learning_rate": 0.1,
-    "alp_sigma_learning_rate": 0.1,
+    "alp_sigma_learning_rate": 10.0,  # noise of 1e-2 of a row's RMS gives log sigma small gradients
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,
     "loss_type": "dapo",
