@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_rate, check_size, refuse_value
+from ..layers.attach import MATCHED
 from ..layers.perturbation import Perturbation, attached
 from ..loss.policy import policy_loss
 from ..loss.stats import LossOutput, Stats
@@ -83,7 +84,8 @@ def check_noise(
     max_seed: int = MAX_SEED,
 ) -> None:
     """Check the noise's options before a model is built; names: what the trainer's user calls them."""
-    check_size(where, names[0], sigma)
+    if not (isinstance(sigma, str) and sigma == MATCHED):
+        check_size(where, names[0], sigma, "a number > 0 or 'matched'")
     check_rate(where, names[1], sigma_lr)
     check_integer(where, names[2], seed, 0, max_seed)
 
