@@ -14,7 +14,7 @@ tests-transformers-5.20 := $(tests-of-transformers) $(tests-of-adapters)
 tests-oldest := $(tests-of-transformers) $(tests-of-adapters) tests/alp/test_samplers.py tests/alp/test_run.py tests/alp/test_tasks.py \
   tests/alp/test_tools.py tests/alp/test_quiet.py
 tests-bitsandbytes := tests/integrations/test_bitsandbytes.py
-tests-verl := tests/integrations/test_verl.py tests/integrations/test_verl_head.py tests/integrations/test_openrlhf.py
+tests-verl := tests/integrations/test_verl.py tests/integrations/test_verl_head.py tests/integrations/test_verl_sigma.py tests/integrations/test_openrlhf.py
 
 .PHONY: train test test-newest test-all bench docs lint lock lock-keep clean
 

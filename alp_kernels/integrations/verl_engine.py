@@ -27,16 +27,18 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from .. import Head, Sampled, linear_logprob
-from ..checks import check_choice, check_flag, refuse_value
+from ..checks import check_choice, check_flag, check_integer, refuse_value
 from ..layers.attach import attach
 from ..layers.perturbation import Perturbation
 from ..layers.rows import Rows
 from ..loss.stats import Stats
 from ..noise.perturb import ROUNDINGS, SCALES
+from ..sigma.shift import NoiseShift
 from ._shared import REPORTED, average_gradient, check_noise, from_text
 from .truncation import check_stated
 from .verl import SUPPORT, collected
 from .verl_head import Score, ScoredTokens, add_score
+from .verl_sigma import MEASURED_SEQUENCES, NEED_LOGITS, SHIFT_REPORTED, clean_logp, first, match, shift_of
 
 logger = logging.getLogger("alp_kernels")
 
@@ -45,10 +47,6 @@ FILE = "alp_perturbation.pt"
 
 _PREFIX = "alp_"
 
-_NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk", "distillation_only")
-"""verl's flags for passes that compute something else from all logits; these passes are verl's own."""
-
-
 _HEAD_DTYPES: dict[str, torch.dtype | str] = {"float32": torch.float32, "tf32": "tf32"}
 
 
@@ -56,11 +54,12 @@ _HEAD_DTYPES: dict[str, torch.dtype | str] = {"float32": torch.float32, "tf32": 
 class Settings:
     """The keys alp_* of model.override_config, as `attach` takes them; sigma_lr=0 keeps sigma fixed.
 
+    measure_every: updates between measurements of what the noise does to log-probabilities; 0: none.
     nonfinite is for the losses, which read it there themselves, and support for both. fused_head: None fuses where the model
     allows it. head_dtype: the fused head's `Head.dtype`, by name.
     """
 
-    sigma: float
+    sigma: float | str
     sigma_lr: float
     support: str | None = None
     seed: int = 0
@@ -72,10 +71,12 @@ class Settings:
     backward: str = "exact"
     threshold: float = Sampled._field_defaults["threshold"]
     head_dtype: str | None = None
+    measure_every: int = 20
 
     def __post_init__(self) -> None:
         where, names = "ALP engine", (_PREFIX + "sigma", _PREFIX + "sigma_lr", _PREFIX + "seed")
         check_noise(where, self.sigma, self.sigma_lr, self.seed, names)
+        check_integer(where, _PREFIX + "measure_every", self.measure_every, 0)
         choices = {
             "scale": SCALES,
             "rounding": ROUNDINGS,
@@ -94,6 +95,9 @@ class Settings:
         if self.backward == "sampled" and (self.layers == "logits" or self.fused_head is False):
             name, fits = ("layers", "another value") if self.layers == "logits" else ("fused_head", "true or null")
             refuse_value(where, _PREFIX + name, getattr(self, name), f"{fits} with {_PREFIX}backward='sampled'")
+        if self.layers == "logits" and self.scale == "rms" and self.fused_head is not False:
+            fits = "'absolute' with alp_layers='logits', since a fused head makes no logits to take the RMS of"
+            refuse_value(where, _PREFIX + "scale", self.scale, fits)
         if self.head_dtype is not None and self.fused_head is False:
             refuse_value(where, _PREFIX + "head_dtype", self.head_dtype, f"null with {_PREFIX}fused_head=false")
         numbers = self.layers if isinstance(self.layers, Sequence) and len(self.layers) else [None]
@@ -165,6 +169,8 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
         self.alp: Perturbation | None = None  # stays None in a forward-only engine: the reference policy
         self.num_updates = 0
+        self.is_due = False  # whether the next micro-batch is measured
+        self.shift: NoiseShift | None = None  # this update's
         self.fuses_head = False
         self.sampled_rows = Rows(None)  # apart from the noise's rows, so that sampling does not change the noise
         self.settings = Settings.take(model_config)
@@ -208,12 +214,36 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
     def forward_step(self, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
         if forward_only or self.alp is None:
             return super().forward_step(micro_batch, loss_function, forward_only)
+        is_due, self.is_due = self.is_due, False
+        if is_due:
+            few = first(micro_batch, MEASURED_SEQUENCES)
+            clean = clean_logp(self._forward, few)
         with self.alp.perturbed(step=self.num_updates):
-            return super().forward_step(micro_batch, loss_function, forward_only)
+            loss, output = super().forward_step(micro_batch, loss_function, forward_only)
+        if is_due and (parts := collected.get()):  # only ALP's losses say what they optimise
+            perturbed = output["model_output"]["log_probs"].values()
+            self.shift = shift_of(perturbed, clean, few, parts[-1].objective)
+        return loss, output
+
+    def _forward(self, batch: Any, loss_function: Any) -> Any:
+        """verl's output of a forward that leaves no gradient and draws no dropout."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                return super().forward_step(batch, loss_function, forward_only=True)[1]
+        finally:
+            self.module.train(was_training)
+
+    def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
+        if not forward_only and self.alp is not None and self.alp.needs_match:
+            group = self.get_data_parallel_group()
+            match(self.alp, data, loss_function, self._forward, group, self.ulysses_sequence_parallel_size)
+        return super().forward_backward_batch(data, loss_function, forward_only)
 
     def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         inputs, prepared = super().prepare_model_inputs(micro_batch)
-        if self.fuses_head and not any(get_non_tensor_data(micro_batch, key, False) for key in _NEED_LOGITS):
+        if self.fuses_head and not any(get_non_tensor_data(micro_batch, key, False) for key in NEED_LOGITS):
             inputs["alp_score"] = self._score(micro_batch, prepared)
         return inputs, prepared
 
@@ -232,10 +262,10 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
         if not isinstance(micro_batch["temperature"], Tensor):
             temperature = float(micro_batch["temperature"])
         noise = backward = None
-        if self.alp is not None and self.alp.forwards.scope.is_open:
+        if self.alp is not None and self.alp.is_open:
             if self.settings.layers == "logits":
                 noise = self.alp.logit_noise(targets.numel())
-            if self.settings.backward == "sampled":
+            if self.settings.backward == "sampled" and torch.is_grad_enabled():
                 self.sampled_rows.begin(self.num_updates)
                 start = self.sampled_rows.take(targets.numel())
                 backward = Sampled(self.settings.seed, self.num_updates, self.settings.threshold, row_start=start)
@@ -263,6 +293,8 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
 
     def train_batch(self, data: Any, loss_function: Any) -> Any:
         check_denominator(data)
+        every = self.settings.measure_every
+        self.is_due, self.shift = every > 0 and self.num_updates % every == 0, None
         parts: list[Stats] = []
         token = collected.set(parts)
         try:
@@ -290,6 +322,10 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
         if parts:
             summary = Stats.cat(parts).summary()
             values |= {key: summary[key] for key in REPORTED if key in summary}
+        if self.shift is not None:
+            shift = self.shift.gather(self.get_data_parallel_group())  # all ranks log the same
+            summary = shift.report(self.alp) if self.rank == 0 else shift.summary()  # and one of them warns
+            values |= {key: summary[key] for key in SHIFT_REPORTED if key in summary}
         how = {"min": AggregationType.MIN, "max": AggregationType.MAX}
         return {f"alp/{k}": Metric(how.get(k.split("/")[-1], AggregationType.MEAN), v) for k, v in values.items()}
 

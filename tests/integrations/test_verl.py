@@ -342,7 +342,8 @@ def test_a_bad_clip_is_named_as_verls_user_set_it(option, value):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *[("alp_sigma", value) for value in (0, -1, float("nan"), "x", None)],
+        *[("alp_sigma", value) for value in (0, -1, float("nan"), "x", "match", None)],
+        *[("alp_measure_every", value) for value in (-1, 1.5, "20", True, None)],
         *[("alp_sigma_lr", value) for value in (-1, float("inf"), "x", None)],
         *[("alp_seed", value) for value in (1.5, -1, 1 << 64, "x", True)],
         *[("alp_layers", value) for value in ("0,3", 3, [1.5], [], [True], None)],

@@ -22,6 +22,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from alp_kernels.integrations import verl_engine
 
 NOISE = {"alp_sigma": 0.05, "alp_sigma_lr": 1e-2}
+LOGITS = {"alp_layers": "logits", "alp_scale": "absolute"}
 TEMPERATURES = {"1": 1.0, "0.7": 0.7, "by sequence": torch.tensor([0.7, 1.0, 1.3, 0.9])}
 
 
@@ -105,7 +106,7 @@ def test_values_and_gradients_are_those_of_verls_engine(model_path, strategy, us
         assert_close(mine, its)
 
 
-@pytest.mark.parametrize("settings", [{}, {"alp_layers": "final"}, {"alp_layers": "logits"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"alp_layers": "final"}, LOGITS], ids=str)
 @pytest.mark.parametrize("use_remove_padding", [False, True])
 def test_the_noise_is_that_of_verls_logits(model_path, strategy, use_remove_padding, settings):
     changes = {"strategy": strategy, "use_remove_padding": use_remove_padding}
@@ -133,7 +134,7 @@ def test_updates_and_scores_make_no_logits(model_path, strategy, monkeypatch):
     with engine.train_mode():
         metrics = engine.train_batch(verl_cpu.make_batch(), verl_cpu.make_loss())["metrics"]
     assert "alp/noise/changed_frac" in metrics
-    logits = make_engine(model_path, {"alp_layers": "logits"}, strategy=strategy)
+    logits = make_engine(model_path, LOGITS, strategy=strategy)
     with logits.train_mode():
         metrics = logits.train_batch(verl_cpu.make_batch(), verl_cpu.make_loss())["metrics"]
     assert metrics["alp/sigma/mean"].aggregate() > 0 and "alp/noise/changed_frac" not in metrics

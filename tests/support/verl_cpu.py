@@ -207,3 +207,37 @@ def update_by_hand(path: str, parts: list[tuple[TensorDict, int]], preset: str):
             total += out.loss.item()
     optimizer.step()
     return {name: value.detach() for name, value in model.named_parameters()}, handle.log_sigma.detach(), total
+
+
+def logp_by_hand(model, batch: TensorDict, size: int, handle=None, step: int = 0, row: int = 0) -> torch.Tensor:
+    """(B, T) log-probabilities of the responses without verl, `size` sequences a forward, padded; with handle, perturbed.
+
+    row: number of the first row.
+    """
+    sequences, mask = batch["input_ids"].unbind(), batch["response_mask"]
+    out = torch.zeros(mask.shape)
+    for at in range(0, len(sequences), size):
+        some = sequences[at : at + size]
+        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
+        attention = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in some], batch_first=True)
+        rows = torch.arange(row, row + ids.numel()).view(ids.shape)
+        row += ids.numel()
+        with torch.no_grad():
+            if handle is None:
+                logits = model(ids, attention_mask=attention).logits
+            else:
+                with handle.perturbed(step=step, row_ids=rows):
+                    logits = model(ids, attention_mask=attention).logits
+        for i, sequence in enumerate(some):
+            begin = len(sequence) - int(mask[at + i].sum())
+            each = logits[i, begin - 1 : len(sequence) - 1].log_softmax(-1).gather(1, sequence[begin:, None])[:, 0]
+            out[at + i, : len(each)] = each
+    return out
+
+
+def near_policy(path: str, batch: TensorDict, sd: float = 0.05, seed: int = 0) -> TensorDict:
+    """The batch, as if sampled by an engine whose log-probabilities differ from the policy's by this standard deviation."""
+    logp = logp_by_hand(Qwen2ForCausalLM.from_pretrained(path), batch, len(batch))
+    rollout = logp + sd * torch.randn(logp.shape, generator=torch.Generator().manual_seed(seed))
+    batch["rollout_log_probs"], batch["old_log_probs"] = rollout, rollout.clone()
+    return batch
