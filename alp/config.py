@@ -266,6 +266,7 @@ class TrainConfig:
             raise UserError(
                 f"name={self.name!r}; it needs a folder name without slashes; --runs sets the parent folder"
             )
+        on_logits = update.layers == "logits" and METHODS[update.method].perturbed
         server, is_vllm = rollout.server, rollout.path == "vllm"
         server_fits = server is None or (is_vllm and re.fullmatch("https?://[^@]*", server) is not None)
         heads_fit = model.num_heads >= 1 and model.hidden_size % (2 * model.num_heads) == 0
@@ -301,14 +302,14 @@ class TrainConfig:
             (
                 "update.backward",
                 update.backward,
-                is_exact or update.layers != "logits" or not METHODS[update.method].perturbed,
+                is_exact or not on_logits,
                 "exact with update.layers='logits': the sampled backward takes no noise on the logits",
             ),
             ("update.backward", update.backward, is_exact or not kept, f"exact with {kept}, which is sparse already"),
             (
                 "update.layers",
                 update.layers,
-                update.layers != "logits" or not kept or not METHODS[update.method].perturbed,
+                not kept or not on_logits,
                 f"'all', 'final' or numbers with {kept}: noise on the logits is over the whole vocabulary",
             ),
             ("update.grad_clip", update.grad_clip, update.grad_clip > 0, "a number > 0"),
@@ -317,6 +318,7 @@ class TrainConfig:
             ("update.clip_high", update.clip_high, (update.clip_high or 0) >= 0, "0 or more"),
             ("update.dual_clip", update.dual_clip, update.dual_clip is None or update.dual_clip > 1, "a number > 1"),
             ("update.sigma", update.sigma, update.sigma == "matched" or update.sigma > 0, "a number > 0, or matched"),
+            ("update.scale", update.scale, not on_logits or update.scale != "rms", "absolute for noise on logits"),
             ("update.sigma_lr", update.sigma_lr, update.sigma_lr >= 0, "0 or more (0: sigma stays fixed)"),
             ("model.lora", model.lora, is_count(model.lora), "1 or more"),
             ("model.lora", model.lora, not (model.lora and model.is_tiny), "a model.path: adapters need a base"),

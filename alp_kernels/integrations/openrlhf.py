@@ -26,6 +26,9 @@ from ..loss.inputs import is_known
 from ..sigma.match import Score, match_sigma
 from ..sigma.shift import NoiseShift
 from ._shared import (
+    MATCHED_SEQUENCES,
+    MEASURED_SEQUENCES,
+    SHIFT_REPORTED,
     aggregated_loss,
     average_gradient,
     check_noise,
@@ -41,12 +44,6 @@ from .truncation import check_sampling
 logger = logging.getLogger("alp_kernels")
 
 _NAMES = {"clip_low": "clip_eps_low", "clip_high": "clip_eps_high"}
-_MATCHED, _MEASURED = 64, 8
-"""The most sequences of a rank's micro-batch that sigma is matched to, and that one measurement takes."""
-_REPORTED = (
-    *(f"perturbation/{name}" for name in ("sd", "sequence_sd", "outside_frac", "matched_factor")),
-    *("clean/sd", "mismatch/sd", "staleness/sd"),
-)
 _FILE = "alp.pt"
 """sigma's file in the folder of a checkpoint."""
 
@@ -199,11 +196,11 @@ def perturbed_trainer(base: Any, sigma: float | str, sigma_lr: float, seed: int,
         def training_step(self, experience: Any, *args: Any, **kwargs: Any) -> Any:
             _given(experience.rollout_log_probs, experience.action_mask)  # before a forward reads them
             if self.alp.needs_match:
-                score, given = self._first(experience, _MATCHED)
+                score, given = self._first(experience, MATCHED_SEQUENCES)
                 match_sigma(self.alp, score, **given)
             clean, perturbed = None, []
             if measure_every and (self.alp_measured is None or self.alp_updates - self.alp_measured >= measure_every):
-                score, given = self._first(experience, _MEASURED)
+                score, given = self._first(experience, MEASURED_SEQUENCES)
                 clean, self.alp_measured = score(nullcontext), self.alp_updates
             hook = self.actor_loss_fn.register_forward_pre_hook(lambda _, inputs: perturbed.append(inputs[0].detach()))
             before = self.actor.model.global_steps
@@ -220,10 +217,12 @@ def perturbed_trainer(base: Any, sigma: float | str, sigma_lr: float, seed: int,
                     self.alp_optimizer.zero_grad()
             if clean is not None:
                 old = experience.action_log_probs
-                given["old_logp"] = None if old is None else old[:_MEASURED]
-                shift = NoiseShift.of(perturbed[0][:_MEASURED], clean, **given).gather()
+                given["old_logp"] = None if old is None else old[:MEASURED_SEQUENCES]
+                shift = NoiseShift.of(perturbed[0][:MEASURED_SEQUENCES], clean, **given).gather()
                 summary = shift.report(self.alp) if self.strategy.is_rank_0() else shift.summary()
-                self.alp_shift = {f"alp_{key.replace('/', '_')}": summary[key] for key in _REPORTED if key in summary}
+                self.alp_shift = {
+                    f"alp_{key.replace('/', '_')}": summary[key] for key in SHIFT_REPORTED if key in summary
+                }
             for name, value in ({"alp_sigma": self.alp.sigma.mean()} | self.alp_shift).items():
                 status["metrics"][name], status["weights"][name] = value, "sample"
             return status

@@ -32,7 +32,17 @@ from ..loss.inputs import is_known
 from ..objective import Objective
 from ..sigma.shift import NoiseShift
 from ..stream import MAX_SEED
-from ._shared import aggregated_loss, average_gradient, check_noise, choose, from_text, require_noise, turn_ends
+from ._shared import (
+    MEASURED_SEQUENCES,
+    SHIFT_REPORTED,
+    aggregated_loss,
+    average_gradient,
+    check_noise,
+    choose,
+    from_text,
+    require_noise,
+    turn_ends,
+)
 from .truncation import check_sampling
 
 _LOSS_MODULES = (
@@ -40,10 +50,6 @@ _LOSS_MODULES = (
     "miles.backends.training_utils.loss",
     "miles.backends.training_utils.loss.objective",
 )
-
-_MEASURED = 8
-"""The most responses of a rank's micro-batch that one measurement takes."""
-_REPORTED = (*(f"perturbation/{name}" for name in ("sd", "sequence_sd", "outside_frac", "matched_factor")), "clean/sd")
 
 _NAMES = {"clip_low": "eps_clip", "clip_high": "eps_clip_high", "dual_clip": "eps_clip_c", "nonfinite": "alp_nonfinite"}
 
@@ -258,11 +264,11 @@ class _Noise:
         if not self.is_due or not batch.get("log_probs"):
             return
         self.is_due, self.measured = False, self.step - 1
-        lengths = [len(each) for each in logp[:_MEASURED]]
+        lengths = [len(each) for each in logp[:MEASURED_SEQUENCES]]
         one = torch.zeros(1, device=logp[0].device)  # a token off the mask, so that there is one
 
         def first(values: Any) -> Tensor:
-            return torch.cat([*(each.detach().to(one) for each in values[:_MEASURED]), one])
+            return torch.cat([*(each.detach().to(one) for each in values[:MEASURED_SEQUENCES]), one])
 
         mask = first(batch["loss_masks"]).bool()
         self.shift = NoiseShift.of(
@@ -281,7 +287,7 @@ class _Noise:
             return
         shift, self.shift = self.shift.gather(self.group), None
         summary = shift.report(self.handles[-1]) if self.is_first else shift.summary()
-        self.reported = {name: summary[name] for name in _REPORTED if name in summary}
+        self.reported = {name: summary[name] for name in SHIFT_REPORTED if name in summary}
 
 
 _noise: dict[int, _Noise] = {}

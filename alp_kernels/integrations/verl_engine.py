@@ -34,11 +34,11 @@ from ..layers.rows import Rows
 from ..loss.stats import Stats
 from ..noise.perturb import ROUNDINGS, SCALES
 from ..sigma.shift import NoiseShift
-from ._shared import REPORTED, average_gradient, check_noise, from_text
+from ._shared import MEASURED_SEQUENCES, REPORTED, SHIFT_REPORTED, average_gradient, check_noise, from_text
 from .truncation import check_stated
 from .verl import SUPPORT, collected
 from .verl_head import Score, ScoredTokens, add_score
-from .verl_sigma import MEASURED_SEQUENCES, NEED_LOGITS, SHIFT_REPORTED, clean_logp, first, match, shift_of
+from .verl_sigma import NEED_LOGITS, clean_logp, first, match, shift_of
 
 logger = logging.getLogger("alp_kernels")
 

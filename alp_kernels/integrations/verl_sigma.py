@@ -18,22 +18,8 @@ from ..loss.stats import Stats
 from ..objective import Objective
 from ..sigma.match import match_sigma
 from ..sigma.shift import NoiseShift
-from ._shared import turn_ends
+from ._shared import MATCHED_SEQUENCES, turn_ends
 from .verl import LOSS_MODES, collected
-
-MATCHED_SEQUENCES = 64
-"""Of a rank's batch, at most."""
-MEASURED_SEQUENCES = 8
-"""Of a rank's first micro-batch, at most."""
-
-SHIFT_REPORTED = (
-    "perturbation/sd",
-    "perturbation/sequence_sd",
-    "perturbation/outside_frac",
-    "perturbation/matched_factor",
-    "clean/sd",
-)
-"""The values of `NoiseShift.summary` that go to verl's log."""
 
 NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk", "distillation_only")
 """verl's flags for passes that compute something else from all logits; these passes are verl's own."""

@@ -236,6 +236,10 @@ class Perturbation(nn.Module):
         """
         if self.layers != (LOGITS_LAYER,):
             raise RuntimeError('logit_noise: it needs a handle from attach(layers="logits")')
+        if self.scale != "absolute":
+            raise RuntimeError(
+                "logit_noise: a fused head makes no rows of logits to take the RMS of; attach with scale='absolute'"
+            )
         if self.capturable:
             raise RuntimeError(
                 "logit_noise: the loss cannot read step and row number from the device; attach with capturable=False"

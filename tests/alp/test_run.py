@@ -125,9 +125,7 @@ def test_a_killed_run_resumes_bit_for_bit(runs: Path, reference: Path) -> None:
     ("name", "changes"),
     [("sampled", {"backward": "sampled", "threshold": 2.0**-4}), ("matched", {"sigma": "matched"})],
 )
-def test_a_run_with_an_option_of_the_update_resumes_bit_for_bit(
-    runs: Path, name: str, changes: dict[str, Any]
-) -> None:
+def test_a_run_with_an_option_of_the_update_resumes_bit_for_bit(runs: Path, name: str, changes: dict[str, Any]) -> None:
     config = small(runs, name=name, steps=4)
     folder = train(dataclasses.replace(config, update=dataclasses.replace(config.update, **changes)))
     earlier = shutil.copytree(folder, runs / f"{name}-earlier")

@@ -27,7 +27,7 @@ from tests.support.updates import step_gradients
 
 # of each tensor's largest element: two layers' products and the head's, forward and backward, and a weight's tokens
 BOUND = likely_order_bound(2 * (2 * (4 * 32 + 3 * 48) + 100) + 6 * 20, torch.float32)
-CALM = UpdateConfig(grad_clip=1e9, sigma=0.05)
+CALM = UpdateConfig(grad_clip=1e9, sigma=0.05, scale="absolute")
 
 
 def make_experience(policy: Policy) -> Experience:
