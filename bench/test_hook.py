@@ -47,7 +47,7 @@ def without_hooks(inputs: Inputs) -> Callable[[], Tensor]:
 
 def perturbed(inputs: Inputs, steps: Callable[[], int]) -> Callable[[], Tensor]:
     model = copy.deepcopy(inputs.model, {id(parameter): parameter for parameter in inputs.model.parameters()})
-    handle = attach(model, sigma=1e-2)
+    handle = attach(model, sigma=1e-2, scale="absolute")
 
     def run() -> Tensor:
         with handle.perturbed(step=steps()):

@@ -150,7 +150,7 @@ def without_noise(inputs: Inputs) -> Callable[[], Update]:
 def ours(inputs: Inputs) -> Callable[[], Update]:
     # a copy that shares the parameters, so that only this variant has hooks
     model = copy.deepcopy(inputs.model, {id(parameter): parameter for parameter in inputs.model.parameters()})
-    handle = attach(model, sigma=SIGMA, seed=1)
+    handle = attach(model, sigma=SIGMA, scale="absolute", seed=1)
     steps = itertools.count()  # a step's first forward also measures its noise
 
     def run() -> Update:

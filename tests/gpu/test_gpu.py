@@ -236,7 +236,7 @@ def test_a_checkpointed_decoder_on_the_device_meets_the_same_noise(dtype, reentr
     found = []
     for kind in (None, reentrant):
         model = Toy(kind).to(DEVICE, dtype)
-        handle = attach(model, sigma=0.1, engine="triton")
+        handle = attach(model, sigma=0.1, scale="absolute", engine="triton")
         tokens = torch.arange(40, device=DEVICE).view(2, 20) % VOCAB
         with handle.perturbed(step=3):
             out = model(tokens)

@@ -44,7 +44,7 @@ def test_any_decoder_is_perturbed_by_structure_and_restored(kind):
 def test_layer_input_is_h_plus_sigma_eps():
     model, x = make_model(), ids()
     seen = {}
-    handle = attach(model, sigma=[0.1, 0.2, 0.3], seed=77, layers=[0, 1, -1])
+    handle = attach(model, sigma=[0.1, 0.2, 0.3], scale="absolute", seed=77, layers=[0, 1, -1])
     for i, layer in enumerate(model.model.layers):  # registered after attach, so it sees the layer's noisy input
         layer.register_forward_pre_hook(lambda m, a, k, i=i: seen.__setitem__(i, a[0]), with_kwargs=True)
     with handle.perturbed(step=4), torch.no_grad():
@@ -67,10 +67,10 @@ def test_subset_final_and_logits_add_noise_there_alone():
     model, x = make_model(), ids()
     clean = model(x, output_hidden_states=False)
     last = model.model(x).last_hidden_state
-    with attach(model, sigma=0.1, layers="final", seed=1) as handle, handle.perturbed(step=2):
+    with attach(model, sigma=0.1, scale="absolute", layers="final", seed=1) as handle, handle.perturbed(step=2):
         eps = normal(10, 32, seed=1, step=2, layer=FINAL_LAYER).view(2, 5, 32)
         assert torch.allclose(model.model(x).last_hidden_state, last + 0.1 * eps, atol=1e-6)
-    with attach(model, sigma=0.1, layers="logits", seed=1) as handle, handle.perturbed(step=2):
+    with attach(model, sigma=0.1, scale="absolute", layers="logits", seed=1) as handle, handle.perturbed(step=2):
         eps = normal(10, VOCAB, seed=1, step=2, layer=LOGITS_LAYER).view(2, 5, VOCAB)
         assert torch.allclose(model(x).logits, clean.logits + 0.1 * eps, atol=1e-6)
         assert isinstance(handle.logit_noise(10), LogitNoise)
@@ -138,7 +138,7 @@ def test_copies_of_the_model_are_clean():
 def test_rows_are_numbered_on_over_micro_batches_and_start_again_each_step():
     toy, handle = Toy(), None
     seen = []
-    handle = attach(toy, sigma=1.0, seed=3, layers=[0])
+    handle = attach(toy, sigma=1.0, scale="absolute", seed=3, layers=[0])
     toy.blocks[0].register_forward_pre_hook(lambda m, a: seen.append(a[0].detach()))
     for step in (0, 1):
         for part in (0, 1):
@@ -164,7 +164,7 @@ SPLIT, WHOLE = [slice(0, 1), slice(1, 4)], [slice(0, 4)]
 def test_row_ids_make_noise_independent_of_the_micro_batch_split():
     """With zero hidden states a layer reads only the noise, which no matrix product of another shape has touched."""
     model, x = make_model(), ids(4, 6)
-    handle, seen = attach(model, sigma=[0.1, 0.2, 0.3], seed=3), []
+    handle, seen = attach(model, sigma=[0.1, 0.2, 0.3], scale="absolute", seed=3), []
     model.model.embed_tokens.weight.data.zero_()
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda m, a, k: seen.append(a[0]), with_kwargs=True)
@@ -310,7 +310,7 @@ def test_autocast_changes_neither_sigma_nor_its_gradients_dtype():
 
 def test_gradient_of_log_sigma_is_the_finite_difference():
     model, x = Toy().double(), ids()
-    handle = attach(model, sigma=0.1)
+    handle = attach(model, sigma=0.1, scale="absolute")
     handle.log_sigma.data = handle.log_sigma.data.double()
 
     def loss():

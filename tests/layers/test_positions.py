@@ -309,7 +309,7 @@ def test_models_with_several_streams_take_identities_of_positions(name):
         pytest.skip(f"this transformers has no {name}")
     model, tokens = make(ARCHITECTURES[name]), torch.randint(3, 59, (3, 6), generator=torch.Generator().manual_seed(0))
     rows = row_ids(torch.arange(3)[:, None], torch.arange(6))
-    handle, seen = attach(model, sigma=0.1, layers=[0], seed=5), []
+    handle, seen = attach(model, sigma=0.1, scale="absolute", layers=[0], seed=5), []
     layer = model.get_submodule("model.layers.0")
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
 

@@ -110,7 +110,7 @@ def examine(name: str) -> Findings:
         with torch.no_grad():
             untouched, before = logits(), hooks(model)
             found = find_layers(model, architecture.path)
-            handle = attach(model, sigma=SIGMA, path=architecture.path)
+            handle = attach(model, sigma=SIGMA, scale="absolute", path=architecture.path)
             clean = torch.equal(logits(), untouched)
             with handle.perturbed(step=0), _counted(found.layers) as runs:
                 noisy = logits()
@@ -213,7 +213,7 @@ def _differences(model: nn.Module, inputs: dict[str, Any], path: str | None) -> 
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others do not support float64
     inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    handle = attach(model, sigma=SIGMA, path=path)
+    handle = attach(model, sigma=SIGMA, scale="absolute", path=path)
     handle.log_sigma.data = handle.log_sigma.data.double()
 
     def loss() -> Tensor:
