@@ -240,11 +240,12 @@ def test_several_generations_in_one_step_never_share_noise(tmp_path: Path) -> No
             seen.append(row_ids[torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1).bool()])
             return row_ids
 
-    rolled(tmp_path, Noted, steps_per_generation=1, gradient_accumulation_steps=3, max_steps=1)
+    shared: dict[str, Any] = {"steps_per_generation": 1, "max_steps": 1, "alp_measure_every": 0}
+    rolled(tmp_path, Noted, gradient_accumulation_steps=3, **shared)
     rows = torch.cat(seen)
     assert len(seen) == 3 and len(rows.unique()) == len(rows)
     seen.clear()
-    rolled(tmp_path, Noted, steps_per_generation=1, num_iterations=2, gradient_accumulation_steps=2, max_steps=1)
+    rolled(tmp_path, Noted, num_iterations=2, gradient_accumulation_steps=2, **shared)
     rows = torch.cat(seen)
     assert len(seen) == 2 and len(rows.unique()) == len(rows)
 
@@ -775,7 +776,10 @@ def test_two_ranks_under_fsdp2_make_the_steps_of_one_process_and_resume(cut: dic
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2; it needs 1.0"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True; it needs False"),
         ({"alp_objective": "alp-tokens"}, "did you mean 'alp-token'"),
-        ({"alp_sigma": 0.0}, r"alp_sigma=0.0; it needs a number > 0 \(for no noise: alp_objective='bypass-token'"),
+        (
+            {"alp_sigma": 0.0},
+            r"alp_sigma=0.0; it needs a number > 0, or 'matched' \(for no noise: alp_objective='bypass-token'",
+        ),
         ({"alp_sigma_learning_rate": -1.0}, "alp_sigma_learning_rate=-1.0; it needs 0 or more"),
         ({"alp_layers": "logits"}, "alp_layers='logits'; it needs"),
         ({"alp_scale": "relative"}, "alp_scale='relative'; it needs one of"),
@@ -888,7 +892,7 @@ def test_a_step_that_teaches_nothing_is_counted_and_warned_of(
         out["logprobs"] = [[-4.6 - 12.0] * len(row) for row in out["logprobs"]]
         return out
 
-    trainer = trained(tmp_path, trainer={"rollout_func": far}, max_steps=2)
+    trainer = trained(tmp_path, trainer={"rollout_func": far}, max_steps=2, alp_measure_every=0)
     assert logged(trainer, "alp/clamp_frac") == [1.0, 1.0] and logged(trainer, "grad_norm") == [0.0, 0.0]
     [line] = [record.getMessage() for record in caplog.records if record.name == "alp_kernels"]
     assert "nothing is learned from this step's advantages" in line

@@ -164,14 +164,17 @@ def test_sigma_is_matched_and_the_noise_measured_on_the_first_micro_batch(
 
     class Noted(ALPAsyncGRPOTrainer):
         def match(self, score: Any, rollout_logp: Tensor, mask: Tensor, **given: Any) -> None:
-            super().match(score, rollout_logp, mask, **given)
             clean = score(silence)
+            near = clean + 0.03 * torch.randn(len(mask), generator=torch.Generator().manual_seed(0))
+            super().match(
+                score, near, mask, **given
+            )  # the worker's numbers are a nat away: noise of that size saturates
             with self.perturbation.probing() as noise:
-                seen.extend([clean, score(noise), rollout_logp])
+                seen.extend([clean, score(noise), near, rollout_logp])
 
     options: dict[str, Any] = {"alp_objective": "alp-token", "learning_rate": 0.0, "alp_sigma_learning_rate": 0.0}
     trainer = trained(tmp_path, monkeypatch, Noted, alp_sigma="matched", alp_measure_every=2, **options)
-    clean, perturbed, rollout_logp = seen  # once, over the four samples of the first micro-batch
+    clean, perturbed, near, rollout_logp = seen  # once, over the four samples of the first micro-batch
     worker = Worker(4)
     ids = torch.tensor(np.stack([worker.rollout_buffer.get().input_ids for _ in range(4)]))
     trainer.model.set_attn_implementation("eager")
@@ -179,11 +182,12 @@ def test_sigma_is_matched_and_the_noise_measured_on_the_first_micro_batch(
         logits = trainer.model(input_ids=ids).logits[:, :-1]
     logp = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)[:, torch.tensor(MASK[1:]).bool()]
     torch.testing.assert_close(clean, logp.flatten(), rtol=0, atol=1e-5)
-    mismatch = float((clean - rollout_logp).std(correction=0))
+    mismatch = float((clean - near).std(correction=0))
     assert float((perturbed - clean).std(correction=0)) == pytest.approx(mismatch, rel=0.021)
-    assert trl_cases.logged(trainer, "alp/clean/sd")[0] == pytest.approx(mismatch, rel=1e-4)
     assert len(trl_cases.logged(trainer, "alp/perturbation/sd")) == 2  # steps 0 and 2 of 3
     assert trl_cases.logged(trainer, "alp/perturbation/sd")[0] == pytest.approx(mismatch, rel=0.5)  # other noise
+    apart = float((clean - rollout_logp).std(correction=0))
+    assert trl_cases.logged(trainer, "alp/clean/sd")[0] == pytest.approx(apart, rel=1e-4)
 
 
 def test_a_sequences_clip_is_counted_by_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
