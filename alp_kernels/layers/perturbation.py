@@ -168,6 +168,8 @@ class Perturbation(nn.Module):
         numbers of the update's rows and `realised` stay as they are. Scopes of one `probing` continue the row numbers.
         only: position in `layers` of the one layer that gets noise; None: all.
         """
+        if only is not None:
+            only = check_integer("probing", "only", only, 0, len(self.layers) - 1)
         step = max(self._rows.step, 0) | _PROBE
 
         @contextmanager

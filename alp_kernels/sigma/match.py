@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import check_flag
+from ..checks import check_flag, refuse_type
 from ..layers.perturbation import Noise, Perturbation
-from ..loss.inputs import is_known
 from ..objective import Objective
-from .shift import NoiseShift, layer_name, level_sd, log_ratios, sd
+from .shift import NoiseShift, by_token, check_sampled, layer_name, level_sd, log_ratios, sd
 
 logger = logging.getLogger("alp_kernels")
 
@@ -29,6 +28,7 @@ _ROUNDS = 8
 _CLOSE = 0.02  # of the logarithm
 _SMALLEST = 1e-6  # nats: rounding of float32 log-probabilities, not a mismatch
 _STEP = math.log(1e4)  # largest change of log sigma in a round
+_LARGEST = math.log(1e6)
 
 
 @contextmanager
@@ -62,16 +62,39 @@ def measure_noise(
         by_layer: whether to measure each layer's noise alone, too.
         given: cu_seqlens, sequence_ids or turn_ends, as in `policy_loss`.
     """
-    check_flag("measure_noise", "by_layer", by_layer)
+    where = "measure_noise"
+    check_flag(where, "by_layer", by_layer)
+    _check_callers(where, handle, score)
+    live = check_sampled(where, rollout_logp, mask, objective, old_logp, **given)
     clean = score(silence)
-    with handle.probing() as noise:
-        perturbed = score(noise)
+    perturbed = _with_noise(where, handle, score)
     shift = NoiseShift.of(perturbed, clean, rollout_logp, mask, objective=objective, old_logp=old_logp, **given)
-    live = mask.bool() & is_known(rollout_logp)
     for position, layer in enumerate(handle.layers if by_layer else ()):
-        with handle.probing(only=position) as noise:
-            shift.by_layer[layer] = log_ratios(score(noise), clean, live, objective, **given)
+        shift.by_layer[layer] = log_ratios(_with_noise(where, handle, score, position), clean, live, objective, **given)
     return shift
+
+
+def _check_callers(where: str, handle: Perturbation, score: Score) -> None:
+    if not isinstance(handle, Perturbation):
+        refuse_type(where, "handle", handle, "what attach returned")
+    if not callable(score):
+        refuse_type(where, "score", score, "a function of `noise` that returns log-probabilities")
+
+
+def _with_noise(where: str, handle: Perturbation, score: Score, only: int | None = None) -> Tensor:
+    """Return score's log-probabilities with the noise of all layers, or of the one at position `only`."""
+    opened = False
+    with handle.probing(only) as noise:
+
+        def watched(row_ids: Tensor | None = None) -> AbstractContextManager[Any]:
+            nonlocal opened
+            opened = True
+            return noise(row_ids)
+
+        logp = score(watched)
+    if not opened:
+        raise RuntimeError(f"{where}: score() never opened the noise; each forward needs to run in `with noise():`")
+    return logp
 
 
 @torch.no_grad()
@@ -102,56 +125,119 @@ def match_sigma(
         group: the ranks whose tokens count together; by default all.
 
     Raises:
-        ValueError: the sampler's log-probabilities are the policy's own (nothing to match), or no token is in the mask.
-        RuntimeError: the noise does not reach the log-probabilities, as where score runs another model.
+        ValueError: the sampler's log-probabilities are the policy's own (nothing to match), or there are too few tokens or
+            sequences for a standard deviation.
+        RuntimeError: the noise does not reach the log-probabilities, as where score runs another model; or they are NaN.
+            Sigma is then as before.
     """
-    live, where = mask.bool() & is_known(rollout_logp), "match_sigma"
+    where = "match_sigma"
+    _check_callers(where, handle, score)
+    live = check_sampled(where, rollout_logp, mask, objective, **given)
+    before = handle.log_sigma.detach().clone()
     clean = score(silence)
 
     def shift_of(only: int | None = None) -> NoiseShift:
-        with handle.probing(only) as noise:
-            perturbed = score(noise)
+        perturbed = _with_noise(where, handle, score, only)
         return NoiseShift.of(perturbed, clean, rollout_logp, live, objective=objective, **given).gather(group)
 
-    target, num_tokens = math.nan, 0
-    for _ in range(_LAYER_ROUNDS):  # the second begins where the noise is small enough for its effect to be linear
-        for position, layer in enumerate(handle.layers):
-            shift = shift_of(position)
-            target, num_tokens = shift.target, len(shift.clean.log_ratio)
-            if num_tokens == 0:
-                raise ValueError(f"{where}: no token has mask 1 and a known rollout_logp; it needs some sampled tokens")
-            if not target > _SMALLEST:
-                raise ValueError(
-                    f"{where}: rollout_logp are the policy's own log-probabilities within {target:.1g} nats, so there is no "
-                    "mismatch to match; it needs a sampler of other numerics, or a number for sigma"
-                )
-            share = target / math.sqrt(len(handle.layers))
-            _change(handle, position, share, sd(shift.perturbation.log_ratio), layer_name(layer))
-    for _ in range(_ROUNDS):
-        shift = shift_of()
-        size = level_sd(shift.perturbation)
-        if size > 0 and abs(math.log(target / size)) < _CLOSE:
-            break
-        _change(handle, None, target, size, "all layers")
-    else:
-        shift = shift_of()
-        size = level_sd(shift.perturbation)
-        logger.warning(
-            "match_sigma: the noise moves log-probabilities by %.2g nats, the mismatch by %.2g; sigma could not be set closer. "
-            'In 16 bits small noise is rounded away or up: use scale="rms", or float32.',
-            size,
-            target,
-        )
+    try:
+        target = _match_layers(handle, shift_of)
+        shift = _match_whole(handle, shift_of, target)
+    except BaseException:
+        handle.log_sigma.data.copy_(before)
+        raise
     handle.needs_match = False
     return shift
 
 
-def _change(handle: Perturbation, position: int | None, wanted: float, measured: float, name: str) -> None:
-    """Multiply sigma, of one layer or of all, by wanted / measured."""
+def _match_layers(handle: Perturbation, shift_of: Callable[[int], NoiseShift]) -> float:
+    """Set each layer's sigma so that all move the tokens equally far; return the size that all have together, in nats."""
+    target = math.nan
+    for _ in range(_LAYER_ROUNDS):  # the second begins where the noise is small enough for its effect to be linear
+        for position, layer in enumerate(handle.layers):
+            shift = shift_of(position)
+            target = _target(shift)
+            share, name = target / math.sqrt(len(handle.layers)), f"noise in {layer_name(layer)}"
+            change = _change(share, sd(shift.perturbation.log_ratio), name)
+            handle.log_sigma.data[position] += change
+            _check_reach(handle, name)
+    return target
+
+
+def _match_whole(handle: Perturbation, shift_of: Callable[[], NoiseShift], target: float) -> NoiseShift:
+    """Multiply all sigmas by one factor so that the whole noise has the size `target`; return what it then does.
+
+    In 16 bits the size may have a floor, or jump from 0: then the closest found is kept, with a warning.
+    """
+    start, x = handle.log_sigma.detach().clone(), 0.0
+    low: tuple[float, float] | None = (
+        None  # the logarithms of the factor and of size / target, where the size is too small
+    )
+    high: tuple[float, float] | None = None  # and where it is too large
+    best, best_error, best_sigma = None, math.inf, start
+    for number in range(_ROUNDS):
+        shift = shift_of()
+        size = level_sd(shift.perturbation)
+        change = _change(target, size, "noise in all layers")
+        if best is None or abs(change) < best_error:  # sigma_bounds may have clamped log_sigma
+            best, best_error, best_sigma = shift, abs(change), handle.log_sigma.detach().clone()
+        if abs(change) < _CLOSE:
+            return shift
+        low, high = (low, (x, -change)) if change < 0 else ((x, -change), high)
+        if low is not None and high is not None:
+            part = -low[1] / (high[1] - low[1])
+            x = low[0] + max(0.1, min(0.9, part)) * (high[0] - low[0])
+        else:
+            x += max(-_STEP, min(_STEP, 2**number * change))
+        handle.log_sigma.data.copy_(start + x)
+        _check_reach(handle, "noise in all layers")
+    assert best is not None
+    handle.log_sigma.data.copy_(best_sigma)
+    why = (
+        f"sigma_bounds={handle.sigma_bounds} may be in the way"
+        if handle.sigma_bounds is not None
+        else "Hidden states of 16 bits round small noise away or up; float32 ones do not"
+    )
+    logger.warning(
+        "match_sigma: the noise moves log-probabilities by %.2g nats, the mismatch by %.2g; sigma could not be set closer. %s.",
+        level_sd(best.perturbation),
+        target,
+        why,
+    )
+    return best
+
+
+def _target(shift: NoiseShift) -> float:
+    """The size to match; raise if there is none."""
+    stats, where = shift.clean.cpu(), "match_sigma"
+    if len(stats.log_ratio) < 2:
+        raise ValueError(
+            f"{where}: {len(stats.log_ratio)} tokens have mask 1 and a known rollout_logp; it needs a standard deviation, of "
+            "two and better hundreds"
+        )
+    if not by_token(stats.objective) and int(stats.is_last.sum()) < 2:
+        raise ValueError(
+            f"{where}: at level {stats.objective.level!r} it compares sequences; it needs two and better dozens (of a packed "
+            "batch with cu_seqlens or sequence_ids)"
+        )
+    target = shift.target
+    if not math.isfinite(target):
+        raise RuntimeError(f"{where}: score() returns log-probabilities that are not finite, without noise")
+    if target <= _SMALLEST:
+        raise ValueError(
+            f"{where}: rollout_logp are the policy's own log-probabilities within {target:.1g} nats, so there is no "
+            "mismatch to match; it needs a sampler of other numerics, or a number for sigma"
+        )
+    return target
+
+
+def _change(wanted: float, measured: float, name: str) -> float:
+    """The change of log sigma that takes `measured` to `wanted` where the effect is linear."""
     if not math.isfinite(measured):
-        raise RuntimeError(f"match_sigma: with noise in {name} the log-probabilities are not finite")
-    factor = _STEP if measured == 0 else max(-_STEP, min(_STEP, math.log(wanted / measured)))
-    where = slice(None) if position is None else slice(position, position + 1)
-    handle.log_sigma.data[where] += factor
-    if handle.log_sigma.data[where].max() > math.log(1e6):
-        raise RuntimeError(f"match_sigma: noise in {name} does not change the log-probabilities that score() returns")
+        raise RuntimeError(f"match_sigma: with {name} the log-probabilities are not finite")
+    return _STEP if measured == 0 else max(-_STEP, min(_STEP, math.log(wanted / measured)))
+
+
+def _check_reach(handle: Perturbation, name: str) -> None:
+    if handle.sigma_bounds is None and float(handle.log_sigma.detach().max()) > _LARGEST:
+        raise RuntimeError(f"match_sigma: {name} does not change the log-probabilities that score() returns")

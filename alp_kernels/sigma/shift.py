@@ -23,9 +23,11 @@ from torch import Tensor
 
 from ..checks import check_logp, refuse_type
 from ..layers.perturbation import Perturbation
-from ..loss.inputs import check_objective, is_known
+from ..loss.batch import ROUNDING, flatten, place_of
+from ..loss.inputs import LossInputs, check_objective, is_known
 from ..loss.policy import policy_loss
 from ..loss.stats import Stats
+from ..loss.transfer import Transfer
 from ..objective import Objective, k3
 from ..stream import FINAL_LAYER, LOGITS_LAYER
 
@@ -83,17 +85,21 @@ class NoiseShift:
             ValueError, TypeError: as `policy_loss` does for its inputs.
         """
         where = "NoiseShift.of"
-        check_objective(where, objective)
-        named = {"perturbed": perturbed, "clean": clean, "rollout_logp": rollout_logp, "old_logp": old_logp}
-        for name, value in named.items():
-            if value is not None:
-                check_logp(where, name, value)
-                if value.shape != perturbed.shape:
-                    raise ValueError(
-                        f"{where}: {name} has shape {tuple(value.shape)}, perturbed {tuple(perturbed.shape)}; they need one"
-                    )
         given = {"cu_seqlens": cu_seqlens, "sequence_ids": sequence_ids, "turn_ends": turn_ends}
-        live = mask.bool() & is_known(rollout_logp)
+        live = check_sampled(where, rollout_logp, mask, objective, old_logp, **given)
+        for name, value in {"perturbed": perturbed, "clean": clean}.items():
+            check_logp(where, name, value)
+            if value.shape != live.shape or value.device != live.device:
+                raise ValueError(
+                    f"{where}: {name} has shape {tuple(value.shape)} on {value.device}, rollout_logp {tuple(live.shape)} on "
+                    f"{live.device}; they need one"
+                )
+            positive = ((value > ROUNDING) & live).reshape(-1)
+            if positive.any():
+                number, first = place_of(positive, live.shape)
+                raise ValueError(
+                    f"{where}: {name} is > 0 at {number} tokens of the mask, first at {first}; it needs natural logarithms"
+                )
 
         def stats(numerator: Tensor, denominator: Tensor) -> Stats:
             return log_ratios(numerator, denominator, live, objective, **given)
@@ -108,9 +114,12 @@ class NoiseShift:
     @staticmethod
     def cat(parts: Iterable[NoiseShift]) -> NoiseShift:
         """Concatenate the shifts of several micro-batches, exactly."""
+        where, fits = "NoiseShift.cat", "an iterable of at least one NoiseShift"
+        if not isinstance(parts, Iterable):
+            refuse_type(where, "parts", parts, fits)
         parts = list(parts)
         if not parts or not all(isinstance(part, NoiseShift) for part in parts):
-            refuse_type("NoiseShift.cat", "parts", parts, "an iterable of at least one NoiseShift")
+            refuse_type(where, "parts", parts, fits)
         if len({tuple(part._stats()) for part in parts}) > 1:
             raise ValueError("NoiseShift.cat: some parts have old_logp or layers that others have not")
         merged = {name: Stats.cat(part._stats()[name] for part in parts) for name in parts[0]._stats()}
@@ -157,25 +166,26 @@ class NoiseShift:
         return summary
 
     def _advice(self, handle: Perturbation, summary: dict[str, float]) -> str | None:
-        objective = self.perturbation.objective
+        objective, target = self.perturbation.objective, self.target
         unit, size = ("tokens" if by_token(objective) else "sequences"), level_sd(self.perturbation)
-        if size == 0:
-            return None
-        factor, share = summary["perturbation/matched_factor"], summary["perturbation/outside_frac"]
         low, high = 1 - objective.clip_low, 1 + objective.clip_high
+        share = summary["perturbation/outside_frac"]
         if share > OUTSIDE:
             allowed = min(abs(math.log(low)) if low > 0 else math.inf, math.log(high)) / 2
-            factor = min(factor or allowed / size, allowed / size)  # 0: no mismatch to match
+            within, matched = allowed / sd(_level_values(self.perturbation)), target / size
+            is_matched = 0 < matched <= within
             return (
                 f"the noise alone puts {share:.0%} of the ratios outside the clip range [{low:g}, {high:g}]: it moves the "
-                f"log-probabilities of {unit} by {size:.2g} nats (standard deviation). Sigma times {factor:.2g} would do: "
-                f"{_sigmas(handle, factor)}; sigma='matched' finds it"
+                f"log-probabilities of {unit} by {size:.2g} nats (standard deviation). "
+                + _would(handle, matched if is_matched else within, "would do")
+                + ("; sigma='matched' finds it" if is_matched else "")
             )
-        if factor > 1 / FAR_BELOW:
+        if size < FAR_BELOW * target and (size > 0 or sd(self.perturbation.log_ratio) == 0):
             return (
                 f"the noise is far below the sampler's mismatch: it moves the log-probabilities of {unit} by {size:.2g} nats "
-                f"(standard deviation), the mismatch those of tokens by {self.target:.2g}, so this is Bypass. Sigma times "
-                f"{factor:.2g} would match: {_sigmas(handle, factor)}; sigma='matched' finds it"
+                f"(standard deviation), the mismatch those of tokens by {target:.2g}, so this is Bypass. "
+                + (_would(handle, target / size, "would match") if size > 0 else "A larger sigma would match")
+                + "; sigma='matched' finds it"
             )
         return None
 
@@ -188,14 +198,39 @@ class NoiseShift:
         return replace(self, **named, by_layer={k: v for k, v in stats.items() if isinstance(k, int)})
 
 
-def log_ratios(numerator: Tensor, denominator: Tensor, live: Tensor, objective: Objective, **given: Any) -> Stats:
-    """Return the statistics of numerator - denominator, detached, at the objective's level."""
-    form = Objective(
+def check_sampled(
+    where: str, rollout_logp: Tensor, mask: Tensor, objective: Objective, old_logp: Tensor | None = None, **given: Any
+) -> Tensor:
+    """Check what describes the sampled tokens, and return which ones count: mask 1, a known rollout_logp."""
+    check_objective(where, objective)
+    check_logp(where, "rollout_logp", rollout_logp)
+    inputs = LossInputs(
+        rollout_logp=rollout_logp,
+        advantages=torch.zeros_like(rollout_logp),
+        mask=mask,
+        objective=_form(objective),
+        old_logp=old_logp,
+        nonfinite="mask",
+        **given,
+    ).check(where)
+    transfer, kind = Transfer(), (rollout_logp.dtype, rollout_logp.device)
+    flatten(where, inputs, transfer, shape=rollout_logp.shape, dtype=kind[0], device=kind[1])
+    transfer.bring()
+    return mask.bool() & is_known(rollout_logp)
+
+
+def _form(objective: Objective) -> Objective:
+    """The objective's ratio and clip range alone."""
+    return Objective(
         objective.level, objective.geometric, clip_low=objective.clip_low, clip_high=objective.clip_high, dual_clip=None
     )
+
+
+def log_ratios(numerator: Tensor, denominator: Tensor, live: Tensor, objective: Objective, **given: Any) -> Stats:
+    """Return the statistics of numerator - denominator, detached, at the objective's level."""
     zeros = torch.zeros_like(numerator)
     return policy_loss(
-        numerator.detach(), denominator.detach(), zeros, live, objective=form, nonfinite="mask", **given
+        numerator.detach(), denominator.detach(), zeros, live, objective=_form(objective), nonfinite="mask", **given
     ).stats
 
 
@@ -218,14 +253,18 @@ def level_sd(stats: Stats) -> float:
     return sd(host.sequence_log_ratio[host.is_last] if host.knows_sequences else host.sequence_log_ratio[:1])
 
 
-def outside(stats: Stats) -> float:
-    """Share of the ratios outside the clip range: of tokens, or of sequences at level "sequence"; 0 without tokens."""
+def _level_values(stats: Stats) -> Tensor:
+    """The log-ratios that the clip range applies to, on the CPU: of tokens, or of sequences at level "sequence"."""
     host = stats.cpu()
     ell = host.level_log_ratio
-    if host.objective.level == "sequence" and host.knows_sequences:
-        ell = ell[host.is_last]
+    return ell[host.is_last] if host.objective.level == "sequence" and host.knows_sequences else ell
+
+
+def outside(stats: Stats) -> float:
+    """Share of the ratios outside the clip range: of tokens, or of sequences at level "sequence"; 0 without tokens."""
+    ell, objective = _level_values(stats), stats.objective
     rho = ell.double().exp()
-    is_out = (rho < 1 - host.objective.clip_low) | (rho > 1 + host.objective.clip_high)
+    is_out = (rho < 1 - objective.clip_low) | (rho > 1 + objective.clip_high)
     return float(is_out.double().mean()) if len(ell) else 0.0
 
 
@@ -241,6 +280,7 @@ def _reduced(stats: Stats) -> dict[str, float]:
     return found
 
 
-def _sigmas(handle: Perturbation, factor: float) -> str:
+def _would(handle: Perturbation, factor: float, do: str) -> str:
     low, high = (float(x) * factor for x in (handle.sigma.min(), handle.sigma.max()))
-    return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g} by layer"
+    sigma = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g} by layer"
+    return f"Sigma times {factor:.2g} {do}: {sigma}"

@@ -290,7 +290,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch):
         with pytest.raises(RuntimeError, match=r"is for CUDA graphs and does not work with torch\.compile"):
             torch.compile(toy, fullgraph=True, backend="eager")(ids())
     with (
-        attach(make_model(), layers="logits", capturable=True) as handle,
+        attach(make_model(), layers="logits", scale="absolute", capturable=True) as handle,
         pytest.raises(RuntimeError, match="logit_noise"),
     ):
         handle.logit_noise(3)
@@ -452,7 +452,7 @@ def test_state_of_another_configuration_is_refused():
 
 def test_logit_noise_takes_the_scopes_row_ids():
     rows = torch.arange(10) * 3
-    with attach(make_model(), layers="logits") as handle:
+    with attach(make_model(), layers="logits", scale="absolute") as handle:
         with handle.perturbed(step=0, row_ids=rows):
             assert handle.logit_noise(10).row_ids is rows
             with pytest.raises(ValueError, match=r"row_ids has shape \(10,\); it needs 4 values"):

@@ -289,7 +289,7 @@ def test_noise_on_logits_is_of_the_targets_rows(compiled):
 def test_numbered_logit_noise_is_of_as_many_rows_as_the_loss_has():
     """Fewer would number the next micro-batch's rows as this one's."""
     toy = Toy()
-    with attach(toy, layers="logits") as handle, handle.perturbed(step=0):
+    with attach(toy, layers="logits", scale="absolute") as handle, handle.perturbed(step=0):
         noise = handle.logit_noise(5)
         with pytest.raises(ValueError, match=r"logit_noise is of 5 rows; targets \(2, 5\) have 10"):
             linear_logprob(

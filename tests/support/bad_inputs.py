@@ -12,6 +12,7 @@ from torch import Tensor
 from alp_kernels import (
     Head,
     LogitNoise,
+    NoiseShift,
     Objective,
     Routing,
     Sampled,
@@ -23,6 +24,8 @@ from alp_kernels import (
     gather_weight,
     importance_weight,
     linear_logprob,
+    match_sigma,
+    measure_noise,
     normal,
     perturb,
     perturb_rms_norm,
@@ -228,8 +231,13 @@ def _handle() -> Any:
     return attach(Toy())
 
 
+def _toy_and_handle() -> tuple[Toy, Any]:
+    model = Toy()
+    return model, attach(model)
+
+
 def _logit_noise(**given: Any) -> Any:
-    handle = attach(Toy(), layers="logits")
+    handle = attach(Toy(), layers="logits", scale="absolute")
     with handle.perturbed(step=0):
         return handle.logit_noise(**given)
 
@@ -250,6 +258,43 @@ def _states(good: Tensor) -> Values:
         "integers": good.long(),
         "on meta": good.to("meta"),
     }
+
+
+def _shift(**changes: Any) -> NoiseShift:
+    b = batch()
+    named = {"perturbed": b["logp"], "clean": b["ref_logp"], "objective": Objective("cum-turn")}
+    kept = {name: b[name] for name in ("rollout_logp", "mask", "old_logp", "turn_ends")}
+    return NoiseShift.of(**{**named, **kept, **changes})
+
+
+def _clean(good: Tensor) -> Values:
+    """Bad values of the model's own log-probabilities; those that are not finite show in the numbers."""
+    return {name: value for name, value in log_probabilities(good).items() if name not in ("NaN", "inf", "-inf")}
+
+
+def _sampler(good: Tensor) -> Values:
+    """Bad values of rollout_logp where unknown ones are left out."""
+    return defining(_clean)(good)
+
+
+def _measuring(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[], Values]]:
+    """`measure_noise` or `match_sigma` of a small model, and good arguments."""
+    model, handle = _toy_and_handle()
+
+    def score(noise: Any) -> Tensor:
+        with noise(), torch.no_grad():
+            logp: Tensor = model(torch.arange(6).view(2, 3)).log_softmax(-1)[..., 0]
+        return logp
+
+    def good() -> Values:
+        b = batch()
+        return {name: b[name] for name in ("rollout_logp", "mask", "turn_ends")} | {
+            "handle": handle,
+            "score": score,
+            "objective": Objective("cum-turn"),
+        }
+
+    return function, good
 
 
 def _stats() -> Stats:
@@ -482,6 +527,63 @@ def functions() -> Iterator[Function]:
         gather_sequence,
         lambda: {"values": torch.ones(2, 2), "group": None, "dim": 1},
         {"values": lambda good: no_tensor(good) | {"None": None}, "group": instance, "dim": integer(-2, 1)},
+    )
+    of_noise_alone = {"mask": mask, "objective": objective, "turn_ends": mask}
+    yield Function(
+        "NoiseShift.of",
+        _shift,
+        lambda: {
+            **{name: batch()[name] for name in ("rollout_logp", "mask", "old_logp", "turn_ends")},
+            "perturbed": batch()["logp"],
+            "clean": batch()["ref_logp"],
+            "objective": Objective("cum-turn"),
+        },
+        {
+            "perturbed": _clean,
+            "clean": _clean,
+            "rollout_logp": _sampler,
+            "old_logp": optional(log_probabilities),
+            **of_noise_alone,
+        },
+    )
+    yield Function(
+        "NoiseShift.cat",
+        NoiseShift.cat,
+        lambda: {"parts": [_shift()]},
+        {"parts": lambda good: {"None": None, "a number": 1, "strings": ["a"], "none": [], "a NoiseShift": good[0]}},
+    )
+    callers: dict[str, Kind] = {
+        "handle": lambda good: instance(good) | {"None": None, "a model": Toy()},
+        "score": lambda good: {"None": None, "a string": "x", "a tensor": torch.ones(2, 3)},
+        "rollout_logp": _sampler,
+    }
+    ids = {"cu_seqlens": lambda good: identifiers(good) | {"falling": good.flip(0), "short": good[:-1]}}
+    for measuring, name in ((measure_noise, "measure_noise"), (match_sigma, "match_sigma")):
+        function, good_of = _measuring(measuring)
+        yield Function(name, function, good_of, {**callers, **of_noise_alone})
+    function, good_of = _measuring(measure_noise)
+    more = {"by_layer": False, "old_logp": batch()["old_logp"]}
+    yield Function(
+        "measure_noise",
+        function,
+        lambda: good_of() | more,
+        {"by_layer": flag, "old_logp": optional(log_probabilities)},
+    )
+    yield Function(
+        "NoiseShift.of",
+        lambda cu_seqlens: NoiseShift.of(
+            *(packed()[name] for name in ("logp", "ref_logp", "rollout_logp", "mask")),
+            objective=Objective("sequence"),
+            cu_seqlens=cu_seqlens,
+        ),
+        lambda: {"cu_seqlens": torch.tensor([0, 3, 6])},
+        ids,
+    )
+    yield Function(
+        "probing",
+        lambda only: _handle().probing(only).__enter__(),
+        lambda: {"only": 0},
+        {"only": optional(integer(0, 2))},
     )
     yield Function(
         "Stats.cat",
