@@ -268,6 +268,17 @@ def test_noise_on_a_fused_heads_logits_has_no_rms():
     assert verl_engine.Settings.take(SimpleNamespace(override_config=override, hf_config=Qwen2Config())).scale == "rms"
 
 
+def measured_mismatch(model_path, parts):
+    """The tokens' mismatch over the first micro-batch of two sequences of each rank."""
+    model = Qwen2ForCausalLM.from_pretrained(model_path)
+    shifts = []
+    for batch, _ in parts:
+        mask = batch["response_mask"][:2].bool()
+        clean = verl_cpu.logp_by_hand(model, batch, 2)
+        shifts.append((clean - batch["rollout_log_probs"])[:2][mask])
+    return sd(torch.cat(shifts))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "is_tied"), [("fsdp2", False), ("fsdp", True)])
 def test_two_ranks_match_and_measure_together(tmp_path, strategy, is_tied):
@@ -277,11 +288,11 @@ def test_two_ranks_match_and_measure_together(tmp_path, strategy, is_tied):
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.verl_ranks", model_path, str(tmp_path / "out.pt")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command += [strategy, json.dumps(settings)]
-    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     got = torch.load(tmp_path / "out.pt", weights_only=True)
-    parts = [(near_batch(model_path, B=2, seed=rank), rank << 32) for rank in range(2)]
+    parts = [(near_batch(model_path, B=8, seed=rank), rank << 32) for rank in range(2)]
     size, alone, mismatch = sizes_by_hand(model_path, parts, got["log_sigma"], "alp_sequence")
     assert size == pytest.approx(mismatch, rel=0.03) and max(alone) < 1.25 * min(alone)
     mine, other = ({name: metrics[name] for name in REPORTED} for metrics in got["metrics"])
-    assert mine == other and mine["alp/clean/sd"] == pytest.approx(mismatch, rel=1e-4)
+    assert mine == other and mine["alp/clean/sd"] == pytest.approx(measured_mismatch(model_path, parts), rel=1e-3)

@@ -28,7 +28,7 @@ def work(rank: int, path: str, out: str, strategy: str, settings: str = "null") 
     engine = verl_cpu.make_engine(path, strategy=strategy, settings=json.loads(settings))
     batch = verl_cpu.make_batch(B=2, seed=rank)
     if engine.alp.needs_match:
-        batch = verl_cpu.near_policy(path, batch, seed=rank)
+        batch = verl_cpu.near_policy(path, verl_cpu.make_batch(B=8, seed=rank), seed=rank)
     with engine.train_mode():
         output = engine.train_batch(batch, verl_cpu.make_loss("alp_sequence"))
     if strategy == "fsdp":  # whose export moves the weights to a GPU
