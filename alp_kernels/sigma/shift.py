@@ -170,6 +170,7 @@ class NoiseShift:
         unit, size = ("tokens" if by_token(objective) else "sequences"), level_sd(self.perturbation)
         low, high = 1 - objective.clip_low, 1 + objective.clip_high
         share = summary["perturbation/outside_frac"]
+        cause = "the sampler's mismatch" + ("" if self.mismatch is not None else " (with staleness, if there is any)")
         if share > OUTSIDE:
             allowed = min(abs(math.log(low)) if low > 0 else math.inf, math.log(high)) / 2
             within, matched = allowed / sd(_level_values(self.perturbation)), target / size
@@ -182,8 +183,8 @@ class NoiseShift:
             )
         if size < FAR_BELOW * target and (size > 0 or sd(self.perturbation.log_ratio) == 0):
             return (
-                f"the noise is far below the sampler's mismatch: it moves the log-probabilities of {unit} by {size:.2g} nats "
-                f"(standard deviation), the mismatch those of tokens by {target:.2g}, so this is Bypass. "
+                f"the noise is far below {cause}: it moves the log-probabilities of {unit} by {size:.2g} nats (standard "
+                f"deviation), {cause} those of tokens by {target:.2g}, so this is Bypass. "
                 + (_would(handle, target / size, "would match") if size > 0 else "A larger sigma would match")
                 + "; sigma='matched' finds it"
             )
