@@ -464,7 +464,7 @@ def test_noise_comes_and_goes_with_hooks_and_scopes_on_what_was_compiled_before(
         call = whole_compiled(toy) if kind == "whole" else layers_compiled(toy)
     for _ in range(2):
         assert torch.equal(call(x), clean)
-    handle = attach(toy if kind == "function" else call, sigma=0.3, layers=[0])
+    handle = attach(toy if kind == "function" else call, sigma=0.3, scale="absolute", layers=[0])
     toy_input = toy.embed(x).detach()
     noisy = []
     for step in range(3):
