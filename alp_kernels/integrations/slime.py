@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -219,7 +220,7 @@ class _Noise:
         self.keeps_old_actor = getattr(args, "keep_old_actor", False)
         self.measured: int | None = None  # the step of the last measurement
         self.is_due = False
-        self.shift: NoiseShift | None = None
+        self.shift: Callable[[], NoiseShift] | None = None
         self.reported: dict[str, float] = {}
         if self.sigma_lr > 0:
             self.optimizer = torch.optim.AdamW([handle.param_group(self.sigma_lr) for handle in self.handles])
@@ -271,7 +272,8 @@ class _Noise:
             return torch.cat([*(each.detach().to(one) for each in values[:MEASURED_SEQUENCES]), one])
 
         mask = first(batch["loss_masks"]).bool()
-        self.shift = NoiseShift.of(
+        self.shift = partial(  # `_report` checks and reduces it: that waits for the device
+            NoiseShift.of,
             first(logp),
             first(batch["log_probs"]),
             first(batch["rollout_log_probs"]),
@@ -285,7 +287,7 @@ class _Noise:
         """Reduce the last step's measurement, over the data-parallel ranks of the stage that has the loss."""
         if self.shift is None:
             return
-        shift, self.shift = self.shift.gather(self.group), None
+        shift, self.shift = self.shift().gather(self.group), None
         summary = shift.report(self.handles[-1]) if self.is_first else shift.summary()
         self.reported = {name: summary[name] for name in SHIFT_REPORTED if name in summary}
 

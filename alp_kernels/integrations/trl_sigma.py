@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -159,7 +160,7 @@ class SigmaMixin:
         self.in_update = False
         self._is_first_of_step = True
         self._stats: list[Stats] = []
-        self._shift: NoiseShift | None = None
+        self._shift: Callable[[], NoiseShift] | None = None
         self._sums: dict[str, list[Tensor]] = {}
         if not config.is_perturbed:
             return
@@ -234,8 +235,9 @@ class SigmaMixin:
             yield
 
     def keep_shift(self, perturbed: Tensor, clean: Tensor, rollout_logp: Tensor, mask: Tensor, **given: Any) -> None:
-        """Keep what the noise did in this micro-batch, on the device, until `flush_stats`."""
-        self._shift = NoiseShift.of(perturbed, clean, rollout_logp, mask, objective=self.objective, **given)
+        """Keep what the noise did in this micro-batch until `flush_stats`, which checks and reduces it: that waits."""
+        kept = (perturbed.detach(), clean, rollout_logp, mask)
+        self._shift = partial(NoiseShift.of, *kept, objective=self.objective, **given)
 
     def training_step(self, *args: Any, **named: Any) -> Tensor:
         log_sigma = self._log_sigma
@@ -388,8 +390,8 @@ class SigmaMixin:
             metrics["alp/realised_noise/max"].append(max(realised))
         shift, self._shift = self._shift, None
         if handle is not None and shift is not None:
-            shift = shift.gather()
-            values = shift.report(handle) if self.accelerator.is_main_process else shift.summary()
+            gathered = shift().gather()
+            values = gathered.report(handle) if self.accelerator.is_main_process else gathered.summary()
             for name in SHIFT_REPORTED:
                 if name in values:
                     metrics[f"alp/{name}"].append(values[name])

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,7 +171,7 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
         self.alp: Perturbation | None = None  # stays None in a forward-only engine: the reference policy
         self.num_updates = 0
         self.is_due = False  # whether the next micro-batch is measured
-        self.shift: NoiseShift | None = None  # this update's
+        self.shift: Callable[[], NoiseShift] | None = None  # makes this update's
         self.fuses_head = False
         self.sampled_rows = Rows(None)  # apart from the noise's rows, so that sampling does not change the noise
         self.settings = Settings.take(model_config)
@@ -222,7 +223,7 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         if is_due and (parts := collected.get()):  # only ALP's losses say what they optimise
             perturbed = output["model_output"]["log_probs"].values()
-            self.shift = shift_of(perturbed, clean, few, parts[-1].objective)
+            self.shift = partial(shift_of, perturbed.detach(), clean, few, parts[-1].objective)  # it waits
         return loss, output
 
     def _forward(self, batch: Any, loss_function: Any) -> Any:
@@ -323,7 +324,7 @@ class ALPEngineWithLMHead(FSDPEngineWithLMHead):
             summary = Stats.cat(parts).summary()
             values |= {key: summary[key] for key in REPORTED if key in summary}
         if self.shift is not None:
-            shift = self.shift.gather(self.get_data_parallel_group())  # all ranks log the same
+            shift = self.shift().gather(self.get_data_parallel_group())  # all ranks log the same
             summary = shift.report(self.alp) if self.rank == 0 else shift.summary()  # and one of them warns
             values |= {key: summary[key] for key in SHIFT_REPORTED if key in summary}
         how = {"min": AggregationType.MIN, "max": AggregationType.MAX}
