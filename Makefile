@@ -24,7 +24,7 @@ train:
 
 test:
 	@$(PYTHON) scripts/environment.py test
-	@echo "all tests: about eighteen minutes on two cores"
+	@echo "all tests: about fifteen minutes on two cores"
 	$(BIN)/python $(PYTEST) $(ARGS)
 
 # The same tests with the newest versions on the index, in .venv-newest: run before the locks are updated.
