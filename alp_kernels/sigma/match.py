@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import check_flag, refuse_type
+from ..checks import check_flag, check_logp, refuse_type
 from ..layers.perturbation import Noise, Perturbation
 from ..objective import Objective
-from .shift import NoiseShift, by_token, check_sampled, layer_name, level_sd, log_ratios, sd
+from .shift import OUTSIDE, NoiseShift, by_token, check_sampled, layer_name, level_sd, log_ratios, outside, sd
 
 logger = logging.getLogger("alp_kernels")
 
@@ -47,7 +47,9 @@ def measure_noise(
     objective: Objective,
     old_logp: Tensor | None = None,
     by_layer: bool = False,
-    **given: Any,
+    cu_seqlens: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    turn_ends: Tensor | None = None,
 ) -> NoiseShift:
     """Measure how far the noise of `handle` alone moves log-probabilities. No update's noise changes.
 
@@ -60,17 +62,20 @@ def measure_noise(
             `handle.logit_noise(...)` where `handle.is_open`.
         rollout_logp, mask, objective, old_logp: as in `NoiseShift.of`.
         by_layer: whether to measure each layer's noise alone, too.
-        given: cu_seqlens, sequence_ids or turn_ends, as in `policy_loss`.
+        cu_seqlens, sequence_ids, turn_ends: as in `policy_loss`.
     """
     where = "measure_noise"
     check_flag(where, "by_layer", by_layer)
     _check_callers(where, handle, score)
+    given = {"cu_seqlens": cu_seqlens, "sequence_ids": sequence_ids, "turn_ends": turn_ends}
     live = check_sampled(where, rollout_logp, mask, objective, old_logp, **given)
-    clean = score(silence)
-    perturbed = _with_noise(where, handle, score)
+    clean = _checked(where, score(silence), live)
+    perturbed = _with_noise(where, handle, score, live)
     shift = NoiseShift.of(perturbed, clean, rollout_logp, mask, objective=objective, old_logp=old_logp, **given)
     for position, layer in enumerate(handle.layers if by_layer else ()):
-        shift.by_layer[layer] = log_ratios(_with_noise(where, handle, score, position), clean, live, objective, **given)
+        shift.by_layer[layer] = log_ratios(
+            _with_noise(where, handle, score, live, position), clean, live, objective, **given
+        )
     return shift
 
 
@@ -79,9 +84,26 @@ def _check_callers(where: str, handle: Perturbation, score: Score) -> None:
         refuse_type(where, "handle", handle, "what attach returned")
     if not callable(score):
         refuse_type(where, "score", score, "a function of `noise` that returns log-probabilities")
+    if handle.is_open or not handle.is_attached:
+        raise RuntimeError(
+            f"{where}: the handle's scope is open; call it outside of perturbed()"
+            if handle.is_open
+            else f"{where}: this perturbation was detached from its model"
+        )
 
 
-def _with_noise(where: str, handle: Perturbation, score: Score, only: int | None = None) -> Tensor:
+def _checked(where: str, logp: Tensor, live: Tensor) -> Tensor:
+    """Check what score returned."""
+    check_logp(where, "what score() returns", logp)
+    if logp.shape != live.shape:
+        raise ValueError(
+            f"{where}: score() returns log-probabilities of shape {tuple(logp.shape)}; it needs that of rollout_logp, "
+            f"{tuple(live.shape)}"
+        )
+    return logp
+
+
+def _with_noise(where: str, handle: Perturbation, score: Score, live: Tensor, only: int | None = None) -> Tensor:
     """Return score's log-probabilities with the noise of all layers, or of the one at position `only`."""
     opened = False
     with handle.probing(only) as noise:
@@ -91,7 +113,7 @@ def _with_noise(where: str, handle: Perturbation, score: Score, only: int | None
             opened = True
             return noise(row_ids)
 
-        logp = score(watched)
+        logp = _checked(where, score(watched), live)
     if not opened:
         raise RuntimeError(f"{where}: score() never opened the noise; each forward needs to run in `with noise():`")
     return logp
@@ -106,7 +128,9 @@ def match_sigma(
     *,
     objective: Objective,
     group: dist.ProcessGroup | None = None,
-    **given: Any,
+    cu_seqlens: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    turn_ends: Tensor | None = None,
 ) -> NoiseShift:
     """Set sigma so that the noise moves log-probabilities as far as the sampler's mismatch does; returns what it then does.
 
@@ -121,7 +145,7 @@ def match_sigma(
 
     Args:
         handle: what `attach(..., sigma="matched")` or `attach` with a number returned; no scope may be open.
-        score, rollout_logp, mask, objective, given: as in `measure_noise`.
+        score, rollout_logp, mask, objective, cu_seqlens, sequence_ids, turn_ends: as in `measure_noise`.
         group: the ranks whose tokens count together; by default all.
 
     Raises:
@@ -132,12 +156,13 @@ def match_sigma(
     """
     where = "match_sigma"
     _check_callers(where, handle, score)
+    given = {"cu_seqlens": cu_seqlens, "sequence_ids": sequence_ids, "turn_ends": turn_ends}
     live = check_sampled(where, rollout_logp, mask, objective, **given)
     before = handle.log_sigma.detach().clone()
-    clean = score(silence)
+    clean = _checked(where, score(silence), live)
 
     def shift_of(only: int | None = None) -> NoiseShift:
-        perturbed = _with_noise(where, handle, score, only)
+        perturbed = _with_noise(where, handle, score, live, only)
         return NoiseShift.of(perturbed, clean, rollout_logp, live, objective=objective, **given).gather(group)
 
     try:
@@ -147,6 +172,13 @@ def match_sigma(
         handle.log_sigma.data.copy_(before)
         raise
     handle.needs_match = False
+    if (share := outside(shift.perturbation)) > OUTSIDE:
+        logger.warning(
+            "match_sigma: noise as large as the mismatch, %.2g nats, puts %.0f%% of the ratios outside the clip range; find "
+            "why the sampler is so far away, or give a smaller number for sigma",
+            target,
+            100 * share,
+        )
     return shift
 
 
@@ -158,9 +190,9 @@ def _match_layers(handle: Perturbation, shift_of: Callable[[int], NoiseShift]) -
             shift = shift_of(position)
             target = _target(shift)
             share, name = target / math.sqrt(len(handle.layers)), f"noise in {layer_name(layer)}"
-            change = _change(share, sd(shift.perturbation.log_ratio), name)
-            handle.log_sigma.data[position] += change
-            _check_reach(handle, name)
+            size = sd(shift.perturbation.log_ratio)
+            handle.log_sigma.data[position] += _change(share, size, name)
+            _check_reach(handle, name, size, target)
     return target
 
 
@@ -190,13 +222,13 @@ def _match_whole(handle: Perturbation, shift_of: Callable[[], NoiseShift], targe
         else:
             x += max(-_STEP, min(_STEP, 2**number * change))
         handle.log_sigma.data.copy_(start + x)
-        _check_reach(handle, "noise in all layers")
+        _check_reach(handle, "noise in all layers", size, target)
     assert best is not None
     handle.log_sigma.data.copy_(best_sigma)
     why = (
         f"sigma_bounds={handle.sigma_bounds} may be in the way"
         if handle.sigma_bounds is not None
-        else "Hidden states of 16 bits round small noise away or up; float32 ones do not"
+        else "Hidden states of 16 bits round small noise away or up, and dropout moves them as well: use float32, or eval()"
     )
     logger.warning(
         "match_sigma: the noise moves log-probabilities by %.2g nats, the mismatch by %.2g; sigma could not be set closer. %s.",
@@ -225,8 +257,8 @@ def _target(shift: NoiseShift) -> float:
         raise RuntimeError(f"{where}: score() returns log-probabilities that are not finite, without noise")
     if target <= _SMALLEST:
         raise ValueError(
-            f"{where}: rollout_logp are the policy's own log-probabilities within {target:.1g} nats, so there is no "
-            "mismatch to match; it needs a sampler of other numerics, or a number for sigma"
+            f"{where}: log pi - rollout_logp varies by {target:.1g} nats alone (standard deviation), so there is no mismatch "
+            "to match; it needs a sampler of other numerics, or a number for sigma"
         )
     return target
 
@@ -238,6 +270,13 @@ def _change(wanted: float, measured: float, name: str) -> float:
     return _STEP if measured == 0 else max(-_STEP, min(_STEP, math.log(wanted / measured)))
 
 
-def _check_reach(handle: Perturbation, name: str) -> None:
-    if handle.sigma_bounds is None and float(handle.log_sigma.detach().max()) > _LARGEST:
+def _check_reach(handle: Perturbation, name: str, size: float, target: float) -> None:
+    """Raise if sigma grows beyond any use: the noise's effect, `size` so far, does not grow with it."""
+    if handle.sigma_bounds is not None or float(handle.log_sigma.detach().max()) <= _LARGEST:
+        return
+    if size == 0:
         raise RuntimeError(f"match_sigma: {name} does not change the log-probabilities that score() returns")
+    raise ValueError(
+        f"match_sigma: the mismatch is {target:.2g} nats, and {name} moves the log-probabilities by {size:.2g} at most; "
+        "rollout_logp are probably of other weights, of another temperature, or shifted by a token"
+    )

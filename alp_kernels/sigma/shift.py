@@ -159,6 +159,8 @@ class NoiseShift:
 
     def report(self, handle: Perturbation) -> dict[str, float]:
         """Return `summary()`; warn, once a handle, if the noise leaves the clip range or is far below the mismatch."""
+        if not isinstance(handle, Perturbation):
+            refuse_type("NoiseShift.report", "handle", handle, "what attach returned")
         summary = self.summary()
         if summary and handle not in _advised and (advice := self._advice(handle, summary)):
             _advised.add(handle)
@@ -171,10 +173,11 @@ class NoiseShift:
         low, high = 1 - objective.clip_low, 1 + objective.clip_high
         share = summary["perturbation/outside_frac"]
         cause = "the sampler's mismatch" + ("" if self.mismatch is not None else " (with staleness, if there is any)")
+        allowed = min(abs(math.log(low)) if low > 0 else math.inf, math.log(high)) / 2
+        within = allowed / max(sd(_level_values(self.perturbation)), 1e-30)
+        matched = target / max(size, 1e-30)
+        is_matched = 0 < matched <= within
         if share > OUTSIDE:
-            allowed = min(abs(math.log(low)) if low > 0 else math.inf, math.log(high)) / 2
-            within, matched = allowed / sd(_level_values(self.perturbation)), target / size
-            is_matched = 0 < matched <= within
             return (
                 f"the noise alone puts {share:.0%} of the ratios outside the clip range [{low:g}, {high:g}]: it moves the "
                 f"log-probabilities of {unit} by {size:.2g} nats (standard deviation). "
@@ -185,8 +188,8 @@ class NoiseShift:
             return (
                 f"the noise is far below {cause}: it moves the log-probabilities of {unit} by {size:.2g} nats (standard "
                 f"deviation), {cause} those of tokens by {target:.2g}, so this is Bypass. "
-                + (_would(handle, target / size, "would match") if size > 0 else "A larger sigma would match")
-                + "; sigma='matched' finds it"
+                + (_would(handle, min(matched, within), "would do") if size > 0 else "A larger sigma would do")
+                + ("; sigma='matched' finds it" if is_matched else "")
             )
         return None
 
@@ -284,4 +287,4 @@ def _reduced(stats: Stats) -> dict[str, float]:
 def _would(handle: Perturbation, factor: float, do: str) -> str:
     low, high = (float(x) * factor for x in (handle.sigma.min(), handle.sigma.max()))
     sigma = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g} by layer"
-    return f"Sigma times {factor:.2g} {do}: {sigma}"
+    return f"About {factor:.2g} times sigma {do}, {sigma} (then measure again)"

@@ -23,11 +23,12 @@ from tests.support import verl_cpu
 verl_cpu.use_cpu()
 
 from alp_kernels.integrations import verl_engine, verl_sigma
+from alp_kernels.integrations._shared import SHIFT_REPORTED
 
 ROOT = Path(__file__).parents[2]
 PROBE = 1 << 31
 """The step whose noise matching draws before the first update."""
-REPORTED = {f"alp/{name}" for name in verl_sigma.SHIFT_REPORTED}
+REPORTED = {f"alp/{name}" for name in SHIFT_REPORTED if not name.startswith(("mismatch", "staleness"))}
 LOGITS = {"alp_layers": "logits", "alp_scale": "absolute"}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import logging
 import math
 
@@ -312,7 +314,7 @@ def test_a_state_of_a_version_without_matching_needs_none():
 
 
 ERRORS = {
-    "no mismatch": (ValueError, "policy's own log-probabilities within"),
+    "no mismatch": (ValueError, "so there is no mismatch to match"),
     "empty mask": (ValueError, "0 tokens have mask 1 and a known rollout_logp"),
     "one token": (ValueError, "1 tokens have mask 1"),
     "one sequence": (ValueError, "at level 'sequence' it compares sequences; it needs two"),
@@ -320,8 +322,10 @@ ERRORS = {
     "another model": (RuntimeError, "no layer of .* was perturbed inside the scope"),
     "other head": (RuntimeError, "noise in layer_0 does not change the log-probabilities"),
     "NaN": (RuntimeError, "not finite, without noise"),
-    "16 bits": (TypeError, r"NoiseShift\.of: .* is torch\.bfloat16; it needs torch\.float32"),
-    "a shape": (ValueError, r"NoiseShift\.of: .* has shape \(5, 9\)"),
+    "16 bits": (TypeError, r"match_sigma: what score\(\) returns is torch\.bfloat16; it needs torch\.float32"),
+    "a shape": (ValueError, r"match_sigma: score\(\) returns log-probabilities of shape \(5, 9\)"),
+    "nothing": (TypeError, r"match_sigma: what score\(\) returns is a NoneType"),
+    "far away": (ValueError, r"the mismatch is .* nats, and noise in .* moves the log-probabilities by .* at most"),
 }
 
 
@@ -341,6 +345,10 @@ def test_what_cannot_be_matched_is_an_error_and_leaves_sigma_alone(case):
     elif case == "one sequence":
         objective = SEQUENCE
         mask[1:] = False
+    elif case == "far away":
+        q = (clean - 40 * torch.rand_like(clean)).clamp(max=0)
+    elif case == "nothing":
+        score = lambda noise: None  # noqa: E731
     elif case == "ignores noise":
         score = lambda noise: clean  # noqa: E731
     elif case == "another model":
@@ -381,7 +389,7 @@ def test_noise_that_makes_the_log_probabilities_nan_is_an_error():
 def test_matching_inside_a_scope_is_an_error():
     batch = Batch()
     handle = attach(batch.model, 0.1)
-    with handle.perturbed(step=0), pytest.raises(RuntimeError, match="scopes do not nest"):
+    with handle.perturbed(step=0), pytest.raises(RuntimeError, match="scope is open"):
         batch.model(batch.tokens)
         match(batch, handle)
     torch.testing.assert_close(handle.sigma, torch.full((3,), 0.1))
@@ -392,3 +400,27 @@ def test_no_number_goes_with_matched():
         attach(Toy(), "matched", sigma_bounds=(0.1, 1))
     with pytest.raises(TypeError, match="sigma='match'"):
         attach(Toy(), "match")
+
+
+def test_a_call_inside_an_open_scope_or_after_detach_is_refused_before_score_runs():
+    batch = Batch()
+    handle = attach(batch.model, 0.05)
+    calls = []
+    for is_open in (True, False):
+        with handle.perturbed(step=0) if is_open else contextlib.nullcontext():
+            if not is_open:
+                handle.detach()
+            for call in (measure_noise, match_sigma):
+                with pytest.raises(RuntimeError, match=f"{call.__name__}: .*(scope is open|was detached)"):
+                    call(handle, calls.append, batch.rollout_logp, batch.mask, objective=TOKEN)
+            if is_open:
+                batch.score(lambda *ids: contextlib.nullcontext())
+    assert not calls
+
+
+def test_a_mismatch_that_leaves_the_clip_range_by_itself_is_said(caplog):
+    batch = Batch()
+    narrow = dataclasses.replace(TOKEN, clip_low=0.01, clip_high=0.01)
+    with attach(batch.model, "matched") as handle:
+        match_sigma(handle, batch.score, batch.rollout_logp, batch.mask, objective=narrow)
+    assert "of the ratios outside the clip range; find why" in caplog.text

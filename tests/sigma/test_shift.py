@@ -203,7 +203,8 @@ def test_noise_that_leaves_the_clip_range_is_said_once_with_the_sigma_that_would
         assert factor == pytest.approx(1 / 80, rel=0.2)
         share = f"{summary['perturbation/outside_frac']:.0%}"
         assert f"puts {share} of the ratios outside the clip range [0.5, 4]" in text
-        assert f"Sigma times {factor:.2g} would do: {0.1 * factor:.2g}; sigma='matched' finds it" in text
+        assert f"About {factor:.2g} times sigma would do, {0.1 * factor:.2g} (then measure again)" in text
+        assert text.endswith("; sigma='matched' finds it")
         assert not advice(caplog, shift, handle)  # once a handle
         assert not advice(caplog, of_sizes(*SMALL, ALP), handle)
 
@@ -213,11 +214,11 @@ def test_noise_far_below_the_mismatch_is_said_once(caplog):
         shift = of_sizes(*SMALL, Objective.preset("alp-token"))
         (text,) = advice(caplog, shift, handle)
         assert "far below the sampler's mismatch" in text and "so this is Bypass" in text
-        assert "Sigma times 2e+02 would match: 0.2 to 0.6 by layer" in text
+        assert "About 2e+02 times sigma would do, 0.2 to 0.6 by layer (then measure again)" in text
         assert not advice(caplog, shift, handle)
     with attach(Batch().model) as handle:
         (text,) = advice(caplog, of_sizes(0.0, 0.02, ALP), handle)  # rounded away entirely
-        assert "by 0 nats" in text and "A larger sigma would match" in text
+        assert "by 0 nats" in text and "A larger sigma would do" in text
 
 
 def test_where_the_mismatch_itself_leaves_a_narrow_range_matched_is_not_advised(caplog):
@@ -226,7 +227,7 @@ def test_where_the_mismatch_itself_leaves_a_narrow_range_matched_is_not_advised(
         (text,) = advice(caplog, of_sizes(0.02, 0.02, narrow), handle)
         # a sequence's mean of 64 tokens of 0.02 moves by 0.0025; half of the upper bound is 0.00015 to 0.0002
         assert "sigma='matched'" not in text
-        factor = float(text.split("Sigma times ")[1].split()[0])
+        factor = float(text.split("About ")[1].split()[0])
         assert factor == pytest.approx(1.5e-4 / 0.0025, rel=0.2)
 
 
