@@ -174,13 +174,17 @@ class NoiseShift:
         share = summary["perturbation/outside_frac"]
         cause = "the sampler's mismatch" + ("" if self.mismatch is not None else " (with staleness, if there is any)")
         allowed = min(abs(math.log(low)) if low > 0 else math.inf, math.log(high)) / 2
-        within = allowed / max(sd(_level_values(self.perturbation)), 1e-30)
-        matched = target / max(size, 1e-30)
-        is_matched = 0 < matched <= within
+        # around 0, not the mean: all ratios may move one way, and a single sequence has no standard deviation
+        away = float(_level_values(self.perturbation).double().square().mean().sqrt())
+        if not math.isfinite(summary["perturbation/sd"]):
+            return "with noise some log-probabilities are NaN or infinite; no sigma can be suggested from them"
+        within, matched = (value / max(by, 1e-30) for value, by in ((allowed, away), (target, size)))
+        is_matched = size > 0 and 0 < matched <= within
         if share > OUTSIDE:
             return (
                 f"the noise alone puts {share:.0%} of the ratios outside the clip range [{low:g}, {high:g}]: it moves the "
-                f"log-probabilities of {unit} by {size:.2g} nats (standard deviation). "
+                f"log-probabilities of {unit} by "
+                + (f"{size:.2g} nats (standard deviation). " if size > 0 else f"{away:.2g} nats (root mean square). ")
                 + _would(handle, matched if is_matched else within, "would do")
                 + ("; sigma='matched' finds it" if is_matched else "")
             )

@@ -168,7 +168,9 @@ def test_without_a_mismatch_there_is_nothing_to_match(tmp_path: Path) -> None:
         make(tmp_path, alp_sigma="matched")
     make(tmp_path, alp_sigma="matched", alp_objective="bypass-token")
     own = {"rollout_func": Engine(0.0)}
-    with pytest.raises(ValueError, match=r"^ALPGRPOTrainer: alp_sigma='matched': log pi - rollout_logp .* number for alp_sigma"):
+    with pytest.raises(
+        ValueError, match=r"^ALPGRPOTrainer: alp_sigma='matched': log pi - rollout_logp .* number for alp_sigma"
+    ):
         trained(tmp_path, trainer=own, alp_sigma="matched")
 
 

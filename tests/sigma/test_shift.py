@@ -236,3 +236,30 @@ def test_where_the_mismatch_itself_leaves_a_narrow_range_matched_is_not_advised(
 def test_a_healthy_size_is_not_warned_of(preset, sizes, caplog):
     with attach(Batch().model) as handle:
         assert not advice(caplog, of_sizes(*sizes, Objective.preset(preset)), handle)
+
+
+@pytest.mark.parametrize("level", ["sequence", "cum-token", "token"])
+def test_one_sequence_has_no_standard_deviation_and_is_warned_of(level, caplog):
+    clean = torch.full((1, 8), -4.0)
+    shift = NoiseShift.of(clean - 1, clean, clean - 0.01, torch.ones_like(clean), objective=Objective(level))
+    with attach(Batch().model, 0.1) as handle:
+        (text,) = advice(caplog, shift, handle)
+    assert "puts 100% of the ratios outside" in text
+    factor = float(text.split("About ")[1].split()[0])
+    assert 0.01 < factor < 1 and "sigma='matched'" not in text and "by 0 nats" not in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_no_sigma_is_suggested_from_values_that_are_not_finite(value, caplog):
+    clean = torch.full((4, 8), -4.0)
+    perturbed = clean.clone()
+    perturbed[0, 0] = value
+    shift = NoiseShift.of(perturbed, clean, clean, torch.ones_like(clean), objective=ALP)
+    with attach(Batch().model) as handle:
+        (text,) = advice(caplog, shift, handle)
+    assert "NaN or infinite" in text and "times sigma" not in text
+
+
+def test_report_needs_a_handle():
+    with pytest.raises(TypeError, match=r"NoiseShift\.report: handle"):
+        of_sizes(*LARGE, ALP).report(None)
