@@ -54,7 +54,7 @@ def diagnose(updater: Updater, sampled: Weights, experience: Experience, world: 
         noisy, now, completions.logp, completions.mask, objective=objective, old_logp=then, turn_ends=ends
     ).gather()
     if handle is not None:
-        return report | shift.report(handle)
+        return report | (shift.report(handle) if world.is_main else shift.summary())
     return {key: value for key, value in shift.summary().items() if not key.startswith("perturbation/")}
 
 

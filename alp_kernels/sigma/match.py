@@ -149,10 +149,10 @@ def match_sigma(
         group: the ranks whose tokens count together; by default all.
 
     Raises:
-        ValueError: the sampler's log-probabilities are the policy's own (nothing to match), or there are too few tokens or
-            sequences for a standard deviation.
-        RuntimeError: the noise does not reach the log-probabilities, as where score runs another model; or they are NaN.
-            Sigma is then as before.
+        ValueError: the mismatch is only rounding (nothing to match), or larger than what any noise does; or there are too
+            few tokens or sequences for a standard deviation.
+        RuntimeError: the noise does not reach the log-probabilities, as where score runs another model; or they are NaN; or
+            the scope is open. After every error sigma is as before.
     """
     where = "match_sigma"
     _check_callers(where, handle, score)
@@ -172,7 +172,8 @@ def match_sigma(
         handle.log_sigma.data.copy_(before)
         raise
     handle.needs_match = False
-    if (share := outside(shift.perturbation)) > OUTSIDE:
+    is_first = not dist.is_initialized() or dist.get_rank(group) == 0  # all ranks have the same to say
+    if is_first and (share := outside(shift.perturbation)) > OUTSIDE:
         logger.warning(
             "match_sigma: noise as large as the mismatch, %.2g nats, puts %.0f%% of the ratios outside the clip range; find "
             "why the sampler is so far away, or give a smaller number for sigma",
@@ -202,10 +203,9 @@ def _match_whole(handle: Perturbation, shift_of: Callable[[], NoiseShift], targe
     In 16 bits the size may have a floor, or jump from 0: then the closest found is kept, with a warning.
     """
     start, x = handle.log_sigma.detach().clone(), 0.0
-    low: tuple[float, float] | None = (
-        None  # the logarithms of the factor and of size / target, where the size is too small
-    )
-    high: tuple[float, float] | None = None  # and where it is too large
+    # the logarithms of the factor and of size / target, where the size is too small, and where it is too large
+    low: tuple[float, float] | None = None
+    high: tuple[float, float] | None = None
     best, best_error, best_sigma = None, math.inf, start
     for number in range(_ROUNDS):
         shift = shift_of()
