@@ -2,6 +2,7 @@
 
     python examples/noise_by_length.py
     python examples/noise_by_length.py --model PATH --mismatch 0.02 --markdown
+    python examples/noise_by_length.py --dtype bfloat16 --lengths 512 --absolute 0.02 1e-6
 
 The model, by default a small random Qwen2, samples answers. For each size of the noise the table shows the standard
 deviation of a token's log-ratio (perturbed over clean, in nats), and of whole answers' ratios the standard deviation,
@@ -23,13 +24,13 @@ FIXED = [("absolute", 1e-2), ("absolute", 1e-3), ("absolute", 1e-4), ("rms", 1e-
 TITLES = ("sigma", "tokens", "token sd", "ratio sd", "min", "max", "outside")
 
 
-def load(path):
+def load(path, dtype):
     if path is not None:
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     torch.manual_seed(0)
     size = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return Qwen2ForCausalLM(Qwen2Config(**size, **heads, max_position_embeddings=4096)).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**size, **heads, max_position_embeddings=4096)).to(getattr(torch, dtype)).eval()
 
 
 @torch.no_grad()
@@ -56,10 +57,10 @@ def scorer(model, tokens):
     return score
 
 
-def rows(model, mismatch, lengths):
+def rows(model, mismatch, lengths, fixed):
     """Yield the table's rows: (sigma, tokens, token sd, ratio sd, smallest, largest, outside)."""
     answers, level = sample(model, max(lengths)), Objective.preset("alp-sequence")
-    kinds = [*FIXED, ("matched", Objective.preset("alp-token")), ("matched", level)]
+    kinds = [*fixed, ("matched", Objective.preset("alp-token")), ("matched", level)]
     for scale, size in kinds:
         for length in lengths:
             score, mask = scorer(model, answers[:, : length + 1]), torch.ones(SEQUENCES, length, device=answers.device)
@@ -94,12 +95,15 @@ def main():
         "--mismatch", type=float, default=0.02, help="standard deviation of a token's mismatch, in nats"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="the answers' lengths, in tokens")
+    parser.add_argument("--absolute", type=float, nargs="+", help="absolute sigmas to show in place of the usual sizes")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     args = parser.parse_args()
+    fixed = FIXED if args.absolute is None else [("absolute", sigma) for sigma in args.absolute]
     print(line(TITLES, args.markdown))
     if args.markdown:
         print("|---|" + "---:|" * (len(TITLES) - 1))
-    for name, length, *values, outside in rows(load(args.model), args.mismatch, args.lengths):
+    for name, length, *values, outside in rows(load(args.model, args.dtype), args.mismatch, args.lengths, fixed):
         print(line([name, str(length), *(f"{v:.3g}" for v in values), f"{outside:.0%}"], args.markdown), flush=True)
 
 
